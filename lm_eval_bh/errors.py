@@ -1,0 +1,60 @@
+"""The errors of this package: each message is one sentence, what is wrong and how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Iterable
+from types import TracebackType
+
+
+class BHError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class ParameterError(BHError, ValueError):
+    """A parameter is unknown, out of range, or contradicts another one."""
+
+
+class NullModelError(BHError, ValueError):
+    """A null model is missing, damaged, or belongs to another router."""
+
+
+class ModelError(BHError, RuntimeError):
+    """A model cannot be loaded, has no routers, or is in the wrong state."""
+
+
+class RoutingError(BHError, RuntimeError):
+    """Routing cannot go on, for example because router logits are not finite."""
+
+
+class DataError(BHError, RuntimeError):
+    """A data or log file is missing or damaged."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a hint such as ``"; did you mean 'alpha'?"``, or ``""`` if nothing is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def show_as_one_sentence() -> None:
+    """Let an error of ours that nobody catches end the process with its sentence alone.
+
+    A traceback through the harness helps nobody who misspelt a parameter. It stays for every other
+    error, and with ``LMEVAL_LOG_LEVEL=DEBUG`` for ours too. Notebooks do not use
+    ``sys.excepthook``.
+    """
+    before = sys.excepthook
+    if getattr(before, "shows_one_sentence", False):
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, BHError) and os.environ.get("LMEVAL_LOG_LEVEL", "").upper() != "DEBUG":
+            print(f"lm-eval-bh: error: {error}", file=sys.stderr)
+        else:
+            before(kind, error, trace)
+
+    hook.shows_one_sentence = True  # type: ignore[attr-defined]
+    sys.excepthook = hook

@@ -1,0 +1,41 @@
+"""Finds the files that ship with the package: tasks, null models, the demo model.
+
+``tasks/`` and ``kde_models/`` lie beside the package in a checkout (where people look for them) and
+inside it in an installed wheel.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lm_eval_bh.errors import DataError
+
+PACKAGE = Path(__file__).resolve().parent
+TINY_OLMOE = "tiny-olmoe"
+
+
+def shipped(name: str) -> Path:
+    """Return the path of a file or folder that ships with the package, e.g. ``"tasks"``.
+
+    Raises
+    ------
+        DataError: if it is missing, that is, if the installation is damaged.
+    """
+    for root in (PACKAGE, PACKAGE.parent):
+        if (root / name).exists():
+            return root / name
+    raise DataError(
+        f"The file {name!r}, which ships with lm-eval-bh, is missing from {PACKAGE}: "
+        "reinstall the package."
+    )
+
+
+def tiny_olmoe() -> Path:
+    """Return the folder of the demo model, loadable with ``from_pretrained``."""
+    return shipped(f"models/{TINY_OLMOE}")
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder of this package (``XDG_CACHE_HOME`` is respected)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lm-eval-bh"
