@@ -1,0 +1,219 @@
+"""Runs a model over text, collects its router logits, and fits and examines null models on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.stats import kstest
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lm_eval_bh.errors import DataError, ModelError, NullModelError
+from lm_eval_bh.routing.kde import check_kernel
+from lm_eval_bh.routing.null import NullModel, router_fingerprint
+from lm_eval_bh.routing.texts import WIKITEXT, text_batches, wikitext_train_texts
+
+__all__ = [
+    "WIKITEXT",
+    "LayerHealth",
+    "calibrate",
+    "collect_router_logits",
+    "health",
+    "text_batches",
+    "wikitext_train_texts",
+]
+
+
+def collect_router_logits(
+    model: nn.Module, routers: Sequence[nn.Module], batches: Iterable[Tensor], progress: bool = True
+) -> dict[int, Tensor]:
+    """Run the model over token ids and return what its routers said, without its language head.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A mixture-of-experts model; put into evaluation mode for the run and back after it.
+    routers : sequence of nn.Module
+        Its routers in the order of the layers; element 0 of their output is the router logits.
+    batches : iterable of Tensor, int64 [batch, length]
+        Token ids without padding.
+    progress : bool
+        Whether to show a progress bar, which is quiet when not in a terminal.
+
+    Returns
+    -------
+    dict of layer index to Tensor, float32 [tokens, experts]
+        On the CPU.
+
+    Raises
+    ------
+    ModelError
+        If there are no routers, one does not run, or one returns something else.
+    DataError
+        If there are no batches.
+    """
+    if not routers:
+        raise ModelError("There are no routers to listen to; give a mixture-of-experts model.")
+    heard: list[list[Tensor]] = [[] for _ in routers]
+    handles = []
+    backbone = getattr(model, "base_model", model)
+    device = next(model.parameters()).device
+    was_training = model.training
+    bar = tqdm(batches, "Router logits", unit="batch", disable=None if progress else True)
+    model.eval()
+    try:
+        for layer, router in enumerate(routers):
+            handles.append(router.register_forward_hook(_listener(layer, heard[layer])))
+        with torch.inference_mode():
+            for ids in bar:
+                backbone(input_ids=ids.to(device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+        bar.close()
+    if not any(heard):
+        raise DataError("There is no text to collect router logits on; pass at least one batch.")
+    for layer, parts in enumerate(heard):
+        if not parts:
+            raise ModelError(f"Router {layer} never ran; give the routers of this very model.")
+    return {layer: torch.cat(parts) for layer, parts in enumerate(heard)}
+
+
+def _listener(layer: int, heard: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+    def listen(module: nn.Module, inputs: Any, output: Any) -> None:
+        logits = output[0] if isinstance(output, tuple) and output else None
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            raise ModelError(
+                f"Router {layer} ({type(module).__name__}) does not return a tuple with router "
+                "logits [tokens, experts] first; give a model of a supported family."
+            )
+        heard.append(logits.float().cpu())
+
+    return listen
+
+
+def calibrate(
+    model: nn.Module,
+    tokenizer: Any,
+    routers: Sequence[nn.Module],
+    texts: Iterable[str],
+    *,
+    model_name: str,
+    revision: str | None,
+    text_name: str,
+    tokens: int = 65536,
+    length: int = 512,
+    batch: int = 8,
+    trim: int = 0,
+    kernel: str = "gaussian",
+    bandwidth: str | float = "scott",
+    experts: int | None = None,
+    progress: bool = True,
+) -> NullModel:
+    """Fit a null model on the router logits that a model gives on text.
+
+    Parameters
+    ----------
+    model, routers, progress
+        As in :func:`collect_router_logits`.
+    tokenizer, texts, tokens, length, batch
+        As in :func:`text_batches`.
+    model_name, revision, text_name : str
+        What the header says about model and text.
+    trim, kernel, bandwidth
+        As in :meth:`NullModel.fit`.
+    experts : int, optional
+        The number of experts that the routers should have; checked if given.
+
+    Raises
+    ------
+    ParameterError, DataError, ModelError, NullModelError
+        If a parameter, the text, the routers, or their logits are unfit.
+    """
+    check_kernel(kernel)  # the run takes minutes, so what can be checked is checked before it
+    header = {
+        "model": model_name,
+        "revision": revision,
+        "text": text_name,
+        "fingerprint": router_fingerprint(map(_weight, routers)),
+    }
+    batches = text_batches(tokenizer, texts, tokens=tokens, length=length, batch=batch)
+    logits = collect_router_logits(model, routers, batches, progress)
+    found = logits[0].shape[1]
+    if experts is not None and experts != found:
+        raise NullModelError(
+            f"The routers of {model_name} give {found} logits a token, not {experts}; "
+            "check the list of routers."
+        )
+    return NullModel.fit(logits, kernel=kernel, bandwidth=bandwidth, trim=trim, header=header)
+
+
+def _weight(router: nn.Module) -> Tensor:
+    weight = getattr(router, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise ModelError(f"{type(router).__name__} has no weight; give the routers themselves.")
+    return weight
+
+
+@dataclass(frozen=True)
+class LayerHealth:
+    """How well a null model fits one layer's logits on text it was not fitted on.
+
+    Attributes
+    ----------
+    layer : int
+        Index of the MoE layer.
+    ks_distance : float
+        Kolmogorov-Smirnov distance of the p-values from the uniform distribution, 0 to 1. No
+        p-value goes with it: the pooled logits of one token, and of tokens in one text, are not
+        independent, so the test's own would be far too small.
+    floor_share : float
+        Share of p-values that are exactly 1: logits below the whole null distribution.
+    ceiling_share : float
+        Share of p-values that are exactly 0: logits above it, which every level rejects.
+    tokens : int
+        Tokens examined.
+    """
+
+    layer: int
+    ks_distance: float
+    floor_share: float
+    ceiling_share: float
+    tokens: int
+
+
+def health(null: NullModel, logits_by_layer: Mapping[int, Tensor]) -> list[LayerHealth]:
+    """Compare held-out router logits with their null model.
+
+    With ``trim`` the null leaves out the experts that were called for, so a distance is intended.
+
+    Parameters
+    ----------
+    null : NullModel
+        The null model.
+    logits_by_layer : mapping of layer index to Tensor [tokens, experts]
+        From :func:`collect_router_logits`, on text that the null model has not seen.
+
+    Raises
+    ------
+    ParameterError
+        If the null model lacks one of the layers.
+    NullModelError
+        If logits are missing or not finite.
+    """
+    report = []
+    for layer, logits in sorted(logits_by_layer.items()):
+        p = null.p_values(layer, logits).flatten().cpu().numpy()
+        if p.size == 0 or not bool(logits.isfinite().all()):
+            raise NullModelError(
+                f"The held-out logits of layer {layer} are empty, NaN or infinite; "
+                "use other text or look for the fault in the model."
+            )
+        distance = float(kstest(p, "uniform", method="asymp").statistic)
+        shares = float((p == 1).mean()), float((p == 0).mean())
+        report.append(LayerHealth(layer, distance, *shares, tokens=len(logits)))
+    return report

@@ -1,0 +1,338 @@
+"""The null model: per layer, the distribution of router logits that p-values are taken from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lm_eval_bh.errors import NullModelError, ParameterError
+from lm_eval_bh.routing import kde, null_file, pickles, survival
+from lm_eval_bh.routing.null_header import NullHeader, check_fields, library_versions
+
+__all__ = ["NullHeader", "NullModel", "router_fingerprint"]
+
+Array = NDArray[np.float64]
+
+
+def _fault(x: NDArray[Any], cdf: NDArray[Any]) -> str | None:
+    """Say in half a sentence why (x, cdf) is not a CDF on a grid, or return None if it is."""
+    if x.ndim != 1 or x.shape != cdf.shape or len(x) < 2:
+        return f"x and cdf have shapes {x.shape} and {cdf.shape}, not both [2 or more points]"
+    if x.dtype != np.float64 or cdf.dtype != np.float64:
+        return f"x and cdf are {x.dtype} and {cdf.dtype}, not float64"
+    if not (np.isfinite(x).all() and np.isfinite(cdf).all()):
+        return "x or cdf is not finite"
+    if x[-1] / 2 - x[0] / 2 >= np.finfo(np.float64).max / 2:
+        return "x is too wide for float64"
+    if not (x[1:] > x[:-1]).all():
+        return "x is not strictly ascending"
+    if not ((cdf[1:] >= cdf[:-1]).all() and cdf[0] >= 0 and cdf[-1] <= 1):
+        return "cdf does not rise within [0, 1]"
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class NullModel:
+    """The null distribution of every layer's router logits.
+
+    Attributes
+    ----------
+    tables : tuple of (x, cdf), one a layer
+        Grid, float64 [points], strictly ascending, in logit units; and CDF, float64 [points],
+        non-decreasing, in [0, 1]. The CDF is linear between grid points.
+    header : NullHeader
+        Where it comes from.
+
+    Raises
+    ------
+    NullModelError
+        If a table is no CDF, or header and tables disagree.
+    """
+
+    tables: tuple[tuple[Array, Array], ...]
+    header: NullHeader
+
+    def __post_init__(self) -> None:
+        """Check the tables and keep read-only copies of them."""
+        if len(self.tables) != self.header.num_layers or not self.tables:
+            raise NullModelError(
+                f"A null model of {self.header.num_layers} layers cannot have {len(self.tables)} "
+                "tables; give one a layer."
+            )
+        for layer, (x, cdf) in enumerate(self.tables):
+            fault = _fault(x, cdf)
+            if fault is None and self.header.points not in (None, len(x)):
+                fault = f"it has {len(x)} points where the header says {self.header.points}"
+            if fault:
+                raise NullModelError(
+                    f"The null model's table of layer {layer} is no CDF: {fault}; calibrate again."
+                )
+        tables = tuple((x.copy(), cdf.copy()) for x, cdf in self.tables)
+        for values in (values for table in tables for values in table):
+            values.flags.writeable = False
+        object.__setattr__(self, "tables", tables)
+
+    @classmethod
+    def fit(
+        cls,
+        logits: Mapping[int, torch.Tensor | NDArray[Any]],
+        *,
+        kernel: str = "gaussian",
+        bandwidth: str | float = "scott",
+        trim: int = 0,
+        points: int = kde.POINTS,
+        header: Mapping[str, Any] | None = None,
+    ) -> NullModel:
+        """Fit one kernel density estimate a layer, pooled over tokens and experts.
+
+        Parameters
+        ----------
+        logits : mapping of layer index to Tensor or ndarray [tokens, experts]
+            Router logits of layers 0, 1, ..., any float dtype; computed in float64.
+        kernel, bandwidth, points
+            As in :func:`lm_eval_bh.routing.kde.fit_cdf`.
+        trim : int
+            Leave out the ``trim`` largest and ``trim`` smallest logits of every token, so that the
+            null is made of the experts that were not called for.
+        header : mapping, optional
+            Further fields of :class:`NullHeader`: model, revision, fingerprint, text, versions.
+
+        Raises
+        ------
+        ParameterError
+            If a parameter is out of range.
+        NullModelError
+            If a layer's logits are not finite, too few, or all equal.
+        """
+        known = dict(header or {})
+        check_fields(known, settable=("model", "revision", "fingerprint", "text", "versions"))
+        if not logits or sorted(logits) != list(range(len(logits))):
+            raise ParameterError(
+                f"A null model needs the logits of layers 0, 1, ...; found {sorted(logits)}."
+            )
+        tables, widths = [], []
+        for layer in range(len(logits)):
+            samples = _pooled(layer, logits[layer], trim).ravel()
+            try:
+                widths.append(kde.bandwidth_of(samples, bandwidth))
+                tables.append(kde.fit_cdf(samples, kernel, widths[-1], points))
+            except NullModelError as error:
+                raise NullModelError(
+                    f"The router logits of layer {layer} cannot be fitted: {error}"
+                ) from error
+        shapes = {tuple(logits[layer].shape) for layer in logits}
+        experts, tokens = {s[1] for s in shapes}, {s[0] for s in shapes}
+        if len(experts) > 1:
+            raise ParameterError(
+                f"A null model needs as many experts in every layer; found {sorted(experts)}."
+            )
+        known["versions"] = library_versions() | known.get("versions", {})
+        known |= {"num_layers": len(tables), "num_experts": experts.pop()}
+        known["tokens"] = tokens.pop() if len(tokens) == 1 else None
+        known |= {"kernel": kernel, "bandwidth": widths, "trim": trim, "points": points}
+        return cls(tuple(tables), NullHeader(**known))
+
+    @classmethod
+    def from_pickles(cls, folder: Path | str, **header: Any) -> NullModel:
+        """Import the earlier prototype's folder of ``distribution_model_layer_<i>.pkl``.
+
+        Parameters
+        ----------
+        folder : path
+            One pickle a layer, ``{'x': float[n], 'cdf': float[n]}``; nothing in it is executed.
+        **header
+            What is known of it: fields of :class:`NullHeader`, for example ``model=``.
+
+        Raises
+        ------
+        NullModelError
+            If the folder or a table is missing, damaged, or asks for anything but numpy arrays.
+        """
+        own = ("format_version", "num_layers", "points")
+        check_fields(header, settable=[f.name for f in fields(NullHeader) if f.name not in own])
+        tables = pickles.read_folder(folder)
+        for layer, (x, cdf) in enumerate(tables):
+            if fault := _fault(x, cdf):
+                path = Path(folder) / pickles.FILE_NAME.format(layer)
+                raise NullModelError(
+                    f"The table {path} is no CDF: {fault}; copy it again from a source you trust."
+                )
+        lengths = {len(x) for x, _ in tables}
+        points = lengths.pop() if len(lengths) == 1 else None
+        return cls(tuple(tables), NullHeader(num_layers=len(tables), points=points, **header))
+
+    def save(self, path: Path | str) -> None:
+        """Write the null model as one safetensors file; ``path`` never holds half of it.
+
+        Raises
+        ------
+        NullModelError
+            If it cannot be written.
+        """
+        null_file.write(path, self.tables, self.header)
+
+    @classmethod
+    def load(cls, path: Path | str) -> NullModel:
+        """Read what :meth:`save` wrote; nothing in the file is executed.
+
+        Raises
+        ------
+        NullModelError
+            If the file is missing, damaged, foreign, inconsistent, or of a later format version.
+        """
+        tables, header = null_file.read(Path(path))
+        try:
+            return cls(tables, header)
+        except NullModelError as error:
+            raise NullModelError(f"The null model {path} is damaged: {error}") from error
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return len(self.tables)
+
+    def cdf(self, layer: int) -> tuple[Array, Array]:
+        """Return the grid x and the CDF of one layer, both float64 [points].
+
+        Raises
+        ------
+        ParameterError
+            If there is no such layer.
+        """
+        if (
+            isinstance(layer, bool)
+            or not isinstance(layer, int)
+            or not 0 <= layer < self.num_layers
+        ):
+            raise ParameterError(
+                f"layer={layer!r} is out of range; "
+                f"this null model has layers 0 to {self.num_layers - 1}."
+            )
+        return self.tables[layer]
+
+    @torch.no_grad()
+    def p_values(self, layer: int, router_logits: torch.Tensor) -> torch.Tensor:
+        """Return p = 1 - F(z), the share of the null distribution above each logit.
+
+        Parameters
+        ----------
+        layer : int
+            Index of the MoE layer.
+        router_logits : Tensor [any shape], any float dtype
+            NaN gives NaN.
+
+        Returns
+        -------
+        Tensor, float64, same shape and device
+            In bfloat16 a p-value could not go below 0.0078, where small levels are decided.
+        """
+        x, cdf = (torch.tensor(values, device=router_logits.device) for values in self.cdf(layer))
+        return survival.survival(x, cdf, router_logits.double())
+
+    def thresholds(self, layer: int, critical_values: NDArray[np.float64]) -> Array:
+        """Return the smallest logits whose p-values do not exceed the critical values.
+
+        For every finite z, ``z >= threshold`` and ``p_values(z) <= critical_value`` are the same
+        decision, exactly: the threshold is found by bisection over the float64 numbers themselves.
+
+        Parameters
+        ----------
+        layer : int
+            Index of the MoE layer.
+        critical_values : ndarray, float64 [n]
+            Levels to compare p-values with.
+
+        Returns
+        -------
+        ndarray, float64 [n]
+            -inf where every logit qualifies, +inf where none does.
+
+        Raises
+        ------
+        ParameterError
+            If there is no such layer or a critical value is NaN.
+        """
+        x, cdf = self.cdf(layer)
+        return survival.thresholds(x, cdf, np.asarray(critical_values, dtype=np.float64))
+
+    def check(
+        self, fingerprint: str | None, num_layers: int, num_experts: int | None, model_name: str
+    ) -> None:
+        """Raise a :class:`NullModelError` that names both models if the routers are others.
+
+        What is None on either side (imported tables know little) is not compared.
+        """
+        own = self.header
+        differences = [
+            f"{what} {mine} there and {theirs} here"
+            for what, mine, theirs in (
+                ("layers:", own.num_layers, num_layers),
+                ("experts:", own.num_experts, num_experts),
+                (
+                    "router fingerprint:",
+                    (own.fingerprint or "")[:12] or None,
+                    (fingerprint or "")[:12] or None,
+                ),
+            )
+            if mine is not None and theirs is not None and mine != theirs
+        ]
+        if differences:
+            raise NullModelError(
+                f"The null model was fitted on {own.model or 'an unnamed model'}, "
+                f"which is not {model_name} ({'; '.join(differences)}); "
+                f"calibrate one for {model_name}."
+            )
+
+
+def _pooled(layer: int, logits: torch.Tensor | NDArray[Any], trim: int) -> Array:
+    """Return one layer's logits in float64 without each token's ``trim`` largest and smallest."""
+    if isinstance(logits, torch.Tensor):
+        logits = logits.detach().cpu().double().numpy()
+    values = np.asarray(logits, dtype=np.float64)
+    if values.ndim != 2:
+        raise ParameterError(
+            f"The logits of layer {layer} have shape {values.shape}; give [tokens, experts]."
+        )
+    experts = values.shape[1]
+    if isinstance(trim, bool) or not isinstance(trim, int) or not 0 <= 2 * trim < experts:
+        raise ParameterError(
+            f"trim={trim!r} is out of range; with {experts} experts use 0 to {(experts - 1) // 2}."
+        )
+    if trim and np.isfinite(values).all():  # sorting would move NaN and infinity out of sight
+        values = np.sort(values, axis=1)[:, trim : experts - trim]
+    return values
+
+
+def router_fingerprint(weights: Iterable[torch.Tensor]) -> str:
+    """Return the SHA-256 of the routers' weights in the order of the layers.
+
+    The weights are rounded to bfloat16 first, so that one model loaded in float32 and in bfloat16
+    has one fingerprint. (float16 cannot hold bfloat16's smallest numbers: there it may differ.)
+
+    Raises
+    ------
+    NullModelError
+        If there are no weights, or they are not in memory (offloaded by accelerate).
+    """
+    digest = hashlib.sha256()
+    count = 0
+    for count, weight in enumerate(weights, start=1):
+        if weight.is_meta:
+            raise NullModelError(
+                f"The weights of router {count - 1} are not in memory; "
+                "load the model without offloading its routers."
+            )
+        bits = weight.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy()
+        digest.update(f"{tuple(weight.shape)}".encode() + bits.astype("<i2").tobytes())
+    if count == 0:
+        raise NullModelError(
+            "There are no router weights to take a fingerprint of; check the list of routers."
+        )
+    return digest.hexdigest()

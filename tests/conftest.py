@@ -1,0 +1,71 @@
+"""What all tests share: an offline Hugging Face cache of their own, and where shared files are.
+
+The environment is set when this file is imported, since ``huggingface_hub`` and ``datasets`` read
+it once, on their first import; subprocesses inherit it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Examples are not timed: a busy machine would fail them, and a first example imports libraries.
+settings.register_profile("lm-eval-bh", deadline=None)
+settings.load_profile("lm-eval-bh")
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("LM_EVAL_BH_SHARED") or ROOT.parent / "shared")
+
+
+def _scratch_hf_home() -> Path:
+    """Make a cache that links to the shared data sets: nothing is ever written beside these."""
+    home = Path(tempfile.mkdtemp(prefix="lm-eval-bh-tests-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    (home / "datasets").mkdir()
+    shared = SHARED / "hf_home" / "datasets"
+    for folder in shared.iterdir() if shared.is_dir() else ():
+        (home / "datasets" / folder.name).symlink_to(folder.resolve())
+    return home
+
+
+HF_ENV = {
+    "HF_HOME": str(_scratch_hf_home()),
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    # Results of map() stay in memory instead of going beside the data set, through the link.
+    "HF_DATASETS_IN_MEMORY_MAX_SIZE": "1000000000",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+for _name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE"):
+    os.environ.pop(_name, None)
+os.environ.update(HF_ENV)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Return the folder of shared files, or skip: it is no part of the project."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the shared folder, which is not at {SHARED} (set LM_EVAL_BH_SHARED)")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def hf_env() -> dict[str, str]:
+    """Return the variables, already set, that point to an offline cache with the real data sets."""
+    if not (SHARED / "hf_home").is_dir():
+        pytest.skip(f"needs the real data sets, which are not at {SHARED / 'hf_home'}")
+    return HF_ENV
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder() -> Path:
+    """Return the folder of the demo model that ships."""
+    from lm_eval_bh.resources import tiny_olmoe
+
+    return tiny_olmoe()

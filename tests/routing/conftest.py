@@ -1,0 +1,47 @@
+"""The models that routing is tested on: the one that ships, and tiny ones of other families."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lm_eval_bh import NullModel
+from lm_eval_bh.resources import shipped
+
+TEXT = (
+    "The city lies on the northern bank of the river . In 1864 the old bridge was replaced by a "
+    "stone arch , and the market moved to the square in front of the town hall . The album was "
+    "released in May and reached number four in the charts ; critics praised the drums and the "
+    "quiet second half . Three ships of the fleet reached the island before the storm ."
+)
+
+
+@pytest.fixture(scope="session")
+def olmoe_null(shared: Path) -> NullModel:
+    """Return the null model of the real OLMoE, imported from the shared tables."""
+    return NullModel.from_pickles(shared / "olmoe_kde")
+
+
+@pytest.fixture(scope="session")
+def null() -> NullModel:
+    """Return the null model of tiny-olmoe that ships."""
+    return NullModel.load(shipped("kde_models") / "tiny-olmoe.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_model_folder: Path):
+    return AutoTokenizer.from_pretrained(tiny_model_folder)
+
+
+@pytest.fixture(scope="session")
+def ids(tokenizer) -> torch.Tensor:
+    """Token ids int64 [2, 40] of an English text."""
+    return tokenizer(TEXT, return_tensors="pt").input_ids[:, :80].reshape(2, 40)
+
+
+@pytest.fixture
+def tiny(tiny_model_folder: Path):
+    return AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
