@@ -1,0 +1,143 @@
+"""The parameters of routing, checked in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lm_eval_bh.errors import ParameterError, did_you_mean
+from lm_eval_bh.routing.rules import RULES
+
+MODES = ("patch", "analyze")
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """How the experts of a token are selected; every value is checked when the object is made.
+
+    Attributes
+    ----------
+    alpha : float
+        Level of the multiple-testing procedure, in (0, 1).
+    rule : str
+        Name of a selection rule, see :data:`lm_eval_bh.routing.rules.RULES`.
+    min_k, max_k : int
+        Fewest and most experts of a token; ``1 <= min_k <= max_k``.
+    temperature : float
+        Divides the router logits before the softmax of the weights; it never touches p-values.
+    renormalize : "auto" or bool
+        Whether the selected weights are rescaled to sum to one; "auto" follows the model.
+    mode : "patch" or "analyze"
+        Whether the selection replaces the model's own or is only counted beside it.
+    layers : str
+        Which MoE layers: "all", "last4", "first2", "0-7", "3", or a "+"-joined list of these.
+
+    Raises
+    ------
+    ParameterError
+        If a value is out of range or of the wrong type.
+    """
+
+    alpha: float = 0.05
+    rule: str = "bh"
+    min_k: int = 1
+    max_k: int = 8
+    temperature: float = 1.0
+    renormalize: Literal["auto"] | bool = "auto"
+    mode: str = "patch"
+    layers: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ParameterError(
+                f"rule={self.rule!r} is not a selection rule: choose one of {', '.join(RULES)}"
+                f"{did_you_mean(str(self.rule), RULES)}."
+            )
+        if self.mode not in MODES:
+            raise ParameterError(f"mode={self.mode!r} is unknown: choose 'patch' or 'analyze'.")
+        if not _is_number(self.alpha) or not 0 < self.alpha < 1:
+            raise ParameterError(
+                f"alpha={self.alpha!r} is not a level: give a number strictly between 0 and 1."
+            )
+        for name in ("min_k", "max_k"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ParameterError(
+                    f"{name}={value!r} is not a number of experts: give an integer of at least 1."
+                )
+        if self.max_k < self.min_k:
+            raise ParameterError(
+                f"max_k={self.max_k} is less than min_k={self.min_k}: raise max_k or lower min_k."
+            )
+        if not _is_number(self.temperature) or self.temperature <= 0:
+            raise ParameterError(
+                f"temperature={self.temperature!r} is not a temperature: give a positive number."
+            )
+        if self.renormalize not in ("auto", True, False):
+            raise ParameterError(
+                f"renormalize={self.renormalize!r} is unknown: choose 'auto', True or False."
+            )
+        self.select_layers(10**6)  # the pattern is checked now, its numbers when a model is known
+
+    def check_experts(self, num_experts: int) -> None:
+        """Raise :class:`ParameterError` if ``num_experts`` experts a layer cannot serve ``max_k``."""
+        if self.max_k > num_experts:
+            raise ParameterError(
+                f"max_k={self.max_k} is more than the model's {num_experts} experts: "
+                f"give a max_k of at most {num_experts}."
+            )
+
+    def select_layers(self, num_layers: int) -> list[int]:
+        """Return the sorted positions, among ``num_layers`` MoE layers, that ``layers`` names."""
+        chosen: set[int] = set()
+        for part in str(self.layers).split("+"):
+            if part == "all":
+                chosen.update(range(num_layers))
+            elif match := re.fullmatch(r"(first|last)(\d+)", part):
+                count = int(match[2])
+                _check_layer(count - 1, num_layers, self.layers)
+                chosen.update(
+                    range(count) if match[1] == "first" else range(num_layers - count, num_layers)
+                )
+            elif match := re.fullmatch(r"(\d+)(?:-(\d+))?", part):
+                first, last = int(match[1]), int(match[2] or match[1])
+                _check_layer(max(first, last), num_layers, self.layers)
+                chosen.update(range(first, last + 1))
+            else:
+                chosen.clear()
+                break
+        if not chosen:
+            raise ParameterError(
+                f"layers={self.layers!r} names no layers: write all, last4, first2, 0-7, 3, "
+                "or several of these joined by '+'."
+            )
+        return sorted(chosen)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the configuration as plain values, as it is written to results."""
+        return dataclasses.asdict(self)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_layer(layer: int, num_layers: int, pattern: str) -> None:
+    if not 0 <= layer < num_layers:
+        raise ParameterError(
+            f"layers={pattern!r} reaches beyond the model's {num_layers} MoE layers: "
+            f"the first is 0, the last {num_layers - 1}."
+        )
+
+
+def require_layers(layers: Sequence[int], available: int, what: str) -> None:
+    """Raise :class:`ParameterError` if ``what`` has fewer than the layers asked for."""
+    if layers and max(layers) >= available:
+        raise ParameterError(
+            f"{what} has {available} layers, but layer {max(layers)} was asked for: "
+            "calibrate one for this model."
+        )

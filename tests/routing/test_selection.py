@@ -1,0 +1,249 @@
+"""Selection against scipy, statsmodels, and the direct p-value computation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy.stats import false_discovery_control
+from statsmodels.stats.multitest import multipletests
+
+from lm_eval_bh import NullModel, ParameterError, RoutingError, select_experts
+from lm_eval_bh.routing.rules import RULES
+from lm_eval_bh.routing.selection import reject
+
+STATSMODELS = {
+    "bh": "fdr_bh",
+    "by": "fdr_by",
+    "holm": "holm",
+    "hochberg": "simes-hochberg",
+    "bonferroni": "bonferroni",
+}
+TESTS = [name for name, rule in RULES.items() if rule.adaptive]
+ALPHAS = st.one_of(
+    st.sampled_from([1e-9, 0.05, 0.3, 0.4, 0.5, 0.6, 0.999999]), st.floats(1e-6, 1 - 1e-6)
+)
+# Values around those that matter: exact zeros and ones, ties, and anything between.
+P_VALUES = hnp.arrays(
+    np.float64,
+    st.integers(1, 128),
+    elements=st.one_of(
+        st.sampled_from([0.0, 1.0, 1e-300, 0.001, 0.01, 0.05, 0.4]),
+        st.floats(0, 1),
+        st.floats(0, 0.02),
+    ),
+)
+
+
+def random_null(seed: int = 0, layers: int = 1) -> NullModel:
+    rng = np.random.default_rng(seed)
+    return NullModel.fit({layer: rng.normal(size=(500, 16)) for layer in range(layers)})
+
+
+@pytest.mark.parametrize("rule", TESTS)
+@given(p=P_VALUES, alpha=ALPHAS)
+def test_every_rule_decides_like_statsmodels(rule, p, alpha):
+    expected = multipletests(p, alpha=alpha, method=STATSMODELS[rule])[0]
+    assert reject(torch.from_numpy(p)[None], alpha, rule)[0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("rule", "method"), [("bh", "bh"), ("by", "by")])
+@given(p=P_VALUES, alpha=ALPHAS)
+def test_bh_and_by_decide_like_scipy(rule, method, p, alpha):
+    adjusted = false_discovery_control(p, method=method)
+    # scipy divides where the procedure multiplies: at equality to the last bit the two may differ.
+    assume(not np.any(np.isclose(adjusted, alpha, rtol=1e-12, atol=0)))
+    assert (
+        reject(torch.from_numpy(p)[None], alpha, rule)[0].tolist() == (adjusted <= alpha).tolist()
+    )
+
+
+@pytest.mark.parametrize("rule", TESTS)
+@given(p=P_VALUES, alpha=ALPHAS, seed=st.integers(0, 2**31))
+def test_decisions_do_not_depend_on_the_order(rule, p, alpha, seed):
+    order = np.random.default_rng(seed).permutation(len(p))
+    decided = reject(torch.from_numpy(p)[None], alpha, rule)[0]
+    assert (
+        reject(torch.from_numpy(p[order])[None], alpha, rule)[0].tolist() == decided[order].tolist()
+    )
+
+
+@given(p=P_VALUES, alphas=st.tuples(ALPHAS, ALPHAS))
+def test_rules_are_nested_as_the_theory_says(p, alphas):
+    low, high = (
+        {
+            name: set(
+                reject(torch.from_numpy(p)[None], alpha, name)[0].nonzero().flatten().tolist()
+            )
+            for name in TESTS
+        }
+        for alpha in sorted(alphas)
+    )
+    assert low["bonferroni"] <= low["holm"] <= low["hochberg"] <= low["bh"]
+    assert low["by"] <= low["bh"]
+    assert all(low[name] <= high[name] for name in TESTS)
+
+
+@pytest.mark.parametrize("rule", TESTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_thresholds_decide_like_p_values_on_the_real_tables(olmoe_null, rule, dtype):
+    """The hot path compares logits; no decision may differ from comparing p-values."""
+    generator = torch.Generator().manual_seed(0)
+    differing = 0
+    for layer in range(olmoe_null.num_layers):
+        x, cdf = olmoe_null.cdf(layer)
+        uniform = torch.rand(400, 64, generator=generator, dtype=torch.float64).numpy()
+        logits = np.interp(uniform, cdf, x)
+        logits[200:] += np.abs(np.random.default_rng(layer).normal(size=logits[200:].shape))
+        logits = torch.from_numpy(logits).to(dtype)
+        p = 1 - np.interp(logits.double().numpy(), x, cdf)
+        for alpha in (0.05, 0.3, 0.4, 0.6):
+            counts = select_experts(
+                logits, olmoe_null, layer=layer, alpha=alpha, rule=rule, min_k=1, max_k=64
+            ).counts
+            expected = [
+                max(1, int(multipletests(row, alpha=alpha, method=STATSMODELS[rule])[0].sum()))
+                for row in p[::4]
+            ]
+            differing += sum(a != b for a, b in zip(counts[::4].tolist(), expected, strict=True))
+            direct = reject(olmoe_null.p_values(layer, logits), alpha, rule).sum(-1).clamp(min=1)
+            differing += int((direct != counts).sum())
+    assert differing == 0
+
+
+def test_bfloat16_p_values_would_decide_differently(olmoe_null):
+    """Why comparisons are made in float32: bfloat16 cannot tell p = 0.006 from p = 0.0078."""
+    x, cdf = olmoe_null.cdf(0)
+    logits = torch.full((1, 64), float(x[0]), dtype=torch.bfloat16)
+    logits[0, 5] = float(np.interp(0.9945, cdf, x))
+    p = olmoe_null.p_values(0, logits)
+    assert float(p[0, 5]) <= 0.4 / 64
+    assert int(reject(p, 0.4).sum()) == 1
+    assert int(reject((1 - (1 - p).to(torch.bfloat16)), 0.4).sum()) == 0
+
+
+@given(
+    logits=hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 9), st.integers(1, 40)),
+        elements=st.floats(-8, 8, width=32),
+    ),
+    alpha=ALPHAS,
+    rule=st.sampled_from(sorted(RULES)),
+    data=st.data(),
+)
+def test_a_selection_is_what_it_says(logits, alpha, rule, data):
+    logits = torch.from_numpy(logits)
+    tokens, experts = logits.shape
+    max_k = data.draw(st.integers(1, experts))
+    min_k = data.draw(st.integers(1, max_k))
+    temperature = data.draw(st.sampled_from([0.5, 1.0, 2.0]))
+    null = random_null()
+    indices, weights, counts = select_experts(
+        logits, null, alpha=alpha, rule=rule, min_k=min_k, max_k=max_k, temperature=temperature
+    )
+    assert indices.shape == weights.shape == (tokens, max_k)
+    assert indices.dtype == counts.dtype == torch.int64
+    if RULES[rule].adaptive:
+        rejected = reject(null.p_values(0, logits), alpha, rule).sum(-1)
+        assert counts.tolist() == rejected.clamp(min_k, max_k).tolist()
+    else:
+        assert counts.tolist() == [max_k] * tokens
+    probabilities = torch.softmax(logits / temperature, -1)
+    for token in range(tokens):
+        used = int(counts[token])
+        chosen = indices[token, :used]
+        assert (indices[token, used:] == experts).all()
+        assert (weights[token, used:] == 0).all()
+        assert len(set(chosen.tolist())) == used
+        values = logits[token, chosen]
+        assert (values[:-1] >= values[1:] - 1e-6).all()
+        rest = torch.ones(experts, dtype=torch.bool)
+        rest[chosen] = False
+        assert not rest.any() or logits[token, rest].max() <= values.min() + 1e-6
+        torch.testing.assert_close(weights[token, :used], probabilities[token, chosen])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 4, 8, 64])
+def test_equal_bounds_give_the_top_k_of_olmoe_bit_for_bit(dtype, k):
+    """Rounded logits tie all the time; ties must fall as they do in the model's own router."""
+    logits = torch.randn(300, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits[:50] = logits[:50].round()
+    top, expected = torch.topk(torch.softmax(logits, dim=-1, dtype=torch.float), k, dim=-1)
+    selection = select_experts(logits, random_null(), min_k=k, max_k=k)
+    assert torch.equal(selection.indices, expected)
+    assert torch.equal(selection.weights, top)
+
+
+def test_weights_are_differentiable_and_unused_slots_get_no_gradient():
+    logits = torch.randn(
+        6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True
+    )
+    null = random_null()
+
+    def weights(z):
+        return select_experts(z, null, alpha=0.6, max_k=4).weights
+
+    assert torch.autograd.gradcheck(weights, (logits,))
+
+
+def test_renormalised_weights_sum_to_one():
+    logits = torch.randn(20, 16, generator=torch.Generator().manual_seed(3))
+    weights = select_experts(logits, random_null(), renormalize=True).weights
+    torch.testing.assert_close(weights.sum(-1), torch.ones(20))
+
+
+def test_temperature_changes_weights_and_never_the_selection():
+    logits = 2 * torch.randn(20, 16, generator=torch.Generator().manual_seed(3))
+    cold, hot = (select_experts(logits, random_null(), temperature=t) for t in (0.5, 2.0))
+    assert torch.equal(cold.indices, hot.indices)
+    assert torch.equal(cold.counts, hot.counts)
+    assert not torch.allclose(cold.weights, hot.weights)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"alpha": 0.0}, "alpha=0.0 is not a level"),
+        ({"alpha": 1.0}, "alpha=1.0 is not a level"),
+        ({"alpha": float("nan")}, "is not a level"),
+        ({"alpha": "0.4"}, "is not a level"),
+        ({"max_k": 2, "min_k": 3}, "max_k=2 is less than min_k=3"),
+        ({"max_k": 65}, "more than the model's 16 experts"),
+        ({"max_k": 2.5}, "give an integer"),
+        ({"max_k": True}, "give an integer"),
+        ({"min_k": 0}, "give an integer of at least 1"),
+        ({"rule": "bhh"}, "did you mean 'bh'"),
+        ({"temperature": 0}, "give a positive number"),
+        ({"renormalize": "yes"}, "renormalize='yes' is unknown"),
+        ({"layer": 1}, "layer"),
+    ],
+)
+def test_bad_parameters_are_one_clear_sentence(arguments, sentence):
+    with pytest.raises(ParameterError) as caught:
+        select_experts(torch.randn(3, 16), random_null(), **arguments)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_not_finite_name_the_layer(value):
+    logits = torch.zeros(2, 16)
+    logits[1, 3] = value
+    with pytest.raises(RoutingError, match="layer 0"):
+        select_experts(logits, random_null())
+
+
+def test_a_test_needs_a_null_model_and_top_k_does_not():
+    with pytest.raises(ParameterError, match="needs a null model"):
+        select_experts(torch.randn(2, 16), None)
+    assert select_experts(torch.randn(2, 16), None, rule="topk").counts.tolist() == [8, 8]
+
+
+def test_logits_of_a_wrong_shape_are_refused():
+    with pytest.raises(ParameterError, match=r"\[tokens, experts\]"):
+        select_experts(torch.randn(2, 3, 16), random_null())
