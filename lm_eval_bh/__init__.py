@@ -1,0 +1,73 @@
+"""Benjamini-Hochberg expert routing for mixture-of-experts models, as a plugin of lm-eval.
+
+Importing the package registers it with lm-eval and is cheap: torch is loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_bh.errors import (
+    BHError,
+    DataError,
+    ModelError,
+    NullModelError,
+    ParameterError,
+    RoutingError,
+)
+from lm_eval_bh.harness import plugin
+
+if TYPE_CHECKING:
+    from lm_eval_bh.routing.config import RoutingConfig
+    from lm_eval_bh.routing.integration import BHRoutingIntegration
+    from lm_eval_bh.routing.null import NullModel
+    from lm_eval_bh.routing.selection import Selection, select_experts
+
+    __version__: str
+
+__all__ = [
+    "BHError",
+    "BHRoutingIntegration",
+    "DataError",
+    "ModelError",
+    "NullModel",
+    "NullModelError",
+    "ParameterError",
+    "RoutingConfig",
+    "RoutingError",
+    "Selection",
+    "__version__",
+    "select_experts",
+]
+
+_HOME = {
+    "BHRoutingIntegration": "lm_eval_bh.routing.integration",
+    "NullModel": "lm_eval_bh.routing.null",
+    "RoutingConfig": "lm_eval_bh.routing.config",
+    "Selection": "lm_eval_bh.routing.selection",
+    "select_experts": "lm_eval_bh.routing.selection",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            value: Any = version("lm-eval-bh")
+        except PackageNotFoundError:  # a checkout on PYTHONPATH
+            value = "0+uninstalled"
+    elif name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+plugin.register()

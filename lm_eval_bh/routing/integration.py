@@ -1,0 +1,390 @@
+"""Puts a selection rule into the routers of a loaded model, and takes it out without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lm_eval_bh.errors import ModelError, ParameterError, RoutingError
+from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.counters import RoutingCounters
+from lm_eval_bh.routing.experts import EXPERTS, ExpertsSwitch
+from lm_eval_bh.routing.null import NullModel
+from lm_eval_bh.routing.resolution import resolve_null
+from lm_eval_bh.routing.routers import Router, find_routers, transformers_model
+from lm_eval_bh.routing.rules import RULES
+from lm_eval_bh.routing.selection import (
+    Selection,
+    count_experts,
+    keep,
+    rejection_thresholds,
+    softmax_top,
+    thresholds_for,
+)
+
+Observer = Callable[[int, Tensor, Selection], None]
+
+
+class RouterHook:
+    """A forward hook of one router: replaces what the router selected, or only watches it.
+
+    It runs after the router, so whatever the router computes stays the router's own business.
+    """
+
+    def __init__(
+        self, owner: BHRoutingIntegration, layer: int, router: Router, thresholds: Tensor | None
+    ) -> None:
+        self.owner = owner
+        self.layer = layer
+        self.router = router
+        self.exact_thresholds = thresholds
+        self.thresholds: Tensor | None = None
+        self.not_finite: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Put the weights and indices of the selection in place of the router's own."""
+        if not (isinstance(output, tuple) and len(output) == 3):
+            raise ModelError(
+                f"The router {self.router.name} ({type(module).__name__}) does not return "
+                "(logits, weights, indices): routers of this family are not supported."
+            )
+        router_logits, weights, indices = output
+        self._check_finite(router_logits)
+        selection = self.select(router_logits, weights, indices)
+        for observe in self.owner.observers:
+            observe(self.layer, router_logits, selection)
+        if self.owner.config.mode == "analyze":
+            return None
+        return router_logits, selection.weights, selection.indices
+
+    def select(self, router_logits: Tensor, weights: Tensor, indices: Tensor) -> Selection:
+        """Select from the router's logits; keep its own weights wherever it has given any."""
+        config, router = self.owner.config, self.router
+        counts = count_experts(
+            router_logits,
+            self._thresholds_on(router_logits),
+            RULES[config.rule],
+            config.min_k,
+            config.max_k,
+        )
+        own = config.max_k == router.top_k and config.temperature == 1.0
+        if (
+            own
+            and (config.min_k == config.max_k or not RULES[config.rule].adaptive)
+            and not self._rescales
+        ):
+            return Selection(indices, weights, counts)
+        if router.softmax:
+            if not own:
+                dtype = weights.dtype
+                indices, weights = softmax_top(router_logits, config.max_k, config.temperature)
+                if router.normalizes:
+                    weights = weights / weights.sum(-1, keepdim=True)
+                weights = weights.to(dtype)
+        else:
+            order = router_logits.gather(-1, indices).argsort(dim=-1, descending=True, stable=True)
+            order = order[:, : config.max_k]
+            indices, weights = indices.gather(-1, order), weights.gather(-1, order)
+        selection = keep(indices, weights, counts, router.num_experts)
+        return selection._replace(weights=self._rescale(selection.weights, weights))
+
+    @property
+    def _rescales(self) -> bool:
+        """Whether weights must sum to one although the router would not make them."""
+        return self.owner.config.renormalize is True and not self.router.normalizes
+
+    def _rescale(self, kept: Tensor, before: Tensor) -> Tensor:
+        """Rescale the weights kept, to sum to one or to the sum that the router gave them."""
+        normalize = self.owner.config.renormalize
+        if normalize is False or (normalize == "auto" and not self.router.normalizes):
+            return kept
+        wanted = before.float().sum(-1, keepdim=True) if self.router.normalizes else 1.0
+        return (kept.float() * (wanted / kept.float().sum(-1, keepdim=True))).to(kept.dtype)
+
+    def _thresholds_on(self, router_logits: Tensor) -> Tensor | None:
+        if self.exact_thresholds is None:
+            return None
+        dtype = torch.float64 if router_logits.dtype == torch.float64 else torch.float32
+        if self.thresholds is None or (self.thresholds.device, self.thresholds.dtype) != (
+            router_logits.device,
+            dtype,
+        ):
+            self.thresholds = thresholds_for(self.exact_thresholds, dtype).to(router_logits.device)
+        return self.thresholds
+
+    def _check_finite(self, router_logits: Tensor) -> None:
+        """Note logits that are not finite; the end of the forward pass asks all layers at once."""
+        bad = ~torch.isfinite(router_logits.detach()).all()
+        self.not_finite = bad if self.not_finite is None else self.not_finite | bad
+
+
+class BHRoutingIntegration:
+    """Adaptive expert selection in a loaded mixture-of-experts model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers model with MoE routers, possibly wrapped (PEFT, accelerate); not yet
+        compiled.
+    alpha, temperature, min_k, max_k, mode, rule, renormalize, layers
+        See :class:`~lm_eval_bh.routing.config.RoutingConfig`.
+    collect_stats : bool
+        Whether :meth:`get_routing_stats` is served. Padding never counts.
+    kde : "auto", path or NullModel
+        The null model; "auto" finds one for this router, or calibrates it.
+    experts : "auto", "ragged" or the name of an experts implementation of transformers
+        What computes the experts while patched; "auto" keeps the model's own where no slot can stay
+        unused, and takes "ragged" elsewhere.
+
+    Raises
+    ------
+    ParameterError, NullModelError, ModelError
+        If the parameters, the null model or the model cannot serve, before anything is changed.
+
+    Examples
+    --------
+    >>> with BHRoutingIntegration(model, alpha=0.4, max_k=8) as routing:
+    ...     model.generate(**inputs)
+    ...     routing.get_routing_stats()["mean_experts_per_token"]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        alpha: float = 0.05,
+        temperature: float = 1.0,
+        min_k: int = 1,
+        max_k: int = 8,
+        mode: Literal["patch", "analyze"] = "patch",
+        collect_stats: bool = True,
+        *,
+        rule: str = "bh",
+        kde: str | Path | NullModel = "auto",
+        renormalize: Literal["auto"] | bool = "auto",
+        layers: str = "all",
+        experts: str = "auto",
+        tokenizer: Any = None,
+    ) -> None:
+        self.config = RoutingConfig(
+            alpha=alpha,
+            rule=rule,
+            min_k=min_k,
+            max_k=max_k,
+            temperature=temperature,
+            renormalize=renormalize,
+            mode=mode,
+            layers=layers,
+        )
+        if experts not in EXPERTS:
+            raise ParameterError(
+                f"experts={experts!r} is unknown: choose one of {', '.join(EXPERTS)}."
+            )
+        if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+            raise ModelError(
+                "The model is compiled and would never call the hooks: "
+                "patch it before torch.compile."
+            )
+        self.model = model
+        self.experts = experts
+        self.routers = find_routers(model)
+        self.num_experts = self.routers[0].num_experts
+        self._tokenizer = tokenizer
+        self._kde = kde
+        self._check(self.config)
+        self.null = self._resolve(self.config)
+        self.observers: list[Observer] = []
+        self.counters: RoutingCounters | None = None
+        if collect_stats:
+            self.reset_stats()
+            self.observers.append(self._count)
+        self._token_weight: Tensor | None = None
+        self._hooks: list[RouterHook] = []
+        self._handles: list[Any] = []
+        self._switch: ExpertsSwitch | None = None
+
+    @property
+    def patched(self) -> bool:
+        """Whether the hooks sit in the model now."""
+        return bool(self._handles)
+
+    @property
+    def layers(self) -> list[int]:
+        """Positions of the routers that the rule applies to."""
+        return self.config.select_layers(len(self.routers))
+
+    def configure(self, config: RoutingConfig) -> None:
+        """Take another configuration, patched or not; the statistics start anew.
+
+        Raises
+        ------
+        ParameterError, NullModelError
+            If it does not fit the model; then the old configuration stays in force.
+        """
+        self._check(config)
+        null = self._resolve(config)
+        patched = self.patched
+        self.unpatch_model()
+        self.config, self.null = config, null
+        if self.counters is not None:
+            self.reset_stats()
+        if patched:
+            self.patch_model()
+
+    def patch_model(self) -> BHRoutingIntegration:
+        """Put the hooks into the model.
+
+        Raises
+        ------
+        ModelError
+            If a router carries hooks of this or another integration already.
+        """
+        for router in self.routers:
+            if any(isinstance(hook, RouterHook) for hook in router.module._forward_hooks.values()):
+                raise ModelError(
+                    f"The router {router.name} is patched already: call unpatch_model() first."
+                )
+        base = transformers_model(self.model).base_model
+        assert isinstance(base, PreTrainedModel)
+        try:
+            self._handles.append(
+                base.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            )
+            for layer in self.layers:
+                router = self.routers[layer]
+                hook = RouterHook(
+                    self,
+                    layer,
+                    router,
+                    rejection_thresholds(self.null, layer, self.config, router.num_experts),
+                )
+                self._hooks.append(hook)
+                self._handles.append(router.module.register_forward_hook(hook, prepend=True))
+            self._handles.append(base.register_forward_hook(self._after_forward))
+            if self.config.mode == "patch":
+                self._switch = ExpertsSwitch(
+                    self.model, self.experts, unused_slots=self._leaves_slots_unused()
+                )
+        except BaseException:
+            self.unpatch_model()
+            raise
+        return self
+
+    def unpatch_model(self) -> None:
+        """Take every hook out and give the model its own experts implementation back."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._hooks.clear()
+        self._token_weight = None
+        if self._switch is not None:
+            self._switch.restore()
+            self._switch = None
+
+    def __enter__(self) -> BHRoutingIntegration:
+        return self.patch_model()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.unpatch_model()
+
+    def get_routing_stats(self) -> dict[str, float | None]:
+        """Return statistics of the experts per token since the last reset; None before any token.
+
+        ``sparsity_gain`` is one minus the mean as a share of the model's own top-k.
+
+        Raises
+        ------
+        ParameterError
+            If the integration was made with ``collect_stats=False``.
+        """
+        if self.counters is None:
+            raise ParameterError(
+                "No statistics were collected: make the integration with collect_stats=True."
+            )
+        mean, deviation = self.counters.moments()
+        top_k = float(self.routers[0].top_k)
+        gain = None if mean is None else 1.0 - mean / top_k
+        if self.config.mode == "analyze":
+            ran = None if mean is None else top_k
+            return {
+                "mean_experts_per_token": ran,
+                "std_experts_per_token": None if mean is None else 0.0,
+                "sparsity_gain": gain,
+                "bh_would_select_mean": mean,
+            }
+        return {
+            "mean_experts_per_token": mean,
+            "std_experts_per_token": deviation,
+            "sparsity_gain": gain,
+        }
+
+    def reset_stats(self) -> None:
+        """Start the statistics anew."""
+        self.counters = RoutingCounters(len(self.routers), self.num_experts)
+
+    def _count(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
+        assert self.counters is not None
+        self.counters.add(layer, selection, self._token_weight)
+
+    def _leaves_slots_unused(self) -> bool:
+        return RULES[self.config.rule].adaptive and self.config.min_k < self.config.max_k
+
+    def _resolve(self, config: RoutingConfig) -> NullModel | None:
+        if not RULES[config.rule].adaptive:
+            return None
+        null = getattr(self, "null", None)
+        return null or resolve_null(self._kde, self.model, self.routers, self._tokenizer)
+
+    def _check(self, config: RoutingConfig) -> None:
+        config.check_experts(self.num_experts)
+        for layer in config.select_layers(len(self.routers)):
+            router = self.routers[layer]
+            if router.softmax:
+                continue
+            if config.max_k > router.top_k:
+                raise ParameterError(
+                    f"max_k={config.max_k} is more than the {router.top_k} experts that "
+                    f"{type(router.module).__name__} gives weights to, and its scores are its own: "
+                    f"give a max_k of at most {router.top_k}."
+                )
+            if config.temperature != 1.0:
+                raise ParameterError(
+                    f"temperature={config.temperature} would replace the scores of "
+                    f"{type(router.module).__name__}, which are no plain softmax: leave it at 1."
+                )
+
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Learn from the attention mask which tokens are padding."""
+        mask = kwargs.get("attention_mask")
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        tokens = ids if ids is not None else kwargs.get("inputs_embeds")
+        self._token_weight = None
+        if isinstance(mask, Tensor) and mask.ndim == 2 and tokens is not None:
+            self._token_weight = mask[:, -tokens.shape[1] :].reshape(-1).to(torch.int64)
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Ask all layers at once, in one synchronisation, whether their logits were finite."""
+        noted = [
+            (hook.layer, hook.not_finite) for hook in self._hooks if hook.not_finite is not None
+        ]
+        for hook in self._hooks:
+            hook.not_finite = None
+        if not noted:
+            return
+        device = noted[0][1].device
+        bad = torch.stack([flag.to(device) for _, flag in noted]).tolist()
+        broken = [str(layer) for (layer, _), flag in zip(noted, bad, strict=True) if flag]
+        if broken:
+            raise RoutingError(
+                f"The router logits of layer {', '.join(broken)} hold NaN or infinite values: "
+                "check the model's weights and its dtype."
+            )
