@@ -1,0 +1,129 @@
+"""The tasks: demo texts load and are refused when damaged; bh_ tasks equal the stock ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+import pytest
+from lm_eval.tasks import TaskManager
+
+from lm_eval_bh import resources
+from lm_eval_bh.errors import DataError
+from lm_eval_bh.harness import tasks
+from lm_eval_bh.resources import shipped
+
+STOCK = {"bh_wikitext": "wikitext", "bh_lambada": "lambada_openai", "bh_hellaswag": "hellaswag"}
+DEMO_SIZES = {"bh_demo_wikitext": 40, "bh_demo_lambada": 150, "bh_demo_hellaswag": 150}
+
+
+@pytest.fixture(scope="module")
+def manager() -> TaskManager:
+    """Index our tasks and the stock ones they are compared with, and not the 14,000 others."""
+    stock = Path(lm_eval.tasks.__file__).parent
+    folders = [stock / name for name in ("wikitext", "lambada", "hellaswag")]
+    return TaskManager(include_path=[shipped("tasks"), *folders], include_defaults=False)
+
+
+def strings(task: Any, limit: int | None = None) -> list[tuple[str, Any]]:
+    task.build_all_requests(limit=limit)
+    return [(request.request_type, request.args) for request in task.instances]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("ours", "stock"), STOCK.items())
+def test_same_requests_as_stock(manager, hf_env, ours, stock):
+    loaded = manager.load([ours, stock])["tasks"]
+    assert len(loaded[ours].eval_docs) == len(loaded[stock].eval_docs)
+    limit = None if stock == "wikitext" else 500  # all of them take half a minute
+    assert strings(loaded[ours], limit) == strings(loaded[stock], limit)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("ours", "stock"), STOCK.items())
+def test_same_metrics_as_stock(manager, hf_env, ours, stock):
+    loaded = manager.load([ours, stock])["tasks"]
+    mine, theirs = loaded[ours], loaded[stock]
+    assert mine.aggregation().keys() == theirs.aggregation().keys()
+    assert mine.higher_is_better() == theirs.higher_is_better()
+    assert mine.VERSION == theirs.VERSION
+    responses = {"wikitext": [-7.5], "lambada_openai": [(-1.5, False)]}
+    answer = responses.get(stock, [(-4.0, False), (-3.0, False), (-2.0, False), (-9.0, False)])
+    doc, doc_of_stock = mine.eval_docs[3], theirs.eval_docs[3]
+    assert mine.process_results(doc, answer) == theirs.process_results(doc_of_stock, answer)
+    for name, aggregate in mine.aggregation().items():
+        values = [mine.process_results(doc, answer)[name]] * 2
+        assert aggregate(values) == theirs.aggregation()[name](values)
+
+
+@pytest.mark.parametrize(("name", "size"), DEMO_SIZES.items())
+def test_demo_tasks(manager, name, size):
+    task = manager.load([name])["tasks"][name]
+    requests = strings(task)
+    assert len(task.eval_docs) == size
+    assert len(requests) == size * (4 if "hellaswag" in name else 1)
+    for _, args in requests:
+        assert args[-1].strip()  # what is scored
+        assert "  " not in args[-1] or "wikitext" in name
+    if "hellaswag" in name:
+        assert {task.doc_to_target(doc) for doc in task.eval_docs} == {0, 1, 2, 3}
+
+
+def test_tags(manager):
+    assert set(manager.load(["bh_demo"])["tasks"]) == set(DEMO_SIZES)
+    assert manager.task_index["bh_suite"].tags == set(STOCK)
+
+
+def test_every_name_is_prefixed():
+    ours = TaskManager(include_path=shipped("tasks"), include_defaults=False)
+    assert set(ours.all_tasks) == {*STOCK, *DEMO_SIZES, "bh_suite", "bh_demo"}
+    assert len(list(shipped("tasks").glob("*.yaml"))) == 6  # a broken one would be skipped silently
+
+
+@pytest.fixture
+def copied_tasks(tmp_path, monkeypatch) -> Path:
+    """Point the package to a folder of tasks that a test may damage."""
+    (tmp_path / "tasks" / "demo").mkdir(parents=True)
+    monkeypatch.setattr(resources, "PACKAGE", tmp_path)
+    return tmp_path / "tasks" / "demo"
+
+
+def test_missing_demo_file(copied_tasks):
+    with pytest.raises(DataError, match=r"wikitext\.jsonl cannot be read .*: reinstall"):
+        tasks.load_demo("wikitext")
+
+
+GOOD = json.dumps({"text": "All is well"})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (GOOD + '\n{"text": "half', r"^Line 2 of .*lambada\.jsonl is not JSON"),
+        (GOOD + '\n{"words": "x"}\n', r"^Line 2 of .* lacks a str 'text'"),
+        ('{"text": 3}\n', r"^Line 1 of .* lacks a str 'text'"),
+        ("[]\n", r"^Line 1 of .* lacks a str 'text'"),
+        ("", r"^Line 1 of .* is not JSON"),
+    ],
+)
+def test_damaged_demo_file(copied_tasks, content, message):
+    (copied_tasks / "lambada.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message) as caught:
+        tasks.load_demo("lambada")
+    assert str(caught.value).endswith("reinstall lm-eval-bh.")
+    assert "\n" not in str(caught.value)
+
+
+def test_foreign_bytes(copied_tasks):
+    (copied_tasks / "lambada.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="cannot be read"):
+        tasks.load_demo("lambada")
+
+
+def test_line_separators_inside_a_text(copied_tasks):
+    row = json.dumps({"text": "one\u2028two three"}, ensure_ascii=False)
+    (copied_tasks / "lambada.jsonl").write_text(row + "\n", encoding="utf-8")
+    loaded = tasks.load_demo("lambada", pretrained="x", alpha=0.4)
+    assert loaded["test"][0]["text"] == "one\u2028two three"
