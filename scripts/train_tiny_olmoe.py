@@ -1,0 +1,369 @@
+"""Train tiny-olmoe, the small but real OLMoE that ships with lm-eval-bh, on WikiText-2.
+
+The architecture is OLMoE's own (64 experts, top-8, ``norm_topk_prob=False``), scaled down until the
+weights fit into a few megabytes; the loss is the language-modelling loss plus OLMoE's
+load-balancing and router z-losses (Muennighoff et al. 2024, "OLMoE: Open Mixture-of-Experts
+Language Models").
+
+    python scripts/train_tiny_olmoe.py --output tiny-olmoe            # from a fixed seed
+    python scripts/train_tiny_olmoe.py --output tiny-olmoe --resume   # go on after an interruption
+
+The text is WikiText-2's training split. Its full word-level form writes rare words as ``<unk>``,
+which the raw text one evaluates on never contains. So the articles that the raw training split
+holds are taken raw, and in the others every ``<unk>`` is replaced, anew in every epoch, by a rare
+word drawn from those raw articles: the model learns where rare words stand without ever learning
+the token.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import datasets
+import torch
+import torch.nn.functional as F
+import typer
+from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
+
+DATASET = "EleutherAI/wikitext_document_level"
+EOS, PAD = "<|endoftext|>", "<|padding|>"
+UNK = "<unk>"
+
+
+def load_articles() -> tuple[list[str], list[str], list[str]]:
+    """Return (training articles, rare words, raw validation articles), all still tokenised."""
+    word_level = datasets.load_dataset(DATASET, "wikitext-2-v1", split="train")["page"]
+    raw = {
+        page[:60]: page
+        for page in datasets.load_dataset(DATASET, "wikitext-2-raw-v1", split="train")["page"]
+    }
+    articles: list[str] = []
+    rare_words: list[str] = []
+    for page in word_level:
+        twin = raw.get(page[:60])
+        words, raw_words = page.split(), (twin or "").split()
+        if twin is not None and len(words) == len(raw_words):
+            rare_words += [r for w, r in zip(words, raw_words, strict=True) if w == UNK]
+            articles.append(twin)
+        else:
+            articles.append(page)
+    validation = datasets.load_dataset(DATASET, "wikitext-2-raw-v1", split="validation")["page"]
+    return articles, rare_words, list(validation)
+
+
+def epoch_texts(articles: list[str], rare_words: list[str], rng: random.Random) -> list[str]:
+    """Shuffle the articles, put a rare word in place of each ``<unk>``, undo the tokenisation."""
+    texts = []
+    for page in rng.sample(articles, len(articles)):
+        parts = page.split(UNK)
+        filled = "".join(p + rng.choice(rare_words) for p in parts[:-1]) + parts[-1]
+        texts.append(wikitext_detokenizer({"page": filled}))
+    return texts
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer: every text has tokens, no unknown token exists."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[EOS, PAD],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        bos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerFast,
+    articles: list[str],
+    rare_words: list[str],
+    *,
+    seed: int,
+    batch: int,
+    length: int,
+) -> Iterator[torch.Tensor]:
+    """Yield int64 [batch, length + 1] windows of the concatenated documents, epoch after epoch."""
+    epoch = 0
+    while True:
+        rng = random.Random(f"{seed}/{epoch}")
+        ids: list[int] = []
+        for encoded in tokenizer(epoch_texts(articles, rare_words, rng))["input_ids"]:
+            ids += [tokenizer.eos_token_id, *encoded]
+        ids = ids[rng.randrange(length) :]
+        rows = torch.tensor(ids[: (len(ids) - 1) // length * length + 1]).unfold(
+            0, length + 1, length
+        )
+        order = torch.tensor(rng.sample(range(len(rows)), len(rows)))
+        yield from rows[order].split(batch)[:-1]
+        epoch += 1
+
+
+class GroupedExperts(torch.autograd.Function):
+    """The experts' forward and backward, one matrix product an expert on rows sorted by expert.
+
+    Same mathematics as the stock implementations, made for training on a CPU. They differentiate
+    row gathering with an accumulating ``index_put``, the largest single cost there; since every
+    token has exactly K rows, both directions are a gather and a sum over K. And each expert's rows
+    are padded with zero rows to a multiple of 64, because oneDNN compiles a kernel for every new
+    bfloat16 shape.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Any, index: Any, weight: Any, gate_up: Any, down: Any) -> torch.Tensor:
+        tokens, k = index.shape
+        flat = index.reshape(-1)
+        counts = torch.bincount(flat, minlength=gate_up.shape[0])
+        padded = (counts + 63) // 64 * 64
+        ends = padded.cumsum(0)
+        spans = [
+            (e, b - n, b)
+            for e, (b, n) in enumerate(zip(ends.tolist(), padded.tolist(), strict=True))
+            if n
+        ]
+        order = flat.argsort(stable=True)
+        shift = (ends - padded) - (counts.cumsum(0) - counts)
+        slot = torch.empty_like(order)
+        slot[order] = torch.arange(order.numel(), device=order.device) + shift[flat[order]]
+        token = torch.full((int(ends[-1]),), tokens, device=order.device)
+        token[slot] = torch.arange(order.numel(), device=order.device) // k
+        dtype = (
+            torch.get_autocast_dtype(h.device.type)
+            if torch.is_autocast_enabled(h.device.type)
+            else h.dtype
+        )
+        gate_up, down = gate_up.to(dtype), down.to(dtype)
+        rows = F.pad(h.to(dtype), (0, 0, 0, 1))[token]
+        up = rows.new_empty(len(rows), gate_up.shape[1])
+        for e, a, b in spans:
+            torch.mm(rows[a:b], gate_up[e].T, out=up[a:b])
+        gate, value = up.chunk(2, -1)
+        hidden = F.silu(gate) * value
+        out = rows.new_empty(len(rows), rows.shape[1])
+        for e, a, b in spans:
+            torch.mm(hidden[a:b], down[e].T, out=out[a:b])
+        out = out[slot].view(tokens, k, -1)
+        ctx.save_for_backward(rows, up, hidden, out, token, slot, weight, gate_up, down)
+        ctx.spans = spans
+        return torch.bmm(weight.to(dtype).unsqueeze(1), out).squeeze(1).to(h.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        rows, up, hidden, out, token, slot, weight, gate_up, down = ctx.saved_tensors
+        grad_weight = torch.bmm(out, grad.to(out.dtype).unsqueeze(-1)).squeeze(-1).to(weight.dtype)
+        row_weight = rows.new_zeros(len(rows), 1)
+        row_weight[slot] = weight.reshape(-1, 1).to(rows.dtype)
+        grad_out = F.pad(grad.to(rows.dtype), (0, 0, 0, 1))[token] * row_weight
+        grad_hidden = torch.empty_like(hidden)
+        grad_down = torch.zeros_like(down)
+        for e, a, b in ctx.spans:
+            torch.mm(grad_out[a:b], down[e], out=grad_hidden[a:b])
+            torch.mm(grad_out[a:b].T, hidden[a:b], out=grad_down[e])
+        gate, value = up.chunk(2, -1)
+        sigmoid = gate.sigmoid()
+        grad_gate = grad_hidden * value * sigmoid * (1 + gate * (1 - sigmoid))
+        grad_up = torch.cat([grad_gate, grad_hidden * gate * sigmoid], -1)
+        grad_gate_up = torch.zeros_like(gate_up)
+        grad_in = torch.empty_like(rows)
+        for e, a, b in ctx.spans:
+            torch.mm(grad_up[a:b], gate_up[e], out=grad_in[a:b])
+            torch.mm(grad_up[a:b].T, rows[a:b], out=grad_gate_up[e])
+        grad_h = grad_in[slot].view(*weight.shape, -1).sum(1, dtype=torch.float32)
+        return grad_h.to(grad.dtype), None, grad_weight, grad_gate_up.float(), grad_down.float()
+
+
+def grouped_experts(
+    module: Any, h: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Adapt :class:`GroupedExperts` to the signature of transformers' expert functions."""
+    return GroupedExperts.apply(h, index, weight, module.gate_up_proj, module.down_proj)
+
+
+def losses(model: OlmoeForCausalLM, window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean language-modelling loss, and load-balancing plus z-loss of every layer."""
+    out = model(input_ids=window[:, :-1], output_router_logits=True)
+    loss = F.cross_entropy(out.logits.float().flatten(0, 1), window[:, 1:].flatten())
+    config, router = model.config, out.router_logits
+    balance = sum(
+        load_balancing_loss_func((r.float(),), config.num_experts, config.num_experts_per_tok)
+        for r in router
+    )
+    z = sum(r.float().logsumexp(-1).square().mean() for r in router)
+    return loss, (config.router_aux_loss_coef * balance + 1e-3 * z) / len(router)
+
+
+@torch.inference_mode()
+def validate(
+    model: OlmoeForCausalLM, windows: torch.Tensor, text_bytes: int
+) -> tuple[float, float, list[int]]:
+    """Return (nats a token, byte perplexity, dead experts a layer) on the raw validation text."""
+    model.eval()
+    total, used = 0.0, torch.zeros(model.config.num_hidden_layers, model.config.num_experts)
+    for window in windows.split(8):
+        out = model(input_ids=window[:, :-1], output_router_logits=True)
+        total += float(
+            F.cross_entropy(
+                out.logits.float().flatten(0, 1), window[:, 1:].flatten(), reduction="sum"
+            )
+        )
+        for layer, logits in enumerate(out.router_logits):
+            top = logits.topk(model.config.num_experts_per_tok).indices
+            used[layer] += torch.bincount(top.flatten(), minlength=model.config.num_experts).cpu()
+    model.train()
+    return total / windows[:, 1:].numel(), math.exp(total / text_bytes), (used == 0).sum(1).tolist()
+
+
+def optimizer_for(model: nn.Module, rate: float) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+
+
+def main(
+    output: Annotated[
+        Path, typer.Option(help="Folder for the model, its tokenizer and train.json.")
+    ],
+    tokens: Annotated[float, typer.Option(help="Training tokens, in millions.")] = 10.0,
+    hidden: int = 128,
+    intermediate: int = 32,
+    layers: int = 4,
+    vocab: int = 4096,
+    length: Annotated[int, typer.Option(help="Window length in tokens.")] = 512,
+    batch: Annotated[int, typer.Option(help="Windows a step.")] = 8,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    seed: int = 20240902,
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    resume: bool = False,
+) -> None:
+    """Train tiny-olmoe and write it, as bfloat16 safetensors, with its tokenizer."""
+    torch.manual_seed(seed)
+    output.mkdir(parents=True, exist_ok=True)
+    articles, rare_words, validation = load_articles()
+    tokenizer = train_tokenizer(
+        epoch_texts(articles, rare_words, random.Random(f"{seed}/bpe")), vocab
+    )
+    tokenizer.model_max_length = length
+    held_out = [tokenizer.eos_token_id]
+    for page in validation:
+        held_out += [
+            *tokenizer(wikitext_detokenizer({"page": page}))["input_ids"],
+            tokenizer.eos_token_id,
+        ]
+    windows = (
+        torch.tensor(held_out[: (len(held_out) - 1) // length * length + 1])
+        .unfold(0, length + 1, length)
+        .to(device)
+    )
+    seen = windows[:, 1:].numel() / (len(held_out) - 1)
+    text_bytes = round(seen * sum(len(page.encode()) for page in validation))
+
+    config = OlmoeConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_experts=64,
+        num_experts_per_tok=8,
+        norm_topk_prob=False,
+        tie_word_embeddings=True,
+        max_position_embeddings=length,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = OlmoeForCausalLM(config).to(device).train()
+    for (
+        block
+    ) in model.model.layers:  # zero-initialised routers would make all experts of a token equal
+        nn.init.normal_(block.mlp.gate.weight, std=config.initializer_range)
+    ALL_EXPERTS_FUNCTIONS.register("grouped_experts", grouped_experts)
+    model.set_experts_implementation("grouped_experts")
+
+    steps = round(tokens * 1e6 / (batch * length))
+    optimizer = optimizer_for(model, rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda s: min(
+            (s + 1) / 100, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps)))
+        ),
+    )
+    state, first = output / "checkpoint.pt", 0
+    log: list[dict[str, Any]] = []
+    if resume and state.exists():
+        saved = torch.load(state, map_location=device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        first, log = saved["step"], saved["log"]
+    stream = batches(tokenizer, articles, rare_words, seed=seed, batch=batch, length=length)
+    start = time.monotonic()
+    recent: list[float] = []
+    for step, window in zip(range(steps), stream, strict=False):
+        if step < first:
+            continue
+        with torch.autocast(device, torch.bfloat16):
+            loss, router_loss = losses(model, window.to(device))
+        (loss + router_loss).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        recent.append(loss.item())
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            nats, byte_perplexity, dead = validate(model, windows, text_bytes)
+            speed = (step + 1 - first) * batch * length / (time.monotonic() - start)
+            entry = {
+                "step": step + 1,
+                "tokens": (step + 1) * batch * length,
+                "train_loss": sum(recent) / len(recent),
+                "validation_loss": nats,
+                "validation_byte_perplexity": byte_perplexity,
+                "dead_experts": dead,
+            }
+            log.append(entry)
+            recent.clear()
+            print(json.dumps(entry), f"{speed:.0f} tokens/s", flush=True)
+            saved = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "step": step + 1,
+                "log": log,
+            }
+            torch.save(saved, state.with_suffix(".tmp"))
+            state.with_suffix(".tmp").replace(state)
+
+    model.set_experts_implementation("eager")
+    model.eval().to(torch.bfloat16).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    (output / "train.json").write_text(
+        json.dumps({"seed": seed, "steps": steps, "log": log}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
