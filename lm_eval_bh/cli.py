@@ -1,4 +1,4 @@
-"""The command ``lm-eval-bh``: each subcommand reads its arguments and calls the module that does it."""
+"""The command ``lm-eval-bh``: subcommands read arguments and call who does the work."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def grouped_experts(
 
 
 def losses(model: OlmoeForCausalLM, window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean language-modelling loss, and load-balancing plus z-loss of every layer."""
+    """Return means (language-modelling loss, load-balancing + z-loss), balanced in every layer."""
     out = model(input_ids=window[:, :-1], output_router_logits=True)
     loss = F.cross_entropy(out.logits.float().flatten(0, 1), window[:, 1:].flatten())
     config, router = model.config, out.router_logits

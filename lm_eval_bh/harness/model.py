@@ -7,10 +7,13 @@ import inspect
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -18,12 +21,17 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 
 from lm_eval_bh.errors import ModelError, ParameterError, did_you_mean, show_as_one_sentence
-from lm_eval_bh.harness.recorder import Recorder, TokenIds
-from lm_eval_bh.harness.summary import summarize
+from lm_eval_bh.harness.batch import Owner
+from lm_eval_bh.harness.cache_guard import CountingCache, guard
+from lm_eval_bh.harness.log_folder import check_writable
+from lm_eval_bh.harness.recorder import TokenIds
+from lm_eval_bh.harness.run_log import LogOptions, RunLog
 from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
 from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.experts import EXPERTS
 from lm_eval_bh.routing.integration import BHRoutingIntegration
 from lm_eval_bh.routing.rules import RULES
+from lm_eval_bh.schema import SCHEMA_VERSION, RunInfo
 
 DEFAULT_MODEL = "allenai/OLMoE-1B-7B-0924"
 
@@ -49,6 +57,21 @@ FROM_PRETRAINED = frozenset(
     }
 )
 
+# What the FLOPs of a forward pass are counted from.
+FLOPS_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "num_experts",
+    "num_experts_per_tok",
+    "tie_word_embeddings",
+)
+
 
 class BHLM(HFLM):
     """A Hugging Face mixture-of-experts model whose routers ask a multiple-testing question.
@@ -66,9 +89,13 @@ class BHLM(HFLM):
     experts : str
         What computes the experts, see
         :class:`~lm_eval_bh.routing.integration.BHRoutingIntegration`.
+    log_routing, log_dir, log_samples, log_logits
+        See :class:`~lm_eval_bh.harness.run_log.LogOptions`.
 
     Raises
     ------
+    DataError
+        If the logs cannot be written, before weights load.
     ParameterError
         If an argument is unknown, out of range or contradicts another one, before weights load.
     ModelError
@@ -91,6 +118,10 @@ class BHLM(HFLM):
         renormalize: str | bool = "auto",
         layers: str | int = "all",
         experts: str = "auto",
+        log_routing: str = "summary",
+        log_dir: str | Path | None = None,
+        log_samples: int = 200,
+        log_logits: bool = False,
         **kwargs: Any,
     ) -> None:
         _check_names(kwargs)
@@ -110,7 +141,15 @@ class BHLM(HFLM):
                 f"kde={str(kde)!r} is no file or folder: "
                 "give the path of a null model, or kde=auto."
             )
-        self.run_id = uuid.uuid4().hex
+        if experts not in EXPERTS:
+            raise ParameterError(
+                f"experts={experts!r} is unknown: choose one of {', '.join(EXPERTS)}."
+            )
+        options = LogOptions(
+            log_routing, None if log_dir is None else str(log_dir), log_samples, log_logits
+        )
+        if options.log_dir is not None:
+            check_writable(Path(options.log_dir))
         name = (
             pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", "")
         )
@@ -137,15 +176,21 @@ class BHLM(HFLM):
             tokenizer=self.tokenizer,
             **self.routing_config.as_dict(),
         )
-        self.recorder = Recorder(
-            self.integration.layers, len(self.integration.routers), self.integration.num_experts
-        )
-        self.integration.observers.append(self.recorder.observe)
         self.integration.patch_model()
-        self._states: list[dict[str, Any]] = []
-        self._rolling: list[int] | None = None
+        self.log = RunLog(self.integration, options, self._new_run_id(), self.rank)
+        self._name = name
+        self._cache: CountingCache | None = None
+        self._rolling: list[tuple[int, int]] | None = None
+        self._scored: dict[int, int] = {}
         self._prompts: dict[str, list[int]] = {}
         self._batch_prompts: list[str] = []
+
+    def _new_run_id(self) -> str:
+        """Return an id that sorts by time and is the same on every process."""
+        run_id = [f"{datetime.now():%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"]
+        if self.world_size > 1:
+            broadcast_object_list(run_id)
+        return run_id[0]
 
     @classmethod
     def create_from_arg_string(
@@ -162,9 +207,8 @@ class BHLM(HFLM):
     ) -> BHLM:
         """Create the model from a dictionary of arguments, as lm-eval does."""
         show_as_one_sentence()
-        arg_dict.setdefault(
-            "pretrained", DEFAULT_MODEL
-        )  # lm-eval names the results folder after it
+        # lm-eval names the results folder after it.
+        arg_dict.setdefault("pretrained", DEFAULT_MODEL)
         return super().create_from_arg_obj(arg_dict, additional_config)  # type: ignore[no-any-return]
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
@@ -180,69 +224,112 @@ class BHLM(HFLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """Score continuations, see HFLM."""
-        with self.recorder.serving(requests):
-            result = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        self._share_counters()
-        return result  # type: ignore[no-any-return]
+        with self._serving(requests):
+            result: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+            self._log_losses([log_likelihood for log_likelihood, _ in result])
+        return result
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Score whole documents in windows, see HFLM."""
-        with self.recorder.serving(requests):
-            self._rolling = [
-                position
-                for position, request in enumerate(requests)
-                for _ in self._windows(request)
-            ]
-            result = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
-            self._rolling = None
-        self._share_counters()
-        return result  # type: ignore[no-any-return]
+        with self._serving(requests):
+            if self.log.recorder is not None:
+                self._rolling = list(self._all_windows(requests))
+            try:
+                result: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
+            finally:
+                self._rolling = None
+            self._log_losses(result)
+        return result
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate text, see HFLM."""
-        with self.recorder.serving(requests):
+        with self._serving(requests):
             self._prompts = defaultdict(list)
             for position, request in enumerate(requests):
                 self._prompts[request.args[0]].append(position)
-            result = super().generate_until(requests, disable_tqdm=disable_tqdm)
-        self._share_counters()
-        return result  # type: ignore[no-any-return]
+            result: list[str] = super().generate_until(requests, disable_tqdm)
+        return result
 
-    def _windows(self, request: Instance) -> Iterator[Any]:
-        """Cut a document into the windows that HFLM scores it in."""
-        windows: Iterator[Any] = utils.get_rolling_token_windows(
-            token_list=self.tok_encode(request.args[0]),
-            prefix_token=self.prefix_token_id,
-            max_seq_len=self.max_length,
-            context_len=1,
-        )
-        return windows
+    @contextmanager
+    def _serving(self, requests: list[Instance]) -> Iterator[None]:
+        """Log what runs inside for these requests, and flush the logs when it has ended."""
+        if self.log.recorder is None:
+            yield
+            return
+        self._scored = defaultdict(int)
+        with self.log.recorder.serving(requests):
+            yield
+        if self._cache is not None:
+            self.log.cached_requests = self._cache.hits
+        self.log.flush(self._gather)
+
+    def _gather(self, state: Any) -> list[Any] | None:
+        return self.gather_object(state, dst=0) if self.world_size > 1 else [state]
+
+    def _log_losses(self, log_likelihoods: Sequence[float]) -> None:
+        recorder = self.log.recorder
+        if recorder is not None:
+            positions = range(len(log_likelihoods))
+            self.log.add_losses(
+                [recorder.owner(position) for position in positions],
+                [
+                    -value / self._scored[p]
+                    for p, value in zip(positions, log_likelihoods, strict=True)
+                ],
+            )
+
+    def _all_windows(self, requests: list[Instance]) -> Iterator[tuple[int, int]]:
+        """Yield (position of the request, place of the window in it) as HFLM cuts documents."""
+        for position, request in enumerate(requests):
+            scored = 0
+            for window in utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            ):
+                context, targets = utils.make_disjoint_window(window)
+                yield position, scored - (len(context) - 1)  # the last window looks back
+                scored += len(targets)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], *args: Any, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        positions: Sequence[int] = range(len(requests))
+        owners = {} if self.log.recorder is None else self._owners_of(requests)
+        with nullcontext() if self.log.recorder is None else self.log.recorder.expecting(owners):
+            result: list[tuple[float, bool]] = super()._loglikelihood_tokens(
+                requests, *args, **kwargs
+            )
+        return result
+
+    def _owners_of(self, requests: Sequence[Any]) -> dict[TokenIds, list[Owner]]:
+        """Return who owns each row that HFLM will make of tokenised requests."""
+        assert self.log.recorder is not None
+        places = [(position, 0) for position in range(len(requests))]
         if self._rolling is not None:
-            # Windows come in order, batch by batch; copies even out processes.
-            positions = self._rolling[: len(requests)]
-            self._rolling = self._rolling[len(requests) :]
-        owners: dict[TokenIds, list[str]] = defaultdict(list)
-        for position, (_, context, continuation) in zip(positions, requests, strict=False):
-            task = self.recorder.task_of(position)
-            if task is not None:
-                owners[tuple((context + continuation)[-(self.max_length + 1) :][:-1])].append(task)
-        with self.recorder.expecting(owners):
-            return super()._loglikelihood_tokens(requests, *args, **kwargs)  # type: ignore[no-any-return]
+            # Windows come in order, batch by batch; copies that even out processes come last.
+            places, self._rolling = self._rolling[: len(requests)], self._rolling[len(requests) :]
+        owners: dict[TokenIds, list[Owner]] = defaultdict(list)
+        for (position, offset), (_, context, continuation) in zip(places, requests, strict=False):
+            self._scored[position] += len(continuation)
+            owner = self.log.recorder.owner(position, offset)
+            if owner is not None:
+                row = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
+                owners[row].append(owner)
+        return owners
 
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
-        with self.recorder.ignoring():
-            return super()._detect_batch_size(*args, **kwargs)  # type: ignore[no-any-return]
+        recorder = self.log.recorder
+        with nullcontext() if recorder is None else recorder.expecting({}):  # probes are nobody's
+            return int(super()._detect_batch_size(*args, **kwargs))
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with self.recorder.forward(inps):
-            return super()._model_call(inps, *args, **kwargs)  # type: ignore[no-any-return]
+        recorder = self.log.recorder
+        with nullcontext() if recorder is None else recorder.forward(inps):
+            logits: Tensor = super()._model_call(inps, *args, **kwargs)
+        return logits
 
     def tok_batch_encode(
         self, strings: list[str], *args: Any, **kwargs: Any
@@ -254,14 +341,19 @@ class BHLM(HFLM):
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any
     ) -> Tensor:
-        rows: list[list[str]] = []
+        recorder = self.log.recorder
+        if recorder is None:
+            plain: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
+            return plain
+        owners: list[list[Owner]] = []
         for prompt in self._batch_prompts:
             waiting = self._prompts[prompt]
-            task = self.recorder.task_of(waiting.pop(0)) if waiting else None
-            rows.append([] if task is None else [task])
-        with self.recorder.generation(rows, kwargs["attention_mask"]) as generation:
+            owner = recorder.owner(waiting.pop(0)) if waiting else None
+            owners.append([] if owner is None else [owner])
+        with recorder.generation(owners, context, kwargs["attention_mask"]) as generation:
             output: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
             generation.fed = self._tokens_fed(output, context.shape[1], stop)
+            generation.token_ids = output[:, context.shape[1] :]
         return output
 
     def _tokens_fed(self, output: Tensor, prompt_length: int, stop: list[str]) -> list[int]:
@@ -284,34 +376,47 @@ class BHLM(HFLM):
             fed += ~finished
         return fed.tolist()
 
-    def _share_counters(self) -> None:
-        """Collect the counters of all processes on the first one."""
-        state = self.recorder.state()
-        states = self.gather_object(state, dst=0) if self.world_size > 1 else [state]
-        if states is not None:
-            self._states = states
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Take lm-eval's request cache, unless it was filled under another routing."""
+        super().set_cache_hook(cache_hook)
+        if cache_hook.dbdict is not None:
+            null = self.integration.null
+            routing = self.routing_config.as_dict() | {
+                "pretrained": self._name,
+                "dtype": str(self.model.dtype),
+                "null_model": None if null is None else dataclasses.asdict(null.header),
+            }
+            self._cache = guard(cache_hook.dbdict, routing)
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what HFLM tells about the model and, under ``bh``, the routing and its summary.
 
         lm-eval calls this once, on the first process, after the evaluation, and writes it into
-        ``results["config"]``.
+        ``results["config"]``; so it is also where the logs are finished.
         """
-        routers = self.integration.routers
+        self.log.finish()
         info: dict[str, Any] = super().get_model_info()
-        return info | {
-            "bh": {
-                "run_id": self.run_id,
-                "config": self.routing_config.as_dict(),
-                "routed_layers": self.integration.layers,
-                "num_layers": len(routers),
-                "num_experts": self.integration.num_experts,
-                "native_top_k": routers[0].top_k,
-                "null_model": None
-                if self.integration.null is None
-                else dataclasses.asdict(self.integration.null.header),
-                "summary": summarize(self._states, self.integration.layers),
-            }
+        return info | {"bh": self._run_info()}
+
+    def _run_info(self) -> RunInfo:
+        integration, options = self.integration, self.log.options
+        model_config = self.model.config.get_text_config().to_dict()
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "run_id": self.log.run_id,
+            "config": self.routing_config.as_dict(),
+            "experts": integration.experts,
+            "log_routing": options.log_routing,
+            "log_dir": options.log_dir,
+            "routed_layers": integration.layers,
+            "num_layers": len(integration.routers),
+            "num_experts": integration.num_experts,
+            "native_top_k": integration.routers[0].top_k,
+            "model_config": {name: model_config.get(name) for name in FLOPS_FIELDS},
+            "null_model": None
+            if integration.null is None
+            else dataclasses.asdict(integration.null.header),
+            "summary": self.log.summary(),
         }
 
 

@@ -1,9 +1,9 @@
-"""Credits each row of a forward pass to the requests that own it, and counts what was selected.
+"""Finds out which requests own the rows of a forward pass, and tells the logs about them.
 
 lm-eval sorts requests by length across tasks, pads them, lets requests that share a context share a
 row, repeats the last request to even out processes, and probes batch sizes with rows nobody asked
 for. So the recorder is told which instances are being served, keeps a table from the tokens of a
-row to its owners, and looks every row up. What is not found belongs to nobody and is not counted.
+row to its owners, and looks every row up. What is not found belongs to nobody and is not logged.
 """
 
 from __future__ import annotations
@@ -12,50 +12,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lm_eval_bh.routing.counters import RoutingCounters
+from lm_eval_bh.harness.batch import Batch, Owner, Sink
+from lm_eval_bh.harness.counting import CounterSink
 from lm_eval_bh.routing.selection import Selection
 
 TokenIds = tuple[int, ...]
-
-
-class TaskCounters(RoutingCounters):
-    """What routing selected for the requests of one task.
-
-    Attributes
-    ----------
-    cross : list of Tensor
-        One int64 scalar a layer: the sum over tokens of this layer's count times the previous
-        one's.
-    seconds : float
-        Time of the forward passes, shared among tasks by their tokens.
-    """
-
-    def __init__(self, num_layers: int, num_experts: int) -> None:
-        super().__init__(num_layers, num_experts)
-        self.cross = [torch.zeros((), dtype=torch.int64) for _ in range(num_layers)]
-        self.seconds = 0.0
-
-    def add_cross(self, layer: int, counts: Tensor, previous: Tensor, weight: Tensor) -> None:
-        """Add the products of the counts of two adjacent layers, all int64 ``[tokens]``."""
-        self.cross[layer] = (
-            self.cross[layer].to(counts.device)
-            + (counts * previous.to(counts.device) * weight).sum()
-        )
-
-    def state(self) -> dict[str, Any]:
-        """Return the counters as plain values, for other processes."""
-        return {
-            "histogram": torch.stack([h.cpu() for h in self.histogram]).tolist(),
-            "usage": torch.stack([u.cpu() for u in self.usage]).tolist(),
-            "cross": [int(c) for c in self.cross],
-            "seconds": self.seconds,
-        }
 
 
 class Generation:
@@ -63,54 +29,55 @@ class Generation:
 
     Attributes
     ----------
-    decoded : list
-        (layer, selection) of every layer of every step after the prompt.
     fed : list of int
-        For each row, how many generated tokens it was fed before it was finished.
+        Set by the caller: for each row, how many generated tokens it was fed before it finished.
+    token_ids : Tensor
+        Set by the caller: int64 ``[rows, generated]``, what was generated.
     """
 
     def __init__(self, num_layers: int) -> None:
-        self.decoded: list[tuple[int, Selection]] = []
         self.fed: list[int] = []
+        self.token_ids = torch.empty(0, 0, dtype=torch.int64)
         self._num_layers = num_layers
-        self._prompt_layers = 0
+        self._seen = 0
+        self._decoded: list[tuple[int, Tensor, Selection]] = []
 
-    @property
-    def steps(self) -> int:
-        """Number of decoding steps."""
-        return len(self.decoded) // self._num_layers
-
-    def wants(self, layer: int, selection: Selection) -> bool:
-        """Keep the selection if it belongs to a decoding step; say whether it did."""
-        if self._prompt_layers < self._num_layers:
-            self._prompt_layers += 1
+    def keep(self, layer: int, router_logits: Tensor, selection: Selection) -> bool:
+        """Keep a layer of a decoding step; return False for the prompt's, which comes first."""
+        self._seen += 1
+        if self._seen <= self._num_layers:
             return False
-        self.decoded.append((layer, selection))
+        self._decoded.append((layer, router_logits, selection))
         return True
+
+    def steps(self) -> Iterator[list[tuple[int, Tensor, Selection]]]:
+        """Yield the decoding steps, each as the list of its layers."""
+        for start in range(0, len(self._decoded), self._num_layers):
+            yield self._decoded[start : start + self._num_layers]
 
 
 class Recorder:
-    """Counts the routing of an evaluation, task by task and layer by layer.
+    """Tells sinks about the forward passes of an evaluation.
 
     Parameters
     ----------
     layers : sequence of int
         The layers that are routed.
-    num_layers, num_experts : int
-        Of the model.
+    counters : CounterSink
+        The summary, which is also told how long passes took.
+    sinks : sequence of Sink
+        Further logs.
     """
 
-    def __init__(self, layers: Sequence[int], num_layers: int, num_experts: int) -> None:
-        self.layers = list(layers)
-        self.num_layers = num_layers
-        self.num_experts = num_experts
-        self.tasks: dict[str, TaskCounters] = {}
-        self.computed_tokens = 0
-        self.padding_tokens = 0
+    def __init__(
+        self, layers: Sequence[int], counters: CounterSink, sinks: Sequence[Sink] = ()
+    ) -> None:
+        self.counters = counters
+        self._sinks: list[Sink] = [counters, *sinks]
+        self._layers = list(layers)
         self._instances: list[Any] = []
-        self._owners: Mapping[TokenIds, list[str]] = {}
-        self._weights: dict[str, Tensor] = {}
-        self._previous: Tensor | None = None
+        self._owners: Mapping[TokenIds, list[Owner]] = {}
+        self._active = False
         self._generation: Generation | None = None
 
     @contextmanager
@@ -126,143 +93,119 @@ class Recorder:
         finally:
             self._instances = []
 
-    def task_of(self, position: int) -> str | None:
-        """Return the task of the instance at a position in :meth:`serving`; None for a copy."""
+    def owner(self, position: int, offset: int = 0) -> Owner | None:
+        """Return the owner at a position in :meth:`serving`; None for a copy or past the end."""
         instance = self._instances[position] if position < len(self._instances) else None
-        return None if instance is None else str(instance.task_name)
+        if instance is None:
+            return None
+        return Owner(str(instance.task_name), int(instance.doc_id), int(instance.idx), offset)
 
     @contextmanager
-    def expecting(self, owners: Mapping[TokenIds, list[str]]) -> Iterator[None]:
-        """Credit the rows of the forward passes inside to these tasks, by the tokens of the row."""
-        self._owners = owners
+    def expecting(self, owners: Mapping[TokenIds, list[Owner]]) -> Iterator[None]:
+        """Credit rows of the forward passes inside to these owners, by the tokens of the row."""
+        before, self._owners = self._owners, owners
         try:
             yield
         finally:
-            self._owners = {}
-
-    @contextmanager
-    def ignoring(self) -> Iterator[None]:
-        """Count nothing inside, whatever the rows look like."""
-        owners, self._owners = self._owners, {}
-        try:
-            yield
-        finally:
-            self._owners = owners
+            self._owners = before
 
     @contextmanager
     def forward(self, input_ids: Tensor) -> Iterator[None]:
-        """Count one forward pass over int64 ``[rows, length]``, padded on the right."""
-        rows = [self._find(row) for row in input_ids.tolist()] if self._owners else []
-        mask = torch.zeros(input_ids.shape, dtype=torch.int64)
-        for row, (length, _) in enumerate(rows):
-            mask[row, :length] = 1
-        with self._counting([tasks for _, tasks in rows], mask, input_ids.device):
+        """Log one forward pass over int64 ``[rows, length]``, padded on the right."""
+        if not self._owners:
+            yield
+            return
+        rows = [self._find(row) for row in input_ids.tolist()]
+        lengths = torch.tensor([length for length, _ in rows])
+        mask = torch.arange(input_ids.shape[1]) < lengths.unsqueeze(-1)
+        batch = Batch([owners for _, owners in rows], mask, input_ids.cpu(), [0] * len(rows))
+        with self._logging(batch, input_ids.device):
             yield
 
     @contextmanager
-    def generation(self, rows: list[list[str]], attention_mask: Tensor) -> Iterator[Generation]:
-        """Count one call of ``generate`` for rows owned by these tasks.
+    def generation(
+        self, owners: Sequence[Sequence[Owner]], prompt: Tensor, attention_mask: Tensor
+    ) -> Iterator[Generation]:
+        """Log one call of ``generate`` for rows of these owners.
 
         Parameters
         ----------
-        rows : list of list of str
+        owners : sequence of sequence of Owner
             The owners of each row.
-        attention_mask : Tensor
-            int64 ``[rows, length]`` of the prompts.
+        prompt, attention_mask : Tensor
+            int64 ``[rows, length]``, padded on the left.
 
         Yields
         ------
         Generation
-            Whose ``fed`` the caller sets to the number of generated tokens that each row was fed
-            before it was finished. What a finished row goes on to produce is not counted.
+            The caller sets its ``fed`` and ``token_ids``. What a row that has finished goes on to
+            produce is not logged.
         """
-        generation = Generation(len(self.layers))
-        with self._counting(rows, attention_mask.cpu().to(torch.int64), attention_mask.device):
+        mask = attention_mask.cpu().bool() & torch.tensor([[bool(row)] for row in owners])
+        batch = Batch(owners, mask, prompt.cpu(), [0] * len(owners))
+        generation = Generation(len(self._layers))
+        with self._logging(batch, prompt.device):
             self._generation = generation
             try:
                 yield generation
             finally:
                 self._generation = None
-        multiplicity = {
-            task: torch.tensor([owners.count(task) for owners in rows])
-            for task in set(chain.from_iterable(rows))
-        }
-        self.computed_tokens += sum(generation.fed)
-        self.padding_tokens += generation.steps * len(rows) - sum(generation.fed)
-        previous: Tensor | None = None
-        for number, (layer, selection) in enumerate(generation.decoded):
-            if number % len(self.layers) == 0:
-                previous = None
-            alive = torch.tensor(generation.fed) > number // len(self.layers)
-            for task, times in multiplicity.items():
-                self._add(
-                    task, layer, selection, (times * alive).to(selection.counts.device), previous
-                )
-            previous = selection.counts
-
-    @contextmanager
-    def _counting(
-        self, rows: list[list[str]], mask: Tensor, device: torch.device
-    ) -> Iterator[None]:
-        shares: Counter[str] = Counter()
-        weights: dict[str, Tensor] = {}
-        lengths = mask.sum(-1).tolist()
-        for row, tasks in enumerate(rows):
-            for task, times in Counter(tasks).items():
-                weights.setdefault(task, torch.zeros_like(mask))[row] = times * mask[row]
-                shares[task] += lengths[row] * times / len(tasks)
-        for task in weights:
-            if task not in self.tasks:
-                self.tasks[task] = TaskCounters(self.num_layers, self.num_experts)
-        self._weights = {task: weight.reshape(-1).to(device) for task, weight in weights.items()}
-        self._previous = None
-        start = _now(device)
-        try:
-            yield
-        finally:
-            self._weights = {}
-            self._previous = None
-        elapsed = _now(device) - start
-        if rows:
-            self.computed_tokens += sum(lengths)
-            self.padding_tokens += mask.numel() - sum(lengths)
-        for task, share in shares.items():
-            self.tasks[task].seconds += elapsed * share / sum(shares.values())
+        for number, step in enumerate(generation.steps()):
+            alive = torch.tensor(generation.fed) > number
+            decoded = Batch(
+                owners,
+                (alive & mask.any(-1)).unsqueeze(-1),
+                generation.token_ids[:, number : number + 1].cpu(),
+                [length + number for length in batch.lengths],
+            )
+            self._begin(decoded, prompt.device)
+            for layer, router_logits, selection in step:
+                self._tell(layer, router_logits, selection)
+            self._end()
 
     def observe(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
-        """Count one layer's selection; called by the router hooks, in the order of the layers."""
-        if self._generation is not None and self._generation.wants(layer, selection):
+        """Take one layer's selection; called by the router hooks, in the order of the layers."""
+        if self._generation is not None and self._generation.keep(layer, router_logits, selection):
             return
-        for task, weight in self._weights.items():
-            self._add(task, layer, selection, weight.to(selection.counts.device), self._previous)
-        self._previous = selection.counts
+        if self._active:
+            self._tell(layer, router_logits, selection)
 
-    def _add(
-        self, task: str, layer: int, selection: Selection, weight: Tensor, previous: Tensor | None
-    ) -> None:
-        counters = self.tasks[task]
-        counters.add(layer, selection, weight)
-        if previous is not None:
-            counters.add_cross(layer, selection.counts, previous, weight)
+    @contextmanager
+    def _logging(self, batch: Batch, device: torch.device) -> Iterator[None]:
+        start = _now(device)
+        self._begin(batch, device)
+        try:
+            yield
+        except BaseException:
+            self._active = False  # a failed pass, such as one too large for memory, is not logged
+            raise
+        self.counters.took(batch, _now(device) - start)
+        self._end()
 
-    def _find(self, row: list[int]) -> tuple[int, list[str]]:
-        """Return (length, tasks) of a row padded on the right with zeros; (0, []) if nobody's."""
+    def _begin(self, batch: Batch, device: torch.device) -> None:
+        self._active = True
+        for sink in self._sinks:
+            sink.begin(batch, device)
+
+    def _tell(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
+        for sink in self._sinks:
+            sink.layer(layer, router_logits, selection)
+
+    def _end(self) -> None:
+        self._active = False
+        for sink in self._sinks:
+            sink.end()
+
+    def _find(self, row: list[int]) -> tuple[int, list[Owner]]:
+        """Return (length, owners) of a row padded on the right with zeros; (0, []) if nobody's."""
         shortest = len(row)
         while shortest and row[shortest - 1] == 0:
             shortest -= 1
         for length in range(shortest, len(row) + 1):
-            tasks = self._owners.get(tuple(row[:length]))
-            if tasks is not None:
-                return length, tasks
+            owners = self._owners.get(tuple(row[:length]))
+            if owners is not None:
+                return length, owners
         return 0, []
-
-    def state(self) -> dict[str, Any]:
-        """Return all counters as plain values, for other processes."""
-        return {
-            "tasks": {task: counters.state() for task, counters in self.tasks.items()},
-            "computed_tokens": self.computed_tokens,
-            "padding_tokens": self.padding_tokens,
-        }
 
 
 def _now(device: torch.device) -> float:

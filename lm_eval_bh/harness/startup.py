@@ -29,9 +29,10 @@ class Finder:
         """Return the spec of a hooked module with its loader wrapped, and None for all others."""
         if name not in HOOKED:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        specs = (finder.find_spec(name, path, target) for finder in others)
-        spec = next((spec for spec in specs if spec is not None), None)
+        # Not the other finders of sys.meta_path: if one of them did likewise, we would never end.
+        from importlib.machinery import PathFinder
+
+        spec = PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

@@ -8,20 +8,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lm_eval_bh.schema import RoutingSummary, TaskSummary
 
-def summarize(states: Sequence[dict[str, Any]], layers: Sequence[int]) -> dict[str, Any]:
+
+def summarize(
+    states: Sequence[dict[str, Any]], layers: Sequence[int], cached_requests: int
+) -> RoutingSummary:
     """Merge the states of all processes and describe the experts per token.
 
     Parameters
     ----------
     states : sequence of dict
-        What :meth:`~lm_eval_bh.harness.recorder.Recorder.state` returned on each process.
+        What :meth:`~lm_eval_bh.harness.counting.CounterSink.state` returned on each process.
     layers : sequence of int
         The routed layers; the others are not described.
+    cached_requests : int
+        Requests that a cache answered.
 
     Returns
     -------
-    dict
+    RoutingSummary
         Plain Python values: means and standard deviations over tokens and layers, over all tasks
         and for each; padding, batch-size probes and repeated requests excluded. What no token was
         seen of is None.
@@ -35,14 +41,16 @@ def summarize(states: Sequence[dict[str, Any]], layers: Sequence[int]) -> dict[s
         **_describe(everything, layers),
         "computed_tokens": sum(state["computed_tokens"] for state in states),
         "padding_tokens": sum(state["padding_tokens"] for state in states),
+        "cached_requests": cached_requests,
         "tasks": {name: _describe(parts, layers) for name, parts in tasks.items()},
     }
 
 
-def _describe(parts: Sequence[dict[str, Any]], layers: Sequence[int]) -> dict[str, Any]:
+def _describe(parts: Sequence[dict[str, Any]], layers: Sequence[int]) -> TaskSummary:
     chosen = list(layers)
     if not parts:
         return {
+            "seconds": 0.0,
             "tokens": 0,
             "mean_experts_per_token": None,
             "std_experts_per_token": None,

@@ -83,8 +83,13 @@ class RoutingConfig:
             )
         self.select_layers(10**6)  # the pattern is checked now, its numbers when a model is known
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether the number of experts depends on the token."""
+        return RULES[self.rule].adaptive
+
     def check_experts(self, num_experts: int) -> None:
-        """Raise :class:`ParameterError` if ``num_experts`` experts a layer cannot serve ``max_k``."""
+        """Raise :class:`ParameterError` if a layer has too few experts for ``max_k``."""
         if self.max_k > num_experts:
             raise ParameterError(
                 f"max_k={self.max_k} is more than the model's {num_experts} experts: "

@@ -11,7 +11,6 @@ from lm_eval.tasks import TaskManager
 
 from lm_eval_bh.resources import shipped
 
-DEMO = ["bh_demo_wikitext", "bh_demo_lambada", "bh_demo_hellaswag"]
 
 
 @pytest.fixture(scope="session")

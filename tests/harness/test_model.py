@@ -12,7 +12,7 @@ from lm_eval_bh import BHError, ModelError, NullModelError, ParameterError
 from lm_eval_bh.harness.model import DEFAULT_MODEL, BHLM
 from lm_eval_bh.resources import tiny_olmoe
 
-from .conftest import DEMO
+DEMO = ["bh_demo_wikitext", "bh_demo_lambada", "bh_demo_hellaswag"]
 
 TINY = "pretrained=tiny-olmoe"
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from lm_eval_bh.harness import plugin
 from lm_eval_bh.resources import shipped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +53,8 @@ print(dict(model_registry.items()).get("hf-bh"), len(model_registry) > 30)
 
 def test_starting_imports_nothing():
     added = python(
-        f"import importlib.util, sys\nbefore = set(sys.modules)\n{INSTALL}\n"
+        "import importlib.util, sys\nsys.modules.pop('_lm_eval_bh_startup', None)\n"
+        f"before = set(sys.modules)\n{INSTALL}\n"
         "print(set(sys.modules) - before)"
     )
     assert added == "{'_lm_eval_bh_startup'}"
@@ -101,6 +103,13 @@ def test_there_is_one_finder():
         "finders = list(sys.meta_path)\nimport lm_eval_bh\nprint(sys.meta_path == finders)"
     )
     assert python(code) == "True"
+
+
+def test_two_installations_do_not_ask_each_other_for_ever():
+    code = (
+        INSTALL + INSTALL + "assert len([f for f in sys.meta_path if 'startup' in repr(f)]) > 1\n"
+    )
+    assert python(code + "import lm_eval.models" + SHOW) == f"{PLACEHOLDER} True"
 
 
 def test_looking_for_a_module_is_not_importing_it():
@@ -193,11 +202,15 @@ def test_include_path_may_be_given_by_position(users_tasks):
     assert tasks_of(f"None, {str(users_tasks)!r}").startswith(f"a_task {OURS} wikitext ")
 
 
-@pytest.mark.parametrize("folder", [shipped("tasks"), shipped("tasks").parent])
-def test_our_own_folder_given_as_include_path(folder):
+def test_our_own_folder_given_as_include_path():
     """It is indexed once: the harness would warn of every task that overrides another."""
-    shown = tasks_of(f"include_path={str(folder)!r}")
-    assert shown == f"{OURS} wikitext {folder}"
+    shown = tasks_of(f"include_path={str(shipped('tasks'))!r}")
+    assert shown == f"{OURS} wikitext {shipped('tasks')}"
+
+
+def test_a_folder_around_ours_given_as_include_path():
+    around = str(shipped("tasks").parent)
+    assert plugin._with_our_tasks(around) == around
 
 
 def test_without_the_defaults_there_is_only_what_was_asked_for(users_tasks):
@@ -234,7 +247,7 @@ LATER_RELEASE = {
             def register(self, alias, target):
                 assert alias not in self
                 self[alias] = target
-        model_registry = Registry()
+        model_registry: Registry = Registry()
         def load_plugins(group, registry):
             for entry_point in md.entry_points(group=group):
                 if entry_point.name not in registry:

@@ -1,0 +1,79 @@
+"""One forward pass, as the logs see it: whose rows, which tokens are real."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lm_eval_bh.routing.selection import Selection
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The request that a row of a forward pass serves.
+
+    Attributes
+    ----------
+    task : str
+        Name of the task.
+    doc_id, request : int
+        The document in the task, and which of its requests.
+    offset : int
+        How many of the request's tokens earlier rows have held: windows of a long document.
+    """
+
+    task: str
+    doc_id: int
+    request: int
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one forward pass.
+
+    Attributes
+    ----------
+    owners : sequence of sequence of Owner
+        For each row, who is served by it: nobody, one request, or several that share it.
+    mask : Tensor
+        bool ``[rows, length]`` on the CPU; False for padding and for rows of nobody.
+    token_ids : Tensor
+        int64 ``[rows, length]`` on the CPU.
+    first : sequence of int
+        For each row, the position in its request of its first real token, before ``offset``.
+    """
+
+    owners: Sequence[Sequence[Owner]]
+    mask: Tensor
+    token_ids: Tensor
+    first: Sequence[int]
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Real tokens of each row."""
+        return [int(length) for length in self.mask.sum(-1)]
+
+    @cached_property
+    def flat(self) -> list[Tensor]:
+        """For each row, int64 [real tokens], their places in the batch flattened to [tokens]."""
+        width = self.mask.shape[1]
+        return [row.nonzero().flatten() + number * width for number, row in enumerate(self.mask)]
+
+
+class Sink(Protocol):
+    """Something that is told, pass by pass, what routing selected for whom."""
+
+    def begin(self, batch: Batch, device: torch.device) -> None:
+        """Start a forward pass."""
+
+    def layer(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
+        """Take one layer's selection for the tokens of the batch, flattened to ``[tokens]``."""
+
+    def end(self) -> None:
+        """Finish the forward pass."""

@@ -1,0 +1,66 @@
+"""Keeps lm-eval's request cache from answering for another routing.
+
+``--use_cache`` looks answers up by the request alone. A cache that was filled at another alpha
+would answer for this one without a word, so the cache is marked with the routing that filled it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sqlitedict import SqliteDict
+
+from lm_eval_bh.errors import ParameterError
+
+MARK = "lm_eval_bh routing"
+
+
+class CountingCache(SqliteDict):
+    """A cache that counts how many requests it answers."""
+
+    hits = 0
+
+    def __contains__(self, key: object) -> bool:
+        """Look a request up; lm-eval asks once for each."""
+        found = bool(super().__contains__(key))
+        self.hits += found
+        return found
+
+
+def guard(cache: Any, routing: dict[str, Any]) -> CountingCache:
+    """Mark a new cache with the routing, refuse one of another routing, and count its answers.
+
+    Parameters
+    ----------
+    cache : SqliteDict
+        lm-eval's cache.
+    routing : dict
+        Everything the answers depend on, as plain values.
+
+    Raises
+    ------
+    ParameterError
+        If the cache was filled under another routing, or by another model class.
+    """
+    mine = json.dumps(routing, sort_keys=True)
+    found = cache.get(MARK)
+    if found is None and len(cache) == 0:
+        cache[MARK] = mine
+    elif found != mine:
+        raise ParameterError(
+            f"The cache {cache.filename} was filled {_difference(found, routing)}: "
+            "give --use_cache another path."
+        )
+    cache.__class__ = CountingCache  # lm-eval holds the very object, so it cannot be wrapped
+    return cache  # type: ignore[no-any-return]
+
+
+def _difference(found: str | None, routing: dict[str, Any]) -> str:
+    if found is None:
+        return "by another model than hf-bh"
+    before = json.loads(found)
+    name = next(
+        name for name in sorted({*before, *routing}) if before.get(name) != routing.get(name)
+    )
+    return f"with {name}={before.get(name)!r}, and this run has {name}={routing.get(name)!r}"

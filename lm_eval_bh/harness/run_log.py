@@ -1,0 +1,243 @@
+"""All that one evaluation logs about its routing: what is kept, where, what it amounts to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval_bh.errors import ParameterError, did_you_mean
+from lm_eval_bh.harness.batch import Owner, Sink
+from lm_eval_bh.harness.counting import CounterSink
+from lm_eval_bh.harness.log_folder import LogFolder
+from lm_eval_bh.harness.recorder import Recorder
+from lm_eval_bh.harness.samples import Key, SampleSink
+from lm_eval_bh.harness.summary import summarize
+from lm_eval_bh.routing.integration import BHRoutingIntegration
+from lm_eval_bh.schema import (
+    INTERNAL_ROUTING,
+    SCHEMA_VERSION,
+    InternalRouting,
+    RoutingSummary,
+    Sample,
+    TaskSummary,
+    experiment_name,
+    read_json,
+)
+
+LEVELS = ("off", "summary", "samples", "full")
+Gather = Callable[[Any], list[Any] | None]
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """How much of the routing is kept, and where.
+
+    Attributes
+    ----------
+    log_routing : str
+        "off", "summary" (exact counters, in the harness's results), "samples" (and everything about
+        the first documents, as JSON) or "full" (and every token, as Parquet).
+    log_dir : str or None
+        The folder for samples and full; lm-eval does not tell a model its output path.
+    log_samples : int
+        How many documents of each task "samples" keeps.
+    log_logits : bool
+        Whether "full" keeps the router logits too.
+
+    Raises
+    ------
+    ParameterError
+        If a value is unknown or contradicts another.
+    """
+
+    log_routing: str = "summary"
+    log_dir: str | None = None
+    log_samples: int = 200
+    log_logits: bool = False
+
+    def __post_init__(self) -> None:
+        if self.log_routing not in LEVELS:
+            raise ParameterError(
+                f"log_routing={self.log_routing!r} is unknown: choose one of {', '.join(LEVELS)}"
+                f"{did_you_mean(str(self.log_routing), LEVELS)}."
+            )
+        if isinstance(self.log_samples, bool) or not isinstance(self.log_samples, int):
+            raise ParameterError(
+                f"log_samples={self.log_samples!r} is no number of documents: give an integer."
+            )
+        if self.log_samples < 0:
+            raise ParameterError(
+                f"log_samples={self.log_samples} is negative: give a number of documents, or 0."
+            )
+        if self.log_logits not in (True, False):
+            raise ParameterError(f"log_logits={self.log_logits!r} is unknown: give True or False.")
+        if self.log_logits and self.log_routing != "full":
+            raise ParameterError(
+                f"log_logits=True needs log_routing=full, not {self.log_routing}: "
+                "logits are kept token by token."
+            )
+        if self.details and self.log_dir is None:
+            raise ParameterError(
+                f"log_routing={self.log_routing} needs a folder to write to: give log_dir."
+            )
+        if not self.details and self.log_dir is not None:
+            raise ParameterError(
+                f"log_dir={self.log_dir!r} has no use with log_routing={self.log_routing}, which "
+                "writes no files of its own: choose samples or full, or leave log_dir out."
+            )
+
+    @property
+    def details(self) -> bool:
+        """Whether files of our own are written."""
+        return self.log_routing in ("samples", "full")
+
+
+class RunLog:
+    """The routing logs of one evaluation on one process.
+
+    Parameters
+    ----------
+    integration : BHRoutingIntegration
+        Whose hooks report to the log from now on, until :meth:`detach`.
+    options : LogOptions
+        What is kept.
+    run_id : str
+        The same on every process.
+    rank : int
+        Of this process.
+
+    Raises
+    ------
+    DataError
+        If the folder cannot be written to.
+    """
+
+    def __init__(
+        self, integration: BHRoutingIntegration, options: LogOptions, run_id: str, rank: int
+    ) -> None:
+        self.run_id = run_id
+        self.options = options
+        self.cached_requests = 0
+        self._integration = integration
+        self._layers = integration.layers
+        self._parts = 0
+        self._states: list[dict[str, Any]] = []
+        self._losses: dict[Key, float] = {}
+        self._folder: LogFolder | None = None
+        self._samples: SampleSink | None = None
+        self._tokens: Any = None
+        self._counters = CounterSink(len(integration.routers), integration.num_experts)
+        sinks: list[Sink] = []
+        if options.details:
+            config, experts = integration.config, integration.num_experts
+            self._folder = LogFolder(Path(str(options.log_dir)), run_id, rank)
+            self._samples = SampleSink(
+                options.log_samples,
+                experts,
+                config.min_k if config.adaptive else config.max_k,
+                config.max_k,
+            )
+            sinks.append(self._samples)
+            if options.log_routing == "full":
+                from lm_eval_bh.harness.tokens import TokenSink
+
+                self._tokens = TokenSink(self._folder, experts, options.log_logits)
+                sinks.append(self._tokens)
+        self.recorder: Recorder | None = None
+        if options.log_routing != "off":
+            self.recorder = Recorder(self._layers, self._counters, sinks)
+            integration.observers.append(self.recorder.observe)
+
+    def detach(self) -> None:
+        """Stop listening to the hooks."""
+        if self.recorder is not None:
+            self._integration.observers.remove(self.recorder.observe)
+            self.recorder = None
+
+    def add_losses(self, owners: Sequence[Owner | None], losses: Sequence[float]) -> None:
+        """Note the loss, in nats a scored token, of the requests that were just served."""
+        for owner, loss in zip(owners, losses, strict=True):
+            if owner is not None:
+                self._losses[owner.task, owner.doc_id, owner.request] = loss
+
+    def flush(self, gather: Gather) -> None:
+        """Write what a request method has left, and bring the counters to the first process.
+
+        Parameters
+        ----------
+        gather : callable
+            Returns the objects of all processes on the first one, None on the others.
+        """
+        if self._samples is not None and self._folder is not None:
+            samples = self._samples.take(self._losses)
+            name = f".samples-{self._folder.rank}-{self._parts}.json"
+            self._folder.write_json(name, samples)
+            self._parts += 1
+            self._losses.clear()
+        if self._tokens is not None:
+            self._tokens.flush()
+        state = self._counters.state() | {
+            "cached_requests": self.cached_requests,
+            "token_parts": self._tokens.parts if self._tokens else [],
+            "token_rows": self._tokens.rows if self._tokens else 0,
+        }
+        states = gather(state)
+        if states is not None:
+            self._states = states
+
+    def summary(self) -> RoutingSummary | None:
+        """Return the routing summary over all processes; None if nothing was to be logged."""
+        if self.options.log_routing == "off":
+            return None
+        cached = sum(state["cached_requests"] for state in self._states)
+        return summarize(self._states, self._layers, max(cached, self.cached_requests))
+
+    def finish(self) -> None:
+        """Put the parts of all processes together and write the manifest; on the first process."""
+        summary = self.summary()
+        if self._folder is None or summary is None:
+            return
+        samples: dict[str, list[Sample]] = {}
+        parts = sorted(self._folder.path.glob(".samples-*.json"))
+        for part in parts:
+            for task, some in read_json(part).items():
+                samples.setdefault(task, []).extend(some)
+        files = []
+        for task, task_summary in summary["tasks"].items():
+            some = samples.get(task, [])
+            some.sort(key=lambda sample: (sample["sample_id"], sample["request"]))
+            content = self._internal_routing(task, task_summary, some)
+            files.append(f"{content['config']}{INTERNAL_ROUTING}")
+            self._folder.write_json(files[-1], content)
+        files += [part for state in self._states for part in state["token_parts"]]
+        rows = sum(state["token_rows"] for state in self._states)
+        self._folder.finish(self.run_id, files, rows)
+        for part in parts:
+            part.unlink()
+
+    def _internal_routing(
+        self, task: str, summary: TaskSummary, samples: list[Sample]
+    ) -> InternalRouting:
+        config = self._integration.config
+        layers = summary["layers"]
+        alpha = config.alpha if config.adaptive else None
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "run_id": self.run_id,
+            "config": experiment_name(config.rule, config.max_k, alpha, task),
+            "strategy": config.rule,
+            "num_experts": self._integration.num_experts,
+            "dataset": task,
+            "samples": samples,
+            "aggregate_stats": {
+                "layers": [layer["layer"] for layer in layers],
+                "total_tokens": summary["tokens"],
+                "avg_experts": summary["mean_experts_per_token"],
+                "std_experts": summary["std_experts_per_token"],
+                "per_layer_avg_experts": [layer["mean_experts"] for layer in layers],
+                "per_layer_std_experts": [layer["std_experts"] for layer in layers],
+                "expert_usage_counts": [layer["usage"] for layer in layers],
+            },
+        }

@@ -1,0 +1,282 @@
+"""The files that experiments leave behind: their names, their fields, their version.
+
+Whoever writes such a file and whoever reads one uses this module, which needs neither torch nor
+lm-eval.
+
+Files
+-----
+``results_*.json``
+    The harness's own. ``config.bh`` is a :class:`RunInfo`: the whole routing configuration, the run
+    id and the routing summary.
+``<log_dir>/<run id>/<experiment>_internal_routing.json``
+    One a task, with ``log_routing=samples`` or ``full``: an :class:`InternalRouting`.
+``<log_dir>/<run id>/tokens/part-*.parquet``
+    With ``log_routing=full``: one row a token, layer and request that owns it, see
+    :func:`token_schema`.
+``<log_dir>/<run id>/routing.json``
+    The :class:`Manifest`, written last: a folder without it is of a run that did not finish.
+``logs/<experiment>.json``
+    Written by sweeps: an :class:`ExperimentSummary`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, cast
+
+from lm_eval_bh.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCHEMA_VERSION = 1
+MANIFEST = "routing.json"
+TOKENS = "tokens"
+INTERNAL_ROUTING = "_internal_routing.json"
+UNUSED = -1  # pads selected_experts in JSON; in the model the sentinel is the number of experts
+
+
+class LayerSummary(TypedDict):
+    """Exact counters of one layer."""
+
+    layer: int
+    mean_experts: float | None
+    std_experts: float | None  # population standard deviation over tokens
+    histogram: list[int]  # how many tokens got 0, 1, ..., num_experts experts
+    usage: list[int]  # how many tokens each expert served
+    cross: int  # sum over tokens of this count times the previous routed layer's; first: 0
+
+
+class TaskSummary(TypedDict):
+    """What routing selected for the requests of one task, or of all."""
+
+    tokens: int  # credited: a row shared by two requests counts for both; padding never counts
+    seconds: float  # forward passes only, the device synchronised, shared among tasks by tokens
+    mean_experts_per_token: float | None
+    std_experts_per_token: float | None
+    layers: list[LayerSummary]
+
+
+class RoutingSummary(TaskSummary):
+    """The summary of a run: over all tasks, and for each."""
+
+    computed_tokens: int  # rows really computed, each once; padding excluded
+    padding_tokens: int
+    cached_requests: int  # answered from --use_cache: they left no trace here
+    tasks: dict[str, TaskSummary]
+
+
+class RunInfo(TypedDict):
+    """``results["config"]["bh"]``."""
+
+    schema_version: int
+    run_id: str
+    config: dict[str, Any]  # alpha, rule, min_k, max_k, temperature, renormalize, mode, layers
+    experts: str  # the experts= that was asked for
+    log_routing: str
+    log_dir: str | None
+    routed_layers: list[int]
+    num_layers: int
+    num_experts: int
+    native_top_k: int
+    model_config: dict[str, Any]  # what FLOPs are counted from
+    null_model: dict[str, Any] | None
+    summary: RoutingSummary | None  # None with log_routing=off
+
+
+class LayerStats(TypedDict):
+    """``layer_stats`` of one layer of one sample."""
+
+    avg_experts: float
+    std_experts: float
+    ceiling_hits: int
+    floor_hits: int
+
+
+class SampleLayer(TypedDict):
+    """One layer of one sample."""
+
+    layer: int
+    router_logits_shape: list[int]  # [tokens, experts]
+    selected_experts: list[list[int]]  # [tokens][max_k], padded with -1
+    expert_weights: list[list[float]]  # [tokens][max_k], 0 where unused
+    expert_counts: list[int]
+    router_logits_sample: list[list[float]]  # of the first tokens
+    layer_stats: LayerStats
+
+
+class Sample(TypedDict):
+    """One request of one document."""
+
+    sample_id: int  # the document's id in the task
+    request: int  # which of the document's requests, 0 where it has one
+    num_tokens: int
+    token_ids: list[int]
+    loss: float | None  # nats a scored token; None for generated text
+    layers: list[SampleLayer]
+
+
+class InternalRouting(TypedDict):
+    """``<experiment>_internal_routing.json``."""
+
+    schema_version: int
+    run_id: str
+    config: str  # the experiment's name
+    strategy: str  # the rule
+    num_experts: int
+    dataset: str
+    samples: list[Sample]
+    aggregate_stats: dict[str, Any]
+
+
+class Manifest(TypedDict):
+    """``routing.json``: what a finished run wrote."""
+
+    schema_version: int
+    run_id: str
+    files: list[str]  # relative to the manifest
+    token_rows: int
+
+
+class ExperimentSummary(TypedDict):
+    """``logs/<experiment>.json``, written by sweeps."""
+
+    schema_version: int
+    run_id: str
+    config: str
+    strategy: str
+    k_or_max_k: int
+    alpha: float | None
+    num_experts: int
+    dataset: str
+    metrics: dict[str, float | None]
+    summary: dict[str, float | int | None]  # total_samples, total_tokens, elapsed_time_seconds
+
+
+def dataset_name(task: str) -> str:
+    """Return the data set that a task of ours evaluates: ``bh_wikitext`` -> ``wikitext``."""
+    return task.removeprefix("bh_")
+
+
+def experiment_name(rule: str, max_k: int, alpha: float | None, task: str) -> str:
+    """Return the name of an experiment, as the earlier prototype built it.
+
+    Examples
+    --------
+    >>> experiment_name("bh", 8, 0.4, "bh_wikitext")
+    '8experts_bh_a040_wikitext'
+    >>> experiment_name("topk", 8, None, "bh_wikitext")
+    '8experts_topk_baseline_wikitext'
+    """
+    if rule == "topk" or alpha is None:
+        return f"{max_k}experts_{rule}_baseline_{dataset_name(task)}"
+    digits = f"{alpha:.2f}" if round(alpha, 2) == alpha else f"{alpha:.10f}".rstrip("0")
+    return f"{max_k}experts_{rule}_a{digits.replace('.', '')}_{dataset_name(task)}"
+
+
+def token_schema(with_logits: bool, num_experts: int) -> pa.Schema:
+    """Return the Arrow schema of the token log: one row a token, layer and owning request."""
+    import pyarrow as pa
+
+    fields = [
+        pa.field("task", pa.dictionary(pa.int32(), pa.string())),
+        pa.field("doc_id", pa.int32()),
+        pa.field("request", pa.int16()),
+        pa.field("layer", pa.int16()),
+        pa.field("position", pa.int32()),
+        pa.field("token_id", pa.int32()),
+        pa.field("count", pa.int16()),
+        pa.field("experts", pa.list_(pa.int16())),
+        pa.field("weights", pa.list_(pa.float32())),
+    ]
+    if with_logits:
+        fields.append(pa.field("logits", pa.list_(pa.float16(), num_experts)))
+    return pa.schema(fields, metadata={"lm_eval_bh_schema": str(SCHEMA_VERSION)})
+
+
+def read_run_info(results: dict[str, Any], name: str) -> RunInfo | None:
+    """Return ``config.bh`` of a harness results file, or None if it was not made by hf-bh.
+
+    Raises
+    ------
+    DataError
+        If it is of a later schema or lacks a field.
+    """
+    info = results.get("config", {}).get("bh")
+    if info is None:
+        return None
+    check_version(info, name)
+    if missing := sorted(RunInfo.__required_keys__ - set(info)):
+        raise DataError(
+            f"{name} lacks {', '.join(missing)} in config.bh: run the evaluation again."
+        )
+    return cast(RunInfo, info)
+
+
+def read_internal_routing(path: Path) -> InternalRouting:
+    """Read ``<experiment>_internal_routing.json``.
+
+    Raises
+    ------
+    DataError
+        If it is missing, damaged, or of a later schema.
+    """
+    content = read_json(path)
+    check_version(content, str(path))
+    if missing := sorted(InternalRouting.__required_keys__ - set(content)):
+        raise DataError(f"{path} lacks {', '.join(missing)}: it is no internal routing log.")
+    return cast(InternalRouting, content)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a run's log folder and check that its files are there.
+
+    Raises
+    ------
+    DataError
+        If there is none, which is so while a run goes on and after one was killed.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(
+            f"{folder} has no {MANIFEST}: the run that wrote it did not finish, so run it again."
+        )
+    content = read_json(path)
+    check_version(content, str(path))
+    if missing := [name for name in content["files"] if not (folder / name).is_file()]:
+        raise DataError(
+            f"{folder} lacks {missing[0]}, which its {MANIFEST} names: run the evaluation again."
+        )
+    return cast(Manifest, content)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): write it again.") from error
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{path} holds a {type(content).__name__}, not an object: it is no log of ours."
+        )
+    return content
+
+
+def check_version(content: dict[str, Any], name: str) -> None:
+    """Raise :class:`DataError` if the content is of no schema that this release reads."""
+    version = content.get("schema_version")
+    if not isinstance(version, int):
+        raise DataError(f"{name} names no schema version: it is no log of ours.")
+    if version > SCHEMA_VERSION:
+        raise DataError(
+            f"{name} has schema version {version} and this release reads up to {SCHEMA_VERSION}: "
+            "upgrade lm-eval-bh."
+        )
