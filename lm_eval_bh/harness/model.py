@@ -185,6 +185,17 @@ class BHLM(HFLM):
         self._prompts: dict[str, list[int]] = {}
         self._batch_prompts: list[str] = []
 
+    def start_log(self, options: LogOptions) -> None:
+        """Begin the logs of another evaluation with the model as it is now routed.
+
+        Raises
+        ------
+        DataError
+            If the logs cannot be written.
+        """
+        self.log.detach()
+        self.log = RunLog(self.integration, options, self._new_run_id(), self.rank)
+
     def _new_run_id(self) -> str:
         """Return an id that sorts by time and is the same on every process."""
         run_id = [f"{datetime.now():%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"]

@@ -12,7 +12,6 @@ from lm_eval.tasks import TaskManager
 from lm_eval_bh.resources import shipped
 
 
-
 @pytest.fixture(scope="session")
 def evaluate() -> Callable[..., dict[str, Any]]:
     """Return a function that runs lm-eval on tasks of ours, without indexing its 14,000 own."""

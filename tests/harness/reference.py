@@ -1,4 +1,4 @@
-"""A slow reference for the routing logs: each request alone, one token after the other, plain Python."""
+"""A slow reference for the routing logs: each request alone, token by token, in plain Python."""
 
 from __future__ import annotations
 
@@ -57,14 +57,18 @@ class Reference:
                 logits = self.lm.model(torch.tensor([ids + generated])).logits
                 generated.append(int(logits[0, -1].argmax()))
                 text = self.lm.tokenizer.decode(generated)
-                if generated[-1] == self.lm.eot_token_id or any(s in text for s in options["until"]):
+                if generated[-1] == self.lm.eot_token_id or any(
+                    s in text for s in options["until"]
+                ):
                     break
         return ids + generated[:-1]
 
     def forward(self, instance, tokens, start):
         task, key = instance.task_name, (instance.doc_id, instance.idx)
         with self.routing, torch.no_grad():
-            router_logits = self.lm.model(torch.tensor([tokens]), output_router_logits=True).router_logits
+            router_logits = self.lm.model(
+                torch.tensor([tokens]), output_router_logits=True
+            ).router_logits
         before = None
         for layer, logits in enumerate(router_logits):
             p_values = self.null.p_values(layer, logits).numpy()
@@ -77,7 +81,9 @@ class Reference:
                 for expert in chosen:
                     self.usage[task][layer][expert] += 1
                 counts.append(count)
-                self.rows.append((task, *key, layer, start + token, tokens[token], count, tuple(chosen)))
+                self.rows.append(
+                    (task, *key, layer, start + token, tokens[token], count, tuple(chosen))
+                )
             if before is not None:
                 self.cross[task][layer] += sum(a * b for a, b in zip(counts, before, strict=True))
             before = counts

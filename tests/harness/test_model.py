@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from lm_eval.api.registry import get_model
 
 from lm_eval_bh import BHError, ModelError, NullModelError, ParameterError
-from lm_eval_bh.harness.model import DEFAULT_MODEL, BHLM
+from lm_eval_bh.harness.model import BHLM, DEFAULT_MODEL
 from lm_eval_bh.resources import tiny_olmoe
 
 DEMO = ["bh_demo_wikitext", "bh_demo_lambada", "bh_demo_hellaswag"]
@@ -31,7 +32,9 @@ def test_the_registry_knows_hf_bh():
     assert get_model("hf-bh") is BHLM
 
 
-@pytest.mark.parametrize("arguments", ["rule=topk,max_k=8", "min_k=8,max_k=8,alpha=0.4", "mode=analyze,alpha=0.4"])
+@pytest.mark.parametrize(
+    "arguments", ["rule=topk,max_k=8", "min_k=8,max_k=8,alpha=0.4", "mode=analyze,alpha=0.4"]
+)
 def test_eight_fixed_experts_are_the_stock_model_to_the_last_digit(evaluate, arguments):
     stock = evaluate("hf", f"pretrained={tiny_olmoe()}", DEMO, limit=8)
     ours = evaluate("hf-bh", f"{TINY},{arguments}", DEMO, limit=8)
@@ -76,7 +79,9 @@ def test_results_are_plain_json_values(evaluate):
 def test_padding_does_not_count(evaluate):
     """One document a batch has no padding; the same documents in one batch have."""
     summaries = [
-        evaluate("hf-bh", f"{TINY},alpha=0.4,dtype=float32", DEMO, limit=6, batch_size=size)["config"]["bh"]["summary"]
+        evaluate("hf-bh", f"{TINY},alpha=0.4,dtype=float32", DEMO, limit=6, batch_size=size)[
+            "config"
+        ]["bh"]["summary"]
         for size in (1, 6)
     ]
     assert [s["padding_tokens"] > 0 for s in summaries] == [False, True]
@@ -110,7 +115,9 @@ def test_bad_arguments_are_refused_before_a_model_is_looked_for(arguments, sente
 
 
 def test_more_experts_than_the_model_has_is_refused_before_weights_load(monkeypatch):
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded")
+    )
     with pytest.raises(ParameterError, match="more than the model's 64 experts"):
         BHLM(pretrained="tiny-olmoe", alpha=0.4, max_k=65, device="cpu")
 
@@ -128,7 +135,13 @@ def test_a_dense_model_is_refused(tmp_path, tiny_model_folder):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     LlamaForCausalLM(
-        LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=4096)
+        LlamaConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=4096,
+        )
     ).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_model_folder).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="no MoE routers"):
@@ -138,18 +151,24 @@ def test_a_dense_model_is_refused(tmp_path, tiny_model_folder):
 def test_a_null_model_of_another_model_is_refused(tmp_path, shared):
     from lm_eval_bh import NullModel
 
-    NullModel.from_pickles(shared / "olmoe_kde", model="allenai/OLMoE-1B-7B-0924").save(tmp_path / "olmoe.safetensors")
+    NullModel.from_pickles(shared / "olmoe_kde", model="allenai/OLMoE-1B-7B-0924").save(
+        tmp_path / "olmoe.safetensors"
+    )
     with pytest.raises(NullModelError, match="allenai/OLMoE-1B-7B-0924"):
-        BHLM(pretrained="tiny-olmoe", alpha=0.4, kde=str(tmp_path / "olmoe.safetensors"), device="cpu")
+        BHLM(
+            pretrained="tiny-olmoe",
+            alpha=0.4,
+            kde=str(tmp_path / "olmoe.safetensors"),
+            device="cpu",
+        )
 
 
 @pytest.mark.slow
 def test_the_stock_command_understands_the_literal_line():
-    """Without a network the real OLMoE cannot be had, so the line ends in our sentence: it was understood."""
-    command = "lm_eval --model hf-bh --model_args alpha=0.4,max_k=8 --tasks lambada".split()
-    run = subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True, timeout=300, check=False
-    )
+    """Offline the real OLMoE cannot be had, so the line ends in our sentence: it was understood."""
+    line = "--model hf-bh --model_args alpha=0.4,max_k=8 --tasks lambada"
+    command = [str(Path(sys.executable).with_name("lm_eval")), *line.split()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 1
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith(f"lm-eval-bh: error: The model '{DEFAULT_MODEL}' could not be loaded")

@@ -1,4 +1,4 @@
-"""Routing logs: equal to a slow reference, at every batch size, cache setting and number of processes."""
+"""Routing logs: equal to a slow reference at every batch size, cache and number of processes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def counters(results):
     """Return the exact counters of every task."""
     return {
         task: {
-            name: [layer[name] for layer in summary["layers"]] for name in ("histogram", "usage", "cross")
+            name: [layer[name] for layer in summary["layers"]]
+            for name in ("histogram", "usage", "cross")
         }
         for task, summary in results["config"]["bh"]["summary"]["tasks"].items()
     }
@@ -83,7 +84,13 @@ def counters(results):
 @pytest.fixture(scope="module")
 def reference(tasks):
     manager = TaskManager(include_path=str(shipped("tasks")), include_defaults=False)
-    lm = HFLM(str(tiny_olmoe()), dtype="float64", experts_implementation="eager", max_length=48, device="cpu")
+    lm = HFLM(
+        str(tiny_olmoe()),
+        dtype="float64",
+        experts_implementation="eager",
+        max_length=48,
+        device="cpu",
+    )
     slow = Reference(lm, NullModel.load(shipped("kde_models") / "tiny-olmoe.safetensors"), 0.5, 6)
     for task in manager.load(tasks)["tasks"].values():
         task.build_all_requests(limit=LIMIT, rank=0, world_size=1)
@@ -107,7 +114,12 @@ def expected(reference):
 @pytest.mark.parametrize("logits_cache", [True, False])
 def test_counters_equal_the_slow_reference(run, expected, batch_size, logits_cache):
     results = run(f"logits_cache={logits_cache}", batch_size=batch_size)
-    assert set(expected) == {"bh_demo_wikitext", "bh_demo_lambada", "bh_demo_hellaswag", "demo_generation"}
+    assert set(expected) == {
+        "bh_demo_wikitext",
+        "bh_demo_lambada",
+        "bh_demo_hellaswag",
+        "demo_generation",
+    }
     assert counters(results) == expected
 
 
@@ -131,10 +143,26 @@ def test_two_processes_give_the_counters_of_one(run, expected, tmp_path):
             """
         )
     )
-    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launch = [
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
     launch += ["--dynamo_backend", "no", "--main_process_port", "0"]
     subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *launch, script, tmp_path, tmp_path / "bh.json"],
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *launch,
+            script,
+            tmp_path,
+            tmp_path / "bh.json",
+        ],
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         check=True,
         capture_output=True,
@@ -145,7 +173,10 @@ def test_two_processes_give_the_counters_of_one(run, expected, tmp_path):
     assert found == {task: expected[task] for task in found}
     assert len(found) == 3
     manifest = read_manifest(tmp_path / bh["run_id"])
-    assert {name.split("-")[1] for name in manifest["files"] if name.startswith("tokens")} == {"0", "1"}
+    assert {name.split("-")[1] for name in manifest["files"] if name.startswith("tokens")} == {
+        "0",
+        "1",
+    }
     table = pq.read_table(tmp_path / bh["run_id"] / "tokens")
     assert table.num_rows == manifest["token_rows"] == 4 * bh["summary"]["tokens"]
 
@@ -157,7 +188,16 @@ def test_the_token_log_is_the_slow_reference_row_by_row(run, reference, tmp_path
     table = pq.read_table(folder / "tokens").to_pylist()
     assert len(table) == read_manifest(folder)["token_rows"]
     found = [
-        (r["task"], r["doc_id"], r["request"], r["layer"], r["position"], r["token_id"], r["count"], tuple(r["experts"]))
+        (
+            r["task"],
+            r["doc_id"],
+            r["request"],
+            r["layer"],
+            r["position"],
+            r["token_id"],
+            r["count"],
+            tuple(r["experts"]),
+        )
         for r in table
     ]
     assert sorted(found) == sorted(reference.rows)
@@ -169,36 +209,56 @@ def test_the_token_log_is_the_slow_reference_row_by_row(run, reference, tmp_path
 
 
 def test_the_samples_log_holds_the_first_documents_and_their_loss(run, tmp_path):
-    results = run(f"log_routing=samples,log_dir={tmp_path},log_samples=2", batch_size=4, log_samples=True)
+    results = run(
+        f"log_routing=samples,log_dir={tmp_path},log_samples=2", batch_size=4, log_samples=True
+    )
     bh = results["config"]["bh"]
     folder = tmp_path / bh["run_id"]
-    names = {experiment_name("bh", 6, 0.5, task) + "_internal_routing.json" for task in results["results"]}
+    names = {
+        experiment_name("bh", 6, 0.5, task) + "_internal_routing.json"
+        for task in results["results"]
+    }
     assert names == set(read_manifest(folder)["files"])
     for task in results["results"]:
-        log = read_internal_routing(folder / f"{experiment_name('bh', 6, 0.5, task)}_internal_routing.json")
+        log = read_internal_routing(
+            folder / f"{experiment_name('bh', 6, 0.5, task)}_internal_routing.json"
+        )
         assert {sample["sample_id"] for sample in log["samples"]} == {0, 1}
         assert len(log["samples"]) == (8 if task == "bh_demo_hellaswag" else 2)
         assert log["aggregate_stats"]["total_tokens"] == bh["summary"]["tasks"][task]["tokens"]
         for sample in log["samples"]:
             for layer in sample["layers"]:
                 assert layer["router_logits_shape"] == [sample["num_tokens"], 64]
-                assert len(layer["selected_experts"]) == sample["num_tokens"] == len(sample["token_ids"])
-                for chosen, count in zip(layer["selected_experts"], layer["expert_counts"], strict=True):
+                assert (
+                    len(layer["selected_experts"])
+                    == sample["num_tokens"]
+                    == len(sample["token_ids"])
+                )
+                for chosen, count in zip(
+                    layer["selected_experts"], layer["expert_counts"], strict=True
+                ):
                     assert len(chosen) == 6
-                    assert [expert >= 0 for expert in chosen] == [True] * count + [False] * (6 - count)
+                    assert [expert >= 0 for expert in chosen] == [True] * count + [False] * (
+                        6 - count
+                    )
                 stats = layer["layer_stats"]
                 assert stats["floor_hits"] == layer["expert_counts"].count(1)
                 assert stats["ceiling_hits"] == layer["expert_counts"].count(6)
-    lambada = read_internal_routing(folder / f"{experiment_name('bh', 6, 0.5, 'bh_demo_lambada')}_internal_routing.json")
+    lambada = read_internal_routing(
+        folder / f"{experiment_name('bh', 6, 0.5, 'bh_demo_lambada')}_internal_routing.json"
+    )
     lm = BHLM.create_from_arg_string(ARGS, {"device": "cpu"})
-    for sample, logged in zip(lambada["samples"], results["samples"]["bh_demo_lambada"], strict=False):
+    for sample, logged in zip(
+        lambada["samples"], results["samples"]["bh_demo_lambada"], strict=False
+    ):
         _, continuation = lm._encode_pair(*logged["arguments"][0])
         assert sample["loss"] == pytest.approx(-logged["resps"][0][0][0] / len(continuation))
 
 
 def test_a_shared_row_counts_for_every_owner_and_is_computed_once(run):
     shared, alone = (
-        run(f"logits_cache={cache}", batch_size=4)["config"]["bh"]["summary"] for cache in (True, False)
+        run(f"logits_cache={cache}", batch_size=4)["config"]["bh"]["summary"]
+        for cache in (True, False)
     )
     assert shared["tokens"] == alone["tokens"]
     assert alone["computed_tokens"] == alone["tokens"]
@@ -212,12 +272,18 @@ def test_off_logs_nothing_and_changes_no_result(run):
 
 
 def test_results_do_not_depend_on_the_level_of_logging(run, tmp_path):
-    results = [run(level, batch_size=4)["results"] for level in ("", f"log_routing=full,log_dir={tmp_path}")]
+    results = [
+        run(level, batch_size=4)["results"]
+        for level in ("", f"log_routing=full,log_dir={tmp_path}")
+    ]
     assert results[0] == results[1]
 
 
 def test_two_runs_in_one_folder_do_not_mix(run, tmp_path):
-    ids = [run(f"log_routing=samples,log_dir={tmp_path}", limit=1)["config"]["bh"]["run_id"] for _ in range(2)]
+    ids = [
+        run(f"log_routing=samples,log_dir={tmp_path}", limit=1)["config"]["bh"]["run_id"]
+        for _ in range(2)
+    ]
     assert len(set(ids)) == 2
     assert {path.name for path in tmp_path.iterdir()} == set(ids)
     for run_id in ids:
@@ -232,7 +298,8 @@ from lm_eval_bh.resources import shipped
 show_as_one_sentence()
 exec(sys.argv[2])
 lm_eval.simple_evaluate(
-    model="hf-bh", model_args="pretrained=tiny-olmoe,alpha=0.4,log_routing=full,log_dir=" + sys.argv[1],
+    model="hf-bh",
+    model_args="pretrained=tiny-olmoe,alpha=0.4,log_routing=full,log_dir=" + sys.argv[1],
     tasks=["bh_demo_wikitext", "bh_demo_hellaswag"], batch_size=1, bootstrap_iters=0, device="cpu",
     task_manager=TaskManager(include_path=str(shipped("tasks")), include_defaults=False))
 """
@@ -240,7 +307,9 @@ lm_eval.simple_evaluate(
 
 def test_a_killed_run_leaves_nothing_that_reads_as_complete(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), ""], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", SCRIPT, str(tmp_path), ""],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("*/tokens/*part*")) and time.monotonic() < deadline:
@@ -258,7 +327,10 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_earlier_files_stay(run, 
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += f"resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, {resource.RLIM_INFINITY}))"
     ended = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), limit], capture_output=True, text=True, check=False
+        [sys.executable, "-c", SCRIPT, str(tmp_path), limit],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ended.returncode == 1
     last = ended.stderr.strip().splitlines()[-1]
@@ -290,7 +362,9 @@ def test_bad_options_are_refused_before_a_model_is_looked_for(arguments, sentenc
 def test_a_folder_that_cannot_be_written_is_said_before_a_model_is_looked_for(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match="give a log_dir that can be written to"):
-        BHLM.create_from_arg_string(f"pretrained=no/such-model,log_routing=full,log_dir={tmp_path / 'file'}")
+        BHLM.create_from_arg_string(
+            f"pretrained=no/such-model,log_routing=full,log_dir={tmp_path / 'file'}"
+        )
 
 
 def test_a_cache_of_another_routing_is_refused_and_cached_requests_are_counted(run, tmp_path):
@@ -302,7 +376,9 @@ def test_a_cache_of_another_routing_is_refused_and_cached_requests_are_counted(r
     assert second["config"]["bh"]["summary"]["cached_requests"] == 2 + 2 + 8 + 2
     assert second["config"]["bh"]["summary"]["tokens"] == 0
     assert second["results"] == first["results"]
-    with pytest.raises(ParameterError, match=r"was filled with alpha=0\.5, and this run has alpha=0\.3"):
+    with pytest.raises(
+        ParameterError, match=r"was filled with alpha=0\.5, and this run has alpha=0\.3"
+    ):
         run("alpha=0.3", **options)
 
 

@@ -26,13 +26,21 @@ def manager(hf_env):
 
 def run(manager, model, arguments, tasks, limit):
     return lm_eval.simple_evaluate(
-        model=model, model_args=arguments, tasks=tasks, task_manager=manager, limit=limit, batch_size=8,
-        bootstrap_iters=0, device="cpu",
+        model=model,
+        model_args=arguments,
+        tasks=tasks,
+        task_manager=manager,
+        limit=limit,
+        batch_size=8,
+        bootstrap_iters=0,
+        device="cpu",
     )
 
 
 def metrics(results, task):
-    return {name: value for name, value in results["results"][task].items() if isinstance(value, float)}
+    return {
+        name: value for name, value in results["results"][task].items() if isinstance(value, float)
+    }
 
 
 def test_our_tasks_and_top_8_give_the_numbers_of_the_stock_tasks_and_hf(manager):
@@ -46,7 +54,9 @@ def test_our_tasks_and_top_8_give_the_numbers_of_the_stock_tasks_and_hf(manager)
 def test_mean_experts_rise_with_the_level_on_every_data_set(manager):
     means = {task: [] for task in TASKS}
     for alpha in (0.3, 0.4, 0.5, 0.6):
-        results = run(manager, "hf-bh", f"pretrained=tiny-olmoe,alpha={alpha},max_k=8", list(TASKS), 3)
+        results = run(
+            manager, "hf-bh", f"pretrained=tiny-olmoe,alpha={alpha},max_k=8", list(TASKS), 3
+        )
         for task, summary in results["config"]["bh"]["summary"]["tasks"].items():
             means[task].append(summary["mean_experts_per_token"])
     for rising in means.values():

@@ -1,0 +1,124 @@
+"""The command lm-eval-bh, run in this process through its own entry point."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from lm_eval_bh import NullModel
+from lm_eval_bh.cli import main
+from lm_eval_bh.resources import shipped, tiny_olmoe
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Return a function that runs the command: (exit code, output, errors)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lm-eval-bh", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def test_calibrate_fits_checks_and_writes_a_null_model(run, tmp_path):
+    text = tmp_path / "text.txt"
+    pages = [json.loads(line)["page"] for line in (shipped("tasks") / "demo/wikitext.jsonl").open()]
+    text.write_text("\n\n".join(page.replace("\n", " ") for page in pages))
+    output = tmp_path / "null.safetensors"
+    code, out, _ = run(
+        "calibrate",
+        "--pretrained",
+        "tiny-olmoe",
+        "--text",
+        text,
+        "--tokens",
+        2048,
+        "--length",
+        128,
+        "--output",
+        output,
+    )
+    assert code == 0
+    null = NullModel.load(output)
+    assert (null.num_layers, null.header.num_experts, null.header.tokens) == (4, 64, 2048)
+    assert null.header.model == "tiny-olmoe"
+    assert null.header.text == "text.txt"
+    assert (
+        null.header.fingerprint
+        == NullModel.load(shipped("kde_models") / "tiny-olmoe.safetensors").header.fingerprint
+    )
+    assert "KS distance" in out
+    assert "held-out tokens" in out
+
+
+def test_import_kde_converts_the_real_tables(run, shared, tmp_path):
+    code, out, _ = run(
+        "import-kde",
+        shared / "olmoe_kde",
+        "--output",
+        tmp_path / "olmoe.safetensors",
+        "--model",
+        "OLMoE",
+    )
+    assert (code, out.startswith("16 layers written")) == (0, True)
+    null = NullModel.load(tmp_path / "olmoe.safetensors")
+    expected = NullModel.from_pickles(shared / "olmoe_kde")
+    assert all((null.cdf(layer)[1] == expected.cdf(layer)[1]).all() for layer in range(16))
+
+
+class Hostile:
+    """A pickle that would run a command."""
+
+    def __reduce__(self):
+        import os
+
+        return os.system, ("echo executed",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("calibrate", "--pretrained", "no/such-model"), "tiny-olmoe, which ships and needs none"),
+        (("calibrate", "--pretrained", "tiny-olmoe", "--text", "{tmp}/none.txt"), "cannot be read"),
+        (("calibrate", "--pretrained", "tiny-olmoe", "--dtype", "float33"), "no dtype of torch"),
+        (("import-kde", "{tmp}/nowhere", "--output", "{tmp}/x.safetensors"), "nowhere"),
+        (("import-kde", "{tmp}/hostile", "--output", "{tmp}/x.safetensors"), "system"),
+        (("path", "olmoe"), "ask for tiny-olmoe, tasks or kde_models"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(run, tmp_path, arguments, sentence):
+    (tmp_path / "hostile").mkdir()
+    (tmp_path / "hostile" / "distribution_model_layer_0.pkl").write_bytes(pickle.dumps(Hostile()))
+    text = tmp_path / "text.txt"
+    text.write_text("Some words to calibrate on. " * 50)
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    if arguments[0] == "calibrate":
+        arguments += ["--output", str(tmp_path / "x.safetensors")]
+        if "--text" not in arguments:
+            arguments += ["--text", str(text)]
+    code, out, err = run(*arguments)
+    assert code == 1
+    assert sentence in err
+    assert err.startswith("lm-eval-bh: error: ")
+    assert len(err.strip().splitlines()) == 1
+    assert "executed" not in out
+    assert not list(tmp_path.glob("x.safetensors*"))
+
+
+def test_path_tells_where_the_demo_model_lies(run):
+    assert run("path")[1].strip() == str(tiny_olmoe())
+    assert run("path", "tasks")[1].strip() == str(shipped("tasks"))
+
+
+def test_importing_the_package_and_asking_for_help_need_no_torch():
+    code = "import sys, lm_eval_bh, lm_eval_bh.cli; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
