@@ -150,6 +150,8 @@ class BHLM(HFLM):
         )
         if options.log_dir is not None:
             check_writable(Path(options.log_dir))
+        # From Python, HFLM would ask for cuda even where there is none.
+        kwargs.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         name = (
             pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", "")
         )
@@ -405,6 +407,8 @@ class BHLM(HFLM):
         lm-eval calls this once, on the first process, after the evaluation, and writes it into
         ``results["config"]``; so it is also where the logs are finished.
         """
+        if self._cache is not None:
+            self.log.cached_requests = self._cache.hits
         self.log.finish()
         info: dict[str, Any] = super().get_model_info()
         return info | {"bh": self._run_info()}

@@ -191,8 +191,9 @@ class RunLog:
         """Return the routing summary over all processes; None if nothing was to be logged."""
         if self.options.log_routing == "off":
             return None
-        cached = sum(state["cached_requests"] for state in self._states)
-        return summarize(self._states, self._layers, max(cached, self.cached_requests))
+        # This process may have had every answer from the cache, and then has nothing flushed.
+        others = sum(state["cached_requests"] for state in self._states[1:])
+        return summarize(self._states, self._layers, self.cached_requests + others)
 
     def finish(self) -> None:
         """Put the parts of all processes together and write the manifest; on the first process."""
