@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,7 +80,12 @@ class RoutingConfig:
             raise ParameterError(
                 f"renormalize={self.renormalize!r} is unknown: choose 'auto', True or False."
             )
-        self.select_layers(10**6)  # the pattern is checked now, its numbers when a model is known
+        part = r"(all|(first|last)[1-9]\d*|\d+(-\d+)?)"
+        if not re.fullmatch(rf"{part}(\+{part})*", str(self.layers)):
+            raise ParameterError(
+                f"layers={self.layers!r} names no layers: write all, last4, first2, 0-7, 3, "
+                "or several of these joined by '+'."
+            )
 
     @property
     def adaptive(self) -> bool:
@@ -99,7 +103,7 @@ class RoutingConfig:
     def select_layers(self, num_layers: int) -> list[int]:
         """Return the sorted positions, among ``num_layers`` MoE layers, that ``layers`` names."""
         chosen: set[int] = set()
-        for part in str(self.layers).split("+"):
+        for part in self.layers.split("+"):
             if part == "all":
                 chosen.update(range(num_layers))
             elif match := re.fullmatch(r"(first|last)(\d+)", part):
@@ -111,15 +115,7 @@ class RoutingConfig:
             elif match := re.fullmatch(r"(\d+)(?:-(\d+))?", part):
                 first, last = int(match[1]), int(match[2] or match[1])
                 _check_layer(max(first, last), num_layers, self.layers)
-                chosen.update(range(first, last + 1))
-            else:
-                chosen.clear()
-                break
-        if not chosen:
-            raise ParameterError(
-                f"layers={self.layers!r} names no layers: write all, last4, first2, 0-7, 3, "
-                "or several of these joined by '+'."
-            )
+                chosen.update(range(min(first, last), max(first, last) + 1))
         return sorted(chosen)
 
     def as_dict(self) -> dict[str, Any]:
@@ -136,13 +132,4 @@ def _check_layer(layer: int, num_layers: int, pattern: str) -> None:
         raise ParameterError(
             f"layers={pattern!r} reaches beyond the model's {num_layers} MoE layers: "
             f"the first is 0, the last {num_layers - 1}."
-        )
-
-
-def require_layers(layers: Sequence[int], available: int, what: str) -> None:
-    """Raise :class:`ParameterError` if ``what`` has fewer than the layers asked for."""
-    if layers and max(layers) >= available:
-        raise ParameterError(
-            f"{what} has {available} layers, but layer {max(layers)} was asked for: "
-            "calibrate one for this model."
         )

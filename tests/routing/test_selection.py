@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,14 @@ P_VALUES = hnp.arrays(
         st.floats(0, 0.02),
     ),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects_to_collect():
+    """Hide what is alive from the collector, which statsmodels runs after every Holm decision."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def random_null(seed: int = 0, layers: int = 1) -> NullModel:
@@ -106,9 +116,9 @@ def test_thresholds_decide_like_p_values_on_the_real_tables(olmoe_null, rule, dt
             ).counts
             expected = [
                 max(1, int(multipletests(row, alpha=alpha, method=STATSMODELS[rule])[0].sum()))
-                for row in p[::4]
+                for row in p[::25]
             ]
-            differing += sum(a != b for a, b in zip(counts[::4].tolist(), expected, strict=True))
+            differing += sum(a != b for a, b in zip(counts[::25].tolist(), expected, strict=True))
             direct = reject(olmoe_null.p_values(layer, logits), alpha, rule).sum(-1).clamp(min=1)
             differing += int((direct != counts).sum())
     assert differing == 0
