@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -48,7 +49,7 @@ class RouterHook:
         self.not_finite: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Put the weights and indices of the selection in place of the router's own."""
+        """Return the router's output with the selection in it, or None to leave it as it is."""
         if not (isinstance(output, tuple) and len(output) == 3):
             raise ModelError(
                 f"The router {self.router.name} ({type(module).__name__}) does not return "
@@ -61,7 +62,7 @@ class RouterHook:
             observe(self.layer, router_logits, selection)
         if self.owner.config.mode == "analyze":
             return None
-        return router_logits, selection.weights, selection.indices
+        return router_logits, selection.weights, self.owner.without_padding(selection.indices)
 
     def select(self, router_logits: Tensor, weights: Tensor, indices: Tensor) -> Selection:
         """Select from the router's logits; keep its own weights wherever it has given any."""
@@ -120,7 +121,7 @@ class RouterHook:
 
     def _check_finite(self, router_logits: Tensor) -> None:
         """Note logits that are not finite; the end of the forward pass asks all layers at once."""
-        bad = ~torch.isfinite(router_logits.detach()).all()
+        bad = ~torch.isfinite(router_logits.detach().abs().amax())  # one pass, and no mask
         self.not_finite = bad if self.not_finite is None else self.not_finite | bad
 
 
@@ -203,7 +204,8 @@ class BHRoutingIntegration:
         if collect_stats:
             self.reset_stats()
             self.observers.append(self._count)
-        self._token_weight: Tensor | None = None
+        self.token_mask: Tensor | None = None
+        self._real: Tensor | None = None
         self._hooks: list[RouterHook] = []
         self._handles: list[Any] = []
         self._switch: ExpertsSwitch | None = None
@@ -280,7 +282,7 @@ class BHRoutingIntegration:
         while self._handles:
             self._handles.pop().remove()
         self._hooks.clear()
-        self._token_weight = None
+        self.token_mask = None
         if self._switch is not None:
             self._switch.restore()
             self._switch = None
@@ -295,6 +297,36 @@ class BHRoutingIntegration:
         trace: TracebackType | None,
     ) -> None:
         self.unpatch_model()
+
+    @contextmanager
+    def real_tokens(self, mask: Tensor) -> Iterator[None]:
+        """Say which tokens of the forward passes inside are real, where no attention mask does.
+
+        What is not real is not counted, and given no experts wherever unused slots cost no work:
+        a causal model's real tokens never see what is padded behind them.
+
+        Parameters
+        ----------
+        mask : Tensor
+            bool ``[rows, length]``, as an attention mask: False, or 0, for padding.
+        """
+        before, self._real = self._real, mask
+        try:
+            yield
+        finally:
+            self._real = before
+
+    def without_padding(self, indices: Tensor) -> Tensor:
+        """Mark every slot of a padding token as unused: int64 ``[tokens, slots]`` in and out."""
+        mask = self.token_mask
+        if mask is None or self._switch is None or not self._switch.skips_unused:
+            return indices
+        return indices.masked_fill(~mask.to(indices.device).unsqueeze(-1), self.num_experts)
+
+    @property
+    def rows_computed(self) -> int | None:
+        """Expert rows computed since the model was patched; see :class:`ExpertsSwitch`."""
+        return None if self._switch is None else self._switch.rows_computed
 
     def get_routing_stats(self) -> dict[str, float | None]:
         """Return statistics of the experts per token since the last reset; None before any token.
@@ -333,7 +365,8 @@ class BHRoutingIntegration:
 
     def _count(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
         assert self.counters is not None
-        self.counters.add(layer, selection, self._token_weight)
+        weight = None if self.token_mask is None else self.token_mask.to(torch.int64)
+        self.counters.add(layer, selection, weight)
 
     def _leaves_slots_unused(self) -> bool:
         return RULES[self.config.rule].adaptive and self.config.min_k < self.config.max_k
@@ -363,13 +396,18 @@ class BHRoutingIntegration:
                 )
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Learn from the attention mask which tokens are padding."""
-        mask = kwargs.get("attention_mask")
+        """Learn from the caller, or else from the attention mask, which tokens are padding."""
+        mask = kwargs.get("attention_mask") if self._real is None else self._real
         ids = kwargs.get("input_ids", args[0] if args else None)
         tokens = ids if ids is not None else kwargs.get("inputs_embeds")
-        self._token_weight = None
+        self.token_mask = None
+        if tokens is not None and self._real is not None and self._real.shape != tokens.shape[:2]:
+            raise ParameterError(
+                f"real_tokens() was told of {tuple(self._real.shape)} tokens, but the forward pass "
+                f"has {tuple(tokens.shape[:2])}: give a mask [rows, length] of the same tokens."
+            )
         if isinstance(mask, Tensor) and mask.ndim == 2 and tokens is not None:
-            self._token_weight = mask[:, -tokens.shape[1] :].reshape(-1).to(torch.int64)
+            self.token_mask = mask[:, -tokens.shape[1] :].reshape(-1).to(tokens.device) != 0
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """Ask all layers at once, in one synchronisation, whether their logits were finite."""

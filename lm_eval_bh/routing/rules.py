@@ -58,11 +58,10 @@ class Rule:
             bool ``[tokens, N]``; whether the k-th smallest p-value meets the k-th critical value.
         """
         n = met.shape[-1]
+        rank = torch.arange(n + 1, dtype=torch.int16, device=met.device)  # the fastest to reduce
         if self.step == "up":
-            rank = torch.arange(1, n + 1, device=met.device)
-            return (met * rank).amax(-1)
-        rank = torch.arange(n, device=met.device)
-        return torch.where(met, n, rank).amin(-1)
+            return (met * rank[1:]).amax(-1).long()
+        return torch.where(met, rank[-1], rank[:-1]).amin(-1).long()
 
 
 def _bh(alpha: float, n: int) -> NDArray[np.float64]:

@@ -1,0 +1,683 @@
+"""What fewer experts save: stock transformers, static top-k, the prototype's way and ours.
+
+python scripts/bench_routing.py                           # tiny-olmoe, and OLMoE's true size
+python scripts/bench_routing.py --quick                   # the same with two repeats
+python scripts/bench_routing.py --profile                 # and what the time goes to
+python scripts/bench_routing.py --full-size               # all 16 layers, random bfloat16 weights
+python scripts/bench_routing.py --device cuda --dtype bfloat16
+python scripts/bench_routing.py --harness                 # whole lm_eval runs: hf against hf-bh
+
+Every number of a table comes from one run: in each repeat every row runs once, in turn, and the
+median over the repeats counts, so that a machine that slows down slows all rows down. The stack has
+random weights at OLMoE's true dimensions: its quality means nothing, its time does. Counts vary
+from token to token: the null model is fitted on the stack's own logits made narrower, and alpha
+solved so that the mean count is the one wanted. Decoding is a sequence of single tokens, each with
+its own count.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, OlmoeConfig
+from transformers.models.olmoe.modeling_olmoe import OlmoeModel
+
+from lm_eval_bh import BHRoutingIntegration, NullModel
+from lm_eval_bh.files import replacing
+from lm_eval_bh.resources import tiny_olmoe
+from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.rules import RULES
+from lm_eval_bh.routing.selection import count_experts, rejection_thresholds, thresholds_for
+
+MEANS = (8.0, 6.0, 4.5, 4.0, 2.0)
+STOCK = ("eager", "grouped_mm", "batched_mm")
+BATCH, PROMPT, STEPS = 32, 1024, 16
+NARROWER = (
+    1.5  # the null model is that much narrower than the logits, so that there is something to find
+)
+console = Console(width=200)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is fed in one measurement: ``calls`` forward passes over ``shape`` tokens each."""
+
+    name: str
+    shape: tuple[int, int]
+    calls: int
+
+
+WORKLOADS = (
+    Workload("prefill 1,024", (1, PROMPT), 1),
+    Workload("batch 32", (BATCH, 1), 1),
+    Workload("decode 1", (1, 1), STEPS),
+)
+
+
+@dataclass
+class Part:
+    """A part of a model, and how to call it on what a workload feeds."""
+
+    name: str
+    model: nn.Module
+    call: Callable[[Tensor], Any]
+    inputs: dict[str, list[Tensor]]
+    layers: int  # MoE layers inside
+    experts: bool = True  # whether experts run at all
+    dense_bytes: int = 0  # of parameters that every token needs
+
+
+@dataclass
+class Result:
+    """One row in one column; seconds are per forward pass."""
+
+    part: str
+    workload: str
+    row: str
+    wanted_k: float
+    mean_k: float
+    seconds: list[float] = field(default_factory=list)
+    floor: float = 0.0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to route and compute: a context in which the part is called."""
+
+    name: str
+    wanted_k: float
+    mean_k: float
+    context: Callable[[], AbstractContextManager[Any]]
+
+
+def routers_of(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if type(module).__name__ == "OlmoeTopKRouter"]
+
+
+@contextmanager
+def stock(model: Any, implementation: str, k: int) -> Iterator[None]:
+    """Stock transformers with another top-k."""
+    before, routers = model.get_experts_implementation(), routers_of(model)
+    own = routers[0].top_k
+    model.set_experts_implementation(implementation)
+    for router in routers:
+        router.top_k = k
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+        for router in routers:
+            router.top_k = own
+
+
+@contextmanager
+def prototype(
+    model: Any, implementation: str, null: NullModel, alpha: float, max_k: int
+) -> Iterator[None]:
+    """Interpolate p-values in numpy; compute ``max_k`` slots, the unused with a weight of zero."""
+
+    def hook(layer: int) -> Callable[..., Any]:
+        x, cdf = null.cdf(layer)
+
+        def select(module: nn.Module, args: Any, output: Any) -> Any:
+            logits = output[0]
+            values = logits.detach().float().cpu().numpy()
+            p = torch.from_numpy(1.0 - np.interp(values, x, cdf)).to(logits.device)
+            ordered, _ = p.sort(dim=-1)
+            rank = torch.arange(1, p.shape[-1] + 1, device=p.device)
+            met = ordered <= rank / p.shape[-1] * alpha
+            counts = torch.where(met, rank, 0).amax(-1).clamp(1, max_k)
+            weights = torch.softmax(logits, dim=-1, dtype=torch.float)
+            weights, indices = weights.topk(max_k, dim=-1)
+            used = torch.arange(max_k, device=p.device) < counts.unsqueeze(-1)
+            weights = torch.where(used, weights, 0.0)
+            weights = weights / weights.sum(-1, keepdim=True)
+            return logits, weights.to(logits.dtype), indices
+
+        return select
+
+    handles = [
+        router.register_forward_hook(hook(layer)) for layer, router in enumerate(routers_of(model))
+    ]
+    try:
+        with stock(model, implementation, max_k):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Bench:
+    """Solves the levels, runs the rows of a part in turn, and knows the floor."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, repeats: int) -> None:
+        self.dtype, self.device, self.repeats = dtype, device, repeats
+        self.results: list[Result] = []
+        self.matmul_rate, self.copy_rate, self.read_rate = machine_rates(dtype, device)
+
+    def sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def clock(self, part: Part, inputs: list[Tensor]) -> float:
+        """Return the seconds of one call, on average over the inputs."""
+        self.sync()
+        start = time.perf_counter()
+        for value in inputs:
+            part.call(value)
+        self.sync()
+        return (time.perf_counter() - start) / len(inputs)
+
+    def solve(
+        self, part: Part, inputs: list[Tensor]
+    ) -> tuple[NullModel, dict[float, tuple[float, float]]]:
+        """Return a null model and, for each mean count wanted, (alpha, mean count got)."""
+        logits: dict[int, list[Tensor]] = {}
+        with BHRoutingIntegration(part.model, rule="topk", collect_stats=False) as routing:
+            routing.observers.append(lambda at, z, _: logits.setdefault(at, []).append(z))
+            for value in inputs:
+                part.call(value)
+        layers = len(routing.routers)
+        null = NullModel.fit(
+            {
+                at: torch.cat(logits.get(at, logits[min(logits)])).float().cpu() / NARROWER
+                for at in range(layers)
+            }
+        )
+        pooled = {at: torch.cat(values) for at, values in logits.items()}
+
+        def mean(log_odds: float) -> float:
+            config = RoutingConfig(alpha=float(1 / (1 + np.exp(-log_odds))), max_k=8)
+            counts = []
+            for at, z in pooled.items():
+                exact = rejection_thresholds(null, at, config, z.shape[-1])
+                assert exact is not None
+                limits = thresholds_for(exact, z.dtype).to(z.device)
+                counts.append(count_experts(z, limits, RULES["bh"], 1, 8))
+            return float(torch.cat(counts).double().mean())
+
+        levels: dict[float, tuple[float, float]] = {}
+        for wanted in MEANS:
+            low, high = -14.0, 5.0
+            for _ in range(24):
+                middle = (low + high) / 2
+                low, high = (middle, high) if mean(middle) < wanted else (low, middle)
+            alpha = float(1 / (1 + np.exp(-high)))
+            with BHRoutingIntegration(part.model, kde=null, alpha=alpha) as routing:
+                for value in inputs:
+                    part.call(value)
+                got = routing.counters.mean()  # type: ignore[union-attr]
+            levels[wanted] = (alpha, wanted if wanted == max(MEANS) else got or 0.0)
+        return null, levels
+
+    def trial(
+        self, part: Part, inputs: list[Tensor], context: AbstractContextManager[Any]
+    ) -> float:
+        """Return the seconds of a second call."""
+        with context:
+            self.clock(part, inputs)
+            return self.clock(part, inputs)
+
+    def rows(
+        self,
+        part: Part,
+        inputs: list[Tensor],
+        null: NullModel,
+        levels: dict[float, tuple[float, float]],
+    ) -> list[Row]:
+        """Return every row of a part."""
+        model: Any = part.model
+        config = model.config
+        copied = (
+            inputs[0].shape[0]
+            * inputs[0].shape[1]
+            * 8
+            * 3
+            * config.hidden_size
+            * config.intermediate_size
+        )
+        possible = [
+            name
+            for name in (STOCK if part.experts else STOCK[:1])
+            if name != "batched_mm" or copied * self.dtype.itemsize < 2**32
+        ]
+        best = min(possible, key=lambda name: self.trial(part, inputs, stock(model, name, 8)))
+        rows = []
+        for wanted, (alpha, found) in levels.items():
+            for k in sorted({int(wanted), -int(-wanted // 1)}):
+                rows += [
+                    Row(f"stock {name} top-{k}", k, k, lambda n=name, k=k: stock(model, n, k))
+                    for name in possible
+                ]
+            rows.append(
+                Row(
+                    "prototype",
+                    wanted,
+                    found,
+                    lambda a=alpha: prototype(model, best, null, a, 8),
+                )
+            )
+            equal = wanted == max(MEANS)
+            rows.append(
+                Row(
+                    "ours",
+                    wanted,
+                    found,
+                    lambda a=alpha, e=equal: BHRoutingIntegration(
+                        model, kde=null, alpha=a, min_k=8 if e else 1, max_k=8
+                    ),
+                )
+            )
+        return list({(row.name, row.wanted_k): row for row in rows}.values())
+
+    def run(self, part: Part) -> None:
+        """Measure every workload of a part."""
+        for workload in WORKLOADS:
+            inputs = part.inputs[workload.name]
+            null, levels = self.solve(part, inputs)
+            rows = self.rows(part, inputs, null, levels)
+            found = {
+                row: Result(part.name, workload.name, row.name, row.wanted_k, row.mean_k)
+                for row in rows
+            }
+            floors: dict[float, float] = {}
+            for row in rows:  # warm up, and count the work
+                with row.context():
+                    self.clock(part, inputs)
+                floors[row.wanted_k] = 0.0
+            for wanted in floors:
+                k = levels[wanted][1] if wanted in levels else wanted
+                alpha = levels[wanted][0] if wanted in levels else None
+                floors[wanted] = self.floor(part, inputs, null, alpha, k)
+            bar = tqdm(range(self.repeats), f"{part.name}, {workload.name}", disable=None)
+            for _ in bar:
+                for row in rows:
+                    with row.context():
+                        found[row].seconds.append(self.clock(part, inputs))
+            for result in found.values():
+                result.floor = floors[result.wanted_k]
+                self.results.append(result)
+
+    def floor(
+        self, part: Part, inputs: list[Tensor], null: NullModel, alpha: float | None, k: float
+    ) -> float:
+        """Return the seconds no implementation can beat on this work: arithmetic, or memory."""
+        touched: list[int] = []
+        changes: dict[str, Any] = (
+            {"min_k": int(k), "max_k": int(k)}
+            if alpha is None or k == max(MEANS)
+            else {"alpha": alpha}
+        )
+        routing = BHRoutingIntegration(part.model, kde=null, experts="eager", **changes)
+        routing.observers.append(
+            lambda _, logits, s: touched.append(int((s.indices.unique() < logits.shape[-1]).sum()))
+        )
+        with routing, FlopCounterMode(display=False) as counter:
+            for value in inputs:
+                part.call(value)
+        config: Any = part.model.config
+        expert = 3 * config.hidden_size * config.intermediate_size * self.dtype.itemsize
+        read = part.dense_bytes * len(inputs) + (sum(touched) * expert if part.experts else 0)
+        read += sum(value.numel() * value.element_size() for value in inputs)
+        slowest = max(counter.get_total_flops() / self.matmul_rate, read / self.bandwidth)
+        return slowest / len(inputs)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second: weights are only read, so copying is too slow a yardstick for them."""
+        return max(self.copy_rate, self.read_rate)
+
+    def of(self, part: str, workload: str, row: str, k: float) -> Result | None:
+        for r in self.results:
+            if (r.part, r.workload, r.row, r.wanted_k) == (part, workload, row, k):
+                return r
+        return None
+
+    def best_stock(self, part: str, workload: str, k: float) -> float:
+        """Return the seconds of the best stock implementation; between two k, their mean."""
+        bounds = {int(k), -int(-k // 1)}
+        return statistics.mean(
+            min(
+                r.median
+                for r in self.results
+                if (r.part, r.workload, r.wanted_k) == (part, workload, bound)
+                and r.row.startswith("stock")
+            )
+            for bound in bounds
+        )
+
+
+def machine_rates(dtype: torch.dtype, device: torch.device) -> tuple[float, float, float]:
+    """Return FLOP/s of a large matrix product and bytes/s of a copy and of reading."""
+    a = torch.randn(1024, 2048, device=device).to(dtype)
+    b = torch.randn(2048, 4096, device=device).to(dtype)
+    source = torch.ones(2**27, device=device)
+    target = torch.empty_like(source)
+
+    def best(work: Callable[[], Any]) -> float:
+        seconds = []
+        for _ in range(7):
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    size = source.numel() * source.element_size()
+    return (
+        2 * 1024 * 2048 * 4096 / best(lambda: a @ b),
+        2 * size / best(lambda: target.copy_(source)),
+        size / best(source.sum),
+    )
+
+
+def parts_of(name: str, model: Any, only_model: bool) -> list[Part]:
+    """Return the router, the MoE layer and the whole of a model, with what they are fed."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size
+    ids = {
+        w.name: [
+            torch.randint(2, vocabulary, w.shape, generator=generator).to(model.device)
+            for _ in range(w.calls)
+        ]
+        for w in WORKLOADS
+    }
+    limit = getattr(model.config, "max_position_embeddings", PROMPT)
+    if limit < PROMPT:  # tiny-olmoe: as many tokens, in rows it was made for
+        ids[WORKLOADS[0].name] = [ids[WORKLOADS[0].name][0].reshape(-1, 256)]
+    layers = len(routers_of(model))
+
+    def whole(value: Tensor) -> Any:
+        return model(value, use_cache=False)
+
+    def dense(module: nn.Module) -> int:
+        return sum(
+            p.numel() * p.element_size()
+            for n, p in module.named_parameters()
+            if "experts" not in n and "embed" not in n
+        )
+
+    parts = [Part(f"{name}", model, whole, ids, layers, dense_bytes=dense(model))]
+    if only_model:
+        return parts
+    block = next(m for m in model.modules() if type(m).__name__ == "OlmoeSparseMoeBlock")
+    hidden: dict[str, list[Tensor]] = {w: [] for w in ids}
+    for workload, values in ids.items():
+        handle = block.register_forward_pre_hook(
+            lambda _, args, w=workload: hidden[w].append(args[0].clone())
+        )
+        for value in values:
+            whole(value)
+        handle.remove()
+    return [
+        Part("router", model, block.gate, hidden, 1, experts=False, dense_bytes=dense(block.gate)),
+        Part("MoE layer", model, block, hidden, 1, dense_bytes=dense(block.gate)),
+        *parts,
+    ]
+
+
+def true_size(layers: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Return OLMoE-1B-7B without its head, with random weights and ``layers`` layers."""
+    config = OlmoeConfig(
+        num_hidden_layers=layers, hidden_size=2048, intermediate_size=1024, num_experts=64
+    )
+    if layers < 16:
+        config.vocab_size = 4096
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = OlmoeModel(config)
+    model = model.to(dtype).to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            else:  # one draw of a slice, repeated: 7 billion normal numbers take minutes
+                flat = parameter.view(-1)
+                noise = torch.randn(min(len(flat), 2**22 + 13), device=device) * 0.02
+                for start in range(0, len(flat), len(noise)):
+                    piece = flat[start : start + len(noise)]
+                    piece.copy_(noise[: len(piece)])
+    model.rotary_emb = type(model.rotary_emb)(config).to(device)  # its buffers are computed
+    return model.eval()
+
+
+def show(bench: Bench) -> None:
+    """Print one table: rows are ways, columns parts and workloads, entries ms and distance."""
+    columns = list(dict.fromkeys((r.part, r.workload) for r in bench.results))
+    table = Table(
+        "row",
+        "mean k",
+        *(f"{part}\n{workload}" for part, workload in columns),
+        title="Median milliseconds of a forward pass, and in brackets how many times the floor",
+    )
+    for k in sorted({r.wanted_k for r in bench.results}, reverse=True):
+        names = list(dict.fromkeys(r.row for r in bench.results if r.wanted_k == k))
+        for name in names:
+            cells = []
+            for column in columns:
+                r = bench.of(*column, name, k)
+                cells.append(f"{r.median * 1e3:.3g} ({r.median / r.floor:.1f})" if r else "")
+            table.add_row(name, f"{k:g}", *cells, style="bold" if name == "ours" else "")
+        table.add_section()
+    console.print(table)
+    means = Table("part", "workload", *(f"{k:g}" for k in MEANS), title="Mean k of ours, as it was")
+    for column in columns:
+        got = [bench.of(*column, "ours", k) for k in MEANS]
+        means.add_row(*column, *(f"{r.mean_k:.2f}" if r else "" for r in got))
+    console.print(means)
+
+
+def checks(bench: Bench) -> list[dict[str, Any]]:
+    """Return the numbers to reach, each as a ratio of two rows of this run."""
+    found: list[dict[str, Any]] = []
+
+    def add(what: str, ratio: float, limit: float) -> None:
+        found.append({"what": what, "ratio": ratio, "limit": limit, "reached": ratio <= limit})
+
+    columns = list(dict.fromkeys((r.part, r.workload) for r in bench.results))
+    for (part, workload), k in itertools.product(columns, MEANS):
+        ours = bench.of(part, workload, "ours", k)
+        if ours is None:
+            continue
+        if part == "router":
+            stock_k8 = bench.best_stock(part, workload, 8)
+            add(f"router / stock router, {workload}, k {k:g}", ours.median / stock_k8, 1.5)
+            if layer := bench.of("MoE layer", workload, "ours", k):
+                added = (ours.median - stock_k8) / layer.median
+                add(f"what routing adds / layer, {workload}, k {k:g}", added, 0.01)
+                add(f"router / layer, {workload}, k {k:g}", ours.median / layer.median, 0.01)
+        else:
+            add(
+                f"{part} / best stock static, {workload}, k {k:g}",
+                ours.median / bench.best_stock(part, workload, k),
+                1.05,
+            )
+            limit = {("prefill 1,024", 4.5): 0.65, ("decode 1", 4.0): 0.55}.get((workload, k))
+            if limit and part != "tiny-olmoe":
+                ratio = ours.median / bench.best_stock(part, workload, 8)
+                add(f"{part} / best stock top-8, {workload}, k {k:g}", ratio, limit)
+    return found
+
+
+def show_checks(found: list[dict[str, Any]]) -> None:
+    table = Table("ratio of", "measured", "wanted, at most", "", title="Numbers to reach")
+    for check in found:
+        table.add_row(
+            check["what"],
+            f"{check['ratio']:.3f}",
+            f"{check['limit']:g}",
+            "reached" if check["reached"] else "NOT reached",
+            style="" if check["reached"] else "yellow",
+        )
+    console.print(table)
+
+
+def profile(bench: Bench, part: Part, k: float = 4.5) -> None:
+    """Print what the time of ours, and of the best static stock rows, goes to."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    for workload in WORKLOADS:
+        inputs = part.inputs[workload.name]
+        null, levels = bench.solve(part, inputs)
+        for row in bench.rows(part, inputs, null, levels):
+            if row.wanted_k not in (k, int(k)) or row.name == "prototype":
+                continue
+            with row.context():
+                bench.clock(part, inputs)
+                with record(activities=[ProfilerActivity.CPU]) as recorded:
+                    bench.clock(part, inputs)
+            console.print(f"{part.name}, {workload.name}, {row.name}, mean k {row.mean_k:.2f}")
+            table = recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=8)
+            console.print(table, markup=False, highlight=False, soft_wrap=True)
+
+
+def harness(repeats: int) -> dict[str, Any]:
+    """Time whole runs of the stock command: ``hf`` against ``hf-bh`` at min_k = max_k = 8."""
+    model = f"pretrained={tiny_olmoe()},dtype=float32"
+    arguments = {"hf": model, "hf-bh": f"{model},min_k=8,max_k=8"}
+    seconds: dict[str, list[float]] = {name: [] for name in arguments}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in tqdm(range(repeats), "harness", disable=None):
+            for name, values in arguments.items():
+                command = [sys.executable, "-m", "lm_eval", "--model", name]
+                command += ["--model_args", values, "--tasks", "bh_demo", "--device", "cpu"]
+                command += ["--output_path", folder]
+                start = time.perf_counter()
+                subprocess.run(command, check=True, capture_output=True)
+                seconds[name].append(time.perf_counter() - start)
+    ratio = statistics.median(seconds["hf-bh"]) / statistics.median(seconds["hf"])
+    return {"seconds": seconds, "ratio": ratio, "limit": 1.03}
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def main(
+    repeats: Annotated[int, typer.Option(min=1, help="Times every row runs; medians count.")] = 5,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the stack.")] = 2,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
+    quick: Annotated[bool, typer.Option(help="Two repeats.")] = False,
+    full_size: Annotated[
+        bool, typer.Option(help="All 16 layers, bfloat16, random weights; 16 GB of free memory.")
+    ] = False,
+    harness_run: Annotated[
+        bool, typer.Option("--harness", help="Only time whole lm_eval runs: hf against hf-bh.")
+    ] = False,
+    profiles: Annotated[
+        bool, typer.Option("--profile", help="Print what the time of the MoE layer goes to.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
+) -> None:
+    """Measure router, MoE layer and whole model, side by side, in one run."""
+    if threads:
+        torch.set_num_threads(threads)
+    place = torch.device(device)
+    kind = torch.bfloat16 if full_size else getattr(torch, dtype)
+    started, load = datetime.datetime.now(datetime.timezone.utc), os.getloadavg()
+    numbers: dict[str, Any] = {
+        "started": started.isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu",
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(kind).removeprefix("torch."),
+        "load_before": load,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    if harness_run:
+        numbers["harness"] = harness(2 if quick else repeats)
+        console.print(f"hf-bh / hf, a whole harness run: {numbers['harness']['ratio']:.3f}")
+    else:
+        if full_size and free_bytes(place) < 16e9:
+            raise typer.BadParameter(
+                f"--full-size needs 16 GB of free memory on {device}, and there are "
+                f"{free_bytes(place) / 1e9:.1f}: run it elsewhere, or measure --layers 2."
+            )
+        with torch.inference_mode():
+            bench = measure(kind, place, 2 if quick else repeats, layers, full_size, profiles)
+        found = checks(bench)
+        show(bench)
+        show_checks(found)
+        console.print(
+            f"{numbers['dtype']}, {numbers['threads']} threads, load before {load[0]:.1f}, after "
+            f"{os.getloadavg()[0]:.1f}; matrix product {bench.matmul_rate / 1e9:.0f} GFLOP/s, copy "
+            f"{bench.copy_rate / 1e9:.1f} GB/s, read {bench.read_rate / 1e9:.1f} GB/s. "
+            "Floor: max(FLOPs / matrix product, bytes / the faster of copy and read)."
+        )
+        numbers |= {
+            "load_after": os.getloadavg(),
+            "matmul_flops_per_second": bench.matmul_rate,
+            "copy_bytes_per_second": bench.copy_rate,
+            "read_bytes_per_second": bench.read_rate,
+            "checks": found,
+            "results": [
+                asdict(r) | {"median_seconds": r.median, "times_floor": r.median / r.floor}
+                for r in bench.results
+            ],
+        }
+    if output:
+        with replacing(output) as temporary:
+            temporary.write_text(json.dumps(numbers, indent=2) + "\n")
+        console.print(f"Written to {output}")
+
+
+def measure(
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int,
+    layers: int,
+    full_size: bool,
+    profiles: bool,
+) -> Bench:
+    """Run every part."""
+    bench = Bench(dtype, device, repeats)
+    stack = true_size(16 if full_size else layers, dtype, device)
+    name = "OLMoE-1B-7B" if full_size else f"{layers}-layer stack"
+    for part in parts_of(name, stack, only_model=full_size):
+        bench.run(part)
+        if profiles and part.name == "MoE layer":
+            profile(bench, part)
+    if not full_size:
+        tiny = AutoModelForCausalLM.from_pretrained(tiny_olmoe(), dtype=dtype).to(device).eval()
+        bench.run(parts_of("tiny-olmoe", tiny, only_model=True)[0])
+    return bench
+
+
+if __name__ == "__main__":
+    typer.run(main)
