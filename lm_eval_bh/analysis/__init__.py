@@ -1,0 +1,1 @@
+"""Reads what experiments left behind and says what it means; needs no torch."""

@@ -1,0 +1,535 @@
+"""Folders of experiments become one table: joined, checked, and nothing made up."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lm_eval_bh.analysis import results
+from lm_eval_bh.analysis.flops import Architecture
+from lm_eval_bh.analysis.metrics import METRICS
+from lm_eval_bh.analysis.results import COLUMNS, load_experiments, strategy_label, write_tables
+from lm_eval_bh.errors import DataError
+
+WIKITEXT, LAMBADA, HELLASWAG = "bh_wikitext", "bh_lambada", "bh_hellaswag"
+TOKENS, DOCUMENTS = 25, 4  # of every task that the fixture writes
+WORDS = TOKENS - DOCUMENTS
+
+
+def row_of(frame: pd.DataFrame, task: str, strategy: str) -> pd.Series:
+    (row,) = (row for _, row in frame.iterrows() if (row.task, row.strategy) == (task, strategy))
+    return row
+
+
+def test_one_row_an_experiment_with_all_columns(write):
+    write("top", rule="topk")
+    write("deep/below", alpha=0.4)
+    write("stock", model="hf")
+    loaded = load_experiments([write.folder])
+    assert list(loaded.frame) == list(COLUMNS)
+    assert {name: str(kind) for name, kind in loaded.frame.dtypes.items()} == COLUMNS
+    assert len(loaded.frame) == 9
+    assert set(METRICS) <= set(loaded.frame)
+    assert loaded.problems == loaded.notes == []
+    assert [group.number for group in loaded.groups] == [1]
+    assert len(loaded.groups[0].files) == 3
+    assert set(loaded.frame["group"]) == {1}
+    # Baselines first, tasks together.
+    assert loaded.frame["strategy"].tolist() == ["top-4", "top-4 (hf)", "BH a=0.40, max 4"] * 3
+    assert loaded.frame["task"].tolist() == sorted([WIKITEXT, LAMBADA, HELLASWAG] * 3)
+
+
+def test_routing_metrics_are_those_of_the_counters(write):
+    write("bh", seed=7)
+    row = row_of(load_experiments([write.folder]).frame, WIKITEXT, "BH a=0.40, max 4")
+    selected = write.select(np.random.default_rng(7), 1, write.native)
+    counts = (selected >= 0).sum(-1)
+    assert row["mean_experts"] == row["mean_experts_model"] == pytest.approx(counts.mean())
+    assert row["expert_activation_ratio"] == pytest.approx(counts.mean() / write.native)
+    assert row["ceiling_hit_rate"] == pytest.approx(100 * (counts == write.native).mean())
+    assert row["floor_hit_rate"] == pytest.approx(100 * (counts == 1).mean())
+    assert row["layer_expert_variance"] == pytest.approx(counts.mean(1).var())
+    assert row["layer_consistency_score"] == pytest.approx(
+        np.mean([np.corrcoef(counts[i], counts[i + 1])[0, 1] for i in range(write.layers - 1)])
+    )
+    used = [len(np.unique(layer[layer >= 0])) for layer in selected]
+    assert row["expert_utilization"] == pytest.approx(sum(used) / (write.layers * write.experts))
+    assert (row["tokens"], row["seconds"], row["documents"]) == (TOKENS, 0.5, DOCUMENTS)
+    assert row["tokens_per_second"] == TOKENS / 0.5
+    shape = Architecture.from_config(write.model_config, write.layers)
+    assert row["context_length"] == 64
+    assert row["flops_reduction_pct"] == pytest.approx(
+        100 * (1 - shape.flops(counts.mean(), 64) / shape.flops(write.native, 64))
+    )
+
+
+def test_harness_metrics_keep_their_standard_errors(write):
+    write("bh", loss=2.0, right=(1, 1, 1, 0))
+    frame = load_experiments([write.folder]).frame.set_index("task")
+    assert frame.loc[WIKITEXT, "word_perplexity"] == pytest.approx(math.exp(2 * TOKENS / WORDS))
+    assert frame.loc[WIKITEXT, "byte_perplexity"] == pytest.approx(math.exp(0.5))
+    assert frame.loc[LAMBADA, "target_perplexity"] == pytest.approx(math.exp(2 * TOKENS / 4))
+    assert frame.loc[LAMBADA, ["target_perplexity_stderr", "acc_stderr"]].tolist() == [0.25, 0.125]
+    assert frame.loc[HELLASWAG, ["acc", "acc_norm", "accuracy"]].tolist() == [1.0, 0.75, 0.75]
+    assert frame.loc[LAMBADA, ["acc", "accuracy"]].tolist() == [0.75, 0.75]
+    assert math.isnan(frame.loc[WIKITEXT, "word_perplexity_stderr"])
+    assert math.isnan(frame.loc[WIKITEXT, "accuracy"])
+    assert frame["avg_task_accuracy"].tolist() == [0.75] * 3
+
+
+def test_what_was_not_measured_is_null(write):
+    write("top", rule="topk", samples=False)
+    row = row_of(load_experiments([write.folder]).frame, WIKITEXT, "top-4")
+    null = {
+        "perplexity",  # no log tells how many tokens were scored
+        "layer_consistency_score",  # constant counts
+        "normalized_selection_entropy",
+        "expert_overlap_score",  # one run
+        "output_determinism",
+    }
+    assert {name for name in METRICS if pd.isna(row[name])} == null
+    assert (row["ceiling_hit_rate"], row["floor_hit_rate"]) == (100, 0)
+    assert (row["min_k"], row["max_k"], row["alpha"]) == (4, 4, pytest.approx(np.nan, nan_ok=True))
+
+
+def test_no_routing_log_no_routing_metrics(write):
+    def off(content):
+        content["config"]["bh"] |= {"log_routing": "off", "summary": None}
+
+    write("bh", change=off)
+    row = load_experiments([write.folder]).frame.iloc[0]
+    assert {name for name in METRICS if pd.notna(row[name])} == {"avg_task_accuracy"}
+    assert pd.isna(row["mean_experts"])
+
+
+def test_a_stock_baseline_learns_its_k_from_other_runs_of_the_model(write):
+    write("stock", model="hf")
+    alone = load_experiments([write.folder]).frame.iloc[0]
+    assert (alone["rule"], alone["strategy"], alone["baseline"]) == ("topk", "top-k (hf)", True)
+    assert pd.isna(alone["max_k"])
+    assert pd.isna(alone["mean_experts"])
+    assert pd.isna(alone["flops_reduction_pct"])
+    assert alone["run_id"].startswith("hf-")
+    write("bh")
+    row = row_of(load_experiments([write.folder]).frame, WIKITEXT, "top-4 (hf)")
+    assert (row["max_k"], row["mean_experts"], row["flops_reduction_pct"]) == (4, 4, 0)
+    assert pd.isna(row["ceiling_hit_rate"])
+    assert pd.isna(row["tokens_per_second"])
+
+
+def test_analyze_saves_nothing(write):
+    write("bh", mode="analyze")
+    row = load_experiments([write.folder]).frame.iloc[0]
+    assert row["strategy"] == "BH a=0.40, max 4, analyze only"
+    assert 1 < row["would_select_mean_experts"] < 4
+    for name in ("mean_experts", "expert_activation_ratio", "flops_reduction_pct"):
+        assert pd.isna(row[name])
+    assert pd.notna(row["selection_entropy"])
+
+
+def test_layers_that_are_not_routed_take_the_models_own_k(write):
+    def one_layer(content):
+        info = content["config"]["bh"]
+        info["routed_layers"] = [1]
+        for summary in (info["summary"], *info["summary"]["tasks"].values()):
+            summary["layers"] = summary["layers"][1:2]
+            summary["mean_experts_per_token"] = summary["layers"][0]["mean_experts"]
+
+    write("bh", layers="1", change=one_layer)
+    loaded = load_experiments([write.folder])
+    row = loaded.frame.iloc[0]
+    assert row["strategy"] == "BH a=0.40, max 4, layers 1"
+    assert row["mean_experts_model"] == pytest.approx((row["mean_experts"] + 2 * write.native) / 3)
+    assert pd.isna(row["layer_expert_variance"])
+    assert set(loaded.layers["layer"]) == {1}
+
+
+def test_the_layers_table(write):
+    write("bh")
+    layers = load_experiments([write.folder]).layers
+    assert tuple(layers) == results.LAYER_COLUMNS
+    assert len(layers) == 3 * write.layers
+    first = layers.iloc[0]
+    assert first["tokens"] == sum(first["histogram"]) == TOKENS
+    mean = np.average(range(write.experts + 1), weights=first["histogram"])
+    assert first["mean"] == pytest.approx(mean)
+    assert sum(first["usage"]) == pytest.approx(mean * TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("config", "label"),
+    [
+        ({"alpha": 0.4, "min_k": 1}, "BH a=0.40, max 8"),
+        ({"alpha": 0.125, "min_k": 2, "rule": "by"}, "BY a=0.125, max 8, min 2"),
+        ({"rule": "topk"}, "top-8"),
+        ({"rule": "random_k"}, "random-8"),
+        ({"rule": "topk", "temperature": 2.0}, "top-8, T=2"),
+        (
+            {"alpha": 0.3, "statistic": "contribution", "renormalize": True},
+            "BH a=0.30, max 8, contribution, renormalize=true",
+        ),
+    ],
+)
+def test_strategy_label(config, label):
+    assert strategy_label({"rule": "bh", "max_k": 8} | config) == label
+
+
+# What must be alike
+
+
+def change_of(task, table, value):
+    def change(content):
+        content[table][task] = value
+
+    return change
+
+
+def change_of_config(name, value):
+    def change(content):
+        content["config"][name] = value
+
+    return change
+
+
+DIFFERENCES = {
+    "limit": (
+        change_of(WIKITEXT, "n-samples", {"original": 10, "effective": 9}),
+        "limit of bh_wikitext 4 of 10 documents and 9 of 10 documents",
+    ),
+    "version": (change_of(LAMBADA, "versions", 2.0), "version of bh_lambada 1.0 and 2.0"),
+    "few-shot": (change_of(HELLASWAG, "n-shot", 5), "num_fewshot of bh_hellaswag 0 and 5"),
+    "dtype": (change_of_config("model_dtype", "torch.bfloat16"), "torch.float32 and torch.bfloat"),
+    "model": (change_of_config("model_args", "pretrained=other/model,dtype=float32"), "some/model"),
+    "max_length": (lambda content: content.update(max_length=32), "max_length 64 and 32"),
+    "template": (lambda content: content.update(chat_template_sha="ab"), "chat template none and"),
+    "routers": (
+        lambda content: content["config"]["bh"]["null_model"].update(fingerprint="e" * 64),
+        "fingerprint of the routers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_what_cannot_be_compared_is_refused_or_kept_apart(write, name):
+    change, said = DIFFERENCES[name]
+    write("top", rule="topk")
+    first = write("bh")
+    other = write("other", alpha=0.5, samples=False, change=change)
+    with pytest.raises(DataError) as refused:
+        load_experiments([write.folder])
+    message = str(refused.value)
+    assert said in message
+    assert first.name in message
+    assert str(other) in message
+    assert "--force" in message
+    loaded = load_experiments([write.folder], force=True)
+    assert [len(group.files) for group in loaded.groups] == [2, 1]
+    assert set(loaded.frame[loaded.frame["file"] == other.as_posix()]["group"]) == {2}
+    assert loaded.groups[1].files == (other,)
+    # Kept apart means: nothing of one group stands in for something in the other.
+    assert loaded.frame.query("group == 2")["matched_by"].isna().all()
+
+
+def test_a_refusal_of_many_files_stays_short(write):
+    write("bh")
+    for number in range(7):
+        write(f"other{number}", change=change_of(WIKITEXT, "versions", 2.0 + number))
+    with pytest.raises(DataError, match="and 2 more files differ too"):
+        load_experiments([write.folder])
+
+
+def test_different_task_hashes_are_refused(write):
+    write("bh")
+    write("other", change=change_of(WIKITEXT, "task_hashes", "another"), samples=False)
+    with pytest.raises(DataError, match="hash of bh_wikitext hash of bh_wikitext and another"):
+        load_experiments([write.folder])
+
+
+def test_several_processes_see_the_same_documents_in_another_order(write):
+    """lm-eval hashes them in the order they were gathered in; the documents themselves agree."""
+    write("one")
+    file = write("two", change=change_of(WIKITEXT, "task_hashes", "of another order"))
+    (samples,) = file.parent.glob(f"samples_{WIKITEXT}*")
+    lines = samples.read_text().splitlines(keepends=True)
+    samples.write_text("".join(lines[::2] + lines[1::2]))
+    assert len(load_experiments([write.folder]).groups) == 1
+    samples.write_text("".join(lines).replace('"doc_hash": "', '"doc_hash": "x'))
+    with pytest.raises(DataError, match="hash of bh_wikitext"):
+        load_experiments([write.folder])
+
+
+def test_unknown_is_no_difference(write):
+    write("bh", samples=False)  # has no hashes
+    write("other", alpha=0.3)
+    write("old", alpha=0.5, change=lambda content: content.pop("max_length"))
+    assert len(load_experiments([write.folder]).groups) == 1
+
+
+def test_a_limit_beyond_the_documents_is_no_limit(write):
+    every = {"original": 4, "effective": 4}
+
+    def change(limit):
+        def apply(content):
+            content["config"]["limit"] = limit
+            content["n-samples"] = dict.fromkeys(content["n-samples"], every)
+
+        return apply
+
+    write("all", change=change(None))
+    write("most", change=change(1000), alpha=0.5)
+    assert len(load_experiments([write.folder]).groups) == 1
+
+
+def test_a_folder_of_the_model_has_the_models_name(write):
+    write("stock", model="hf", pretrained="/models/tiny-olmoe")
+    write("bh", pretrained="tiny-olmoe")
+    frame = load_experiments([write.folder]).frame
+    assert set(frame["model"]) == {"tiny-olmoe"}
+    assert set(frame["native_top_k"]) == {4}
+
+
+# What is broken
+
+
+def damage(content):
+    content["config"]["bh"]["summary"]["tasks"][WIKITEXT]["layers"][0].pop("histogram")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda content: content.pop("results"), "holds no results"),
+        (lambda content: content.pop("config"), "holds no configuration"),
+        (lambda content: content["config"]["bh"].pop("run_id"), "lacks run_id"),
+        (lambda content: content["config"]["bh"].update(schema_version=99), "upgrade lm-eval-bh"),
+        (lambda content: content.update(results=[1]), "holds no results"),
+        (damage, "KeyError('histogram')"),
+    ],
+)
+def test_broken_files_are_listed_and_skipped(write, change, said):
+    write("bh")
+    broken = write("broken", alpha=0.5, change=change)
+    loaded = load_experiments([write.folder])
+    assert len(loaded.frame) == 3
+    ((path, sentence),) = loaded.problems
+    assert path == broken
+    assert said in sentence
+    assert str(broken) in sentence
+
+
+def test_half_a_file_is_listed_and_skipped(write):
+    file = write("bh")
+    file.with_name("results_2026-02-02T00-00-00.0.json").write_text(file.read_text()[:500])
+    loaded = load_experiments([write.folder])
+    assert len(loaded.frame) == 3
+    assert "cannot be read" in loaded.problems[0][1]
+
+
+def test_only_broken_files_make_an_empty_table(write):
+    write("bh", change=lambda content: content.pop("results"))
+    loaded = load_experiments([write.folder])
+    assert loaded.frame.empty
+    assert loaded.layers.empty
+    assert {name: str(kind) for name, kind in loaded.frame.dtypes.items()} == COLUMNS
+    assert len(loaded.problems) == 1
+    write_tables(loaded.frame, write.folder / "tables")
+
+
+def test_nothing_to_read(tmp_path):
+    with pytest.raises(DataError, match=r"There is no results_\*\.json below"):
+        load_experiments([tmp_path])
+    with pytest.raises(DataError, match="There is no folder"):
+        load_experiments([tmp_path / "missing"])
+
+
+def test_files_named_by_the_user_and_single_files_are_read(write):
+    file = write("bh")
+    named = file.with_name(file.name.replace("results_", "mine_"))
+    file.rename(named)
+    (named.parent / "notes.json").write_text("{}")
+    assert len(load_experiments([write.folder]).frame) == 3
+    loaded = load_experiments([named])
+    assert len(loaded.frame) == 3
+    assert loaded.documents("run-1", WIKITEXT) is not None
+
+
+def test_copies_are_read_once(write):
+    file = write("bh")
+    shutil.copytree(file.parent, write.folder / "copy")
+    loaded = load_experiments([write.folder])
+    assert len(loaded.frame) == 3
+    assert "is a copy of" in loaded.notes[0][1]
+    assert loaded.problems == []
+    content = json.loads(file.read_text()) | {"date": 77.0}
+    (write.folder / "copy" / file.name).write_text(json.dumps(content))
+    assert "run id run-1" in load_experiments([write.folder]).problems[0][1]
+
+
+def test_requests_from_a_cache_are_told(write):
+    def cached(content):
+        content["config"]["bh"]["summary"]["cached_requests"] = 3
+
+    write("bh", change=cached)
+    loaded = load_experiments([write.folder])
+    assert loaded.frame["cached_requests"].tolist() == [3, 3, 3]
+    assert "3 requests" in loaded.notes[0][1]
+
+
+def test_documents_that_are_missing_are_a_problem_once_they_are_needed(write):
+    file = write("bh")
+    (samples,) = file.parent.glob(f"samples_{LAMBADA}*")
+    samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:3]))
+    loaded = load_experiments([write.folder])
+    assert loaded.documents("run-1", LAMBADA) is None
+    assert loaded.documents("run-1", LAMBADA) is None
+    ((path, sentence),) = loaded.problems
+    assert (path, "has 3 of 4 documents" in sentence) == (samples, True)
+    samples.write_text("{")
+    with pytest.raises(DataError, match="Line 1 of"):
+        results.read_documents(samples)
+
+
+# Routing logs
+
+
+def test_one_routing_log_gives_all_runs_their_token_perplexity(write):
+    write("stock", model="hf", loss=(1.0, 2.0, 3.0, 1.5))
+    write("bh", loss=2.0, log=True)
+    write("unlogged", alpha=0.5, loss=3.0, samples=False)
+    loaded = load_experiments([write.folder])
+    for task in (WIKITEXT, LAMBADA):
+        frame = loaded.frame[loaded.frame["task"] == task].set_index("strategy")["perplexity"]
+        nats = np.dot(write.lengths, (1.0, 2.0, 3.0, 1.5))
+        assert frame["top-4 (hf)"] == pytest.approx(math.exp(nats / TOKENS))
+        assert frame["BH a=0.40, max 4"] == pytest.approx(math.exp(2.0))
+        assert math.isnan(frame["BH a=0.50, max 4"])  # no samples: no loglikelihoods
+    assert loaded.frame[loaded.frame["task"] == HELLASWAG]["perplexity"].isna().all()
+    assert loaded.documents("run-2", WIKITEXT)["tokens"].tolist() == list(write.lengths)
+
+
+def test_a_routing_log_of_some_documents_gives_no_token_perplexity(write):
+    write("bh", log=True)
+    for file in (write.folder / "logs").rglob("*_internal_routing.json"):
+        content = json.loads(file.read_text())
+        content["samples"].pop()
+        file.write_text(json.dumps(content))
+    assert load_experiments([write.folder]).frame["perplexity"].isna().all()
+
+
+def test_a_routing_log_is_found_where_it_was_moved_to(write, tmp_path_factory):
+    write("bh", log=True)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shutil.move(write.folder / "logs", elsewhere / "moved")
+    loaded = load_experiments([write.folder])
+    assert loaded.log_folder("run-1") is None
+    assert "name the folder that it was moved to" in loaded.notes[0][1]
+    loaded = load_experiments([write.folder, elsewhere])
+    assert loaded.notes == []
+    assert loaded.log_folder("run-1") == elsewhere / "moved" / "run-1"
+    assert loaded.internal_routing_file("run-1", WIKITEXT).is_file()
+
+
+def test_a_routing_log_without_manifest_is_a_problem(write):
+    file = write("bh", log=True)
+    (write.folder / "logs" / "run-1" / "routing.json").unlink()
+    loaded = load_experiments([write.folder])
+    assert len(loaded.frame) == 3
+    ((path, sentence),) = loaded.problems
+    assert path == file
+    assert "did not finish" in sentence
+    assert loaded.internal_routing_file("run-1", WIKITEXT) is None
+
+
+def test_stability_of_repeated_runs(write):
+    write("first", log=True, seed=1, loss=(1.0, 2.0, 3.0, 4.0))
+    write("second", log=True, seed=1, loss=(1.0, 2.0, 3.0, 5.0))
+    write("other", log=True, alpha=0.5)
+    frame = load_experiments([write.folder]).frame
+    repeated = frame[frame["alpha"] == 0.4]
+    assert repeated["configuration"].nunique() == 1
+    assert repeated["output_determinism"].tolist() == [75.0] * 6
+    assert repeated["expert_overlap_score"].tolist() == [1.0] * 6
+    single = frame[frame["alpha"] == 0.5]
+    assert single[["output_determinism", "expert_overlap_score"]].isna().all(axis=None)
+
+
+def test_a_run_without_logs_has_no_overlap(write):
+    write("first", log=True)
+    write("second")
+    frame = load_experiments([write.folder]).frame
+    assert frame["expert_overlap_score"].isna().all()
+    assert frame["output_determinism"].tolist() == [100.0] * 6
+
+
+def test_average_accuracy_is_over_the_same_tasks_for_all(write):
+    write("all", right=(1, 1, 0, 0))
+    write("lambada", alpha=0.5, tasks=(WIKITEXT, LAMBADA), right=(1, 1, 1, 1))
+    frame = load_experiments([write.folder]).frame
+    assert frame[frame["alpha"] == 0.4]["avg_task_accuracy"].tolist() == [0.5] * 3
+    assert frame[frame["alpha"] == 0.5]["avg_task_accuracy"].isna().all()
+    # What the first run lacks, a further run of the configuration may bring.
+    write("hellaswag", alpha=0.5, tasks=(HELLASWAG,), right=(0, 0, 0, 0))
+    frame = load_experiments([write.folder]).frame
+    assert frame[frame["alpha"] == 0.5]["avg_task_accuracy"].tolist() == [0.5] * 3
+
+
+# Tables
+
+
+def test_tables(write):
+    write("top", rule="topk")
+    write("bh", log=True)
+    frame = load_experiments([write.folder]).frame
+    paths = write_tables(frame, write.folder / "tables")
+    assert [path.name for path in paths] == [
+        f"bh_routing_results.{suffix}" for suffix in ("csv", "json", "md", "tex")
+    ]
+    csv, records = pd.read_csv(paths[0]), json.loads(paths[1].read_text())
+    assert list(csv) == list(records[0]) == list(COLUMNS)
+    assert len(csv) == len(records) == 6
+    for name in ("mean_experts", "perplexity", "gini_coefficient"):
+        assert csv[name].to_numpy() == pytest.approx(frame[name].to_numpy(), nan_ok=True)
+        assert [record[name] for record in records] == [
+            None if math.isnan(value) else value for value in frame[name]
+        ]
+    assert records[0]["baseline"] is True
+    assert records[0]["alpha"] is None
+    assert records[0]["max_k"] == 4
+    assert ",top-4," in paths[0].read_text()
+    lines = paths[2].read_text().splitlines()
+    assert len(lines) == 8
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    assert "top-k at equal experts" in lines[0]  # empty here, but it must be asked for
+    assert "group" not in lines[0]
+    latex = paths[3].read_text()
+    assert "bh\\_wikitext" in latex
+    assert latex.count(r"\\") == 7
+
+
+def test_tables_are_the_same_whatever_the_order_of_folders(write):
+    write("b", alpha=0.5)
+    write("a", alpha=0.3, log=True)
+    write("c", rule="topk", max_k=2)
+    folders = [write.folder / name for name in ("a", "b", "c", "logs")]
+    contents = []
+    for number, order in enumerate((folders, folders[::-1])):
+        paths = write_tables(load_experiments(order).frame, write.folder / f"tables{number}")
+        contents.append([path.read_bytes() for path in paths])
+    assert contents[0] == contents[1]
+
+
+def test_reading_needs_no_torch():
+    code = (
+        "import sys, lm_eval_bh.analysis.results, lm_eval_bh.analysis.significance, "
+        "lm_eval_bh.analysis.flops\n"
+        "print({'torch', 'transformers', 'lm_eval', 'scipy', 'statsmodels'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
