@@ -63,6 +63,8 @@ class RoutingSummary(TaskSummary):
 
     computed_tokens: int  # rows really computed, each once; padding excluded
     padding_tokens: int
+    expert_rows_computed: int | None  # one expert applied to one token, probes included; None if
+    # transformers' own code computed the experts, which does not count
     cached_requests: int  # answered from --use_cache: they left no trace here
     tasks: dict[str, TaskSummary]
 

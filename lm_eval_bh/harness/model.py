@@ -7,7 +7,7 @@ import inspect
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -328,9 +328,8 @@ class BHLM(HFLM):
         for (position, offset), (_, context, continuation) in zip(places, requests, strict=False):
             self._scored[position] += len(continuation)
             owner = self.log.recorder.owner(position, offset)
-            if owner is not None:
-                row = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
-                owners[row].append(owner)
+            row = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
+            owners[row] += [] if owner is None else [owner]
         return owners
 
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
@@ -340,7 +339,10 @@ class BHLM(HFLM):
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         recorder = self.log.recorder
-        with nullcontext() if recorder is None else recorder.forward(inps):
+        with ExitStack() as stack:
+            real = None if recorder is None else stack.enter_context(recorder.forward(inps))
+            if real is not None:
+                stack.enter_context(self.integration.real_tokens(real))
             logits: Tensor = super()._model_call(inps, *args, **kwargs)
         return logits
 

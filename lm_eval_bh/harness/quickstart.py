@@ -21,7 +21,7 @@ from lm_eval_bh.files import replacing
 PANELS = {
     ("bh_demo_wikitext", "byte_perplexity"): "lower is better",
     ("bh_demo_lambada", "perplexity"): "lower is better",
-    ("bh_demo_lambada", "acc"): "higher is better",
+    ("bh_demo_hellaswag", "acc"): "higher is better",
     ("bh_demo_hellaswag", "acc_norm"): "higher is better",
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: told apart by everybody
@@ -196,8 +196,10 @@ def main(folders: list[str]) -> int:
     console.print()
     console.print(table(runs))
     for run in runs:
-        console.print(f"Results of {run.label}: {run.file}", soft_wrap=True, highlight=False)
-    console.print(f"Figure: {figure}", soft_wrap=True, highlight=False)
+        console.print(
+            f"Results of {run.label}: {run.file.resolve()}", soft_wrap=True, highlight=False
+        )
+    console.print(f"Figure: {figure.resolve()}", soft_wrap=True, highlight=False)
     return 0
 
 

@@ -110,17 +110,24 @@ class Recorder:
             self._owners = before
 
     @contextmanager
-    def forward(self, input_ids: Tensor) -> Iterator[None]:
-        """Log one forward pass over int64 ``[rows, length]``, padded on the right."""
+    def forward(self, input_ids: Tensor) -> Iterator[Tensor | None]:
+        """Log one forward pass over int64 ``[rows, length]``, padded on the right.
+
+        Yields
+        ------
+        Tensor or None
+            bool ``[rows, length]``, which tokens are no padding; None where nobody knows.
+        """
         if not self._owners:
-            yield
+            yield None
             return
         rows = [self._find(row) for row in input_ids.tolist()]
         lengths = torch.tensor([length for length, _ in rows])
-        mask = torch.arange(input_ids.shape[1]) < lengths.unsqueeze(-1)
-        batch = Batch([owners for _, owners in rows], mask, input_ids.cpu(), [0] * len(rows))
+        real = torch.arange(input_ids.shape[1]) < lengths.unsqueeze(-1)
+        owned = real & torch.tensor([[bool(owners)] for _, owners in rows])
+        batch = Batch([owners for _, owners in rows], owned, input_ids.cpu(), [0] * len(rows))
         with self._logging(batch, input_ids.device):
-            yield
+            yield real
 
     @contextmanager
     def generation(
@@ -197,7 +204,7 @@ class Recorder:
             sink.end()
 
     def _find(self, row: list[int]) -> tuple[int, list[Owner]]:
-        """Return (length, owners) of a row padded on the right with zeros; (0, []) if nobody's."""
+        """Return (length, owners) of a row padded on the right; all of it and [] if unknown."""
         shortest = len(row)
         while shortest and row[shortest - 1] == 0:
             shortest -= 1
@@ -205,7 +212,7 @@ class Recorder:
             owners = self._owners.get(tuple(row[:length]))
             if owners is not None:
                 return length, owners
-        return 0, []
+        return len(row), []
 
 
 def _now(device: torch.device) -> float:

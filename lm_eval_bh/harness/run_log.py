@@ -121,6 +121,7 @@ class RunLog:
         self.options = options
         self.cached_requests = 0
         self._integration = integration
+        self._rows_before = integration.rows_computed
         self._layers = integration.layers
         self._parts = 0
         self._states: list[dict[str, Any]] = []
@@ -180,12 +181,17 @@ class RunLog:
             self._tokens.flush()
         state = self._counters.state() | {
             "cached_requests": self.cached_requests,
+            "expert_rows": self._expert_rows(),
             "token_parts": self._tokens.parts if self._tokens else [],
             "token_rows": self._tokens.rows if self._tokens else 0,
         }
         states = gather(state)
         if states is not None:
             self._states = states
+
+    def _expert_rows(self) -> int | None:
+        rows = self._integration.rows_computed
+        return None if rows is None or self._rows_before is None else rows - self._rows_before
 
     def summary(self) -> RoutingSummary | None:
         """Return the routing summary over all processes; None if nothing was to be logged."""

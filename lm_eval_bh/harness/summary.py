@@ -41,6 +41,9 @@ def summarize(
         **_describe(everything, layers),
         "computed_tokens": sum(state["computed_tokens"] for state in states),
         "padding_tokens": sum(state["padding_tokens"] for state in states),
+        "expert_rows_computed": None
+        if any(state["expert_rows"] is None for state in states)
+        else sum(state["expert_rows"] for state in states),
         "cached_requests": cached_requests,
         "tasks": {name: _describe(parts, layers) for name, parts in tasks.items()},
     }

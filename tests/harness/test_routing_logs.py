@@ -54,7 +54,9 @@ def tasks():
 def run(tasks):
     manager = TaskManager(include_path=str(shipped("tasks")), include_defaults=False)
 
-    def evaluate(arguments="", *, model_args=ARGS, batch_size=1, limit=LIMIT, **options):
+    def evaluate(
+        arguments="", *, model_args=ARGS, tasks=tasks, batch_size=1, limit=LIMIT, **options
+    ):
         return lm_eval.simple_evaluate(
             model="hf-bh",
             model_args=f"{model_args},{arguments}" if arguments else model_args,
@@ -263,6 +265,17 @@ def test_a_shared_row_counts_for_every_owner_and_is_computed_once(run):
     assert shared["tokens"] == alone["tokens"]
     assert alone["computed_tokens"] == alone["tokens"]
     assert shared["computed_tokens"] <= shared["tokens"]
+
+
+def test_no_expert_works_for_padding_or_for_slots_that_stay_unused(run):
+    """What the experts really computed is what was selected for real tokens, and nothing else."""
+    scoring = ["bh_demo_wikitext", "bh_demo_lambada", "bh_demo_hellaswag"]
+    long = ARGS.replace("max_length=48", "max_length=512")
+    results = run("logits_cache=False", batch_size=4, tasks=scoring, model_args=long)
+    summary = results["config"]["bh"]["summary"]
+    assert summary["padding_tokens"] > 0
+    selected = sum(sum(layer["usage"]) for layer in summary["layers"])
+    assert summary["expert_rows_computed"] == selected
 
 
 def test_off_logs_nothing_and_changes_no_result(run):
