@@ -113,6 +113,7 @@ class Sample(TypedDict):
 
     sample_id: int  # the document's id in the task
     request: int  # which of the document's requests, 0 where it has one
+    repeat: int  # which repetition of it, 0 where it has one
     num_tokens: int
     token_ids: list[int]
     loss: float | None  # nats a scored token; None for generated text
@@ -185,6 +186,7 @@ def token_schema(with_logits: bool, num_experts: int) -> pa.Schema:
         pa.field("task", pa.dictionary(pa.int32(), pa.string())),
         pa.field("doc_id", pa.int32()),
         pa.field("request", pa.int16()),
+        pa.field("repeat", pa.int16()),
         pa.field("layer", pa.int16()),
         pa.field("position", pa.int32()),
         pa.field("token_id", pa.int32()),

@@ -23,6 +23,8 @@ class Owner:
         Name of the task.
     doc_id, request : int
         The document in the task, and which of its requests.
+    repeat : int
+        Which of the request's repetitions, 0 where it has one.
     offset : int
         How many of the request's tokens earlier rows have held: windows of a long document.
     """
@@ -30,6 +32,7 @@ class Owner:
     task: str
     doc_id: int
     request: int
+    repeat: int = 0
     offset: int = 0
 
 

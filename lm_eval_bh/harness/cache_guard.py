@@ -52,6 +52,8 @@ def guard(cache: Any, routing: dict[str, Any]) -> CountingCache:
             f"The cache {cache.filename} was filled {_difference(found, routing)}: "
             "give --use_cache another path."
         )
+    # Another evaluation counts anew.
+    cache.hits = 0
     cache.__class__ = CountingCache  # lm-eval holds the very object, so it cannot be wrapped
     return cache  # type: ignore[no-any-return]
 

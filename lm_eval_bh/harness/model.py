@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +20,24 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lm_eval_bh.errors import ModelError, ParameterError, did_you_mean, show_as_one_sentence
 from lm_eval_bh.harness.batch import Owner
 from lm_eval_bh.harness.cache_guard import CountingCache, guard
 from lm_eval_bh.harness.log_folder import check_writable
-from lm_eval_bh.harness.recorder import TokenIds
+from lm_eval_bh.harness.recorder import Expected, TokenIds
 from lm_eval_bh.harness.run_log import LogOptions, RunLog
 from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.experts import EXPERTS
 from lm_eval_bh.routing.integration import BHRoutingIntegration
+from lm_eval_bh.routing.null import NullModel
 from lm_eval_bh.routing.rules import RULES
 from lm_eval_bh.schema import SCHEMA_VERSION, RunInfo
+
+eval_logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "allenai/OLMoE-1B-7B-0924"
 
@@ -40,6 +46,7 @@ FROM_PRETRAINED = frozenset(
     {
         "attn_implementation",
         "bnb_4bit_compute_dtype",
+        "bnb_4bit_quant_storage",
         "bnb_4bit_quant_type",
         "bnb_4bit_use_double_quant",
         "cache_dir",
@@ -120,7 +127,7 @@ class BHLM(HFLM):
         experts: str = "auto",
         log_routing: str = "summary",
         log_dir: str | Path | None = None,
-        log_samples: int = 200,
+        log_samples: int | None = None,
         log_logits: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -141,6 +148,9 @@ class BHLM(HFLM):
                 f"kde={str(kde)!r} is no file or folder: "
                 "give the path of a null model, or kde=auto."
             )
+        null: str | NullModel = kde or "auto"
+        if Path(str(null)).is_file():
+            null = NullModel.load(str(null))  # damaged files are found before weights load
         if experts not in EXPERTS:
             raise ParameterError(
                 f"experts={experts!r} is unknown: choose one of {', '.join(EXPERTS)}."
@@ -148,6 +158,11 @@ class BHLM(HFLM):
         options = LogOptions(
             log_routing, None if log_dir is None else str(log_dir), log_samples, log_logits
         )
+        if options.details and kwargs.get("tp_plan"):
+            raise ParameterError(
+                f"log_routing={log_routing} does not work with tp_plan, whose processes do not "
+                "know of each other here: use log_routing=summary."
+            )
         if options.log_dir is not None:
             check_writable(Path(options.log_dir))
         # From Python, HFLM would ask for cuda even where there is none.
@@ -159,9 +174,10 @@ class BHLM(HFLM):
             super().__init__(
                 pretrained=str(tiny_olmoe()) if pretrained == TINY_OLMOE else pretrained, **kwargs
             )
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ModelError(
-                f"The model {name!r} could not be loaded ({str(error).splitlines()[0]}): "
+                f"The model {name!r} could not be loaded ({reason}): "
                 "check its name and the network, "
                 f"or use pretrained={TINY_OLMOE}, which ships and needs none."
             ) from error
@@ -173,7 +189,7 @@ class BHLM(HFLM):
         self.integration = BHRoutingIntegration(
             self.model,
             collect_stats=False,
-            kde=kde or "auto",
+            kde=null,
             experts=experts,
             tokenizer=self.tokenizer,
             **self.routing_config.as_dict(),
@@ -182,7 +198,7 @@ class BHLM(HFLM):
         self.log = RunLog(self.integration, options, self._new_run_id(), self.rank)
         self._name = name
         self._cache: CountingCache | None = None
-        self._rolling: list[tuple[int, int]] | None = None
+        self._rolling: Iterator[tuple[int, int]] | None = None
         self._scored: dict[int, int] = {}
         self._prompts: dict[str, list[int]] = {}
         self._batch_prompts: list[str] = []
@@ -226,11 +242,11 @@ class BHLM(HFLM):
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         config = self.config.get_text_config()
-        num_experts = getattr(config, "num_experts", None) or getattr(
-            config, "num_local_experts", None
-        )
-        if isinstance(num_experts, int):
-            self.routing_config.check_experts(num_experts)  # said before any weights are read
+        for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+            if isinstance(getattr(config, name, None), int):  # said before any weights are read
+                self.routing_config.check_experts(getattr(config, name))
+                self.routing_config.select_layers(config.num_hidden_layers)
+                break
         super()._create_model(*args, **kwargs)
 
     def loglikelihood(
@@ -247,8 +263,7 @@ class BHLM(HFLM):
     ) -> list[float]:
         """Score whole documents in windows, see HFLM."""
         with self._serving(requests):
-            if self.log.recorder is not None:
-                self._rolling = list(self._all_windows(requests))
+            self._rolling = self._windows(requests)
             try:
                 result: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
             finally:
@@ -257,43 +272,48 @@ class BHLM(HFLM):
         return result
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generate text, see HFLM."""
+        """Generate text, see HFLM; requests of other generation options after one another."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        for position, request in enumerate(requests):
+            groups[repr(request.args[1])].append(position)
+        result = [""] * len(requests)
         with self._serving(requests):
-            self._prompts = defaultdict(list)
-            for position, request in enumerate(requests):
-                self._prompts[request.args[0]].append(position)
-            result: list[str] = super().generate_until(requests, disable_tqdm)
+            for positions in groups.values():  # HFLM would mix up their order
+                self._prompts = defaultdict(list)
+                for position in positions:
+                    self._prompts[requests[position].args[0]].append(position)
+                answers = super().generate_until([requests[p] for p in positions], disable_tqdm)
+                for position, answer in zip(positions, answers, strict=True):
+                    result[position] = answer
         return result
 
     @contextmanager
     def _serving(self, requests: list[Instance]) -> Iterator[None]:
-        """Log what runs inside for these requests, and flush the logs when it has ended."""
-        if self.log.recorder is None:
-            yield
-            return
+        """Log what runs inside for these requests, and write the logs when it has ended."""
+        if self.log.finished and self.world_size == 1:
+            self.start_log(self.log.options)  # another evaluation with the same model
         self._scored = defaultdict(int)
         with self.log.recorder.serving(requests):
             yield
-        if self._cache is not None:
-            self.log.cached_requests = self._cache.hits
-        self.log.flush(self._gather)
+        self.log.flush()
 
-    def _gather(self, state: Any) -> list[Any] | None:
-        return self.gather_object(state, dst=0) if self.world_size > 1 else [state]
+    def barrier(self) -> None:
+        """Wait for all processes, and bring their counters to the first one.
+
+        lm-eval calls it on every process after every kind of request, even where a cache has
+        answered them all.
+        """
+        super().barrier()
+        self.log.cached_requests = 0 if self._cache is None else self._cache.hits
+        self.log.collect(self.gather_object(self.log.state(), dst=0))
 
     def _log_losses(self, log_likelihoods: Sequence[float]) -> None:
-        recorder = self.log.recorder
-        if recorder is not None:
-            positions = range(len(log_likelihoods))
-            self.log.add_losses(
-                [recorder.owner(position) for position in positions],
-                [
-                    -value / self._scored[p]
-                    for p, value in zip(positions, log_likelihoods, strict=True)
-                ],
-            )
+        for position, value in enumerate(log_likelihoods):
+            owner = self.log.recorder.owner(position)
+            if owner is not None and self._scored[position]:  # an empty document scores nothing
+                self.log.add_loss(owner, -value / self._scored[position])
 
-    def _all_windows(self, requests: list[Instance]) -> Iterator[tuple[int, int]]:
+    def _windows(self, requests: list[Instance]) -> Iterator[tuple[int, int]]:
         """Yield (position of the request, place of the window in it) as HFLM cuts documents."""
         for position, request in enumerate(requests):
             scored = 0
@@ -310,40 +330,43 @@ class BHLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], *args: Any, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        owners = {} if self.log.recorder is None else self._owners_of(requests)
-        with nullcontext() if self.log.recorder is None else self.log.recorder.expecting(owners):
+        with self.log.recorder.expecting(self._expected_rows(requests)):
             result: list[tuple[float, bool]] = super()._loglikelihood_tokens(
                 requests, *args, **kwargs
             )
         return result
 
-    def _owners_of(self, requests: Sequence[Any]) -> dict[TokenIds, list[Owner]]:
-        """Return who owns each row that HFLM will make of tokenised requests."""
-        assert self.log.recorder is not None
+    def _expected_rows(self, requests: Sequence[Any]) -> Expected:
+        """Return the rows that HFLM will make of tokenised requests, and who owns each."""
         places = [(position, 0) for position in range(len(requests))]
         if self._rolling is not None:
             # Windows come in order, batch by batch; copies that even out processes come last.
-            places, self._rolling = self._rolling[: len(requests)], self._rolling[len(requests) :]
-        owners: dict[TokenIds, list[Owner]] = defaultdict(list)
-        for (position, offset), (_, context, continuation) in zip(places, requests, strict=False):
+            places = list(islice(self._rolling, len(requests)))
+            places += [(len(self._scored) + 10**9, 0)] * (len(requests) - len(places))
+        rows: Expected = defaultdict(list)
+        shared: dict[TokenIds, list[Owner]] = {}
+        for (position, offset), (_, context, continuation) in zip(places, requests, strict=True):
             self._scored[position] += len(continuation)
             owner = self.log.recorder.owner(position, offset)
-            row = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
-            owners[row] += [] if owner is None else [owner]
-        return owners
+            tokens = tuple(context + continuation)
+            owners = shared.get(tokens[:-1]) if self.logits_cache else None
+            if owners is None:
+                owners = shared[tokens[:-1]] = []
+                rows[tokens[-(self.max_length + 1) :][:-1]].append(owners)
+            if owner is not None:
+                owners.append(owner)
+        return rows
 
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
-        recorder = self.log.recorder
-        with nullcontext() if recorder is None else recorder.expecting({}):  # probes are nobody's
+        with self.log.recorder.expecting({}):  # probes are nobody's
             return int(super()._detect_batch_size(*args, **kwargs))
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        recorder = self.log.recorder
-        with ExitStack() as stack:
-            real = None if recorder is None else stack.enter_context(recorder.forward(inps))
-            if real is not None:
-                stack.enter_context(self.integration.real_tokens(real))
-            logits: Tensor = super()._model_call(inps, *args, **kwargs)
+        with self.log.recorder.forward(inps) as real:
+            if self.peft:  # prompt tuning adds tokens of its own
+                real = None
+            with nullcontext() if real is None else self.integration.real_tokens(real):
+                logits: Tensor = super()._model_call(inps, *args, **kwargs)
         return logits
 
     def tok_batch_encode(
@@ -356,17 +379,20 @@ class BHLM(HFLM):
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any
     ) -> Tensor:
-        recorder = self.log.recorder
-        if recorder is None:
-            plain: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
-            return plain
+        rows_a_prompt = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
+        if rows_a_prompt > 1:
+            eval_logger.warning("Beams are not logged: their tokens belong to no single answer.")
+            beams: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
+            return beams
         owners: list[list[Owner]] = []
         for prompt in self._batch_prompts:
             waiting = self._prompts[prompt]
-            owner = recorder.owner(waiting.pop(0)) if waiting else None
+            owner = self.log.recorder.owner(waiting.pop(0)) if waiting else None
             owners.append([] if owner is None else [owner])
-        with recorder.generation(owners, context, kwargs["attention_mask"]) as generation:
+        mask = kwargs["attention_mask"]
+        with self.log.recorder.generation(owners, context, mask) as generation:
             output: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
+            generation.stop_clock(context.device)
             generation.fed = self._tokens_fed(output, context.shape[1], stop)
             generation.token_ids = output[:, context.shape[1] :]
         return output
@@ -398,8 +424,13 @@ class BHLM(HFLM):
             null = self.integration.null
             routing = self.routing_config.as_dict() | {
                 "pretrained": self._name,
+                "revision": self.revision,
+                "peft": self.peft,
+                "delta": self.delta,
+                "max_length": self.max_length,
+                "add_bos_token": self.add_bos_token,
                 "dtype": str(self.model.dtype),
-                "null_model": None if null is None else dataclasses.asdict(null.header),
+                "null_model": None if null is None else null.digest(),
             }
             self._cache = guard(cache_hook.dbdict, routing)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from lm_eval_bh.harness.batch import Owner, Sink
 from lm_eval_bh.harness.counting import CounterSink
 from lm_eval_bh.harness.log_folder import LogFolder
 from lm_eval_bh.harness.recorder import Recorder
-from lm_eval_bh.harness.samples import Key, SampleSink
+from lm_eval_bh.harness.samples import Key, SampleSink, key_of
 from lm_eval_bh.harness.summary import summarize
 from lm_eval_bh.routing.integration import BHRoutingIntegration
 from lm_eval_bh.schema import (
@@ -27,7 +26,6 @@ from lm_eval_bh.schema import (
 )
 
 LEVELS = ("off", "summary", "samples", "full")
-Gather = Callable[[Any], list[Any] | None]
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,9 @@ class LogOptions:
         the first documents, as JSON) or "full" (and every token, as Parquet).
     log_dir : str or None
         The folder for samples and full; lm-eval does not tell a model its output path.
-    log_samples : int
-        How many documents of each task "samples" keeps.
+    log_samples : int or None
+        Of how many documents of each task everything is kept as JSON; None is 200 with "samples"
+        and none with "full", which has every token anyway.
     log_logits : bool
         Whether "full" keeps the router logits too.
 
@@ -54,7 +53,7 @@ class LogOptions:
 
     log_routing: str = "summary"
     log_dir: str | None = None
-    log_samples: int = 200
+    log_samples: int | None = None
     log_logits: bool = False
 
     def __post_init__(self) -> None:
@@ -63,15 +62,22 @@ class LogOptions:
                 f"log_routing={self.log_routing!r} is unknown: choose one of {', '.join(LEVELS)}"
                 f"{did_you_mean(str(self.log_routing), LEVELS)}."
             )
-        if isinstance(self.log_samples, bool) or not isinstance(self.log_samples, int):
+        if self.log_samples is not None and (
+            isinstance(self.log_samples, bool) or not isinstance(self.log_samples, int)
+        ):
             raise ParameterError(
                 f"log_samples={self.log_samples!r} is no number of documents: give an integer."
             )
-        if self.log_samples < 0:
+        if self.log_samples is not None and self.log_samples < 0:
             raise ParameterError(
                 f"log_samples={self.log_samples} is negative: give a number of documents, or 0."
             )
-        if self.log_logits not in (True, False):
+        if self.log_samples is not None and not self.details:
+            raise ParameterError(
+                f"log_samples={self.log_samples} has no use with log_routing={self.log_routing}: "
+                "choose samples or full, or leave it out."
+            )
+        if not isinstance(self.log_logits, bool):
             raise ParameterError(f"log_logits={self.log_logits!r} is unknown: give True or False.")
         if self.log_logits and self.log_routing != "full":
             raise ParameterError(
@@ -87,6 +93,13 @@ class LogOptions:
                 f"log_dir={self.log_dir!r} has no use with log_routing={self.log_routing}, which "
                 "writes no files of its own: choose samples or full, or leave log_dir out."
             )
+
+    @property
+    def samples(self) -> int:
+        """How many documents of each task are kept as JSON."""
+        if self.log_samples is not None:
+            return self.log_samples
+        return 200 if self.log_routing == "samples" else 0
 
     @property
     def details(self) -> bool:
@@ -120,6 +133,7 @@ class RunLog:
         self.run_id = run_id
         self.options = options
         self.cached_requests = 0
+        self.finished = False
         self._integration = integration
         self._rows_before = integration.rows_computed
         self._layers = integration.layers
@@ -135,7 +149,7 @@ class RunLog:
             config, experts = integration.config, integration.num_experts
             self._folder = LogFolder(Path(str(options.log_dir)), run_id, rank)
             self._samples = SampleSink(
-                options.log_samples,
+                options.samples,
                 experts,
                 config.min_k if config.adaptive else config.max_k,
                 config.max_k,
@@ -146,31 +160,23 @@ class RunLog:
 
                 self._tokens = TokenSink(self._folder, experts, options.log_logits)
                 sinks.append(self._tokens)
-        self.recorder: Recorder | None = None
-        if options.log_routing != "off":
-            self.recorder = Recorder(self._layers, self._counters, sinks)
+        logging = options.log_routing != "off"
+        self.recorder = Recorder(self._layers, self._counters if logging else None, sinks)
+        if logging:
             integration.observers.append(self.recorder.observe)
 
     def detach(self) -> None:
         """Stop listening to the hooks."""
-        if self.recorder is not None:
+        if self.recorder.observe in self._integration.observers:
             self._integration.observers.remove(self.recorder.observe)
-            self.recorder = None
 
-    def add_losses(self, owners: Sequence[Owner | None], losses: Sequence[float]) -> None:
-        """Note the loss, in nats a scored token, of the requests that were just served."""
-        for owner, loss in zip(owners, losses, strict=True):
-            if owner is not None:
-                self._losses[owner.task, owner.doc_id, owner.request] = loss
+    def add_loss(self, owner: Owner, loss: float) -> None:
+        """Note the loss, in nats a scored token, of a request that was just served."""
+        if owner.doc_id < self.options.samples:
+            self._losses[key_of(owner)] = loss
 
-    def flush(self, gather: Gather) -> None:
-        """Write what a request method has left, and bring the counters to the first process.
-
-        Parameters
-        ----------
-        gather : callable
-            Returns the objects of all processes on the first one, None on the others.
-        """
+    def flush(self) -> None:
+        """Write what a request method has left."""
         if self._samples is not None and self._folder is not None:
             samples = self._samples.take(self._losses)
             name = f".samples-{self._folder.rank}-{self._parts}.json"
@@ -179,13 +185,18 @@ class RunLog:
             self._losses.clear()
         if self._tokens is not None:
             self._tokens.flush()
-        state = self._counters.state() | {
+
+    def state(self) -> dict[str, Any]:
+        """Return all that this process has counted, as plain values."""
+        return self._counters.state() | {
             "cached_requests": self.cached_requests,
             "expert_rows": self._expert_rows(),
             "token_parts": self._tokens.parts if self._tokens else [],
             "token_rows": self._tokens.rows if self._tokens else 0,
         }
-        states = gather(state)
+
+    def collect(self, states: list[dict[str, Any]] | None) -> None:
+        """Take the states of all processes; None on any but the first."""
         if states is not None:
             self._states = states
 
@@ -197,32 +208,37 @@ class RunLog:
         """Return the routing summary over all processes; None if nothing was to be logged."""
         if self.options.log_routing == "off":
             return None
-        # This process may have had every answer from the cache, and then has nothing flushed.
-        others = sum(state["cached_requests"] for state in self._states[1:])
-        return summarize(self._states, self._layers, self.cached_requests + others)
+        states = [self.state(), *self._states[1:]]  # its own is newer than what it collected
+        cached = sum(state["cached_requests"] for state in states)
+        return summarize(states, self._layers, cached)
 
     def finish(self) -> None:
         """Put the parts of all processes together and write the manifest; on the first process."""
         summary = self.summary()
-        if self._folder is None or summary is None:
+        if self.finished or self._folder is None or summary is None:
+            self.finished = True
             return
         samples: dict[str, list[Sample]] = {}
         parts = sorted(self._folder.path.glob(".samples-*.json"))
         for part in parts:
             for task, some in read_json(part).items():
                 samples.setdefault(task, []).extend(some)
-        files = []
+        files: list[str] = []
         for task, task_summary in summary["tasks"].items():
             some = samples.get(task, [])
-            some.sort(key=lambda sample: (sample["sample_id"], sample["request"]))
+            some.sort(key=lambda sample: (sample["sample_id"], sample["request"], sample["repeat"]))
             content = self._internal_routing(task, task_summary, some)
-            files.append(f"{content['config']}{INTERNAL_ROUTING}")
+            name = f"{content['config']}{INTERNAL_ROUTING}"
+            # wikitext and bh_wikitext have one data set; the later is given its task's name too.
+            files.append(f"{task}_{name}" if name in files else name)
             self._folder.write_json(files[-1], content)
-        files += [part for state in self._states for part in state["token_parts"]]
-        rows = sum(state["token_rows"] for state in self._states)
+        states = [self.state(), *self._states[1:]]
+        files += [part for state in states for part in state["token_parts"]]
+        rows = sum(state["token_rows"] for state in states)
         self._folder.finish(self.run_id, files, rows)
         for part in parts:
             part.unlink()
+        self.finished = True
 
     def _internal_routing(
         self, task: str, summary: TaskSummary, samples: list[Sample]

@@ -17,7 +17,12 @@ from lm_eval_bh.schema import UNUSED, Sample, SampleLayer
 
 LOGITS_SAMPLE = 3  # tokens of each request whose router logits are kept whole
 
-Key = tuple[str, int, int]  # task, document, request
+Key = tuple[str, int, int, int]  # task, document, request, repetition
+
+
+def key_of(owner: Owner) -> Key:
+    """Return what the sample of an owner is filed under."""
+    return owner.task, owner.doc_id, owner.request, owner.repeat
 
 
 @dataclass
@@ -64,7 +69,7 @@ class SampleSink:
                 if owner.doc_id < self._limit and batch.lengths[row]:
                     start = owner.offset + batch.first[row]
                     self._wanted.append((owner, start, batch.flat[row]))
-                    request = self._requests[owner.task, owner.doc_id, owner.request]
+                    request = self._requests[key_of(owner)]
                     request.token_ids[start] = batch.token_ids.flatten()[batch.flat[row]].tolist()
 
     def layer(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
@@ -80,7 +85,7 @@ class SampleSink:
                 counts[flat].numpy(),
                 logits[flat[:LOGITS_SAMPLE]].numpy(),
             )
-            self._requests[owner.task, owner.doc_id, owner.request].layers[layer][start] = piece
+            self._requests[key_of(owner)].layers[layer][start] = piece
 
     def end(self) -> None:
         """Do nothing: rows are kept as they come."""
@@ -89,18 +94,16 @@ class SampleSink:
         """Return and forget what was kept, by task, ordered by document and request."""
         samples: dict[str, list[Sample]] = defaultdict(list)
         for key in sorted(self._requests):
-            task, doc_id, request = key
-            samples[task].append(
-                self._sample(doc_id, request, self._requests[key], losses.get(key))
-            )
+            samples[key[0]].append(self._sample(key, self._requests[key], losses.get(key)))
         self._requests.clear()
         return dict(samples)
 
-    def _sample(self, doc_id: int, request: int, kept: _Request, loss: float | None) -> Sample:
+    def _sample(self, key: Key, kept: _Request, loss: float | None) -> Sample:
         token_ids = [token for start in sorted(kept.token_ids) for token in kept.token_ids[start]]
         return {
-            "sample_id": doc_id,
-            "request": request,
+            "sample_id": key[1],
+            "request": key[2],
+            "repeat": key[3],
             "num_tokens": len(token_ids),
             "token_ids": token_ids,
             "loss": loss,

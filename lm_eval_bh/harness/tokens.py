@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from lm_eval_bh.errors import DataError
 from lm_eval_bh.harness.batch import Batch
 from lm_eval_bh.harness.log_folder import LogFolder, explaining
 from lm_eval_bh.routing.selection import Selection
@@ -47,25 +48,28 @@ class TokenSink:
 
     def begin(self, batch: Batch, device: torch.device) -> None:
         """List every (owner, token) pair of the pass: one row a layer each."""
-        take, tasks, documents, requests, positions = [], [], [], [], []
+        take, tasks, documents, requests, repeats, positions = [], [], [], [], [], []
+        codes: dict[str, int] = {}
         for row, owners in enumerate(batch.owners):
             flat = batch.flat[row]
             for owner in owners if len(flat) else ():
                 take.append(flat)
-                tasks.append(np.full(len(flat), owner.task, dtype=object))
+                code = codes.setdefault(owner.task, len(codes))
+                tasks.append(np.full(len(flat), code, dtype=np.int32))
                 documents.append(np.full(len(flat), owner.doc_id, dtype=np.int32))
                 requests.append(np.full(len(flat), owner.request, dtype=np.int16))
+                repeats.append(np.full(len(flat), owner.repeat, dtype=np.int16))
                 start = owner.offset + batch.first[row]
                 positions.append(np.arange(start, start + len(flat), dtype=np.int32))
         if not take:
             self._take = None
             return
         self._take = torch.cat(take)
-        names, codes = np.unique(np.concatenate(tasks), return_inverse=True)
         self._columns = {
-            "task": pa.DictionaryArray.from_arrays(codes.astype(np.int32), names.astype(str)),
+            "task": pa.DictionaryArray.from_arrays(np.concatenate(tasks), list(codes)),
             "doc_id": np.concatenate(documents),
             "request": np.concatenate(requests),
+            "repeat": np.concatenate(repeats),
             "position": np.concatenate(positions),
             "token_id": batch.token_ids.flatten()[self._take].numpy().astype(np.int32),
         }
@@ -115,11 +119,17 @@ class TokenSink:
             self._writer = None
 
     def _write(self) -> None:
-        table = pa.Table.from_batches(self._waiting)
-        with explaining(self._folder.path):
-            if self._writer is None:
-                self._writer = pq.ParquetWriter(self._temporary, self._schema, compression="zstd")
-            self._writer.write_table(table)
+        table = pa.Table.from_batches(self._waiting).unify_dictionaries()
+        try:
+            with explaining(self._folder.path):
+                if self._writer is None:
+                    self._writer = pq.ParquetWriter(
+                        self._temporary, self._schema, compression="zstd"
+                    )
+                self._writer.write_table(table)
+        except DataError:
+            self._temporary.unlink(missing_ok=True)  # it may be what filled the disk
+            raise
         self.rows += table.num_rows
         self._waiting, self._rows_waiting = [], 0
 

@@ -76,7 +76,7 @@ class RoutingConfig:
             raise ParameterError(
                 f"temperature={self.temperature!r} is not a temperature: give a positive number."
             )
-        if self.renormalize not in ("auto", True, False):
+        if self.renormalize != "auto" and not isinstance(self.renormalize, bool):
             raise ParameterError(
                 f"renormalize={self.renormalize!r} is unknown: choose 'auto', True or False."
             )

@@ -42,8 +42,7 @@ class RoutingCounters:
         if self.histogram[layer].device != counts.device:
             self.histogram[layer] = self.histogram[layer].to(counts.device)
             self.usage[layer] = self.usage[layer].to(counts.device)
-        if weight is None:
-            weight = torch.ones_like(counts)
+        weight = torch.ones_like(counts) if weight is None else weight.to(counts.device)
         self.histogram[layer].scatter_add_(0, counts, weight)
         usage = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=counts.device)
         usage.scatter_add_(0, indices.flatten(), weight.unsqueeze(-1).expand_as(indices).flatten())

@@ -193,6 +193,14 @@ class NullModel:
         except NullModelError as error:
             raise NullModelError(f"The null model {path} is damaged: {error}") from error
 
+    def digest(self) -> str:
+        """Return a SHA-256 of the tables, in hex: what decisions depend on."""
+        digest = hashlib.sha256()
+        for x, cdf in self.tables:
+            digest.update(x.tobytes())
+            digest.update(cdf.tobytes())
+        return digest.hexdigest()
+
     @property
     def num_layers(self) -> int:
         """Number of layers."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import lm_eval
 import pyarrow.parquet as pq
 import pytest
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from reference import Reference
@@ -292,30 +293,38 @@ def test_results_do_not_depend_on_the_level_of_logging(run, tmp_path):
     assert results[0] == results[1]
 
 
-def test_two_runs_in_one_folder_do_not_mix(run, tmp_path):
-    ids = [
-        run(f"log_routing=samples,log_dir={tmp_path}", limit=1)["config"]["bh"]["run_id"]
-        for _ in range(2)
-    ]
-    assert len(set(ids)) == 2
-    assert {path.name for path in tmp_path.iterdir()} == set(ids)
-    for run_id in ids:
-        read_manifest(tmp_path / run_id)
-
-
 SCRIPT = """
 import sys, lm_eval
 from lm_eval.tasks import TaskManager
 from lm_eval_bh.errors import show_as_one_sentence
 from lm_eval_bh.resources import shipped
 show_as_one_sentence()
+limit = None
 exec(sys.argv[2])
 lm_eval.simple_evaluate(
     model="hf-bh",
     model_args="pretrained=tiny-olmoe,alpha=0.4,log_routing=full,log_dir=" + sys.argv[1],
     tasks=["bh_demo_wikitext", "bh_demo_hellaswag"], batch_size=1, bootstrap_iters=0, device="cpu",
+    limit=limit,
     task_manager=TaskManager(include_path=str(shipped("tasks")), include_defaults=False))
 """
+
+
+def test_two_runs_in_one_folder_at_once_do_not_mix(tmp_path):
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), "limit = 2"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    processes = [subprocess.Popen(command, **quiet) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    folders = list(tmp_path.iterdir())
+    assert len(folders) == 2
+    logs = []
+    for folder in folders:
+        manifest = read_manifest(folder)
+        assert manifest["run_id"] == folder.name
+        table = pq.read_table(folder / "tokens")
+        assert table.num_rows == manifest["token_rows"]
+        logs.append(table)
+    assert logs[0].equals(logs[1])
 
 
 def test_a_killed_run_leaves_nothing_that_reads_as_complete(tmp_path):
@@ -329,6 +338,7 @@ def test_a_killed_run_leaves_nothing_that_reads_as_complete(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert list(tmp_path.glob("*/tokens/*part*"))
     (folder,) = tmp_path.iterdir()
     with pytest.raises(DataError, match="did not finish"):
         read_manifest(folder)
@@ -337,10 +347,10 @@ def test_a_killed_run_leaves_nothing_that_reads_as_complete(tmp_path):
 def test_a_full_disk_ends_the_run_with_one_sentence_and_earlier_files_stay(run, tmp_path):
     first = run(f"log_routing=full,log_dir={tmp_path}", limit=1)["config"]["bh"]["run_id"]
     before = {path: path.read_bytes() for path in (tmp_path / first).rglob("*") if path.is_file()}
-    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    limit += f"resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, {resource.RLIM_INFINITY}))"
+    full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    full += f"resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, {resource.RLIM_INFINITY}))"
     ended = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), limit],
+        [sys.executable, "-c", SCRIPT, str(tmp_path), full],
         capture_output=True,
         text=True,
         check=False,
@@ -357,13 +367,14 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_earlier_files_stay(run, 
     ("arguments", "sentence"),
     [
         ("log_routing=all", "log_routing='all' is unknown"),
-        ("log_samples=-1", "log_samples=-1 is negative"),
-        ("log_samples=2.5", "give an integer"),
+        ("log_routing=samples,log_dir=x,log_samples=-1", "log_samples=-1 is negative"),
+        ("log_routing=samples,log_dir=x,log_samples=2.5", "give an integer"),
         ("log_logits=True", "log_logits=True needs log_routing=full"),
         ("log_logits=True,log_routing=samples,log_dir=x", "needs log_routing=full"),
         ("log_routing=samples", "needs a folder to write to: give log_dir"),
         ("log_routing=full", "needs a folder to write to: give log_dir"),
         ("log_dir=somewhere", "has no use with log_routing=summary"),
+        ("log_samples=50", "has no use with log_routing=summary"),
     ],
 )
 def test_bad_options_are_refused_before_a_model_is_looked_for(arguments, sentence):
@@ -406,3 +417,79 @@ def test_a_cache_of_another_model_is_refused(tmp_path):
         foreign["some request"] = (-1.0, False)
     with pytest.raises(ParameterError, match="by another model than hf-bh"):
         CachingLM(lm, str(path))
+
+
+def instances(kind, *arguments, **fields):
+    """Make requests by hand: one document each."""
+    metadata = {"task": "by_hand", "repeats": 1} | fields
+    return [
+        Instance(kind, {}, args, 0, metadata=(metadata["task"], number, metadata["repeats"]))
+        for number, args in enumerate(arguments)
+    ]
+
+
+@pytest.mark.parametrize("logits_cache", [True, False])
+def test_equal_rows_count_once_for_each_request(logits_cache):
+    """Two one-token continuations of one context: one row if shared, else two equal ones."""
+    lm = BHLM.create_from_arg_string(f"{ARGS},logits_cache={logits_cache}", {"device": "cpu"})
+    lm.loglikelihood(instances("loglikelihood", ("The river", " a"), ("The river", " the")))
+    summary = lm.log.summary()
+    length = len(lm.tok_encode("The river"))
+    assert summary["tokens"] == 2 * length
+    assert summary["computed_tokens"] == (length if logits_cache else 2 * length)
+
+
+def test_a_prompt_with_two_sets_of_options_is_credited_to_both():
+    lm = BHLM.create_from_arg_string(f"{ARGS},batch_size=2", {"device": "cpu"})
+    prompts = ["The river", "In the year of the storm"]
+    requests = []
+    for task, tokens in (("long", 9), ("short", 4)):
+        options = {"until": ["no such text"], "max_gen_toks": tokens, "do_sample": False}
+        requests += instances("generate_until", *((p, options) for p in prompts), task=task)
+    lm.generate_until(requests)
+    fed = sum(len(lm.tok_encode(prompt)) for prompt in prompts)
+    tasks = lm.log.summary()["tasks"]
+    assert tasks["long"]["tokens"] == fed + 2 * 8
+    assert tasks["short"]["tokens"] == fed + 2 * 3
+
+
+def test_repeats_are_samples_of_their_own(tmp_path):
+    lm = BHLM.create_from_arg_string(
+        f"{ARGS},log_routing=samples,log_dir={tmp_path}", {"device": "cpu", "batch_size": 2}
+    )
+    options = {"until": ["no such text"], "max_gen_toks": 6, "do_sample": True, "temperature": 2.0}
+    requests = instances("generate_until", ("The river", options), repeats=3)
+    answers = lm.generate_until(requests * 4)  # the fourth evens out processes
+    lm.get_model_info()
+    (log,) = (tmp_path / lm.log.run_id).glob("*_internal_routing.json")
+    samples = read_internal_routing(log)["samples"]
+    assert [sample["repeat"] for sample in samples] == [0, 1, 2]
+    for sample, answer in zip(samples, answers, strict=False):
+        text = lm.tokenizer.decode(sample["token_ids"], skip_special_tokens=True)
+        assert ("The river" + answer).startswith(text)
+
+
+def test_an_empty_document_and_beams_work_as_they_do_with_hf():
+    lm = BHLM.create_from_arg_string(ARGS, {"device": "cpu"})
+    assert lm.loglikelihood_rolling(instances("loglikelihood_rolling", ("",), ("A text.",)))[0] == 0
+    options = {"until": ["."], "max_gen_toks": 5, "do_sample": False, "num_beams": 2}
+    before = lm.log.summary()["tokens"]
+    assert len(lm.generate_until(instances("generate_until", ("The river", options)))) == 1
+    assert lm.log.summary()["tokens"] == before
+
+
+def test_asking_twice_changes_nothing_and_another_evaluation_has_logs_of_its_own(run, tmp_path):
+    lm = BHLM.create_from_arg_string(
+        f"{ARGS},log_routing=samples,log_dir={tmp_path}", {"device": "cpu"}
+    )
+    requests = instances("loglikelihood", ("The river", " flows"))
+    lm.loglikelihood(requests)
+    first, again = (lm.get_model_info()["bh"] for _ in range(2))
+    assert again == first
+    lm.loglikelihood(requests)
+    second = lm.get_model_info()["bh"]
+    assert second["run_id"] != first["run_id"]
+    assert second["summary"]["tokens"] == first["summary"]["tokens"] > 0
+    for run_id in (first["run_id"], second["run_id"]):
+        (log,) = (tmp_path / run_id).glob("*_internal_routing.json")
+        assert len(read_internal_routing(log)["samples"]) == 1
