@@ -3,6 +3,7 @@
 python scripts/bench_routing.py                           # tiny-olmoe, and OLMoE's true size
 python scripts/bench_routing.py --quick                   # the same with two repeats
 python scripts/bench_routing.py --profile                 # and what the time goes to
+python scripts/bench_routing.py --shared                  # on a CPU that others use too
 python scripts/bench_routing.py --full-size               # all 16 layers, random bfloat16 weights
 python scripts/bench_routing.py --device cuda --dtype bfloat16
 python scripts/bench_routing.py --harness                 # whole lm_eval runs: hf against hf-bh
@@ -177,10 +178,16 @@ def prototype(
 class Bench:
     """Solves the levels, runs the rows of a part in turn, and knows the floor."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, repeats: int) -> None:
-        self.dtype, self.device, self.repeats = dtype, device, repeats
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        repeats: int,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.dtype, self.device, self.repeats, self.now = dtype, device, repeats, now
         self.results: list[Result] = []
-        self.matmul_rate, self.copy_rate, self.read_rate = machine_rates(dtype, device)
+        self.matmul_rate, self.copy_rate, self.read_rate = machine_rates(dtype, device, now)
 
     def sync(self) -> None:
         if self.device.type == "cuda":
@@ -189,11 +196,11 @@ class Bench:
     def clock(self, part: Part, inputs: list[Tensor]) -> float:
         """Return the seconds of one call, on average over the inputs."""
         self.sync()
-        start = time.perf_counter()
+        start = self.now()
         for value in inputs:
             part.call(value)
         self.sync()
-        return (time.perf_counter() - start) / len(inputs)
+        return (self.now() - start) / len(inputs)
 
     def solve(
         self, part: Part, inputs: list[Tensor]
@@ -211,7 +218,7 @@ class Bench:
                 for at in range(layers)
             }
         )
-        pooled = {at: torch.cat(values) for at, values in logits.items()}
+        pooled = {at: torch.cat(values)[:256] for at, values in logits.items()}
 
         def mean(log_odds: float) -> float:
             config = RoutingConfig(alpha=float(1 / (1 + np.exp(-log_odds))), max_k=8)
@@ -226,7 +233,7 @@ class Bench:
         levels: dict[float, tuple[float, float]] = {}
         for wanted in MEANS:
             low, high = -14.0, 5.0
-            for _ in range(24):
+            for _ in range(14):
                 middle = (low + high) / 2
                 low, high = (middle, high) if mean(middle) < wanted else (low, middle)
             alpha = float(1 / (1 + np.exp(-high)))
@@ -374,7 +381,9 @@ class Bench:
         )
 
 
-def machine_rates(dtype: torch.dtype, device: torch.device) -> tuple[float, float, float]:
+def machine_rates(
+    dtype: torch.dtype, device: torch.device, now: Callable[[], float]
+) -> tuple[float, float, float]:
     """Return FLOP/s of a large matrix product and bytes/s of a copy and of reading."""
     a = torch.randn(1024, 2048, device=device).to(dtype)
     b = torch.randn(2048, 4096, device=device).to(dtype)
@@ -384,11 +393,11 @@ def machine_rates(dtype: torch.dtype, device: torch.device) -> tuple[float, floa
     def best(work: Callable[[], Any]) -> float:
         seconds = []
         for _ in range(7):
-            start = time.perf_counter()
+            start = now()
             work()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(now() - start)
         return min(seconds)
 
     size = source.numel() * source.element_size()
@@ -593,6 +602,10 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     layers: Annotated[int, typer.Option(min=1, help="Layers of the stack.")] = 2,
     threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
+    shared: Annotated[
+        bool,
+        typer.Option(help="One thread, and its processor time: for a CPU that others use too."),
+    ] = False,
     quick: Annotated[bool, typer.Option(help="Two repeats.")] = False,
     full_size: Annotated[
         bool, typer.Option(help="All 16 layers, bfloat16, random weights; 16 GB of free memory.")
@@ -606,8 +619,11 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
     """Measure router, MoE layer and whole model, side by side, in one run."""
-    if threads:
-        torch.set_num_threads(threads)
+    if shared and not device.startswith("cpu"):
+        raise typer.BadParameter("--shared takes the processor's time: leave --device at cpu.")
+    now = time.process_time if shared else time.perf_counter
+    if threads or shared:
+        torch.set_num_threads(1 if shared else threads or 1)
     place = torch.device(device)
     kind = torch.bfloat16 if full_size else getattr(torch, dtype)
     started, load = datetime.datetime.now(datetime.timezone.utc), os.getloadavg()
@@ -616,6 +632,7 @@ def main(
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu",
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "clock": "processor time" if shared else "wall",
         "dtype": str(kind).removeprefix("torch."),
         "load_before": load,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -630,14 +647,16 @@ def main(
                 f"{free_bytes(place) / 1e9:.1f}: run it elsewhere, or measure --layers 2."
             )
         with torch.inference_mode():
-            bench = measure(kind, place, 2 if quick else repeats, layers, full_size, profiles)
+            bench = measure(kind, place, 2 if quick else repeats, layers, full_size, profiles, now)
         found = checks(bench)
         show(bench)
         show_checks(found)
+        gflops = bench.matmul_rate / 1e9
+        copy, read = bench.copy_rate / 1e9, bench.read_rate / 1e9
         console.print(
-            f"{numbers['dtype']}, {numbers['threads']} threads, load before {load[0]:.1f}, after "
-            f"{os.getloadavg()[0]:.1f}; matrix product {bench.matmul_rate / 1e9:.0f} GFLOP/s, copy "
-            f"{bench.copy_rate / 1e9:.1f} GB/s, read {bench.read_rate / 1e9:.1f} GB/s. "
+            f"{numbers['dtype']}, {numbers['threads']} threads, {numbers['clock']}; load before "
+            f"{load[0]:.1f}, after {os.getloadavg()[0]:.1f}; matrix product {gflops:.0f} GFLOP/s, "
+            f"copy {copy:.1f} GB/s, read {read:.1f} GB/s. "
             "Floor: max(FLOPs / matrix product, bytes / the faster of copy and read)."
         )
         numbers |= {
@@ -664,9 +683,10 @@ def measure(
     layers: int,
     full_size: bool,
     profiles: bool,
+    now: Callable[[], float],
 ) -> Bench:
     """Run every part."""
-    bench = Bench(dtype, device, repeats)
+    bench = Bench(dtype, device, repeats, now)
     stack = true_size(16 if full_size else layers, dtype, device)
     name = "OLMoE-1B-7B" if full_size else f"{layers}-layer stack"
     for part in parts_of(name, stack, only_model=full_size):

@@ -46,7 +46,7 @@ class RouterHook:
         self.router = router
         self.exact_thresholds = thresholds
         self.thresholds: Tensor | None = None
-        self.not_finite: Tensor | None = None
+        self.largest: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Return the router's output with the selection in it, or None to leave it as it is."""
@@ -120,9 +120,12 @@ class RouterHook:
         return self.thresholds
 
     def _check_finite(self, router_logits: Tensor) -> None:
-        """Note logits that are not finite; the end of the forward pass asks all layers at once."""
-        bad = ~torch.isfinite(router_logits.detach().abs().amax())  # one pass, and no mask
-        self.not_finite = bad if self.not_finite is None else self.not_finite | bad
+        """Note the largest logit; the end of the forward pass asks all layers at once.
+
+        NaN is larger than any number here.
+        """
+        largest = router_logits.detach().abs().amax()
+        self.largest = largest if self.largest is None else self.largest.maximum(largest)
 
 
 class BHRoutingIntegration:
@@ -397,6 +400,8 @@ class BHRoutingIntegration:
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Learn from the caller, or else from the attention mask, which tokens are padding."""
+        for hook in self._hooks:  # a pass that died before its end has left its note
+            hook.largest = None
         mask = kwargs.get("attention_mask") if self._real is None else self._real
         ids = kwargs.get("input_ids", args[0] if args else None)
         tokens = ids if ids is not None else kwargs.get("inputs_embeds")
@@ -411,15 +416,13 @@ class BHRoutingIntegration:
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """Ask all layers at once, in one synchronisation, whether their logits were finite."""
-        noted = [
-            (hook.layer, hook.not_finite) for hook in self._hooks if hook.not_finite is not None
-        ]
+        noted = [(hook.layer, hook.largest) for hook in self._hooks if hook.largest is not None]
         for hook in self._hooks:
-            hook.not_finite = None
+            hook.largest = None
         if not noted:
             return
         device = noted[0][1].device
-        bad = torch.stack([flag.to(device) for _, flag in noted]).tolist()
+        bad = (~torch.stack([largest.to(device) for _, largest in noted]).isfinite()).tolist()
         broken = [str(layer) for (layer, _), flag in zip(noted, bad, strict=True) if flag]
         if broken:
             raise RoutingError(

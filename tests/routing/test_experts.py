@@ -352,9 +352,11 @@ def test_decoding_one_token_equals_the_whole_sequence(some_ids, dtype, implement
     )
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("what", "backend"), [("model", "eager"), ("block", "aot_eager"), ("block", "inductor")]
+)
 @pytest.mark.filterwarnings("ignore")
-def test_a_model_patched_then_compiled_gives_the_same(some_ids, backend):
+def test_a_model_patched_then_compiled_gives_the_same(some_ids, what, backend):
     if backend == "inductor" and not (shutil.which("gcc") or shutil.which("clang")):
         pytest.skip("inductor needs a C++ compiler")
     model = small_model()
@@ -362,7 +364,9 @@ def test_a_model_patched_then_compiled_gives_the_same(some_ids, backend):
     with patched(model) as routing, torch.no_grad():
         expected = model(some_ids).logits
         rows = routing.rows_computed
-        compiled = torch.compile(model, backend=backend)
+        compiled = torch.compile(model, backend=backend) if what == "model" else model
+        if what == "block":
+            model.model.layers[0].mlp.compile(backend=backend)
         for _ in range(2):
             torch.testing.assert_close(compiled(some_ids).logits, expected, rtol=1e-4, atol=1e-4)
         assert routing.rows_computed == 3 * rows

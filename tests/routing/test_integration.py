@@ -363,3 +363,22 @@ def test_bad_arguments_are_one_sentence_and_change_nothing(tiny, arguments, sent
 def test_a_compiled_model_is_refused(tiny, null):
     with pytest.raises(ModelError, match=r"before torch\.compile"):
         BHRoutingIntegration(torch.compile(tiny, backend="eager"), kde=null)
+
+
+def test_a_pass_that_failed_midway_does_not_spoil_the_next(tiny, null, ids):
+    expected = logits(tiny, ids)
+    router = tiny.model.layers[0].mlp.gate
+
+    def fail(module, args):
+        raise MemoryError("in the last layer")
+
+    with BHRoutingIntegration(tiny, rule="topk"):
+        healthy = router.weight.clone()
+        handle = tiny.model.layers[3].register_forward_pre_hook(fail)
+        with torch.no_grad():
+            router.weight[0, 0] = float("nan")
+            with pytest.raises(MemoryError):
+                tiny(ids)
+            router.weight.copy_(healthy)
+        handle.remove()
+        assert torch.equal(logits(tiny, ids), expected)
