@@ -89,7 +89,7 @@ def time_levels(lm: BHLM, instances: list[Instance], repeats: int, folder: Path)
     seconds: dict[str, list[float]] = {level: [] for level in LEVELS}
     for repeat in range(repeats + 1):  # the first round warms up
         for level in LEVELS:
-            lm.start_log(LogOptions(level, str(folder) if level == "full" else None, log_samples=0))
+            lm.start_log(LogOptions(level, str(folder) if level == "full" else None))
             start = time.perf_counter()
             lm.loglikelihood_rolling(instances, disable_tqdm=True)
             lm.log.finish()
@@ -125,7 +125,7 @@ def log_everything(number: int) -> None:
     """Log every token of so many documents, and print this process's peak memory in MiB."""
     lm, instances = tiny(8), documents(number)
     with tempfile.TemporaryDirectory() as folder:
-        lm.start_log(LogOptions("full", folder, log_samples=0))
+        lm.start_log(LogOptions("full", folder))
         lm.loglikelihood_rolling(instances, disable_tqdm=True)
         lm.log.finish()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

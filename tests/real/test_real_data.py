@@ -61,3 +61,24 @@ def test_mean_experts_rise_with_the_level_on_every_data_set(manager):
             means[task].append(summary["mean_experts_per_token"])
     for rising in means.values():
         assert 1 < rising[0] < rising[1] < rising[2] < rising[3] < 8
+
+
+def test_counters_do_not_depend_on_the_batch_size_or_the_cache(manager):
+    """On the real texts, in float64: no rounding that depends on the shape of a batch tips any."""
+    counted = []
+    for batch_size, cache in ((1, True), (3, False), (8, True)):
+        results = lm_eval.simple_evaluate(
+            model="hf-bh",
+            model_args="pretrained=tiny-olmoe,alpha=0.4,dtype=float64,experts=ragged,max_length=128,"
+            f"logits_cache={cache}",
+            tasks=list(TASKS),
+            task_manager=manager,
+            limit=1,
+            batch_size=batch_size,
+            bootstrap_iters=0,
+            device="cpu",
+        )
+        tasks = results["config"]["bh"]["summary"]["tasks"]
+        assert all(task["tokens"] > 50 for task in tasks.values())
+        counted.append({name: task["layers"] for name, task in tasks.items()})
+    assert counted[0] == counted[1] == counted[2]
