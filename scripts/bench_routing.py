@@ -218,7 +218,7 @@ class Bench:
                 for at in range(layers)
             }
         )
-        pooled = {at: torch.cat(values)[:256] for at, values in logits.items()}
+        pooled = {at: torch.cat(values) for at, values in logits.items()}
 
         def mean(log_odds: float) -> float:
             config = RoutingConfig(alpha=float(1 / (1 + np.exp(-log_odds))), max_k=8)
@@ -232,16 +232,24 @@ class Bench:
 
         levels: dict[float, tuple[float, float]] = {}
         for wanted in MEANS:
-            low, high = -14.0, 5.0
-            for _ in range(14):
-                middle = (low + high) / 2
-                low, high = (middle, high) if mean(middle) < wanted else (low, middle)
-            alpha = float(1 / (1 + np.exp(-high)))
-            with BHRoutingIntegration(part.model, kde=null, alpha=alpha) as routing:
-                for value in inputs:
-                    part.call(value)
-                got = routing.counters.mean()  # type: ignore[union-attr]
-            levels[wanted] = (alpha, wanted if wanted == max(MEANS) else got or 0.0)
+            if wanted == max(MEANS):
+                levels[wanted] = 0.5, wanted
+                continue
+            aim = got = wanted
+            for _ in range(4):  # fewer experts below change the logits above
+                low, high = -14.0, 5.0
+                for _ in range(14):
+                    middle = (low + high) / 2
+                    low, high = (middle, high) if mean(middle) < aim else (low, middle)
+                alpha = float(1 / (1 + np.exp(-high)))
+                with BHRoutingIntegration(part.model, kde=null, alpha=alpha) as routing:
+                    for value in inputs:
+                        part.call(value)
+                    got = routing.counters.mean() or 0.0  # type: ignore[union-attr]
+                if abs(got - wanted) < 0.05:
+                    break
+                aim = min(max(aim + wanted - got, 1.0), 8.0)
+            levels[wanted] = alpha, got
         return null, levels
 
     def trial(
@@ -273,7 +281,7 @@ class Bench:
         possible = [
             name
             for name in (STOCK if part.experts else STOCK[:1])
-            if name != "batched_mm" or copied * self.dtype.itemsize < 2**32
+            if name != "batched_mm" or copied * self.dtype.itemsize < 2**28
         ]
         best = min(possible, key=lambda name: self.trial(part, inputs, stock(model, name, 8)))
         rows = []

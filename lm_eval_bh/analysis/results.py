@@ -140,7 +140,8 @@ _DATED = re.compile(r"_(\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?)\.json$")
 
 # The head of a sample in an internal routing log; the rest of the sample may be a million numbers.
 _SAMPLE_HEAD = re.compile(
-    rb'"sample_id": (\d+), "request": (\d+), "num_tokens": \d+, "token_ids": \[[^\]]*\], '
+    rb'"sample_id": (\d+), "request": (\d+), "repeat": \d+, "num_tokens": \d+, '
+    rb'"token_ids": \[[^\]]*\], '
     rb'"loss": ([^,]+),'
 )
 

@@ -79,6 +79,7 @@ def internal_routing(run_id: str, name: str, task: str, selected: np.ndarray, lo
             {
                 "sample_id": doc_id,
                 "request": 0,
+                "repeat": 0,
                 "num_tokens": length,
                 "token_ids": list(range(start, start + length)),
                 "loss": loss,

@@ -183,6 +183,37 @@ def test_without_gradients_nothing_changes(dtype):
     assert torch.equal(out, ragged_experts_forward(module, states, indices, weights).detach())
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_many_experts_with_few_rows_each_are_grouped_and_right(dtype, monkeypatch):
+    config = OlmoeConfig(hidden_size=HIDDEN, intermediate_size=INNER, num_local_experts=40)
+    module = OlmoeExperts(config)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    module, calls = module.to(dtype), []
+    module._rows_computed = RowsComputed()
+    grouped = ragged._grouped
+    monkeypatch.setattr(ragged, "_grouped", lambda *args: calls.append(1) or grouped(*args))
+    states, indices, weights = routed(24, dtype, experts=40)
+    poison((24 * SLOTS, HIDDEN), (24 * SLOTS, 2 * INNER), (24 * SLOTS, INNER))
+    out = ragged_experts_forward(module, states.requires_grad_(), indices, weights)
+    out.sum().backward()
+    grads = [states.grad.clone(), *(p.grad.clone() for p in module.parameters())]
+    assert calls == [1]
+    assert module._rows_computed.total == int((indices < 40).sum())
+    states.grad = None
+    module = module.double().requires_grad_()
+    module.zero_grad()
+    exact = states.detach().double().requires_grad_()
+    expected = ragged_experts_forward(module, exact, indices, weights.double())
+    expected.sum().backward()
+    assert calls == [1]  # float64 goes expert by expert
+    want = [expected, exact.grad, *(p.grad for p in module.parameters())]
+    for a, b in zip([out, *grads], want, strict=True):
+        torch.testing.assert_close(
+            a.double(), b, rtol=0, atol=TOLERANCE[dtype] * b.abs().max().item()
+        )
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 20])
 def test_tokens_without_any_expert_get_zero(tokens):
     states, indices, weights = routed(tokens)
