@@ -8,15 +8,15 @@ them. A token all of whose slots are unused, as padding is, costs nothing either
 Which algorithm runs, by measurement at OLMoE's size (``scripts/bench_routing.py``):
 
 - CPU: expert by expert over the rows of each. The matrix product is transposed, ``W @ rows.T``, in
-  bfloat16 and, from four rows on, in float32: at the few rows that an expert gets, that way round
-  takes 0.6 to 0.8, and 0.5 to 0.9, of the time of ``rows @ W.T``; for fewer rows in float32 it
-  takes 1.7 times as long, and in float16 it is no better. Decoding one token takes the same loop:
-  reading the weights of its experts once is all the time there is. Copying weights first
-  (transformers' ``batched_mm``) is slower by far.
-- CPU, many experts with fewer than 8 rows each (a batch of decoding steps), in float32 or with
-  small experts: transformers' ``grouped_mm`` over the used rows only. It is a loop inside torch,
-  always the plain way round, and saves the Python of ours: 0.4 to 0.9 of the time at 32 tokens,
-  but 1.0 to 1.7 of it at 1 and 0.8 to 2.0 at 1,024, and no gain with large experts in bfloat16.
+  bfloat16 and, for 4 to 48 rows, in float32: there that way round takes 0.6 to 0.8, and 0.5 to 0.9,
+  of the time of ``rows @ W.T``. For fewer rows in float32 it takes 1.7 times as long, for more up
+  to 1.15 times (unless they are a multiple of 16), and in float16 it is no better.
+- CPU, one token: the same, with no sorting and one activation for all its experts. Reading their
+  weights once is all the time there is; copying them first (``batched_mm``) takes 5 to 9 times it.
+- CPU, many experts with little to do each (a batch of decoding steps; small experts):
+  transformers' ``grouped_mm`` over the used rows only. It is a loop inside torch, always the plain
+  way round, and saves the Python of ours: 0.4 to 0.9 of the time at 32 tokens, but up to 2.0 of it
+  at 1,024, and no gain with large experts in bfloat16.
 - CPU, bfloat16 and float16: oneDNN compiles a kernel for every new number of rows (1 to 2 ms), and
   its kernels work on blocks of 16 rows anyway. So beyond 16 rows a matrix product takes the next
   multiple of 16, made up of rows that lie there already; what they give is thrown away.
@@ -38,8 +38,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from lm_eval_bh.routing.routers import transformers_model
 
 RAGGED = "bh_ragged"
-FEW = 3  # rows up to which float32 is faster the plain way round
-SMALL = 2**19  # weights of a down projection up to which calls, not arithmetic, take the time
+FEW, MANY = 3, 48  # rows between which float32 is faster the transposed way round
+LITTLE = 2**20  # rows x weights of the down projection, up to which calls take the time
 BLOCK = 16  # rows of one block of a kernel that oneDNN compiles for half precision
 
 
@@ -102,6 +102,8 @@ def _expert_by_expert(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Drop the unused slots, and give every expert in use its rows."""
+    if len(hidden_states) == 1:
+        return _one_token(module, hidden_states, top_k_index, top_k_weights)
     experts, order = top_k_index.reshape(-1).sort(stable=True)
     rows_of = torch.bincount(experts, minlength=module.num_experts)[: module.num_experts].tolist()
     used = sum(rows_of)
@@ -134,13 +136,45 @@ def _expert_by_expert(
 
 
 def _grouping_pays(module: Any, rows_of: Sequence[int], dtype: torch.dtype) -> bool:
-    """Whether many experts have few rows each, and torch's own loop is the faster one."""
+    """Whether many experts have little to do each, and torch's own loop is the faster one."""
     in_use = sum(1 for rows in rows_of if rows)
-    if in_use <= 8 or sum(rows_of) >= 8 * in_use or dtype == torch.float64:
-        return False  # its kernels know no float64
-    size: int = module.down_proj[0].numel()
-    aligned = all(side * dtype.itemsize % 16 == 0 for side in module.down_proj.shape[1:])
-    return aligned and (dtype == torch.float32 or size <= SMALL)
+    weights = module.down_proj[0]
+    if in_use <= 8 or dtype == torch.float64:  # its kernels know no float64
+        return False
+    if any(side * dtype.itemsize % 16 for side in weights.shape):  # nor other strides
+        return False
+    rows = sum(rows_of) / in_use
+    return bool(rows * weights.numel() <= LITTLE or (dtype == torch.float32 and rows < 8))
+
+
+def _one_token(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Decode: every expert in use has the one row, so nothing is sorted, gathered or scattered."""
+    slots = [
+        (slot, expert)
+        for slot, expert in enumerate(top_k_index[0].tolist())
+        if expert < module.num_experts
+    ]
+    _count(module, len(slots))
+    if not slots:
+        return torch.zeros_like(hidden_states)
+    parameters = _Parameters(module)
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    rows = torch.cat([_linear(parameters, up, expert, hidden_states) for _, expert in slots])
+    rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+    values = torch.cat(
+        [
+            _linear(parameters, "down_proj", expert, row)
+            for (_, expert), row in zip(slots, rows.split(1), strict=True)
+        ]
+    )
+    if module.has_post_expert_norm:
+        values = module.post_expert_norm(values)
+    weights = top_k_weights[0, [slot for slot, _ in slots]].unsqueeze(-1)
+    accumulated = torch.promote_types(hidden_states.dtype, torch.float32)
+    out = (values * weights).sum(0, keepdim=True, dtype=accumulated)
+    return out.to(hidden_states.dtype)
 
 
 ExpertsForward = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
@@ -183,7 +217,7 @@ def _linear(parameters: _Parameters, name: str, expert: int, rows: Tensor) -> Te
     bias = parameters(f"{name}_bias", expert) if parameters.module.has_bias else None
     if parameters.module.is_transposed:
         weight = weight.T
-    if rows.dtype == torch.bfloat16 or (rows.dtype != torch.float16 and len(rows) > FEW):
+    if rows.dtype == torch.bfloat16 or (rows.dtype != torch.float16 and FEW < len(rows) <= MANY):
         out = torch.mm(weight, rows.T).T
         return out if bias is None else out + bias
     return F.linear(rows, weight, bias)

@@ -46,7 +46,7 @@ class RouterHook:
         self.router = router
         self.exact_thresholds = thresholds
         self.thresholds: Tensor | None = None
-        self.largest: Tensor | None = None
+        self.extremes: list[Tensor] = []
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Return the router's output with the selection in it, or None to leave it as it is."""
@@ -120,12 +120,11 @@ class RouterHook:
         return self.thresholds
 
     def _check_finite(self, router_logits: Tensor) -> None:
-        """Note the largest logit; the end of the forward pass asks all layers at once.
+        """Note the extreme logits; the end of the forward pass asks all layers at once.
 
-        NaN is larger than any number here.
+        Where one logit is NaN, both of them are.
         """
-        largest = router_logits.detach().abs().amax()
-        self.largest = largest if self.largest is None else self.largest.maximum(largest)
+        self.extremes.extend(router_logits.detach().aminmax())
 
 
 class BHRoutingIntegration:
@@ -401,7 +400,7 @@ class BHRoutingIntegration:
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Learn from the caller, or else from the attention mask, which tokens are padding."""
         for hook in self._hooks:  # a pass that died before its end has left its note
-            hook.largest = None
+            hook.extremes.clear()
         mask = kwargs.get("attention_mask") if self._real is None else self._real
         ids = kwargs.get("input_ids", args[0] if args else None)
         tokens = ids if ids is not None else kwargs.get("inputs_embeds")
@@ -416,16 +415,17 @@ class BHRoutingIntegration:
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """Ask all layers at once, in one synchronisation, whether their logits were finite."""
-        noted = [(hook.layer, hook.largest) for hook in self._hooks if hook.largest is not None]
+        noted = [(hook.layer, extreme) for hook in self._hooks for extreme in hook.extremes]
         for hook in self._hooks:
-            hook.largest = None
+            hook.extremes.clear()
         if not noted:
             return
         device = noted[0][1].device
-        bad = (~torch.stack([largest.to(device) for _, largest in noted]).isfinite()).tolist()
-        broken = [str(layer) for (layer, _), flag in zip(noted, bad, strict=True) if flag]
+        finite = torch.stack([extreme.to(device) for _, extreme in noted]).isfinite().tolist()
+        broken = {layer for (layer, _), fine in zip(noted, finite, strict=True) if not fine}
         if broken:
+            names = ", ".join(map(str, sorted(broken)))
             raise RoutingError(
-                f"The router logits of layer {', '.join(broken)} hold NaN or infinite values: "
+                f"The router logits of layer {names} hold NaN or infinite values: "
                 "check the model's weights and its dtype."
             )

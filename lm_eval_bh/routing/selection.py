@@ -138,9 +138,9 @@ def count_experts(
 
 def keep(indices: Tensor, weights: Tensor, counts: Tensor, num_experts: int) -> Selection:
     """Empty the slots beyond each token's count of a selection ``[tokens, slots]``."""
-    unused = torch.arange(indices.shape[-1], device=indices.device) >= counts.unsqueeze(-1)
+    used = torch.arange(indices.shape[-1], device=indices.device) < counts.unsqueeze(-1)
     return Selection(
-        indices.masked_fill(unused, num_experts), weights.masked_fill(unused, 0.0), counts
+        torch.where(used, indices, num_experts), torch.where(used, weights, 0.0), counts
     )
 
 
