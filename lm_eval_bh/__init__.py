@@ -19,6 +19,7 @@ from lm_eval_bh.errors import (
 from lm_eval_bh.harness import plugin
 
 if TYPE_CHECKING:
+    from lm_eval_bh.experiments import BHRoutingExperimentRunner
     from lm_eval_bh.routing.config import RoutingConfig
     from lm_eval_bh.routing.integration import BHRoutingIntegration
     from lm_eval_bh.routing.null import NullModel
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BHError",
+    "BHRoutingExperimentRunner",
     "BHRoutingIntegration",
     "DataError",
     "ModelError",
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "BHRoutingExperimentRunner": "lm_eval_bh.experiments",
     "BHRoutingIntegration": "lm_eval_bh.routing.integration",
     "NullModel": "lm_eval_bh.routing.null",
     "RoutingConfig": "lm_eval_bh.routing.config",

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lm_eval_bh.errors import BHError, DataError, ParameterError
 from lm_eval_bh.resources import TINY_OLMOE, shipped, tiny_olmoe
+from lm_eval_bh.sweep_cli import sweep
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +23,8 @@ app = typer.Typer(
         "adaptive expert selection for mixture-of-experts models."
     ),
 )
+
+app.command()(sweep)
 
 Pretrained = Annotated[str, typer.Option(help=f"Hub name or folder of the model, or {TINY_OLMOE}.")]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from lm_eval_bh.errors import DataError
 
 PACKAGE = Path(__file__).resolve().parent
+DEFAULT_MODEL = "allenai/OLMoE-1B-7B-0924"
 TINY_OLMOE = "tiny-olmoe"
 
 

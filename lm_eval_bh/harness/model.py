@@ -29,7 +29,7 @@ from lm_eval_bh.harness.cache_guard import CountingCache, guard
 from lm_eval_bh.harness.log_folder import check_writable
 from lm_eval_bh.harness.recorder import Expected, TokenIds
 from lm_eval_bh.harness.run_log import LogOptions, RunLog
-from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
+from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE, tiny_olmoe
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.experts import EXPERTS
 from lm_eval_bh.routing.integration import BHRoutingIntegration
@@ -39,7 +39,7 @@ from lm_eval_bh.schema import SCHEMA_VERSION, RunInfo
 
 eval_logger = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "allenai/OLMoE-1B-7B-0924"
+DEFAULT_ALPHA = 0.4
 
 # What HFLM hands on to from_pretrained; any other name it does not know is a misspelling.
 FROM_PRETRAINED = frozenset(
@@ -133,10 +133,11 @@ class BHLM(HFLM):
     ) -> None:
         _check_names(kwargs)
         _check_contradictions(rule, alpha=alpha, min_k=min_k, max_k=max_k, kde=kde)
+        self._min_k = 1 if min_k is None else min_k
         self.routing_config = RoutingConfig(
-            alpha=0.4 if alpha is None else alpha,
+            alpha=DEFAULT_ALPHA if alpha is None else alpha,
             rule=rule,
-            min_k=1 if min_k is None else min_k,
+            min_k=self._min_k,
             max_k=max_k,
             temperature=temperature,
             renormalize=renormalize,  # type: ignore[arg-type]
@@ -202,6 +203,41 @@ class BHLM(HFLM):
         self._scored: dict[int, int] = {}
         self._prompts: dict[str, list[int]] = {}
         self._batch_prompts: list[str] = []
+
+    def reroute(
+        self, options: LogOptions, *, rule: str, max_k: int, alpha: float | None = None
+    ) -> None:
+        """Route by another rule, and begin the logs of another evaluation.
+
+        Everything else stays as the model was made with; the weights and the null model are not
+        loaded again.
+
+        Parameters
+        ----------
+        options : LogOptions
+            What is logged from now on.
+        rule, max_k, alpha
+            As ``--model_args`` has them; ``min_k`` stays with a rule that tests, and is without
+            meaning for another.
+
+        Raises
+        ------
+        ParameterError, NullModelError
+            If they do not fit the model; then the old routing stays in force.
+        DataError
+            If the logs cannot be written.
+        """
+        _check_contradictions(rule, alpha=alpha, min_k=None, max_k=max_k, kde=None)
+        config = dataclasses.replace(
+            self.routing_config,
+            rule=rule,
+            max_k=max_k,
+            alpha=DEFAULT_ALPHA if alpha is None else alpha,
+            min_k=self._min_k if RULES.get(rule) and RULES[rule].adaptive else 1,
+        )
+        self.integration.configure(config)
+        self.routing_config = config
+        self.start_log(options)
 
     def start_log(self, options: LogOptions) -> None:
         """Begin the logs of another evaluation with the model as it is now routed.

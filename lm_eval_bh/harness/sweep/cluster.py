@@ -1,0 +1,156 @@
+"""Runs the experiments of a sweep on a Ray cluster: one actor a GPU or worker holds one model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_bh.errors import ParameterError
+from lm_eval_bh.harness.sweep.folder import SweepFolder
+from lm_eval_bh.harness.sweep.grid import Experiment, SweepConfig
+from lm_eval_bh.harness.sweep.local import Finished
+
+if TYPE_CHECKING:
+    from lm_eval_bh.harness.sweep.evaluator import Evaluator
+
+LOSSES = 3  # workers that an experiment may lose before the sweep gives up on it
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """Holds one model, loaded for the first experiment, in a process of its own."""
+
+    def __init__(
+        self, config: SweepConfig, experiments: Sequence[Experiment], folder: Path, device: str
+    ) -> None:
+        self._of = config, experiments, device
+        self._folder = SweepFolder(folder)
+        self._evaluator: Evaluator | None = None
+
+    def run(self, experiment: Experiment) -> float:
+        """Evaluate an experiment and return how many seconds that took."""
+        if self._evaluator is None:  # not in __init__, whose errors Ray tells as a lost worker
+            from lm_eval_bh.harness.sweep.evaluator import Evaluator
+
+            self._evaluator = Evaluator(*self._of)
+        self._folder.clear(experiment)
+        start = time.perf_counter()
+        self._evaluator.run(experiment, self._folder.run(experiment))
+        return time.perf_counter() - start
+
+
+def run_on_ray(
+    config: SweepConfig,
+    experiments: Sequence[Experiment],
+    folder: SweepFolder,
+    finished: Finished,
+    address: str,
+    workers: int | None = None,
+) -> None:
+    """Evaluate the experiments on a Ray cluster; a lost worker's experiment runs again.
+
+    Parameters
+    ----------
+    config, experiments, folder, finished
+        See :func:`~lm_eval_bh.harness.sweep.local.run_here`. The folder must be one that all
+        machines see under the same path.
+    address : str
+        Of the cluster, or ``local`` for one on this machine alone.
+    workers : int or None
+        How many; None for one a GPU, or, without GPUs, one a CPU.
+
+    Raises
+    ------
+    ParameterError
+        If Ray is not installed, the cluster cannot be reached, or there are no workers to be had.
+    BHError
+        What an experiment raised; the others that were under way are not waited for.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ParameterError(
+            "Ray is not installed: pip install 'lm-eval-bh[ray]', or leave --ray out."
+        ) from error
+    if not experiments:
+        return
+    if workers is not None and workers < 1:
+        raise ParameterError(f"workers={workers} is no number of workers: give 1 or more.")
+    start = {"num_cpus": max(workers or 0, os.cpu_count() or 1)} if address == "local" else {}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **start)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ParameterError(
+            f"No Ray cluster answers at {address!r} ({reason}): check the address, or use local."
+        ) from error
+    try:
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        count = workers or gpus or int(ray.cluster_resources().get("CPU", 1))
+        pool = _Pool(ray, config, experiments, folder, gpu=gpus > 0)
+        pool.run(min(count, len(experiments)), finished)
+    finally:
+        ray.shutdown()
+
+
+class _Pool:
+    """The actors, and what each of them has under way."""
+
+    def __init__(
+        self,
+        ray: Any,
+        config: SweepConfig,
+        experiments: Sequence[Experiment],
+        folder: SweepFolder,
+        *,
+        gpu: bool,
+    ) -> None:
+        self.ray = ray
+        self.waiting = list(experiments)
+        self.losses: dict[Experiment, int] = {}
+        self.under_way: dict[Any, tuple[Any, Experiment]] = {}
+        remote = ray.remote(num_cpus=1, num_gpus=1 if gpu else 0)(Worker)
+        device = "cuda" if gpu else "cpu"
+        # A model is loaded in every worker; the folder may be relative to where this process is.
+        self._arguments = config, list(experiments), folder.path.resolve(), device
+        self._worker_class = remote
+
+    def new_worker(self) -> Any:
+        return self._worker_class.remote(*self._arguments)
+
+    def run(self, workers: int, finished: Finished) -> None:
+        for _ in range(workers):
+            self._give(self.new_worker())
+        while self.under_way:
+            (answer,), _ = self.ray.wait(list(self.under_way), num_returns=1)
+            worker, experiment = self.under_way.pop(answer)
+            try:
+                seconds = self.ray.get(answer)
+            except self.ray.exceptions.RayActorError:
+                self._lost(experiment)
+                worker = self.new_worker()
+            except self.ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            else:
+                finished(experiment, seconds)
+            self._give(worker)
+
+    def _give(self, worker: Any) -> None:
+        if self.waiting:
+            experiment = self.waiting.pop(0)
+            self.under_way[worker.run.remote(experiment)] = worker, experiment
+
+    def _lost(self, experiment: Experiment) -> None:
+        self.losses[experiment] = self.losses.get(experiment, 0) + 1
+        if self.losses[experiment] >= LOSSES:
+            raise ParameterError(
+                f"{experiment.name} lost {LOSSES} workers in a row, perhaps for lack of memory: "
+                "give it fewer workers or a smaller batch size, and run the same command again."
+            )
+        logger.warning("A worker was lost in %s, which runs again.", experiment.name)
+        self.waiting.insert(0, experiment)

@@ -1,0 +1,164 @@
+"""One loaded model, its tasks and its null model: experiments only change the routing."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.loggers import EvaluationTracker
+from tqdm import tqdm
+
+from lm_eval_bh.errors import DataError
+from lm_eval_bh.harness.model import BHLM
+from lm_eval_bh.harness.plugin import MODEL_NAME
+from lm_eval_bh.harness.run_log import LogOptions
+from lm_eval_bh.harness.sweep.grid import Experiment, SweepConfig
+from lm_eval_bh.harness.sweep.tasks import manager_of
+
+
+class Evaluator:
+    """Evaluates experiments of one sweep, as the ``lm_eval`` command would, one after the other.
+
+    Parameters
+    ----------
+    config : SweepConfig
+        The settings of the sweep.
+    experiments : sequence of Experiment
+        What will be asked for: the model is loaded with the one that could be refused first.
+    device : str or None
+        As lm-eval takes it.
+
+    Raises
+    ------
+    BHError
+        Whatever ``hf-bh`` raises: before weights load, if a ``max_k`` is too large.
+    """
+
+    def __init__(
+        self, config: SweepConfig, experiments: Sequence[Experiment], device: str | None = None
+    ) -> None:
+        self.config, self.device = config, device
+        largest = max(experiments, key=lambda experiment: (experiment.max_k, experiment.alpha or 0))
+        options = {"batch_size": config.batch_size, "device": device}
+        self.lm = BHLM.create_from_arg_obj(self._model_args(largest), options)
+        with _quiet(logging.ERROR):  # custom data sets warn of options that nobody needs
+            self._manager = manager_of(config.tasks)
+            self.tasks: dict[str, Any] = self._manager.load(list(config.tasks))["tasks"]
+        self._metadata = {name: dict(task.config.metadata) for name, task in self.tasks.items()}
+
+    @property
+    def rank(self) -> int:
+        """Of this process among those that evaluate together."""
+        return int(self.lm.rank)
+
+    def agree(self, value: Any) -> Any:
+        """Return the value of the first process on every process."""
+        if self.lm.world_size == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
+    def run(self, experiment: Experiment, folder: Path) -> Path | None:
+        """Evaluate one experiment and write its results into ``folder``.
+
+        Returns
+        -------
+        Path or None
+            ``results_*.json``; None on processes other than the first.
+
+        Raises
+        ------
+        DataError
+            If the results cannot be written.
+        """
+        detailed = self.config.log_routing in ("samples", "full")
+        options = LogOptions(
+            self.config.log_routing,
+            str(folder / "routing") if detailed else None,
+            self.config.log_samples,
+        )
+        self.lm.reroute(
+            options, rule=experiment.rule, max_k=experiment.max_k, alpha=experiment.alpha
+        )
+        model_args = self._model_args(experiment) | {
+            name: value
+            for name in ("log_routing", "log_dir", "log_samples")
+            if (value := getattr(options, name)) is not None
+        }
+        task = self.tasks[experiment.task]
+        # lm-eval tells a task of the model's arguments when it loads it.
+        task.set_config("metadata", self._metadata[experiment.task] | model_args)
+        tracker = EvaluationTracker(output_path=str(folder))
+        with _quiet(logging.WARNING):
+            results = simple_evaluate(
+                self.lm,
+                model_args=model_args,
+                tasks=[task],
+                device=self.device,
+                evaluation_tracker=tracker,
+                task_manager=self._manager,
+                **self.config.evaluation_options,
+            )
+        if results is None:
+            return None
+        # The harness names a model that it has not made itself after its class.
+        results["config"]["model"] = tracker.general_config_tracker.model_source = MODEL_NAME
+        samples = results.pop("samples")
+        tracker.save_results_aggregated(results=results, samples=samples)
+        tracker.save_results_samples(experiment.task, samples[experiment.task])
+        return _written(folder, tracker.date_id, len(samples[experiment.task]))
+
+    def _model_args(self, experiment: Experiment) -> dict[str, Any]:
+        """Return what ``--model_args`` would say; what only a test needs, to a test alone."""
+        tested = experiment.alpha is not None
+        common = {
+            name: value
+            for name, value in self.config.model_args.items()
+            if tested or name not in ("kde", "min_k")
+        }
+        return {"pretrained": self.config.pretrained, **experiment.routing, **common}
+
+
+def _written(folder: Path, date: str, documents: int) -> Path:
+    """Return the results file, once it is sure that all was written: the tracker only warns."""
+    for file in folder.glob(f"*/results_{date}.json"):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+            lines = sum(
+                len(samples.read_text(encoding="utf-8").splitlines())
+                for samples in file.parent.glob(f"samples_*_{date}.jsonl")
+            )
+        except ValueError:
+            break
+        if lines >= documents:
+            return file
+    raise DataError(
+        f"The results of an experiment could not be written to {folder}: "
+        "free some space and run the same command again; finished experiments are kept."
+    )
+
+
+@contextmanager
+def _quiet(level: int) -> Iterator[None]:
+    """Keep the harness from talking: a sweep has one bar, and a line an experiment."""
+    logger = logging.getLogger("lm_eval")
+    before, start = logger.level, tqdm.__init__
+
+    def disabled(bar: Any, *args: Any, **options: Any) -> None:
+        start(bar, *args, **options | {"disable": True})
+
+    logger.setLevel(level)
+    tqdm.__init__ = disabled
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tqdm.__init__ = start
+        logger.setLevel(before)

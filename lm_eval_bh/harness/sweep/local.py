@@ -1,0 +1,49 @@
+"""Runs the experiments of a sweep in this process, or in all processes that accelerate started."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from lm_eval_bh.harness.sweep.folder import SweepFolder
+from lm_eval_bh.harness.sweep.grid import Experiment, SweepConfig
+
+Finished = Callable[[Experiment, float], None]
+
+
+def run_here(
+    config: SweepConfig,
+    experiments: Sequence[Experiment],
+    folder: SweepFolder,
+    finished: Finished,
+    device: str | None = None,
+) -> None:
+    """Evaluate the experiments one after the other with one loaded model.
+
+    Parameters
+    ----------
+    config : SweepConfig
+        The settings of the sweep.
+    experiments : sequence of Experiment
+        Those to run now; on several processes the first one decides.
+    folder : SweepFolder
+        Where they write.
+    finished : callable
+        Called on the first process with every experiment and its seconds, after its results are
+        written.
+    device : str or None
+        As lm-eval takes it.
+    """
+    from lm_eval_bh.harness.sweep.evaluator import Evaluator  # torch, transformers, lm-eval
+
+    if not experiments:
+        return
+    evaluator = Evaluator(config, experiments, device)
+    for experiment in evaluator.agree(list(experiments)):
+        if evaluator.rank == 0:
+            folder.clear(experiment)
+        evaluator.agree(None)  # nobody writes before it is cleared
+        start = time.perf_counter()
+        evaluator.run(experiment, folder.run(experiment))
+        if evaluator.rank == 0:
+            finished(experiment, time.perf_counter() - start)
