@@ -101,7 +101,7 @@ def run(
     """
     from tqdm.auto import tqdm
 
-    first = int(os.environ.get("RANK", "0")) == 0  # among the processes that accelerate started
+    first = first_process()
     if first:
         todo.folder.claim(todo.config)
     total = len(todo.experiments)
@@ -130,6 +130,11 @@ def run(
             from lm_eval_bh.harness.sweep.cluster import run_on_ray
 
             run_on_ray(todo.config, todo.missing, todo.folder, finished, ray, workers)
+
+
+def first_process() -> bool:
+    """Whether this is the one of the processes that accelerate or torchrun started who speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def summarize(folder: Path, experiment: Experiment, seconds: float) -> ExperimentSummary:

@@ -59,7 +59,7 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
 ) -> None:
     """Run a grid of routing configurations on tasks, with one loaded model; resume by repeating."""
-    from lm_eval_bh.experiments import plan, run
+    from lm_eval_bh.experiments import first_process, plan, run
     from lm_eval_bh.harness.sweep.grid import SweepConfig
 
     settings = SweepConfig.gather(
@@ -81,7 +81,7 @@ def sweep(
         },
     )
     todo = plan(settings, output_dir, repeat=repeat, shard=shard)
-    console = Console()
+    console = Console(quiet=not first_process())
     _show(console, todo, every=dry_run)
     if dry_run:
         return

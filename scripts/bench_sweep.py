@@ -135,7 +135,8 @@ def main(
     )
     console.print(table)
     console.print(
-        f"{whole / seconds:.1f} times as fast; wanted: {WANTED[grid]:g}. Load: {os.getloadavg()[0]:.1f}"
+        f"{whole / seconds:.1f} times as fast; wanted: {WANTED[grid]:g}. "
+        f"Load: {os.getloadavg()[0]:.1f}"
     )
     console.print(f"Results that differ: {', '.join(differing) or 'none'}")
     if output:

@@ -192,10 +192,16 @@ class SweepConfig:
 
     @property
     def evaluation_options(self) -> dict[str, Any]:
-        """What lm-eval's ``simple_evaluate`` takes besides model and task."""
+        """What the ``lm_eval`` command hands on to the evaluation, of the types that it gives."""
         names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         seeds = {} if self.seed is None else dict.fromkeys(names, self.seed)
-        return {"limit": self.limit, "batch_size": self.batch_size, **seeds}
+        return {
+            "limit": None if self.limit is None else float(self.limit),
+            "batch_size": str(self.batch_size),
+            "gen_kwargs": {},
+            "fewshot_as_multiturn": None,
+            **seeds,
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, as they are written to ``sweep.json``."""

@@ -52,7 +52,6 @@ def expand_tasks(names: Sequence[str]) -> list[str]:
 
 
 def _unknown(name: str, manager: Any) -> ParameterError:
-    ours = task_manager().all_tasks
-    hint = did_you_mean(name, ours) or did_you_mean(name, manager.all_tasks)
-    hint = hint or f"; ours are {', '.join(ours)}"
-    return ParameterError(f"The task {name!r} is unknown{hint}: see `lm_eval ls tasks`.")
+    hint = did_you_mean(name, manager.all_tasks)
+    hint = hint or f"; ours are {', '.join(task_manager().all_tasks)}"
+    return ParameterError(f"The task {name!r} is unknown (`lm_eval ls tasks` lists all){hint}.")

@@ -1,0 +1,292 @@
+"""Whole sweeps: as the stock command would, resumed after a kill, on several processes, on Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import lm_eval_bh
+from lm_eval_bh import experiments
+from lm_eval_bh.errors import DataError, ParameterError
+from lm_eval_bh.harness.sweep.folder import SweepFolder
+from lm_eval_bh.harness.sweep.grid import SweepConfig
+
+ROOT = Path(__file__).resolve().parents[3]
+COMMAND = [sys.executable, "-m", "lm_eval_bh", "sweep", "--device", "cpu"]
+SETTINGS = {
+    "pretrained": "tiny-olmoe",
+    "tasks": ["bh_demo_lambada"],
+    "baselines": [8],
+    "max_k": [8],
+    "alphas": [0.4, 0.5],
+    "limit": 4,
+}
+FLAGS = ["--pretrained", "tiny-olmoe", "--tasks", "bh_demo_lambada", "--baselines", "8"]
+FLAGS += ["--max-k", "8", "--alphas", "0.4,0.5", "--limit", "4"]
+# What must differ between two runs of one experiment: when, how fast and where it ran.
+OWN = ("run_id", "log_dir", "date", "seconds", "start_time", "end_time", "pretty_env_info")
+OWN += ("total_evaluation_time_seconds",)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return the folder of a finished sweep in this process."""
+    folder = tmp_path_factory.mktemp("sweep")
+    lines = []
+    experiments.run(
+        experiments.plan(SweepConfig(**SETTINGS), folder), device="cpu", say=lines.append
+    )
+    assert [line.split("]")[0] for line in lines] == ["[1/3", "[2/3", "[3/3"]
+    return folder
+
+
+def without(content, names):
+    """Return JSON content without the named keys, however deep."""
+    if isinstance(content, dict):
+        return {k: without(v, names) for k, v in content.items() if k not in names}
+    return [without(v, names) for v in content] if isinstance(content, list) else content
+
+
+def the_results(folder):
+    (file,) = folder.glob("*/results_*.json")
+    return json.loads(file.read_text())
+
+
+def the_samples(folder):
+    (file,) = folder.glob("*/samples_*.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def assert_same(table, other):
+    """Compare tables; another number of threads or documents in a batch sums in another order."""
+    pd.testing.assert_frame_equal(table, other, check_dtype=False, rtol=1e-5)
+
+
+def table(folder):
+    """Return the aggregated table of a sweep without what differs from run to run."""
+    from lm_eval_bh.analysis.results import load_experiments
+
+    loaded = load_experiments([folder])
+    assert not loaded.problems
+    own = ["run_id", "file", "seconds", "tokens_per_second", "latency_ms_per_token"]
+    return loaded.frame.drop(columns=own).sort_values("strategy").reset_index(drop=True)
+
+
+def sweep(folder, *options, **variables):
+    return subprocess.run(
+        [*COMMAND, *FLAGS, "--output-dir", folder, *options],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_an_experiment_leaves_what_the_stock_command_leaves(finished, tmp_path):
+    """The loop over the stock ``lm_eval`` and the sweep write the same files, same numbers."""
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / "sweep.sh", tmp_path],
+        env=os.environ
+        | {
+            "LM_EVAL": str(Path(sys.executable).with_name("lm_eval")),
+            "PRETRAINED": "tiny-olmoe",
+            "TASKS": "bh_demo_lambada",
+            "BASELINES": " ",
+            "MAX_K": "8",
+            "ALPHAS": "0.4",
+            "LIMIT": "4",
+            "DEVICE": "cpu",
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    name = "8experts_bh_a040_demo_lambada"
+    stock, ours = tmp_path / "runs" / name, finished / "runs" / name
+    assert without(the_results(ours), OWN) == without(the_results(stock), OWN)
+    assert the_samples(ours) == the_samples(stock)
+    (stock_log,) = stock.glob(f"routing/*/{name}_internal_routing.json")
+    our_log = finished / "logs" / f"{name}_internal_routing.json"
+    assert without(json.loads(our_log.read_text()), OWN) == without(
+        json.loads(stock_log.read_text()), OWN
+    )
+    assert_same(table(tmp_path), table(finished).iloc[:1])
+
+
+def test_every_experiment_has_its_two_logs(finished):
+    names = [experiment.name for experiment in SweepConfig(**SETTINGS).experiments()]
+    expected = {f"{name}{end}.json" for name in names for end in ("", "_internal_routing")}
+    assert {file.name for file in (finished / "logs").iterdir()} == expected
+    for name in names:
+        summary = json.loads((finished / "logs" / f"{name}.json").read_text())
+        results = the_results(finished / "runs" / name)
+        assert summary["run_id"] == results["config"]["bh"]["run_id"]
+        assert summary["metrics"]["target_perplexity"] == pytest.approx(
+            results["results"]["bh_demo_lambada"]["perplexity,none"]
+        )
+        assert summary["summary"]["total_samples"] == 4
+
+
+def test_the_sweep_is_the_experiment_runner_of_python(finished, tmp_path, monkeypatch):
+    runner = lm_eval_bh.BHRoutingExperimentRunner("tiny-olmoe", "cpu", tmp_path)
+    frame = runner.run_two_phase_experiment([8], [8], [0.4, 0.5], ["demo_lambada"], 4)
+    assert len(frame) == 3
+    assert_same(table(tmp_path), table(finished))
+
+    def never(*args, **options):
+        raise AssertionError("nothing is left to run")
+
+    monkeypatch.setattr(experiments, "run_here", lambda _, todo, *rest: never() if todo else None)
+    again = runner.run_two_phase_experiment([8], [8], [0.4, 0.5], ["demo_lambada"], 4)
+    assert list(again["run_id"]) == list(frame["run_id"])
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_stopped(finished, tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, *FLAGS, "--output-dir", tmp_path],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    first = tmp_path / "logs" / "8experts_topk_baseline_demo_lambada.json"
+    second = tmp_path / "runs" / "8experts_bh_a040_demo_lambada"
+    deadline = time.monotonic() + 120
+    while not (first.exists() and second.exists()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = first.read_bytes()
+    assert not (tmp_path / "logs" / "8experts_bh_a040_demo_lambada.json").exists()
+    (second / "model").mkdir(exist_ok=True)  # whatever it has left
+    (second / "model" / "results_2020-01-01T00-00-00.json").write_text("{")
+    done = sweep(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 to run; about" in done.stdout
+    assert "[2/3] 8experts_bh_a040" in done.stdout
+    assert first.read_bytes() == before
+    assert_same(table(tmp_path), table(finished))
+
+
+def test_a_dry_run_plans_and_writes_nothing(tmp_path, finished):
+    folder = tmp_path / "new"
+    done = sweep(folder, "--dry-run", "--shard", "2/2")
+    assert done.returncode == 0, done.stderr
+    assert "1 experiments, 1 to run; how long they take, the first will tell" in done.stdout
+    assert not folder.exists()
+    assert "0 to run" in sweep(finished, "--dry-run").stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"limit": 5}, "limit: 4 there, 5 here"),
+        ({"alphas": [0.4]}, r"alphas: \[0.4, 0.5\] there, \[0.4\] here"),
+        ({"pretrained": "other"}, 'pretrained: "tiny-olmoe" there, "other" here'),
+    ],
+)
+def test_the_folder_of_another_sweep_is_refused_with_the_difference(finished, change, difference):
+    with pytest.raises(DataError, match=difference):
+        experiments.plan(SweepConfig(**SETTINGS | change), finished)
+
+
+def test_no_space_left_loses_nothing_that_is_finished(finished, tmp_path):
+    """A limit on the size of files stops the writing in the middle, as a full disk would."""
+    limited = f"""
+import resource, signal, runpy, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+sys.argv[1:] = ["sweep", "--device", "cpu", *{FLAGS!r}, "--output-dir", {str(tmp_path)!r}]
+runpy.run_module("lm_eval_bh", run_name="__main__")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", limited],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "free some space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("logs/*.json"))
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_documents_of_every_experiment(finished, tmp_path):
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    arguments = ["-m", "lm_eval_bh", "sweep", "--device", "cpu", *FLAGS, "--output-dir", tmp_path]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launch, *arguments],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("[3/3]") == 1  # one process speaks
+    bootstrapped = ["target_perplexity_stderr"]  # in the order in which the processes answer
+    assert_same(
+        table(tmp_path).drop(columns=bootstrapped), table(finished).drop(columns=bootstrapped)
+    )
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_table_though_a_worker_is_killed(finished, tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="needs the extra ray")
+    from lm_eval_bh.harness.sweep import cluster
+
+    killed, pids = [], []
+    give = cluster._Pool._give
+
+    def give_and_kill(self, worker):
+        give(self, worker)
+        pids.append(worker.pid.remote())
+        if not killed and len(pids) == 2:  # both are at work
+            killed.append(self.ray.get(pids[0]))
+            os.kill(killed[0], signal.SIGKILL)
+
+    monkeypatch.setattr(cluster.Worker, "pid", lambda self: os.getpid(), raising=False)
+    monkeypatch.setattr(cluster._Pool, "_give", give_and_kill)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    lines = []
+    todo = experiments.plan(SweepConfig(**SETTINGS), tmp_path)
+    experiments.run(todo, ray="local", workers=2, say=lines.append)
+    assert killed
+    assert len(lines) == 3
+    assert_same(table(tmp_path), table(finished))
+
+
+def test_ray_that_is_not_installed_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    todo = experiments.plan(SweepConfig(**SETTINGS), tmp_path)
+    with pytest.raises(ParameterError, match=r"pip install 'lm-eval-bh\[ray\]'"):
+        experiments.run(todo, ray="local")
+
+
+def test_a_max_k_beyond_the_experts_is_refused_before_the_first_experiment(tmp_path):
+    config = SweepConfig(**SETTINGS | {"baselines": [8, 65]})
+    with pytest.raises(ParameterError, match="64 experts"):
+        experiments.run(experiments.plan(config, tmp_path), device="cpu")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_done_is_what_has_a_summary(tmp_path):
+    folder = SweepFolder(tmp_path)
+    experiment, *_ = SweepConfig(**SETTINGS).experiments()
+    (folder.run(experiment) / "model").mkdir(parents=True)
+    assert folder.missing([experiment]) == [experiment]
+    folder.clear(experiment)
+    assert not folder.run(experiment).exists()
