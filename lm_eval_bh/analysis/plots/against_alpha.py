@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MOST_TASKS = 3  # small multiples that stay legible in one panel
 NO_ADAPTIVE = (
-    "No run of an adaptive rule yet. Run lm_eval --model hf-bh "
+    "No run of an adaptive rule at a level alpha yet. Run lm_eval --model hf-bh "
     "--model_args alpha=0.4,max_k=8 and further levels."
 )
 
@@ -35,7 +35,7 @@ def perplexity(figure: SubFigure, data: Experiments, style: Style, labels: Label
     """Draw perplexity against alpha, a line a ``max_k``; static top-k of the same K dashed."""
     tasks = {task: data.perplexity_of(task) for task in data.tasks}
     shown = {task: column for task, column in tasks.items() if column is not None}
-    _against_alpha(figure, data, style, labels, shown, "bh_wikitext")
+    _against_alpha(figure, data, style, labels, shown, "a perplexity", "bh_wikitext")
     figure.supylabel("perplexity", fontsize="medium")
 
 
@@ -46,7 +46,7 @@ def accuracy(figure: SubFigure, data: Experiments, style: Style, labels: Labels)
         for task in data.tasks
         if data.of(task, data.rows)["accuracy"].notna().any()
     }
-    _against_alpha(figure, data, style, labels, shown, "bh_lambada or bh_hellaswag")
+    _against_alpha(figure, data, style, labels, shown, "an accuracy", "bh_lambada")
     figure.supylabel("accuracy (%)", fontsize="medium")
 
 
@@ -56,6 +56,7 @@ def _against_alpha(
     style: Style,
     labels: Labels,
     columns: dict[str, str],
+    what: str,
     example: str,
 ) -> None:
     """Draw a column of each task against alpha, small multiples one above the other."""
@@ -69,7 +70,7 @@ def _against_alpha(
     }
     if not columns:
         raise NoDataError(
-            f"No adaptive run has been scored by it yet. Run lm_eval --model hf-bh on {example}."
+            f"No run of an adaptive rule has {what} yet. Run lm_eval --model hf-bh on {example}."
         )
     titles = {task: title(data, task, column) for task, column in columns.items()}
     for task, axes in multiples(figure, titles).items():
@@ -79,7 +80,9 @@ def _against_alpha(
         drawn = _lines(axes, rows, column, style, percent)
         static = _baselines(data, task, style).dropna(subset=column)
         log = column != "accuracy"
-        fit_scale(axes, "y", focus(drawn, list(percent * static[column]), log), log)
+        values = percent * static[column]
+        core = [*drawn, *values[static["max_k"] == data.native]]
+        fit_scale(axes, "y", focus(core, list(values), log), log)
         for _, row in static.iterrows():
             value, error = percent * row[column], percent * row[f"{column}_stderr"]
             colour = style.colour(row["max_k"])
@@ -200,7 +203,6 @@ def experts(figure: SubFigure, data: Experiments, style: Style, labels: Labels) 
 def _savings(axes: Axes, native: int) -> None:
     """Say at the ticks of the right axis how many percent fewer experts that is."""
     right = axes.secondary_yaxis("right")
-    right.yaxis.set_major_locator(axes.yaxis.get_major_locator())
     low, high = axes.get_ylim()
     ticks = [float(tick) for tick in axes.get_yticks() if low <= tick <= high]
     right.set_yticks(ticks, [f"{100 * (1 - tick / native):.0f}" for tick in ticks])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
 
 GAP = 1.15  # of the height of a line
-# Where a label may stand, in points from its point, the best places first.
+# Where a label may stand: on which side of its point, and how far off in points; best places first.
 PLACES = tuple(
-    (distance * x, distance * y)
-    for distance in (6, 11, 17, 24)
-    for x, y in ((0, 1), (1, 0.6), (1, -0.6), (0, -1), (-1, 0.6), (-1, -0.6), (1, 0), (-1, 0))
+    (x, y, distance)
+    for distance in (3, 8, 14, 22)
+    for x, y in ((0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1))
 )
 
 
@@ -56,7 +57,7 @@ class Labels:
         label = axes.annotate(
             text,
             (x, y),
-            xytext=PLACES[0],
+            xytext=(0, 0),
             textcoords="offset points",
             ha="center",
             va="center",
@@ -86,36 +87,56 @@ class Labels:
         number = self._at_points.index((axes, label))
         boxes = [other.get_window_extent() for at, other in self._at_points[:number] if at is axes]
         marks = drawn_points(axes)
-        reach = 4 * points
+        reach = 2 * points
 
-        def overlap(place: tuple[float, float]) -> float:
-            label.set_position(place)
+        half = np.array([label.get_window_extent().width, label.get_window_extent().height]) / 2
+
+        def put(place: tuple[int, int, int]) -> None:
+            x, y, distance = place
+            width, height = half / points
+            label.set_position((x * (width + distance), y * (height + distance)))
+
+        def overlap(place: tuple[int, int, int]) -> float:
+            put(place)
             box = label.get_window_extent()
-            outside = not (
-                axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
-            )
-            near = (
+            inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
+            covered = (
                 (marks[:, 0] > box.x0 - reach)
                 & (marks[:, 0] < box.x1 + reach)
                 & (marks[:, 1] > box.y0 - reach)
                 & (marks[:, 1] < box.y1 + reach)
             )
-            return (
-                100.0 * outside
-                + float(near.sum())
-                + 10 * sum(box.overlaps(other) for other in boxes)
-            )
+            others = sum(box.overlaps(other) for other in boxes)
+            return 100.0 * (not inside) + 100 * others + float(covered.sum())
 
-        label.set_position(min(PLACES, key=overlap))
+        put(min(PLACES, key=overlap))
 
 
-def drawn_points(axes: Axes) -> NDArray[np.float64]:
-    """Return the places of all markers and lines of axes in pixels, float64 [points, 2]."""
+def drawn_points(axes: Axes, step: float = 4.0) -> NDArray[np.float64]:
+    """Return what the markers and lines of axes cover, in pixels.
+
+    Parameters
+    ----------
+    step : float
+        How far apart the points of a line are, in pixels.
+
+    Returns
+    -------
+    float64 [points, 2]
+        Every marker, and points along every line.
+    """
     found = [np.empty((0, 2))]
     for line in axes.lines:
+        if line.get_transform() != axes.transData:
+            continue  # lines across the axes, which have their labels at their end
         data = np.asarray(line.get_xydata(), dtype=float)
-        if line.get_transform() == axes.transData and len(data):
-            found.append(axes.transData.transform(data[np.isfinite(data).all(axis=1)]))
+        pixels = axes.transData.transform(data[np.isfinite(data).all(axis=1)])
+        found.append(pixels)
+        if line.get_linestyle() == "None":
+            continue
+        for start, end in pairwise(pixels):
+            count = int(np.hypot(*(end - start)) // step)
+            found.append(np.linspace(start, end, count, endpoint=False))
     return np.concatenate(found)
 
 

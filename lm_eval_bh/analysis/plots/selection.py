@@ -25,6 +25,7 @@ NO_LOG = (
     "No routing log of an adaptive rule yet. Run lm_eval --model hf-bh "
     "--model_args alpha=0.4,max_k=8,log_routing=summary."
 )
+FEWEST_ROWS = 6
 INCH_OF_ROWS = 2.2  # what a panel of nine has for its rows
 
 
@@ -153,7 +154,8 @@ def _rows(axes: Axes, means: pd.DataFrame, style: Style, names: list[str]) -> li
             fontsize=SMALL + 0.5,
             annotation_clip=False,
         )
-    axes.set_ylim(places[-1] + 0.6, -0.6)
+    room = 0.6 + max(0.0, FEWEST_ROWS - places[-1] - 1) / 2  # or two bars would be blocks
+    axes.set_ylim(places[-1] + room, -room)
     axes.annotate(
         ALPHA,
         (0, 1),

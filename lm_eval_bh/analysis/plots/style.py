@@ -49,7 +49,7 @@ RC: dict[Any, Any] = {
 # From which ratio of the largest to the smallest value on an axis is logarithmic.
 WIDE = 2.5
 # How many times as long as for what matters an axis may get to show what is beside it.
-STRETCH = 3.0
+STRETCH = 2.0
 
 
 class Style:
@@ -153,7 +153,7 @@ def fit_scale(axes: Axes, which: str, values: Iterable[float], log: bool = True)
     if not log or low <= 0 or high / low < WIDE:
         room = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
         set_limits(low - room, high + room)
-        axis.set_major_locator(ticker.MaxNLocator(5))
+        axis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
         return
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     room = (high / low) ** 0.08
@@ -201,7 +201,9 @@ def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
 def wrapped(figure: SubFigure, sentence: str, size: float) -> str:
     """Break a sentence into lines that fit into a figure at a font size."""
     width = figure.bbox.width / figure.figure.dpi * 72
-    return "\n".join(textwrap.wrap(sentence, max(20, int(0.85 * width / (0.55 * size)))))
+    return "\n".join(
+        textwrap.wrap(sentence, max(20, int(0.85 * width / (0.55 * size))), break_on_hyphens=False)
+    )
 
 
 def say(figure: SubFigure, sentence: str) -> None:
