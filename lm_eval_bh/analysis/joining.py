@@ -51,9 +51,9 @@ def add_token_perplexity(rows: Sequence[dict[str, Any]], loaded: Loaded) -> None
             tokens = documents.index.map(scored)
             if not tokens.hasnans:
                 documents["tokens"] = np.asarray(tokens, dtype=np.float64)
-                row["perplexity"] = metrics.perplexity(
-                    documents["loglikelihood"], documents["tokens"].astype(int)
-                )
+                of_documents = documents["loglikelihood"], documents["tokens"].astype(int)
+                row["perplexity"] = metrics.perplexity(*of_documents)
+                row["perplexity_stderr"] = metrics.perplexity_stderr(*of_documents)
 
 
 def add_average_accuracy(rows: Sequence[dict[str, Any]]) -> None:

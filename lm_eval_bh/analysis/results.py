@@ -27,11 +27,13 @@ from lm_eval_bh.analysis.rows import (
 )
 from lm_eval_bh.analysis.runs import Run, Told, find_files, read_runs
 from lm_eval_bh.analysis.significance import matched_budget
-from lm_eval_bh.analysis.tables import TABLE, write_tables
+from lm_eval_bh.analysis.tables import COMPARISONS, LAYERS, TABLE, write_records, write_tables
 from lm_eval_bh.errors import DataError
 
 __all__ = [
     "COLUMNS",
+    "COMPARISONS",
+    "LAYERS",
     "LAYER_COLUMNS",
     "TABLE",
     "Group",
@@ -39,6 +41,7 @@ __all__ = [
     "load_experiments",
     "read_documents",
     "strategy_label",
+    "write_records",
     "write_tables",
 ]
 

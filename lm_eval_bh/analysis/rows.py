@@ -72,6 +72,7 @@ COLUMNS: dict[str, str] = {
     "accuracy": _FLOAT,  # the first of ACCURACIES that the task has
     "accuracy_stderr": _FLOAT,
     **dict.fromkeys(metrics.METRICS, _FLOAT),
+    "perplexity_stderr": _FLOAT,
     "adaptive_range": _INT,
     "context_length": _INT,  # that FLOPs are counted at
     "matched_metric": _TEXT,

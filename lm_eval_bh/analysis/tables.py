@@ -14,6 +14,8 @@ import pandas as pd
 from lm_eval_bh.files import replacing
 
 TABLE = "bh_routing_results"
+LAYERS = "bh_routing_layers"
+COMPARISONS = "bh_routing_comparisons"
 
 # Stands beside adaptive rows even where it is empty: nobody shall forget to ask.
 STATIC = ("matched_perplexity", "matched_accuracy", "matched_by")
@@ -51,28 +53,38 @@ def write_tables(frame: pd.DataFrame, folder: Path | str) -> list[Path]:
     list of Path
         The four files.
     """
+    contents = {"md": _markdown(_readable(frame)), "tex": _latex(_readable(frame))}
+    return [
+        *write_records(frame, folder, TABLE),
+        *(_write(Path(folder) / f"{TABLE}.{suffix}", text) for suffix, text in contents.items()),
+    ]
+
+
+def write_records(frame: pd.DataFrame, folder: Path | str, name: str) -> list[Path]:
+    """Write every column of a frame as ``<name>.csv`` and ``<name>.json``, a list of objects."""
     records = [
-        {name: _plain(value) for name, value in record.items()}
+        {column: _plain(value) for column, value in record.items()}
         for record in frame.to_dict(orient="records")
     ]
     contents = {
         "csv": frame.to_csv(index=False, lineterminator="\n"),
         "json": json.dumps(records, indent=1, allow_nan=False, ensure_ascii=False) + "\n",
-        "md": _markdown(_readable(frame)),
-        "tex": _latex(_readable(frame)),
     }
-    paths = []
-    for suffix, content in contents.items():
-        paths.append(Path(folder) / f"{TABLE}.{suffix}")
-        with replacing(paths[-1]) as temporary:
-            temporary.write_text(content, encoding="utf-8", newline="\n")
-    return paths
+    return [_write(Path(folder) / f"{name}.{suffix}", text) for suffix, text in contents.items()]
+
+
+def _write(path: Path, content: str) -> Path:
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8", newline="\n")
+    return path
 
 
 def _plain(value: Any) -> Any:
     """Return a value of a frame as JSON knows it; what is not finite is null."""
     if value is None or value is pd.NA:
         return None
+    if isinstance(value, list):
+        return [_plain(element) for element in value]
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     if isinstance(value, (int, np.integer)):

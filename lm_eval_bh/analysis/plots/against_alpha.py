@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lm_eval_bh.analysis.plots.data import PERPLEXITY_UNITS, Experiments, NoDataError
+from lm_eval_bh.analysis.plots.data import Experiments, NoDataError
 from lm_eval_bh.analysis.plots.labels import Labels
 from lm_eval_bh.analysis.plots.style import (
     ALPHA,
@@ -19,6 +19,7 @@ from lm_eval_bh.analysis.plots.style import (
     fit_scale,
     focus,
 )
+from lm_eval_bh.analysis.significance import PERPLEXITY_UNITS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -30,12 +30,6 @@ NUMBERS = (
     *(f"{name}_stderr" for name in PERPLEXITIES),
 )
 TEXTS = ("run_id", "model", "dataset", "variant", "mode", "matched_by", "matched_metric")
-PERPLEXITY_UNITS = {
-    "perplexity": "token",
-    "word_perplexity": "word",
-    "target_perplexity": "target word",
-    "byte_perplexity": "byte",
-}
 
 
 class NoDataError(Exception):

@@ -69,7 +69,9 @@ class Labels:
 
     def place(self, figure: Figure) -> None:
         """Move every label to where it lies on nothing else; the layout stays as it is then."""
-        figure.draw_without_rendering()
+        engine = figure.get_layout_engine()
+        if engine is not None:
+            engine.execute(figure)
         figure.set_layout_engine("none")
         points = figure.dpi / 72
         for axes, labels in self._at_lines.items():

@@ -53,8 +53,8 @@ def constraints(figure: SubFigure, data: Experiments, style: Style, labels: Labe
     axes.set_xlim(0, 100)
     axes.set_xlabel("tokens in a layer (%)")
     axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
         ncols=3,
         frameon=False,
         fontsize=SMALL,
