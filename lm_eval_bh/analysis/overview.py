@@ -62,7 +62,8 @@ def _table(rows: pd.DataFrame, compared: pd.DataFrame, level: float, title: str)
     table.add_column("strategy", no_wrap=True)
     shown = {name: column for name, column in cells.items() if any(column)}
     for name in shown:
-        table.add_column(name, justify="right", overflow="fold")
+        width = 10 if name.startswith("perplexity") else None  # "(+219.2%*)" unbroken
+        table.add_column(name, justify="right", overflow="fold", min_width=width)
     for strategy, *row in zip(rows["strategy"], *shown.values(), strict=True):
         table.add_row(strategy, *row)
     return table

@@ -168,10 +168,11 @@ def experts(figure: SubFigure, data: Experiments, style: Style, labels: Labels) 
         number = style.sizes.index(int(max_k)) - (len(style.sizes) - 1) / 2
         values = line["mean_experts"]
         several = bool((line["count"] > 1).all())
+        spread = np.maximum([values - line["low"], line["high"] - values], 0)  # but for rounding
         axes.errorbar(
             line["alpha"] + 0.05 * step * number,
             values,
-            yerr=[values - line["low"], line["high"] - values] if several else None,
+            yerr=spread if several else None,
             linestyle=style.line(variant),
             elinewidth=0.8,
             **style.point(max_k),

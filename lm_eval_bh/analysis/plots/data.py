@@ -138,7 +138,7 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
             rows[name] = matched[name]
         rows["matched_perplexity"] = pd.to_numeric(matched["matched_perplexity"])
     # Static top-k is the same whoever ran it, the stock model or hf-bh.
-    top = "top-" + rows["max_k"].map(lambda k: "k" if np.isnan(k) else f"{k:.0f}")
+    top = rows["max_k"].map(lambda k: "top-k" if np.isnan(k) else f"top-{k:.0f}").astype(object)
     known = rows["configuration"].notna()
     rows["configuration"] = rows["configuration"].where(known, rows["strategy"])
     rows["configuration"] = rows["configuration"].where(~rows["baseline"], top)

@@ -31,28 +31,40 @@ if TYPE_CHECKING:
 
 SUFFIXES = ("png", "pdf", "svg")
 DPI = 300
-SIZE, SINGLE_SIZE = (10.0, 10.4), (4.2, 3.7)  # inches
+SIZE, SINGLE_SIZE = (10.0, 9.8), (4.2, 3.1)  # inches, without the legend
 LEGEND_ROW = 0.24  # inches
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One of the nine: its title, and what draws it."""
+    """One of the nine.
+
+    Attributes
+    ----------
+    title : str
+        What stands above it.
+    draw : callable
+        What draws it.
+    legend : tuple of str
+        What of the figure's legend it needs: "sizes", "kinds", "front", "matched".
+    """
 
     title: str
     draw: Callable[[SubFigure, Experiments, Style, Labels], None]
+    legend: tuple[str, ...] = ()
 
 
+LINES = ("sizes", "kinds")
 PANELS: dict[str, Panel] = {
-    "perplexity": Panel("Perplexity", against_alpha.perplexity),
-    "accuracy": Panel("Task accuracy", against_alpha.accuracy),
-    "experts": Panel("Mean experts", against_alpha.experts),
+    "perplexity": Panel("Perplexity", against_alpha.perplexity, LINES),
+    "accuracy": Panel("Task accuracy", against_alpha.accuracy, LINES),
+    "experts": Panel("Mean experts", against_alpha.experts, LINES),
     "heatmap": Panel(f"Mean experts by {ALPHA} and max_k", against_alpha.heat_map),
-    "pareto": Panel("Perplexity against experts", tradeoffs.pareto),
+    "pareto": Panel("Perplexity against experts", tradeoffs.pareto, (*LINES, "front", "matched")),
     "constraints": Panel("Floor, mid-range, ceiling", selection.constraints),
     "utilization": Panel("Expert utilisation", selection.utilization),
-    "layers": Panel("Mean experts of each layer", selection.layers),
-    "speed": Panel("Perplexity against speed", tradeoffs.speed),
+    "layers": Panel("Mean experts of each layer", selection.layers, LINES),
+    "speed": Panel("Perplexity against speed", tradeoffs.speed, LINES),
 }
 
 
@@ -133,10 +145,11 @@ def _create(
     data = Experiments(frame, layers)
     style = Style(data.sizes, data.variants)
     with mpl.rc_context(RC):
-        figure = _figure(size)
-        rows = _legend_rows(data, style, 6 if len(names) > 1 else 4)
+        needed = {part for name in names for part in PANELS[name].legend}
+        rows = _legend_rows(data, style, needed, 6 if len(names) > 1 else 4)
         foot_height = LEGEND_ROW * len(rows) + 0.06
-        heights = [size[1] - foot_height, foot_height]
+        heights = [size[1], foot_height]
+        figure = _figure((size[0], sum(heights)))
         body, foot = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)[:, 0]
         across = min(3, len(names))
         parts = body.subfigures(
@@ -195,7 +208,7 @@ def _write(figure: Figure, path: Path, suffix: str) -> None:
     figure.savefig(path, format=suffix, dpi=DPI, metadata=undated.get(suffix))
 
 
-def _legend_rows(data: Experiments, style: Style, most: int) -> list[list[Any]]:
+def _legend_rows(data: Experiments, style: Style, needed: set[str], most: int) -> list[list[Any]]:
     """Return what the figure's one legend explains: sizes first, at most so many in a row."""
     from matplotlib.lines import Line2D
 
@@ -212,8 +225,8 @@ def _legend_rows(data: Experiments, style: Style, most: int) -> list[list[Any]]:
         kinds.append(entry("static top-k", **style.hollow(np.nan), linestyle=BASELINE_LINE))
     if len(data.controls):
         kinds.append(entry("other control", linestyle="", marker="x"))
-    kinds.append(entry("Pareto front", **FRONT))
-    matches = [
+    front = [entry("Pareto front", **FRONT)]
+    matched = [
         entry(
             f"top-k at equal experts, {how}",
             linestyle="",
@@ -224,5 +237,10 @@ def _legend_rows(data: Experiments, style: Style, most: int) -> list[list[Any]]:
         for how, face in (("measured", NEUTRAL), ("interpolated", "white"))
         if (data.rows["matched_by"] == how).any()
     ]
-    widths = ((sizes, most), (kinds, most), (matches, most // 3))
-    return [part[i : i + width] for part, width in widths for i in range(0, len(part), width)]
+    kinds = [*(kinds if "kinds" in needed else ()), *(front if "front" in needed else ())]
+    parts = (
+        (sizes if "sizes" in needed else [], most),
+        (kinds, most // 2),
+        (matched if "matched" in needed else [], most // 3),
+    )
+    return [part[i : i + width] for part, width in parts for i in range(0, len(part), width)]

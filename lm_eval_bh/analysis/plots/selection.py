@@ -59,9 +59,9 @@ def constraints(figure: SubFigure, data: Experiments, style: Style, labels: Labe
         frameon=False,
         fontsize=SMALL,
         borderaxespad=0.2,
-        handlelength=1.2,
-        columnspacing=1,
-        handletextpad=0.4,
+        handlelength=0.9,
+        columnspacing=0.7,
+        handletextpad=0.3,
     )
 
 
@@ -120,7 +120,7 @@ def utilization(figure: SubFigure, data: Experiments, style: Style, labels: Labe
 def _levels(means: pd.DataFrame, data: Experiments) -> list[str]:
     """Return a short name of each configuration within its ``max_k``."""
     return [
-        level if variant == data.variants[0] else f"{variant} {level}"
+        level if variant in data.variants[:1] else f"{variant} {level}"
         for variant, level in zip(
             means["variant"], (f"{alpha:g}" for alpha in means["alpha"]), strict=True
         )
