@@ -19,6 +19,7 @@ from lm_eval_bh.errors import (
 from lm_eval_bh.harness import plugin
 
 if TYPE_CHECKING:
+    from lm_eval_bh.analysis.plots import create_comprehensive_visualization, create_single_panel
     from lm_eval_bh.experiments import BHRoutingExperimentRunner
     from lm_eval_bh.routing.config import RoutingConfig
     from lm_eval_bh.routing.integration import BHRoutingIntegration
@@ -40,6 +41,8 @@ __all__ = [
     "RoutingError",
     "Selection",
     "__version__",
+    "create_comprehensive_visualization",
+    "create_single_panel",
     "select_experts",
 ]
 
@@ -49,6 +52,8 @@ _HOME = {
     "NullModel": "lm_eval_bh.routing.null",
     "RoutingConfig": "lm_eval_bh.routing.config",
     "Selection": "lm_eval_bh.routing.selection",
+    "create_comprehensive_visualization": "lm_eval_bh.analysis.plots",
+    "create_single_panel": "lm_eval_bh.analysis.plots",
     "select_experts": "lm_eval_bh.routing.selection",
 }
 

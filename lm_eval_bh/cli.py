@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lm_eval_bh import analysis_cli
 from lm_eval_bh.errors import BHError, DataError, ParameterError
 from lm_eval_bh.resources import TINY_OLMOE, shipped, tiny_olmoe
 from lm_eval_bh.sweep_cli import sweep
@@ -25,6 +26,8 @@ app = typer.Typer(
 )
 
 app.command()(sweep)
+app.command()(analysis_cli.aggregate)
+app.command()(analysis_cli.plot)
 
 Pretrained = Annotated[str, typer.Option(help=f"Hub name or folder of the model, or {TINY_OLMOE}.")]
 

@@ -34,6 +34,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "routing.json"
 TOKENS = "tokens"
 INTERNAL_ROUTING = "_internal_routing.json"
+FIXED_COUNT = ("topk", "random_k")  # rules that give every token max_k experts, whatever its logits
 UNUSED = -1  # pads selected_experts in JSON; in the model the sentinel is the number of experts
 
 

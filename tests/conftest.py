@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -69,3 +70,18 @@ def tiny_model_folder() -> Path:
     from lm_eval_bh.resources import tiny_olmoe
 
     return tiny_olmoe()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Return a function that runs lm-eval-bh in this process: (exit code, output, errors)."""
+    from lm_eval_bh.cli import main
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lm-eval-bh", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return call

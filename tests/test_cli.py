@@ -10,22 +10,7 @@ import sys
 import pytest
 
 from lm_eval_bh import NullModel
-from lm_eval_bh.cli import main
 from lm_eval_bh.resources import shipped, tiny_olmoe
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Return a function that runs the command: (exit code, output, errors)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lm-eval-bh", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 def test_calibrate_fits_checks_and_writes_a_null_model(run, tmp_path):

@@ -66,6 +66,34 @@ def perplexity(loglikelihoods: Iterable[float], scored_tokens: Iterable[int]) ->
     return math.exp(loss) if loss < 709 else math.inf
 
 
+def perplexity_stderr(
+    loglikelihoods: Sequence[float], scored_tokens: Sequence[int]
+) -> float | None:
+    r"""Return the standard error of :func:`perplexity` over documents.
+
+    With the losses :math:`l_i` (negative loglikelihoods) and scored tokens :math:`w_i` of n
+    documents and their ratio :math:`R = \sum l / \sum w`, by the delta method
+
+    .. math:: e^R \, \frac{\sqrt{\frac{n}{n-1} \sum_i (l_i - R w_i)^2}}{\sum w}
+
+    Unit and range are those of the perplexity; None with fewer than two documents or no scored
+    token.
+
+    References
+    ----------
+    Cochran 1977, Sampling Techniques, section 6.4: the variance of a ratio.
+    """
+    losses, weights = -np.asarray(loglikelihoods, float), np.asarray(scored_tokens, float)
+    total = weights.sum()
+    if len(losses) < 2 or total <= 0:
+        return None
+    ratio = losses.sum() / total
+    squares = float(np.square(losses - ratio * weights).sum())
+    value = perplexity(loglikelihoods, scored_tokens)
+    assert value is not None
+    return value * math.sqrt(len(losses) / (len(losses) - 1) * squares) / float(total)
+
+
 def avg_task_accuracy(accuracies: Mapping[str, float]) -> float | None:
     """Return the mean accuracy over tasks, each task weighing the same.
 

@@ -29,6 +29,13 @@ PERPLEXITIES = {
     "target_perplexity": "targets",
     "byte_perplexity": "bytes",
 }
+# What each of them is counted per, in words.
+PERPLEXITY_UNITS = {
+    "perplexity": "token",
+    "word_perplexity": "word",
+    "target_perplexity": "target word",
+    "byte_perplexity": "byte",
+}
 BASELINES = ("native", "max_k")
 MATCHED = ("metric", "perplexity", "accuracy", "by", "k_low", "k_high")
 COMPARISON: dict[str, str] = {

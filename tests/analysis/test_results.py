@@ -17,6 +17,8 @@ from lm_eval_bh.analysis.flops import Architecture
 from lm_eval_bh.analysis.metrics import METRICS
 from lm_eval_bh.analysis.results import COLUMNS, load_experiments, strategy_label, write_tables
 from lm_eval_bh.errors import DataError
+from lm_eval_bh.routing.rules import RULES
+from lm_eval_bh.schema import FIXED_COUNT
 
 WIKITEXT, LAMBADA, HELLASWAG = "bh_wikitext", "bh_lambada", "bh_hellaswag"
 TOKENS, DOCUMENTS = 25, 4  # of every task that the fixture writes
@@ -179,6 +181,25 @@ def test_the_layers_table(write):
 )
 def test_strategy_label(config, label):
     assert strategy_label({"rule": "bh", "max_k": 8} | config) == label
+
+
+def test_runs_that_differ_in_level_and_size_only_are_one_variant(write):
+    write("one", alpha=0.4)
+    write("two", alpha=0.5, max_k=8)
+    write("other", temperature=2.0)
+    write("top", rule="topk")
+    frame = load_experiments([write.folder]).frame
+    assert set(zip(frame["variant"], frame["strategy"], strict=True)) == {
+        ("BH", "BH a=0.40, max 4"),
+        ("BH", "BH a=0.50, max 8"),
+        ("BH, T=2", "BH a=0.40, max 4, T=2"),
+        ("top-k", "top-4"),
+    }
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_files_know_which_rules_have_a_fixed_count(rule):
+    assert rule.adaptive == (rule.name not in FIXED_COUNT)
 
 
 # What must be alike
@@ -412,6 +433,29 @@ def test_one_routing_log_gives_all_runs_their_token_perplexity(write):
         assert math.isnan(frame["BH a=0.50, max 4"])  # no samples: no loglikelihoods
     assert loaded.frame[loaded.frame["task"] == HELLASWAG]["perplexity"].isna().all()
     assert loaded.documents("run-2", WIKITEXT)["tokens"].tolist() == list(write.lengths)
+
+
+def test_a_routing_log_may_be_written_in_another_way(write):
+    """Keys in another order and more spaces: it cannot be searched, so it is parsed."""
+    write("bh", loss=2.0, log=True)
+    expected = load_experiments([write.folder]).frame["perplexity"]
+    assert expected.notna().sum() == 2
+    for file in (write.folder / "logs").rglob("*_internal_routing.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()), indent=2, sort_keys=True))
+    pd.testing.assert_series_equal(load_experiments([write.folder]).frame["perplexity"], expected)
+
+
+def test_two_tasks_of_one_data_set_have_a_log_each(write):
+    """hf-bh puts the task's name in front of the second log of a name."""
+    write("bh", tasks=(WIKITEXT,), log=True)
+    (log,) = (write.folder / "logs").rglob("*_internal_routing.json")
+    manifest = log.with_name("routing.json")
+    content = json.loads(manifest.read_text())
+    content["files"].append(f"{WIKITEXT}_{log.name}")
+    manifest.write_text(json.dumps(content))
+    own = log.with_name(content["files"][1])
+    shutil.copy(log, own)
+    assert load_experiments([write.folder]).internal_routing_file("run-1", WIKITEXT) == own
 
 
 def test_a_routing_log_of_some_documents_gives_no_token_perplexity(write):

@@ -1,0 +1,219 @@
+"""How the figures look: one colour and one marker a ``max_k``, a line style a rule, axes, text."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
+
+# Okabe and Ito 2008, Color Universal Design, without the yellow that white paper swallows. The
+# lightness of neighbours differs, and so do their markers: they can be told apart in grey.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+ALPHA = "\N{GREEK SMALL LETTER ALPHA}"
+MARKERS = "os^DvPX*"
+LINES: tuple[Any, ...] = ("-", "-.", (0, (4, 1, 1, 1, 1, 1)), (0, (1, 1)))
+BASELINE_LINE = (0, (4, 2))
+NEUTRAL = "#4D4D4D"
+FAINT = "#BFBFBF"
+FRONT: dict[str, Any] = {"color": "#9A9A9A", "linewidth": 2.6, "alpha": 0.5}
+SMALL = 7.0  # points: what is not read first
+
+RC: dict[Any, Any] = {
+    "font.size": 8.5,
+    "font.family": "sans-serif",
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8.5,
+    "xtick.labelsize": SMALL + 0.5,
+    "ytick.labelsize": SMALL + 0.5,
+    "legend.fontsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+    "errorbar.capsize": 2.0,
+    "hatch.linewidth": 0.6,
+    "pdf.fonttype": 42,  # text in a PDF can be searched and edited
+    "svg.hashsalt": "lm-eval-bh",  # the same figure is the same file
+}
+
+# From which ratio of the largest to the smallest value on an axis is logarithmic.
+WIDE = 2.5
+# How many times as long as for what matters an axis may get to show what is beside it.
+STRETCH = 2.0
+
+
+class Style:
+    """Colours, markers and lines, the same in every panel of a figure.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Every ``max_k`` that is drawn, ascending.
+    variants : sequence of str
+        Every kind of rule that is drawn.
+    """
+
+    def __init__(self, sizes: Sequence[int], variants: Sequence[str]) -> None:
+        from matplotlib import colormaps
+        from matplotlib.colors import to_hex
+
+        self.sizes, self.variants = tuple(sizes), tuple(variants)
+        colours: Sequence[str] = PALETTE
+        if len(sizes) > len(PALETTE):
+            shades = colormaps["viridis"](np.linspace(0, 0.9, len(sizes)))
+            colours = [to_hex(shade) for shade in shades]
+        self._colours: dict[float, str] = dict(zip(sizes, colours, strict=False))
+        self._markers: dict[float, str] = {
+            size: MARKERS[i % len(MARKERS)] for i, size in enumerate(sizes)
+        }
+        self._lines = {name: LINES[i % len(LINES)] for i, name in enumerate(variants)}
+
+    def colour(self, max_k: float) -> str:
+        """Return the colour of a ``max_k``; a neutral one where no adaptive run has it."""
+        return self._colours.get(max_k, NEUTRAL)
+
+    def marker(self, max_k: float) -> str:
+        """Return the marker of a ``max_k``."""
+        return self._markers.get(max_k, "o")
+
+    def line(self, variant: str) -> Any:
+        """Return the line style of a kind of rule."""
+        return self._lines.get(variant, LINES[0])
+
+    def point(self, max_k: float) -> dict[str, Any]:
+        """Return how an adaptive configuration is drawn."""
+        return {"color": self.colour(max_k), "marker": self.marker(max_k)}
+
+    def hollow(self, max_k: float) -> dict[str, Any]:
+        """Return how static top-k is drawn."""
+        return {
+            "color": self.colour(max_k),
+            "marker": self.marker(max_k),
+            "markerfacecolor": "white",
+            "markeredgewidth": 1.2,
+        }
+
+
+def focus(core: Sequence[float], others: Sequence[float], log: bool = True) -> list[float]:
+    """Return what an axis should show: all of what matters, and what else does not flatten it.
+
+    Parameters
+    ----------
+    core : sequence of float
+        Values that are shown in any case, at least one.
+    others : sequence of float
+        Values that are taken in, the nearest first, as long as the axis gets no longer than
+        :data:`STRETCH` times what the core takes.
+    log : bool
+        Whether distances are those on a logarithmic axis; all values are positive then.
+    """
+    scale = np.log if log else np.asarray
+    low, high = float(scale(min(core))), float(scale(max(core)))
+    least = 0.02 if log else 0.02 * abs(high)
+    longest = STRETCH * max(high - low, least)
+    shown = list(core)
+    for other in sorted(others, key=lambda value: max(low - scale(value), scale(value) - high)):
+        wider = min(low, float(scale(other))), max(high, float(scale(other)))
+        if wider[1] - wider[0] <= longest:
+            low, high = wider
+            shown.append(other)
+    return shown
+
+
+def fit_scale(axes: Axes, which: str, values: Iterable[float], log: bool = True) -> None:
+    """Set the limits of an axis and ticks a person can read; logarithmic if the values ask for it.
+
+    Parameters
+    ----------
+    axes : Axes
+        With its data drawn.
+    which : "x" or "y"
+        The axis.
+    values : iterable of float
+        All that is to be seen along it.
+    log : bool
+        Whether it may be logarithmic.
+    """
+    from matplotlib import ticker
+
+    drawn = np.array([value for value in values if np.isfinite(value)], dtype=float)
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    set_limits = axes.set_xlim if which == "x" else axes.set_ylim
+    low, high = drawn.min(), drawn.max()
+    if not log or low <= 0 or high / low < WIDE:
+        room = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+        set_limits(low - room, high + room)
+        axis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
+        return
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    room = (high / low) ** 0.08
+    set_limits(low / room, high * room)
+    axis.set_major_locator(ticker.FixedLocator(log_ticks(low / room, high * room)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(ticker.NullLocator())
+
+
+def beyond(axes: Axes, value: float) -> tuple[float, str]:
+    """Return where to show a value on the y axis, and what to add to its name: nothing if in range.
+
+    What would flatten all else is shown at the edge, with an arrow and its value.
+    """
+    low, high = axes.get_ylim()
+    if low <= value <= high:
+        return value, ""
+    arrow = "\N{UPWARDS ARROW}" if value > high else "\N{DOWNWARDS ARROW}"
+    return (high if value > high else low), f" {value:.3g} {arrow}"
+
+
+def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Return round numbers between two positive ones, evenly spread on a logarithmic axis.
+
+    The finest of several series that gives at most ``most`` of them; never fewer than two.
+    """
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    for series in (
+        (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8),
+        (1, 1.5, 2, 3, 4, 6, 8),
+        (1, 2, 3, 5),
+        (1, 2, 5),
+        (1, 3),
+        (1,),
+    ):
+        ticks = [step * 10.0**decade for decade in decades for step in series]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= most:
+            break
+    else:
+        ticks = ticks[:: -(-len(ticks) // most)]
+    return ticks if len(ticks) >= 2 else [low, high]
+
+
+def wrapped(figure: SubFigure, sentence: str, size: float) -> str:
+    """Break a sentence into lines that fit into a figure at a font size."""
+    width = figure.bbox.width / figure.figure.dpi * 72
+    return "\n".join(
+        textwrap.wrap(sentence, max(20, int(0.85 * width / (0.55 * size))), break_on_hyphens=False)
+    )
+
+
+def say(figure: SubFigure, sentence: str) -> None:
+    """Write what is missing where a panel would have been."""
+    figure.text(
+        0.5,
+        0.5,
+        wrapped(figure, sentence, 8.5),
+        ha="center",
+        va="center",
+        color=NEUTRAL,
+        bbox={"boxstyle": "round,pad=0.8", "facecolor": "#F7F7F7", "edgecolor": FAINT},
+    )

@@ -1,0 +1,150 @@
+"""The commands aggregate and plot, on folders as lm-eval leaves them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from lm_eval_bh.analysis.results import COLUMNS, load_experiments
+from lm_eval_bh.analysis.significance import COMPARISON, compare
+
+WIKITEXT, LAMBADA = "bh_wikitext", "bh_lambada"
+TABLES = {"bh_routing_results", "bh_routing_layers", "bh_routing_comparisons"}
+
+
+@pytest.fixture
+def runs(write):
+    write("top4", rule="topk", loss=(2.0, 2.1, 2.2, 2.3))
+    write("top2", rule="topk", max_k=2, loss=(2.2, 2.4, 2.3, 2.6))
+    write("bh", alpha=0.4, loss=(2.1, 2.2, 2.3, 2.5), right=(0, 0, 1, 0), log=True)
+    return write.folder
+
+
+def test_aggregate_writes_tables_comparisons_and_the_figure(run, runs, tmp_path):
+    output = tmp_path / "output"
+    code, out, err = run("aggregate", runs, "--output-dir", output, "--resamples", 99)
+    assert (code, err) == (0, "")
+    files = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    assert files == {
+        *(f"{name}.{suffix}" for name in TABLES for suffix in ("csv", "json")),
+        "bh_routing_results.md",
+        "bh_routing_results.tex",
+        "visualizations/bh_comprehensive_comparison.png",
+    }
+    loaded = load_experiments([runs])
+    assert list(pd.read_csv(output / "bh_routing_results.csv")) == list(COLUMNS)
+    assert len(pd.read_csv(output / "bh_routing_layers.csv")) == len(loaded.layers)
+    layers = json.loads((output / "bh_routing_layers.json").read_text())
+    assert layers[0]["histogram"] == loaded.layers.iloc[0]["histogram"]
+    compared = pd.read_csv(output / "bh_routing_comparisons.csv")
+    assert list(compared) == list(COMPARISON)
+    assert compared["p_value"].to_numpy() == pytest.approx(
+        compare(loaded, resamples=99)["p_value"].to_numpy(float), nan_ok=True
+    )
+    # On the terminal: who, how many experts, how good, and what static top-k there was beside it.
+    row = loaded.frame.query("task == @WIKITEXT and adaptive").iloc[0]
+    (line,) = [part for part in out.split(WIKITEXT)[1].splitlines() if row["strategy"] in part]
+    assert f"{row['mean_experts']:.2f}" in line
+    assert f"{row['perplexity']:.2f}" in line
+    assert f"{row['matched_perplexity']:.4g}" in out
+    for path in files:
+        assert path.split("/")[-1] in out.replace("\n", "")
+
+
+def test_aggregate_writes_beside_the_runs_unless_told(run, runs):
+    code, *_ = run("aggregate", runs, "--no-figure", "--resamples", 99)
+    assert code == 0
+    assert (runs / "bh_routing_results.csv").is_file()
+    again, *_ = run("aggregate", runs, "--no-figure", "--resamples", 99)
+    assert again == 0  # its own files are no runs
+    assert not (runs / "visualizations").exists()
+
+
+def test_broken_files_are_listed_skipped_and_told_by_the_exit_code(run, write, runs):
+    broken = write("broken", alpha=0.5, change=lambda content: content.pop("results"))
+    code, _, err = run("aggregate", runs, "--no-figure", "--resamples", 99)
+    assert code == 3
+    assert f"left out: {broken}" in err.replace("\n", "")
+    assert len(pd.read_csv(runs / "bh_routing_results.csv")) == 9
+    code, _, err = run("plot", runs, "--panel", "heatmap")
+    assert code == 3
+    assert str(broken) in err
+
+
+def test_only_broken_files_leave_an_empty_table(run, write):
+    write("broken", change=lambda content: content.pop("results"))
+    assert run("aggregate", write.folder)[0] == 3
+    assert (write.folder / "bh_routing_results.csv").is_file()
+
+
+def test_what_cannot_be_compared_is_refused_or_kept_apart(run, write, runs):
+    other = write("other", alpha=0.5, change=lambda content: content.update(max_length=32))
+    code, _, err = run("aggregate", runs)
+    assert code == 1
+    assert str(other) in err
+    assert "max_length 64 and 32" in err
+    assert not (runs / "bh_routing_results.csv").exists()
+    code, out, _ = run("aggregate", runs, "--force", "--no-figure", "--resamples", 99)
+    assert code == 0
+    assert f"{WIKITEXT}, group 2" in out
+    assert run("plot", runs, "--panel", "heatmap")[0] == 0
+    drawn = {path.name for path in (runs / "visualizations").iterdir()}
+    assert drawn == {"heatmap_group1.png", "heatmap_group2.png"}
+
+
+def test_the_margin_decides_what_is_equivalent(run, runs):
+    for margin, equivalent in (("0.001", False), ("0.9", True)):
+        run("aggregate", runs, "--no-figure", "--margin", margin, "--resamples", 99)
+        compared = json.loads((runs / "bh_routing_comparisons.json").read_text())
+        rows = [row for row in compared if row["task"] == WIKITEXT and "BH" in row["strategy"]]
+        assert [row["equivalent"] for row in rows] == [equivalent]
+
+
+def test_plot_draws_a_panel_of_folders_or_of_a_table(run, runs, tmp_path):
+    run("aggregate", runs, "--no-figure", "--resamples", 99)
+    pictures = []
+    for number, source in enumerate((runs, runs / "bh_routing_results.csv")):
+        path = tmp_path / f"{number}.svg"
+        code, out, _ = run("plot", source, "--panel", "layers", "--output", path)
+        assert (code, str(path) in out.replace("\n", "")) == (0, True)
+        pictures.append(path.read_bytes())
+    assert pictures[0] == pictures[1]
+    assert run("plot", runs, "--panel", "accuracy", "--task", LAMBADA)[0] == 0
+    assert (runs / "visualizations" / "accuracy.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("aggregate", "{runs}/nowhere"), "There is no folder"),
+        (("aggregate", "{runs}", "--margin", "2"), "margin=2.0 is out of range"),
+        (("aggregate", "{runs}", "--baseline", "best"), "choose one of native, max_k"),
+        (("plot", "{runs}", "--panel", "heat"), "did you mean 'heatmap'"),
+        (("plot", "{runs}", "--output", "{runs}/figure.gif"), "ends in png, pdf, svg"),
+        (("plot", "{runs}", "--task", "arc"), "No run did the task arc"),
+        (("plot", "{runs}/a.csv", "{runs}"), "is a table by itself"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(run, runs, arguments, sentence):
+    before = sorted(runs.rglob("*"))
+    code, _, err = run(*(argument.format(runs=runs) for argument in arguments))
+    assert code == 1
+    assert sentence in err
+    assert len(err.strip().splitlines()) == 1
+    assert sorted(runs.rglob("*")) == before
+
+
+def test_the_commands_need_no_torch(runs):
+    code = (
+        "import sys\nfrom lm_eval_bh.cli import main\n"
+        f"for arguments in (['aggregate', '--no-figure'], ['plot', '--panel', 'heatmap']):\n"
+        f"    sys.argv = ['lm-eval-bh', *arguments, {str(runs)!r}]\n"
+        "    try:\n        main()\n    except SystemExit as end:\n        assert not end.code\n"
+        "print({'torch', 'transformers', 'lm_eval', 'matplotlib.pyplot'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "set()"
