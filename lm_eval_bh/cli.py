@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lm_eval_bh.cli_report import add_commands
 from lm_eval_bh.errors import BHError, DataError, ParameterError
 from lm_eval_bh.resources import TINY_OLMOE, shipped, tiny_olmoe
 
@@ -132,6 +133,9 @@ def run_lm_eval(context: typer.Context) -> None:
     register()
     sys.argv = ["lm_eval", *context.args]
     cli_evaluate()
+
+
+add_commands(app)
 
 
 def main() -> None:
