@@ -47,8 +47,8 @@ def lm_eval_command(content: Mapping[str, Any], task: str) -> str:
         words += ["--system_instruction", content["system_instruction"]]
     if content.get("chat_template_sha"):
         words.append("--apply_chat_template")
-    if content.get("fewshot_as_multiturn"):
-        words += ["--fewshot_as_multiturn", "true"]
+        if content.get("fewshot_as_multiturn"):  # means nothing without a template
+            words += ["--fewshot_as_multiturn", "true"]
     seeds = tuple(config.get(name, usual) for name, usual in zip(SEEDS, DEFAULT_SEEDS, strict=True))
     if seeds != DEFAULT_SEEDS:
         words += ["--seed", ",".join(map(str, seeds))]

@@ -200,7 +200,7 @@ def comparison_table(comparisons: pd.DataFrame) -> Table:
                 (
                     Cell(row["strategy"]),
                     Cell(row["task"]),
-                    Cell((row["metric"] or "").replace("_", " ")),
+                    Cell(_metric_name(row["metric"])),
                     number(row["documents"]),
                     number(row["value"]),
                     number(row["baseline_value"]),
@@ -215,6 +215,12 @@ def comparison_table(comparisons: pd.DataFrame) -> Table:
             )
         )
     return Table(columns, tuple(rows))
+
+
+def _metric_name(metric: str | None) -> str:
+    if metric in PER:
+        return f"{PER[metric]} perplexity"
+    return (metric or "").replace("_", " ")
 
 
 def verdict_table(found: Recommendation) -> Table:

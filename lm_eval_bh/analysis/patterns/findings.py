@@ -205,14 +205,12 @@ def _read(
         place = tasks.index(task)
         log = loaded.internal_routing_file(run_id, task)
         samples = read_samples(log) if log else []
-        known: dict[int, list[float]] = {}
-        for sample in samples:
-            if sample["loss"] is not None:
-                known.setdefault(sample["sample_id"], []).append(sample["loss"])
-        for document, values in known.items():
-            losses[place, document] = float(np.mean(values)), "nats a token"
-        if not known:
-            losses |= _losses_of_harness(loaded, run_id, task, place)
+        known: Losses = {
+            (place, sample["sample_id"]): (sample["loss"], "nats a token")
+            for sample in samples
+            if sample["loss"] is not None
+        }
+        losses |= known or _losses_of_harness(loaded, run_id, task, place)
         if not files:
             yield from pieces_of(samples, place)
     if files:

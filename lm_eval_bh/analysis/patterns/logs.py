@@ -15,12 +15,14 @@ from lm_eval_bh.schema import TOKENS, Sample, read_internal_routing, read_manife
 Ints = NDArray[np.int64]
 
 ROWS = 65536  # of a token log that are in memory at a time
-COLUMNS = ["task", "doc_id", "repeat", "layer", "token_id", "experts"]
+COLUMNS = ["task", "doc_id", "request", "repeat", "layer", "token_id", "experts"]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows of a log: one row a token, layer and request; repetitions are left out.
+    """Some rows of a log: one row a token and layer, of the first request of each document.
+
+    Further requests repeat its text with another ending, and repetitions all of it.
 
     Attributes
     ----------
@@ -65,7 +67,9 @@ def read_token_log(
             with pq.ParquetFile(file) as parquet:
                 for batch in parquet.iter_batches(batch_size=ROWS, columns=COLUMNS):
                     names = batch.column("task").cast(pa.string())
-                    keep = pc.and_(pc.is_in(names, wanted), pc.equal(batch.column("repeat"), 0))
+                    keep = pc.is_in(names, wanted)
+                    for name in ("request", "repeat"):
+                        keep = pc.and_(keep, pc.equal(batch.column(name), 0))
                     kept = batch.filter(keep)
                     experts = kept.column("experts")
                     yield Piece(
@@ -87,14 +91,14 @@ def _ints(column: object) -> Ints:
 
 
 def read_samples(file: Path) -> list[Sample]:
-    """Return the samples of an internal routing log, without repetitions.
+    """Return the first request of every document in an internal routing log.
 
     Raises
     ------
     DataError
         If it is damaged.
     """
-    return [s for s in read_internal_routing(file)["samples"] if not s["repeat"]]
+    return [s for s in read_internal_routing(file)["samples"] if s["request"] == s["repeat"] == 0]
 
 
 def pieces_of(samples: Sequence[Sample], task: int) -> Iterator[Piece]:

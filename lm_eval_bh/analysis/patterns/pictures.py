@@ -53,11 +53,12 @@ def complexity_picture(found: Patterns) -> Any:
     frequency.set(title="Tokens: frequency", xlabel="occurrences of the token in the log")
     frequency.set_ylabel("mean experts per token")
 
-    of_class = found.classes.groupby("token_class")[["tokens", "mean_experts"]].apply(
-        lambda some: np.average(some["mean_experts"], weights=some["tokens"])
-    )
-    of_class = of_class.sort_values()
-    classes.barh(of_class.index, of_class, color=COLOURS[0])
+    of_class = found.classes.assign(experts=found.classes["tokens"] * found.classes["mean_experts"])
+    of_class = of_class.groupby("token_class")[["tokens", "experts"]].sum()
+    of_class["mean"] = of_class["experts"] / of_class["tokens"]
+    of_class = of_class.sort_values("mean")
+    names = [f"{name}\n({n:,} tokens)" for name, n in of_class["tokens"].items()]
+    classes.barh(names, of_class["mean"], color=COLOURS[0])
     classes.bar_label(classes.containers[0], fmt="%.2f", padding=3, fontsize=8)
     classes.margins(x=0.15)
     classes.set(title="Tokens: class", xlabel="mean experts per token")
@@ -67,6 +68,8 @@ def complexity_picture(found: Patterns) -> Any:
 
 def specialisation_picture(found: Patterns) -> Any:
     """Draw how specialised the experts of each layer are, and the most specialised ones."""
+    from matplotlib.colors import PowerNorm
+
     figure = _figure(found, "what experts are for", width=13)
     table = found.specialisation
     layers, experts = figure.subplots(1, 2, width_ratios=(2, 3))
@@ -87,7 +90,7 @@ def specialisation_picture(found: Patterns) -> Any:
     layers.set_xticks(np.arange(len(found.counts.layers)), found.counts.layers)
     layers.grid(axis="y", alpha=0.3)
     if len(table):
-        layers.legend(fontsize=8)
+        layers.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
 
     of_class = table[table["of"] == "token class"].nlargest(SHOWN, "corrected")
     experts.set_title("The experts that tell most of the token's class")
@@ -95,9 +98,10 @@ def specialisation_picture(found: Patterns) -> Any:
         _say(experts, "no token classes:\nname the tokenizer with --tokenizer")
         return figure
     names, lifts = found.lift_of(of_class)
-    drawn = experts.imshow(lifts, cmap="cividis", aspect="auto", vmin=0)
+    norm = PowerNorm(0.5, vmin=0)  # most are below 3, and a few above 10
+    drawn = experts.imshow(lifts, cmap="cividis", aspect="auto", norm=norm)
     for row, column in np.ndindex(*lifts.shape):
-        dark = lifts[row, column] < 0.55 * lifts.max()
+        dark = norm(lifts[row, column]) < 0.55
         experts.text(
             column,
             row,
@@ -138,14 +142,16 @@ def clusters_picture(found: Patterns) -> Any:
                 label=f"{label} ({inside.sum()})",
                 **_mark(number),
             )
-        axes.set(title=title, xlabel="first principal component", ylabel="second")
+        axes.set(
+            title=title, xlabel="first principal component", ylabel="second principal component"
+        )
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     tried = found.clusters.silhouettes
     chosen.plot(list(tried), list(tried.values()), color=COLOURS[0], marker="o")
     best = max(tried, key=lambda k: tried[k])
     chosen.plot(best, tried[best], color=COLOURS[1], marker="D", markersize=10, linestyle="none")
     chosen.set(title="How many", xlabel="clusters", ylabel="silhouette", xticks=list(tried))
-    chosen.set_ylim(bottom=min(0, *tried.values()))
+    chosen.set_ylim(min(0, *tried.values()), 1.1 * max(tried.values()))
     chosen.grid(axis="y", alpha=0.3)
     return figure
 

@@ -21,7 +21,8 @@ LEVEL = 0.05
 
 CAVEATS = """\
 - The logs have one loss for a request, not one for a token: difficulty is that of documents. A
-  multiple-choice task's loss is of its endings, its experts are those of the whole text.
+  multiple-choice task's loss is of its ending, its experts are those of the whole text; of its
+  requests the first is read, since all of a document repeat its text.
 - Correlations are Spearman's; tokens are correlated as types (each token id once, if it occurs at
   least five times). A correlation is no cause: long documents, common words and easy texts go
   together.
@@ -127,9 +128,10 @@ def sentences(found: Patterns, tables: dict[str, pd.DataFrame]) -> list[str]:
         first = some.loc[some["corrected"].idxmax()]
         clear = int((some["p_adjusted"] <= LEVEL).sum())
         said.append(
-            f"Which {of} a token is: {clear} of {len(some)} experts tell something; most of all "
-            f"layer {first['layer']} expert {first['expert']} ({100 * first['share']:.1f} % of the "
-            f"entropy; {first['lift']:.1f} times as often for {first['most']})."
+            f"That they serve a token tells something about its {of}: {clear} of {len(some)} "
+            f"experts; most of all layer {first['layer']} expert {first['expert']} "
+            f"({100 * first['share']:.1f} % of the entropy; {first['lift']:.1f} times as often for "
+            f"{first['most']})."
         )
     if found.clusters is None:
         said.append("Clusters: too few documents, or all use the experts alike.")

@@ -52,5 +52,6 @@ function filter() {
 
 form.hidden = false;
 form.addEventListener("input", filter);
+form.addEventListener("change", filter);  // for tools that choose an option without typing
 form.addEventListener("submit", event => event.preventDefault());
 filter();
