@@ -154,17 +154,17 @@ def _judge(
         "strategy": first["strategy"],
         "run_id": first["run_id"],
         "adaptive": bool(first["adaptive"]),
-        "native": bool(first["baseline"]) and bool(first["max_k"] == first["native_top_k"]),
+        "native": first["mode"] == "native" or _takes_the_native_k(first),
         "experts": float(rows["mean_experts_model"].mean()),
         "log_ratio": math.nan,
         "worst": math.nan,
         "qualifies": False,
     }
+    if math.isnan(known["experts"]):
+        return Candidate(**known, verdict="its number of experts is not known")
     if known["native"]:
         known |= {"log_ratio": 0.0, "worst": 1.0, "qualifies": True}
         return Candidate(**known, verdict="it is what the others are compared with")
-    if math.isnan(known["experts"]):
-        return Candidate(**known, verdict="its number of experts was not logged")
     found = compared[
         compared["run_id"].isin(rows["run_id"])
         & (compared["metric"].isin(PERPLEXITIES) | compared["metric"].isna())
@@ -182,6 +182,10 @@ def _judge(
     known["qualifies"] = known["worst"] <= 1 + margin
     reach = f"interval ends at {as_change(known['worst'])} on {found['ratio_high'].idxmax()}"
     return Candidate(**known, verdict=reach)
+
+
+def _takes_the_native_k(row: pd.Series) -> bool:
+    return bool(row["baseline"]) and pd.notna(row["max_k"]) and row["max_k"] == row["native_top_k"]
 
 
 def _unless_beaten(candidate: Candidate, others: list[Candidate]) -> Candidate:
@@ -204,11 +208,13 @@ def _unless_beaten(candidate: Candidate, others: list[Candidate]) -> Candidate:
 
 def _sentence(chosen: Candidate | None, judged: list[Candidate]) -> str:
     native = next((candidate for candidate in judged if candidate.native), None)
-    if chosen is None or native is None:
+    if native is None:
         return (
             "No configuration qualifies, for want of the model's own top-k to compare with: "
             "run it too, with --log_samples."
         )
+    if chosen is None:
+        return "There is nothing to choose from but the unmodified model: run --model hf-bh too."
     if chosen.native:
         return (
             f"No configuration with fewer experts qualifies: stay with {chosen.strategy}, "

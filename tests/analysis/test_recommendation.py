@@ -142,6 +142,14 @@ def test_unknown_experts_and_analysis_are_not_recommended():
     assert {c.strategy for c in found.candidates} == {"top-8", "BH"}
 
 
+def test_the_unmodified_model_alone():
+    frame, compared = tables()
+    frame = frame.assign(mode="native", max_k=pd.NA, native_top_k=pd.NA, mean_experts_model=None)
+    found = recommend(frame.astype({"mean_experts_model": float}), compared)[0]
+    assert found.chosen is None
+    assert "run --model hf-bh too" in found.sentence
+
+
 def test_each_group_by_itself():
     one, two = (
         tables(("BH", 4, 1.0, high), group=number) for number, high in ((1, 1.001), (2, 1.5))

@@ -197,6 +197,7 @@ def test_a_single_run_of_the_stock_model(write, tmp_path, no_figures):
         assert "There is nothing to compare" in text
         assert "No run logged its layers" in text
         assert "No run used a null model" in text
+        assert "nothing to choose from but the unmodified model" in text
 
 
 def test_what_cannot_be_compared_is_reported_in_groups(write, tmp_path):
@@ -389,7 +390,7 @@ def test_filtering_in_a_browser(page):
     assert count.text == "1 of 9 experiments"
     assert column(page, "accuracy") == ["0.250 ± 0.125"]
     Select(form.find_element("name", "kind")).select_by_visible_text("all")
-    form.find_element("name", "words").send_keys("TOP- 2")
+    form.find_element("name", "words").send_keys("TOP-2 lamb")
     assert column(page, "configuration") == ["top-2"]
 
 
