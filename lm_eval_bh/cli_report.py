@@ -70,7 +70,7 @@ def patterns(
     from lm_eval_bh.analysis.results import load_experiments
 
     loaded = load_experiments(folders, force=force)
-    path = tokenizer or _find_tokenizer(Path(loaded.frame["file"].iloc[0]))
+    path = tokenizer or find_tokenizer(Path(loaded.frame["file"].iloc[0]))
     if path is None:
         typer.echo("The tokenizer is not on this machine: name it with --tokenizer.", err=True)
     paths = write_patterns(loaded, _output(folders, output_dir), tokenizer=path, seed=seed)
@@ -83,7 +83,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(patterns)
 
 
-def _find_tokenizer(results: Path) -> Path | None:
+def find_tokenizer(results: Path) -> Path | None:
     """Return the tokenizer.json of a run's model, if it is local or in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
