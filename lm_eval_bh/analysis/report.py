@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shlex
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from lm_eval_bh.analysis.recommendation import Recommendation, recommend
 from lm_eval_bh.analysis.report_tables import (
     Table,
     comparison_table,
+    health_table,
     layer_table,
     results_table,
     verdict_table,
@@ -301,10 +303,19 @@ def _nulls(contents: dict[str, dict[str, Any]]) -> list[NullInfo]:
         health = header.get("health")
         found[str(facts)] = NullInfo(
             facts,
-            Table.of_records(health) if health else None,
-            f"lm-eval-bh calibrate --pretrained {header.get('model') or 'MODEL'}",
+            health_table(health) if health else None,
+            _calibration(header),
         )
     return list(found.values())
+
+
+def _calibration(header: dict[str, Any]) -> str:
+    """Return the command that fits the same null model, into another file, and checks it."""
+    words = ["lm-eval-bh", "calibrate", "--pretrained", header.get("model") or "MODEL"]
+    for option in ("tokens", "kernel", "trim"):
+        if header.get(option) is not None:
+            words += [f"--{option}", header[option]]
+    return shlex.join(map(str, [*words, "--output", "checked.safetensors"]))
 
 
 def _fact(value: Any) -> str:

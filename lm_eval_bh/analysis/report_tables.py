@@ -63,11 +63,10 @@ class Table:
         """The tasks to filter by."""
         return sorted({row.task for row in self.rows if row.task})
 
-    @classmethod
-    def of_records(cls, records: Sequence[Mapping[str, Any]]) -> Table:
-        """Return records of numbers as a table."""
-        columns = tuple(Column(name.replace("_", " "), numeric=True) for name in records[0])
-        return cls(columns, tuple(Row(tuple(map(number, row.values()))) for row in records))
+    @property
+    def explained(self) -> list[Column]:
+        """The columns whose title does not say it all."""
+        return [column for column in self.columns if column.about]
 
 
 def number(value: Any, form: str = "") -> Cell:
@@ -241,6 +240,35 @@ def verdict_table(found: Recommendation) -> Table:
             number(change, "+.2f"),
             Cell("yes" if candidate.qualifies else "no"),
             Cell(candidate.verdict),
+        )
+        rows.append(Row(cells))
+    return Table(columns, tuple(rows))
+
+
+def health_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+    """Return how well a null model fits held-out text, one row a layer.
+
+    Parameters
+    ----------
+    layers : sequence of mapping
+        The fields of :class:`~lm_eval_bh.routing.calibration.LayerHealth`.
+    """
+    columns = (
+        Column("layer", True),
+        Column("KS distance from uniform", True, "of the p-values; 0 is a perfect fit"),
+        Column("p = 0 (%)", True, "logits above the null distribution: rejected at every level"),
+        Column("p = 1 (%)", True, "logits below it"),
+        Column("tokens", True),
+    )
+    rows = []
+    for layer in layers:
+        distance = number(layer["ks_distance"], ".4f")
+        cells = (
+            number(layer["layer"]),
+            Cell(distance.text, distance.value, shade=distance.value),
+            number(100 * layer["ceiling_share"], ".3f"),
+            number(100 * layer["floor_share"], ".3f"),
+            number(layer["tokens"]),
         )
         rows.append(Row(cells))
     return Table(columns, tuple(rows))

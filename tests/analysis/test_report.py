@@ -213,6 +213,7 @@ def test_what_cannot_be_compared_is_reported_in_groups(write, tmp_path):
 
 def test_health_of_the_null_model_is_shown_where_it_is_recorded(write, tmp_path, no_figures):
     health = [{"layer": 0, "ks_distance": 0.0123, "tokens": 4096}]
+    health[0] |= {"ceiling_share": 0.001, "floor_share": 0.00002}
 
     def record(content):
         content["config"]["bh"]["null_model"]["health"] = health
@@ -221,6 +222,8 @@ def test_health_of_the_null_model_is_shown_where_it_is_recorded(write, tmp_path,
     for text in written(write.folder, tmp_path / "out"):
         assert "On held-out text" in text
         assert "0.0123" in text
+        assert "0.100" in text
+        assert "0.002" in text
         assert "lm-eval-bh calibrate" not in text
 
 

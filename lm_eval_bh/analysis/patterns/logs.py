@@ -60,12 +60,19 @@ def read_token_log(
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
+    from tqdm import tqdm
 
     known, wanted = pa.array(tasks), pa.array(some)
     for file in files:
         try:
             with pq.ParquetFile(file) as parquet:
-                for batch in parquet.iter_batches(batch_size=ROWS, columns=COLUMNS):
+                batches = tqdm(
+                    parquet.iter_batches(batch_size=ROWS, columns=COLUMNS),
+                    desc=file.name,
+                    total=-(-parquet.metadata.num_rows // ROWS),
+                    disable=None,  # quiet when not a terminal
+                )
+                for batch in batches:
                     names = batch.column("task").cast(pa.string())
                     keep = pc.is_in(names, wanted)
                     for name in ("request", "repeat"):
