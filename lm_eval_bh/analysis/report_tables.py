@@ -227,7 +227,7 @@ def verdict_table(found: Recommendation) -> Table:
     columns = (
         Column("configuration"),
         Column("experts", True),
-        Column("perplexity (%)", True, "against the model's own top-k, mean over the tasks"),
+        Column("perplexity change (%)", True, "from the model's own top-k, mean over the tasks"),
         Column("qualifies"),
         Column("because"),
     )
