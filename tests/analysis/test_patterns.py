@@ -18,12 +18,13 @@ from lm_eval_bh.analysis.patterns import write_patterns
 from lm_eval_bh.analysis.patterns.clusters import cluster
 from lm_eval_bh.analysis.patterns.complexity import complexity, spearman
 from lm_eval_bh.analysis.patterns.counts import Counts
-from lm_eval_bh.analysis.patterns.findings import find_patterns
+from lm_eval_bh.analysis.patterns.findings import find_patterns, usage_of
 from lm_eval_bh.analysis.patterns.logs import Piece, pieces_of, read_samples, read_token_log
 from lm_eval_bh.analysis.patterns.specialisation import (
     entropy,
+    independent_tokens,
     lift,
-    mutual_information,
+    shuffled_documents,
     specialisation,
 )
 from lm_eval_bh.analysis.patterns.token_classes import CLASSES, classify, vocabulary
@@ -72,13 +73,11 @@ def test_counts_by_hand():
     assert counts.occurrences.tolist() == [1, 1, 0, 0, 0, 1]
     assert counts.experts_of.tolist() == [3, 4, 0, 0, 0, 3]
     assert counts.documents == [(0, 7), (1, 7)]
-    assert counts.usage().tolist() == [
-        [0.5, 1, 0, 0, 0.5, 0.5, 0.5, 0.5],
-        [0, 0, 1, 0, 0, 0, 1, 1],
-    ]
-    mean, length = counts.document_experts()
-    assert mean.tolist() == [7 / 4, 3 / 2]
+    tasks, length, served = counts.document_counts()
+    assert tasks.tolist() == [0, 1]
     assert length.tolist() == [2, 1]
+    assert served.tolist() == [[1, 2, 0, 0, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0, 1, 1]]
+    assert usage_of(counts)[0].tolist() == [0.5, 1, 0, 0, 0.5, 0.5, 0.5, 0.5]
 
 
 @given(st.permutations(ROWS), st.integers(1, 5))
@@ -87,7 +86,7 @@ def test_counts_do_not_depend_on_order_or_pieces(rows, cut):
     parts.add(piece(rows[cut:]))
     assert (whole.tokens == parts.tokens).all()
     assert (whole.served == parts.served).all()
-    assert (whole.usage() == parts.usage()).all()
+    assert (usage_of(whole) == usage_of(parts)).all()
     assert (whole.occurrences == parts.occurrences).all()
 
 
@@ -109,11 +108,11 @@ def test_information_is_that_of_scikit_learn_and_scipy(table):
     from sklearn.metrics import mutual_info_score
 
     served, tokens = table[0], table.sum(0)
-    information, corrected, p = mutual_information(served, tokens)
-    assert information == pytest.approx(
+    found, corrected, p = independent_tokens(served, tokens)
+    assert found == pytest.approx(
         mutual_info_score(None, None, contingency=table.astype(float)), abs=1e-12
     )
-    assert 0 <= corrected <= information
+    assert 0 <= corrected <= found
     occurring = table[:, tokens > 0]
     if occurring.shape[1] > 1:
         test = stats.chi2_contingency(occurring, correction=False, lambda_="log-likelihood")
@@ -128,15 +127,38 @@ def test_correction_takes_away_what_chance_gives():
     table = np.stack([served, tokens - served])
     # Tables of the same margins where nothing tells anything, as if classes were shuffled.
     null = stats.random_table(table.sum(1), table.sum(0)).rvs(4000, random_state=0).astype(int)
-    information, _, p = mutual_information(null[:, 0], null.sum(1))
-    assert information.mean() == pytest.approx(3 / (2 * tokens.sum()), rel=0.05)
+    found, _, p = independent_tokens(null[:, 0], null.sum(1))
+    assert found.mean() == pytest.approx(3 / (2 * tokens.sum()), rel=0.05)
     assert (p <= 0.05).mean() == pytest.approx(0.05, abs=0.015)
 
 
 @pytest.mark.parametrize("served", [[0, 0], [40, 60]])
 def test_an_expert_that_serves_all_or_nothing_tells_nothing(served):
-    information, corrected, p = mutual_information(np.array(served), np.array([40, 60]))
-    assert (information, corrected, p) == (pytest.approx(0, abs=1e-12), 0, 1)
+    found, corrected, p = independent_tokens(np.array(served), np.array([40, 60]))
+    assert (found, corrected, p) == (pytest.approx(0, abs=1e-12), 0, 1)
+
+
+def test_documents_that_differ_are_no_experts_of_a_task():
+    # Every document has a rate of its own, but the tasks have nothing to do with it.
+    rng = np.random.default_rng(0)
+    tokens = np.full(40, 200)
+    served = rng.binomial(200, rng.beta(2, 2, (40, 300)).T.reshape(300, 40).T)
+    kinds = np.arange(40) % 2
+    tested = shuffled_documents(served, tokens, kinds, draws=199)
+    assert (tested.p_value <= 0.05).mean() == pytest.approx(0.05, abs=0.03)
+    assert tested.corrected.mean() < 0.5 * tested.information.mean()
+    table = np.stack([served[kinds == kind].sum(0) for kind in (0, 1)], axis=-1)
+    naive = independent_tokens(table, np.full(table.shape, 20 * 200))
+    assert np.array_equal(naive.information, tested.information)
+    assert (naive.p_value <= 0.05).mean() > 0.5  # what the shuffles are there for
+
+
+def test_an_expert_of_a_task_is_found():
+    tokens, kinds = np.full(20, 50), np.repeat([0, 1, 2], [8, 8, 4])
+    served = np.where(kinds == 1, 40, 5)[:, None] + np.arange(20)[:, None] % 3
+    tested = shuffled_documents(served, tokens, kinds)
+    assert tested.p_value[0] == pytest.approx(1 / 500)
+    assert tested.corrected[0] > 0.8 * tested.information[0] > 0
 
 
 def test_lift_by_hand():
@@ -309,6 +331,12 @@ def test_command_line(write, tmp_path):
     assert "special" in set(pd.read_csv(tmp_path / "patterns" / "tokens.csv")["token_class"])
 
 
+def test_one_task_without_a_tokenizer(write, tmp_path):
+    write("bh", log=True, tasks=("bh_wikitext",))
+    write_patterns(load_experiments([write.folder]), tmp_path)
+    assert pd.read_csv(tmp_path / "patterns" / "specialisation.csv").empty
+
+
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
@@ -375,7 +403,8 @@ def test_both_logs_of_a_real_run_say_the_same(full_run):
     assert counts[0].tokens.sum() > 1000
     for name in ("tokens", "served", "occurrences", "experts_of", "documents"):
         assert np.array_equal(*(getattr(one, name) for one in counts)), name
-    assert np.array_equal(counts[0].usage(), counts[1].usage())
+    for one, other in zip(*(some.document_counts() for some in counts), strict=True):
+        assert np.array_equal(one, other)
 
 
 @pytest.mark.slow

@@ -125,21 +125,18 @@ class Counts:
         """(task, document) of the documents that are kept, in order."""
         return sorted(self._of_document)
 
-    def usage(self) -> NDArray[np.float32]:
-        """Return the share of each document's tokens that each expert served.
+    def document_counts(self) -> tuple[Ints, Ints, Ints]:
+        """Return what is known of the documents that are kept.
 
         Returns
         -------
-        float32 [documents, layers * experts]
+        tasks : int64 [documents]
+        tokens : int64 [documents]
+        served : int64 [documents, layers * experts]
+            How many of a document's tokens each expert served.
         """
-        usage = np.empty((len(self.documents), len(self.layers) * self.experts), dtype=np.float32)
-        for place, key in enumerate(self.documents):
-            usage[place] = self._of_document[key]
-            usage[place] /= self._rows_of_document[key] / len(self.layers)
-        return usage
-
-    def document_experts(self) -> tuple[NDArray[np.float64], Ints]:
-        """Return mean experts per token and number of tokens, of each document."""
-        rows = np.array([self._rows_of_document[key] for key in self.documents], dtype=np.int64)
-        total = np.array([int(self._of_document[key].sum()) for key in self.documents])
-        return total / rows, rows // max(1, len(self.layers))
+        keys = self.documents
+        served = np.array([self._of_document[key] for key in keys], dtype=np.int64)
+        rows = np.array([self._rows_of_document[key] for key in keys], dtype=np.int64)
+        tasks = np.array([task for task, _ in keys], dtype=np.int64)
+        return tasks, rows // max(1, len(self.layers)), served.reshape(len(keys), -1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from lm_eval_bh.analysis.patterns.clusters import Clusters, cluster
 from lm_eval_bh.analysis.patterns.complexity import complexity
@@ -74,7 +75,7 @@ class Patterns:
         """Return one row a cluster: its documents by task, its experts, what it uses more."""
         if self.clusters is None:
             return pd.DataFrame()
-        usage = self.counts.usage()
+        usage = usage_of(self.counts)
         rows = []
         for number in range(int(self.clusters.labels.max()) + 1):
             inside = self.clusters.labels == number
@@ -241,15 +242,14 @@ def _describe(
     texts: list[str],
     seed: int,
 ) -> Patterns:
-    mean, length = counts.document_experts()
-    tasks = np.array([task for task, _ in counts.documents], dtype=np.int64)
-    clusters = cluster(counts.usage(), tasks, seed) if len(tasks) else None
+    tasks, length, served = counts.document_counts()
+    clusters = cluster(usage_of(counts), tasks, seed)
     documents = pd.DataFrame(
         {
             "task": [counts.tasks[task] for task in tasks],
             "document": [document for _, document in counts.documents],
             "tokens": length,
-            "mean_experts": mean,
+            "mean_experts": served.sum(-1) / (length * len(counts.layers)),
             "loss": [losses.get(key, (np.nan, None))[0] for key in counts.documents],
             "loss_unit": [losses.get(key, (np.nan, None))[1] for key in counts.documents],
             "cluster": pd.array(
@@ -267,9 +267,20 @@ def _describe(
         tokens=tokens,
         classes=_class_table(counts),
         complexity=complexity(documents, tokens),
-        specialisation=specialisation(counts),
+        specialisation=specialisation(counts, seed),
         clusters=clusters,
     )
+
+
+def usage_of(counts: Counts) -> NDArray[np.float32]:
+    """Return the share of each document's tokens that each expert served.
+
+    Returns
+    -------
+    float32 [documents, layers * experts]
+    """
+    _, tokens, served = counts.document_counts()
+    return (served / tokens[:, None]).astype(np.float32)
 
 
 def _token_table(counts: Counts, texts: list[str]) -> pd.DataFrame:

@@ -89,7 +89,9 @@ def specialisation_picture(found: Patterns) -> Any:
     layers.set_ylabel("share of the entropy explained (%)")
     layers.set_xticks(np.arange(len(found.counts.layers)), found.counts.layers)
     layers.grid(axis="y", alpha=0.3)
-    if len(table):
+    if not len(table):
+        _say(layers, "there is one task,\nand one class of tokens")
+    else:
         layers.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
 
     of_class = table[table["of"] == "token class"].nlargest(SHOWN, "corrected")

@@ -26,9 +26,9 @@ CAVEATS = """\
 - Correlations are Spearman's; tokens are correlated as types (each token id once, if it occurs at
   least five times). A correlation is no cause: long documents, common words and easy texts go
   together.
-- Information is corrected for its bias, and p-values for the number of experts
-  (Benjamini-Hochberg). They take tokens for independent, which those of one document are not: read
-  small ones with care, above all those of tasks.
+- Information is corrected for what chance gives, and p-values for the number of experts
+  (Benjamini-Hochberg). For tasks, chance is documents shuffled among the tasks. For token classes,
+  it is independent tokens, which those of one document are not quite: read small ones with care.
 - Clusters are of documents, by how often each expert serves their tokens; tasks play no part in
   making them. A silhouette up to 0.25 is no substantial structure.
 """
