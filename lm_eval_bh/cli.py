@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lm_eval_bh.cli_report import add_commands
 from lm_eval_bh.errors import BHError, DataError, ParameterError
+from lm_eval_bh.report_cli import add_commands
 from lm_eval_bh.resources import TINY_OLMOE, shipped, tiny_olmoe
 
 app = typer.Typer(
