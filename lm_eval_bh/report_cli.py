@@ -13,6 +13,8 @@ from lm_eval_bh.schema import read_json
 if TYPE_CHECKING:
     from lm_eval_bh.analysis.results import Loaded
 
+INCOMPLETE = 3  # exit code where files were left out
+
 Folders = Annotated[
     list[Path], typer.Argument(help="Folders that lm_eval or a sweep wrote to; read recursively.")
 ]
@@ -70,9 +72,14 @@ def patterns(
     from lm_eval_bh.analysis.results import load_experiments
 
     loaded = load_experiments(folders, force=force)
-    path = tokenizer or find_tokenizer(Path(loaded.frame["file"].iloc[0]))
+    path = tokenizer
+    if path is None and len(loaded.frame):
+        path = find_tokenizer(Path(loaded.frame["file"].iloc[0]))
     if path is None:
-        typer.echo("The tokenizer is not on this machine: name it with --tokenizer.", err=True)
+        typer.echo(
+            "note: no tokenizer was found, so tokens have no class: name one with --tokenizer.",
+            err=True,
+        )
     paths = write_patterns(loaded, _output(folders, output_dir), tokenizer=path, seed=seed)
     _finish(loaded, paths)
 
@@ -109,10 +116,12 @@ def _output(folders: list[Path], output_dir: Path | None) -> Path:
 
 
 def _finish(loaded: Loaded, paths: list[Path]) -> None:
-    """Say what was written and what was left out; exit code 3 if anything was."""
+    """Say what was written and what was left out; end with its exit code if anything was."""
     for path in paths:
-        typer.echo(f"Written: {path}")
+        typer.echo(f"Written to {path}")
+    for _, sentence in loaded.notes:
+        typer.echo(f"note: {sentence}", err=True)
     for _, sentence in loaded.problems:
-        typer.echo(f"Left out: {sentence}", err=True)
+        typer.echo(f"left out: {sentence}", err=True)
     if loaded.problems:
-        raise typer.Exit(3)
+        raise typer.Exit(INCOMPLETE)

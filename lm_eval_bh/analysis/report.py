@@ -229,6 +229,8 @@ def fenced(text: str) -> str:
 
 
 def _summary(frame: pd.DataFrame) -> list[str]:
+    if not len(frame):
+        return ["No experiment could be read."]
     models, tasks = sorted(frame["model"].unique()), sorted(frame["task"].unique())
     found = [
         f"{len(frame)} experiments: {frame['configuration'].nunique()} configurations of "
@@ -280,7 +282,7 @@ def _figures(loaded: Loaded, folder: Path) -> list[Figure]:
         layers = loaded.layers[loaded.layers["group"] == number]
         figure = create_comprehensive_visualization(rows, folder / f"{name}.png", layers=layers)
         drawn = io.BytesIO()
-        # The same data give the same file.
+        # No time and no random names: pages of equal runs can be compared.
         with matplotlib.rc_context({"svg.hashsalt": REPORT}):
             figure.savefig(drawn, format="svg", metadata={"Date": None})
         encoded = base64.b64encode(drawn.getvalue()).decode("ascii")
