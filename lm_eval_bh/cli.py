@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lm_eval_bh import analysis_cli
 from lm_eval_bh.errors import BHError, DataError, ParameterError
+from lm_eval_bh.report_cli import add_commands
 from lm_eval_bh.resources import TINY_OLMOE, shipped, tiny_olmoe
 from lm_eval_bh.sweep_cli import sweep
 
@@ -138,6 +139,9 @@ def run_lm_eval(context: typer.Context) -> None:
     register()
     sys.argv = ["lm_eval", *context.args]
     cli_evaluate()
+
+
+add_commands(app)
 
 
 def main() -> None:

@@ -278,6 +278,12 @@ class Writer:
         return values
 
 
+@pytest.fixture(scope="session")
+def new_writer() -> type[Writer]:
+    """Return the class, for tests that share what they write."""
+    return Writer
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Writer:
     return Writer(tmp_path)

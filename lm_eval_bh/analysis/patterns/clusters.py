@@ -1,0 +1,107 @@
+"""Groups of documents that use the experts alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lm_eval_bh.analysis.patterns.logs import Ints
+
+MOST = 8  # clusters that are tried
+ENOUGH = 10  # documents that are clustered
+MANY = 4000  # documents from which batches of them do
+SCORED = 2000  # documents that the silhouette is taken over
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """A clustering.
+
+    Attributes
+    ----------
+    labels : int64 [documents]
+        The cluster of each document, the largest cluster being 0.
+    silhouettes : dict of int to float
+        Of each number of clusters that was tried, from -1 to 1; the highest was taken.
+    agreement : float
+        Adjusted mutual information of cluster and task: 0 as by chance, 1 the same.
+    places : float64 [documents, 2]
+        The first two principal components, to draw.
+    """
+
+    labels: Ints
+    silhouettes: dict[int, float]
+    agreement: float
+    places: NDArray[np.float64]
+
+    @property
+    def silhouette(self) -> float:
+        """That of the clustering."""
+        return max(self.silhouettes.values())
+
+    @property
+    def remark(self) -> str:
+        """How strong the structure is, by the usual bounds."""
+        if self.silhouette <= 0.25:
+            return "no substantial structure"
+        return "weak structure" if self.silhouette <= 0.5 else "reasonable structure"
+
+
+def cluster(usage: NDArray[np.float32], tasks: Ints, seed: int = 0) -> Clusters | None:
+    """Cluster documents by their use of the experts (k-means), their number by the silhouette.
+
+    Parameters
+    ----------
+    usage : float32 [documents, layers * experts]
+        Share of a document's tokens that each expert served.
+    tasks : int64 [documents]
+        The task of each document; it plays no part in the clustering.
+    seed : int
+        Of k-means and of what the silhouette is taken over.
+
+    Returns
+    -------
+    Clusters or None
+        None with fewer than 10 documents, or if all are alike.
+
+    References
+    ----------
+    Rousseeuw 1987, J. Comput. Appl. Math. 20:53; the bounds of the remark: Kaufman and Rousseeuw
+    1990, Finding Groups in Data.
+    """
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+    from sklearn.decomposition import PCA
+    from sklearn.metrics import adjusted_mutual_info_score, silhouette_score
+
+    different = len(np.unique(usage, axis=0))
+    if len(usage) < ENOUGH or different < 3:
+        return None
+    method = KMeans if len(usage) < MANY else MiniBatchKMeans
+    tried: dict[int, Ints] = {}
+    silhouettes: dict[int, float] = {}
+    for k in range(2, min(MOST, different - 1) + 1):
+        labels = method(k, n_init=4, random_state=seed).fit_predict(usage)
+        if len(np.unique(labels)) == k:
+            tried[k] = _by_size(labels)
+            silhouettes[k] = float(
+                silhouette_score(
+                    usage, labels, sample_size=min(SCORED, len(usage)), random_state=seed
+                )
+            )
+    labels = tried[max(silhouettes, key=lambda k: silhouettes[k])]
+    return Clusters(
+        labels,
+        silhouettes,
+        float(adjusted_mutual_info_score(tasks, labels)),
+        PCA(2, random_state=seed).fit_transform(usage).astype(np.float64),
+    )
+
+
+def _by_size(labels: Ints) -> Ints:
+    """Return labels that count the clusters from the largest to the smallest."""
+    order = np.argsort(-np.bincount(labels), kind="stable")
+    number = np.empty(len(order), dtype=np.int64)
+    number[order] = np.arange(len(order))
+    return number[labels]

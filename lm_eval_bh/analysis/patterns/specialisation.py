@@ -1,0 +1,210 @@
+"""Which experts serve one kind of token, or one task, more than the others."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lm_eval_bh.analysis.patterns.counts import Counts
+from lm_eval_bh.analysis.patterns.logs import Ints
+
+Floats = NDArray[np.float64]
+Names = NDArray[np.str_]
+
+DRAWS = 499  # shuffles of the documents: p-values from 0.002
+SPECIALISATION = (
+    "layer",
+    "expert",
+    "of",
+    "tokens",
+    "entropy",
+    "normalized_entropy",
+    "information",
+    "corrected",
+    "share",
+    "p_value",
+    "most",
+    "lift",
+)
+
+
+class Tested(NamedTuple):
+    """Information in nats, the same less what chance gives (not below 0), and its p-value."""
+
+    information: Floats
+    corrected: Floats
+    p_value: Floats
+
+    def reshaped(self, shape: tuple[int, ...]) -> Tested:
+        """Return the same in another shape."""
+        return Tested(*(part.reshape(shape) for part in self))
+
+
+def entropy(counts: Ints) -> Floats:
+    """Return the Shannon entropy of counts along the last axis, in nats; 0 where all are 0."""
+    total = counts.sum(-1, keepdims=True)
+    shares = counts / np.maximum(total, 1)
+    return np.asarray(-(shares * np.log(np.where(shares > 0, shares, 1))).sum(-1))
+
+
+def information(served: Ints, tokens: Ints) -> Floats:
+    """Return what it tells about a token's kind that an expert serves it, in nats.
+
+    The mutual information of "the expert serves the token" and the token's kind.
+
+    Parameters
+    ----------
+    served : int64 [..., kinds]
+        How many tokens of each kind an expert served.
+    tokens : int64 [..., kinds]
+        How many tokens of each kind there were.
+
+    Returns
+    -------
+    float64 [...]
+    """
+    joint = np.stack([served, tokens - served], axis=-2)
+    flat = joint.reshape(*joint.shape[:-2], -1)
+    return np.maximum(entropy(joint.sum(-1)) + entropy(tokens) - entropy(flat), 0)
+
+
+def independent_tokens(served: Ints, tokens: Ints) -> Tested:
+    """Test information against tokens that are independent of each other.
+
+    Chance alone gives ``(kinds - 1) / 2n`` on average; the p-value is that of the likelihood ratio
+    test.
+
+    References
+    ----------
+    Miller 1955, Note on the bias of information estimates; Wilks 1938, Ann. Math. Stat. 9:60.
+    """
+    from scipy import stats
+
+    n, found = tokens.sum(-1), information(served, tokens)
+    # An expert that serves no token, or all, tells nothing, and chance cannot make it tell any.
+    varies = (served.sum(-1) > 0) & (served.sum(-1) < n)
+    freedom = np.where(varies, np.maximum((tokens > 0).sum(-1) - 1, 0), 0)
+    p = np.where(freedom > 0, stats.chi2.sf(2 * n * found, np.maximum(freedom, 1)), 1.0)
+    return Tested(found, np.maximum(found - freedom / (2 * np.maximum(n, 1)), 0), p)
+
+
+def shuffled_documents(
+    served: Ints, tokens: Ints, kinds: Ints, seed: int = 0, draws: int = DRAWS
+) -> Tested:
+    """Test information on the kind of whole documents, by shuffling the kinds of the documents.
+
+    The tokens of a document go together, so that a test that takes them for independent would find
+    experts of a task wherever documents differ.
+
+    Parameters
+    ----------
+    served : int64 [documents, experts]
+        How many tokens of each document an expert served.
+    tokens : int64 [documents]
+        How many tokens each document has.
+    kinds : int64 [documents]
+        The kind of each document, from 0.
+    seed, draws : int
+        Of the shuffles.
+    """
+    rng = np.random.default_rng(seed)
+    names = np.arange(kinds.max() + 1)
+    counted = served.astype(np.float64)  # whole numbers still, and a fast product
+
+    def of(labels: Ints) -> Floats:
+        inside = (labels == names[:, None]).astype(np.float64)
+        return information((inside @ counted).T, np.broadcast_to(inside @ tokens, (1, len(names))))
+
+    found = of(kinds)
+    total, reached = np.zeros_like(found), np.zeros_like(found)
+    for _ in range(draws):
+        drawn = of(rng.permutation(kinds))
+        total += drawn
+        reached += drawn >= found - 1e-12
+    return Tested(found, np.maximum(found - total / draws, 0), (1 + reached) / (1 + draws))
+
+
+def specialisation(counts: Counts, seed: int = 0) -> pd.DataFrame:
+    """Describe every expert: how its tokens are spread over token classes, and over tasks.
+
+    Parameters
+    ----------
+    counts : Counts
+        Of a log; tasks are told from the documents that it keeps.
+    seed : int
+        Of the shuffles of the documents.
+
+    Returns
+    -------
+    DataFrame
+        With the columns :data:`SPECIALISATION`, one row a layer, expert and ``of`` ("token class",
+        "task"; left out where there is only one): ``tokens`` served; ``entropy`` of their kinds in
+        nats, and divided by its largest value; ``information``, and what is left of it,
+        ``corrected``, less what chance gives; ``share``, that as a share of the entropy of the
+        kinds; the p-value (:func:`independent_tokens` for classes, :func:`shuffled_documents` for
+        tasks); ``most``, the kind that is over-represented most, and ``lift``, by what factor.
+    """
+    found = []
+    tokens, served = counts.tokens.sum(0), counts.served.sum(0).transpose(0, 2, 1)
+    present = tokens.sum(0) > 0
+    if present.sum() > 1:
+        served, tokens = served[..., present], tokens[:, None, present]
+        tested = independent_tokens(served, np.broadcast_to(tokens, served.shape))
+        names = np.array(counts.classes)[present]
+        found.append(_described("token class", names, served, tokens, tested, counts))
+
+    kinds, length, used = counts.document_counts()
+    present, kinds = np.unique(kinds, return_inverse=True)
+    if len(present) > 1:
+        inside = (kinds == np.arange(len(present))[:, None]).astype(np.int64)
+        served = (inside @ used).T.reshape(len(counts.layers), counts.experts, len(present))
+        tested = shuffled_documents(used, length, kinds, seed).reshaped(served.shape[:-1])
+        names = np.array(counts.tasks)[present]
+        found.append(_described("task", names, served, inside @ length, tested, counts))
+    if not found:
+        return pd.DataFrame(columns=SPECIALISATION).astype({"corrected": "float64"})
+    return pd.concat(found, ignore_index=True)
+
+
+def lift(served: Ints, tokens: Ints) -> Floats:
+    """Return how many times more often an expert serves a kind than it serves tokens at large.
+
+    Parameters
+    ----------
+    served, tokens : int64 [..., kinds]
+
+    Returns
+    -------
+    float64 [..., kinds]
+        1 where nothing was served.
+    """
+    rate = served / np.maximum(tokens, 1)
+    overall = served.sum(-1, keepdims=True) / np.maximum(tokens.sum(-1, keepdims=True), 1)
+    return np.where(overall > 0, rate / np.where(overall > 0, overall, 1), 1.0)
+
+
+def _described(
+    of: str, names: Names, served: Ints, tokens: Ints, tested: Tested, counts: Counts
+) -> pd.DataFrame:
+    """Return the table of one question; served is ``[layers, experts, kinds]``."""
+    tokens = np.broadcast_to(tokens, served.shape)
+    raised, spread = lift(served, tokens), entropy(served)
+    layer, expert = np.indices(spread.shape)
+    columns = {
+        "layer": np.array(counts.layers)[layer],
+        "expert": expert,
+        "of": np.full(spread.shape, of),
+        "tokens": served.sum(-1),
+        "entropy": spread,
+        "normalized_entropy": spread / np.log(len(names)),
+        "information": tested.information,
+        "corrected": tested.corrected,
+        "share": tested.corrected / np.maximum(entropy(tokens), 1e-12),
+        "p_value": tested.p_value,
+        "most": names[raised.argmax(-1)],
+        "lift": raised.max(-1),
+    }
+    return pd.DataFrame({name: columns[name].ravel() for name in SPECIALISATION})

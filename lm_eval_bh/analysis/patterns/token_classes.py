@@ -1,0 +1,88 @@
+"""What kind of token a token is, by what it looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lm_eval_bh.errors import DataError
+
+CLASSES = (
+    "word start",
+    "continuation",
+    "number",
+    "punctuation",
+    "white space",
+    "part of a character",
+    "special",
+)
+UNKNOWN = "unknown"
+# How byte-level and SentencePiece tokenizers write the space before a word.
+_SPACES = ("Ġ", "▁", " ")
+
+
+def classify(raw: str, decoded: str, special: bool) -> str:
+    r"""Return the class of a token.
+
+    Parameters
+    ----------
+    raw : str
+        As it stands in the vocabulary.
+    decoded : str
+        What it decodes to on its own.
+    special : bool
+        Whether it is no text, like an end of text.
+
+    Examples
+    --------
+    >>> classify("Ġthe", " the", False), classify("ing", "ing", False), classify("Ċ", "\n", False)
+    ('word start', 'continuation', 'white space')
+    """
+    text = decoded.strip()
+    if special:
+        return "special"
+    if "\ufffd" in decoded:
+        return "part of a character"
+    if not text:
+        return "white space"
+    if any(character.isdigit() for character in text):
+        return "number"
+    if not any(character.isalpha() for character in text):
+        return "punctuation"
+    return "word start" if raw.startswith(_SPACES) else "continuation"
+
+
+def vocabulary(tokenizer: Path) -> tuple[list[str], list[str]]:
+    """Return text and class of every token of a ``tokenizer.json``, by token id.
+
+    Whether a word starts is told from the space before it; the first word of a line counts as a
+    continuation, because its token alone does not tell.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        loaded = Tokenizer.from_file(str(tokenizer))
+    except Exception as error:  # the library raises nothing more specific
+        raise DataError(
+            f"The tokenizer {tokenizer} cannot be read ({error}): give a tokenizer.json."
+        ) from error
+    special = {i for i, token in loaded.get_added_tokens_decoder().items() if token.special}
+    texts, classes = [], []
+    for i in range(loaded.get_vocab_size(with_added_tokens=True)):
+        texts.append(loaded.decode([i], skip_special_tokens=False))
+        classes.append(classify(loaded.id_to_token(i) or "", texts[-1], i in special))
+    return texts, classes
+
+
+def class_numbers(classes: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:
+    """Return the place in ``names`` of every token's class, int64 ``[tokens]``."""
+    place = {name: number for number, name in enumerate(names)}
+    return np.array([place[name] for name in classes], dtype=np.int64)

@@ -1,0 +1,144 @@
+"""Writes what was found: tables as CSV, pictures as PNG, and the sentences that go with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from lm_eval_bh.analysis.patterns.findings import Patterns, find_patterns
+from lm_eval_bh.analysis.patterns.pictures import (
+    clusters_picture,
+    complexity_picture,
+    specialisation_picture,
+)
+from lm_eval_bh.analysis.results import Loaded
+from lm_eval_bh.files import replacing
+
+FOLDER = "patterns"
+TABLES = ("complexity", "classes", "tokens", "specialisation", "documents", "clusters")
+LEVEL = 0.05
+
+CAVEATS = """\
+- The logs have one loss for a request, not one for a token: difficulty is that of documents. A
+  multiple-choice task's loss is of its ending, its experts are those of the whole text; of its
+  requests the first is read, since all of a document repeat its text.
+- Correlations are Spearman's; tokens are correlated as types (each token id once, if it occurs at
+  least five times). A correlation is no cause: long documents, common words and easy texts go
+  together.
+- Information is corrected for what chance gives, and p-values for the number of experts
+  (Benjamini-Hochberg). For tasks, chance is documents shuffled among the tasks. For token classes,
+  it is independent tokens, which those of one document are not quite: read small ones with care.
+- Clusters are of documents, by how often each expert serves their tokens; tasks play no part in
+  making them. A silhouette up to 0.25 is no substantial structure.
+"""
+
+
+def write_patterns(
+    loaded: Loaded, folder: Path | str, *, tokenizer: Path | None = None, seed: int = 0
+) -> list[Path]:
+    """Write the patterns in the routing logs into the folder ``patterns``.
+
+    Six tables, each over all configurations (``complexity.csv``, ``classes.csv``, ``tokens.csv``,
+    ``specialisation.csv``, ``documents.csv``, ``clusters.csv``), three pictures a configuration,
+    and ``patterns.md``, which says what they show.
+
+    Parameters
+    ----------
+    loaded, tokenizer, seed
+        See :func:`~lm_eval_bh.analysis.patterns.findings.find_patterns`.
+    folder : Path or str
+        Where the folder is made.
+
+    Returns
+    -------
+    list of Path
+        The files.
+
+    Raises
+    ------
+    DataError
+        If no run has a log, or the tokenizer cannot be read.
+    """
+    folder = Path(folder) / FOLDER
+    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
+    text = ["# Routing patterns\n"]
+    paths = []
+    for found in find_patterns(loaded, tokenizer=tokenizer, seed=seed):
+        of_name = {
+            "complexity": _adjusted(found.complexity, "against"),
+            "specialisation": _adjusted(found.specialisation, "of"),
+            "clusters": found.cluster_table(),
+            **{name: getattr(found, name) for name in ("classes", "tokens", "documents")},
+        }
+        for name, table in of_name.items():
+            where = {"group": found.group, "configuration": found.strategy}
+            tables[name].append(table.assign(**where)[[*where, *table.columns]])
+        text.append(f"## {found.strategy}\n")
+        text += [f"- {sentence}" for sentence in sentences(found, of_name)]
+        for kind, draw in (
+            ("complexity", complexity_picture),
+            ("specialisation", specialisation_picture),
+            ("clusters", clusters_picture),
+        ):
+            path = folder / f"{found.name}_{kind}.png"
+            with replacing(path) as temporary:
+                draw(found).savefig(temporary, format="png", dpi=200)
+            paths.append(path)
+            text.append(f"\n![{kind} of {found.strategy}]({path.name})")
+        text.append("")
+    for name, some in tables.items():
+        path = folder / f"{name}.csv"
+        with replacing(path) as temporary:
+            table = pd.concat(some, ignore_index=True)
+            table.to_csv(temporary, index=False, lineterminator="\n")
+        paths.append(path)
+    path = folder / "patterns.md"
+    with replacing(path) as temporary:
+        text += ["## How to read this\n", CAVEATS]
+        temporary.write_text("\n".join(text), encoding="utf-8", newline="\n")
+    return [*paths, path]
+
+
+def _adjusted(table: pd.DataFrame, family: str) -> pd.DataFrame:
+    """Return the table with its p-values corrected, each kind of question as one family."""
+    from statsmodels.stats.multitest import multipletests
+
+    table = table.copy()
+    table["p_adjusted"] = float("nan")
+    for _, some in table.dropna(subset="p_value").groupby(family):
+        adjusted = multipletests(some["p_value"].astype(float), method="fdr_bh")[1]
+        table.loc[some.index, "p_adjusted"] = adjusted
+    return table
+
+
+def sentences(found: Patterns, tables: dict[str, pd.DataFrame]) -> list[str]:
+    """Say what was found for a configuration."""
+    said = []
+    for _, row in tables["complexity"].iterrows():
+        what = row["against"] if row["task"] == "all" else f"{row['against']}, {row['task']}"
+        if row["reason"]:
+            said.append(f"Experts and {what}: {row['reason']}.")
+        else:
+            said.append(
+                f"Experts and {what}: rank correlation {row['spearman']:+.2f} "
+                f"[{row['low']:+.2f}, {row['high']:+.2f}] over {row['n']} ({row['unit']})."
+            )
+    for of, some in tables["specialisation"].groupby("of"):
+        first = some.loc[some["corrected"].idxmax()]
+        clear = int((some["p_adjusted"] <= LEVEL).sum())
+        said.append(
+            f"That they serve a token tells something about its {of}: {clear} of {len(some)} "
+            f"experts; most of all layer {first['layer']} expert {first['expert']} "
+            f"({100 * first['share']:.1f} % of the entropy; {first['lift']:.1f} times as often for "
+            f"{first['most']})."
+        )
+    if found.clusters is None:
+        said.append("Clusters: too few documents, or all use the experts alike.")
+    else:
+        best = found.clusters
+        said.append(
+            f"Clusters: {int(best.labels.max()) + 1} of documents, silhouette "
+            f"{best.silhouette:.2f} ({best.remark}), agreement with the tasks {best.agreement:.2f}."
+        )
+    return said
