@@ -34,9 +34,9 @@ class DataError(BHError, RuntimeError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a hint such as ``"; did you mean 'alpha'?"``, or ``""`` if nothing is near."""
+    """Return a hint such as ``" (did you mean 'alpha'?)"``, or ``""`` if nothing is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def show_as_one_sentence() -> None:

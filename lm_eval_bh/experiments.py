@@ -101,6 +101,8 @@ def run(
     """
     from tqdm.auto import tqdm
 
+    if ray is None and workers is not None:
+        raise ParameterError(f"workers={workers} has no meaning without --ray: leave it out.")
     first = first_process()
     if first:
         todo.folder.claim(todo.config)
@@ -121,10 +123,6 @@ def run(
             bar.update()
 
         if ray is None:
-            if workers is not None:
-                raise ParameterError(
-                    f"workers={workers} has no meaning without --ray: leave it out."
-                )
             run_here(todo.config, todo.missing, todo.folder, finished, device)
         else:
             from lm_eval_bh.harness.sweep.cluster import run_on_ray

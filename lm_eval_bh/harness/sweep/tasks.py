@@ -53,5 +53,5 @@ def expand_tasks(names: Sequence[str]) -> list[str]:
 
 def _unknown(name: str, manager: Any) -> ParameterError:
     hint = did_you_mean(name, manager.all_tasks)
-    hint = hint or f"; ours are {', '.join(task_manager().all_tasks)}"
-    return ParameterError(f"The task {name!r} is unknown (`lm_eval ls tasks` lists all){hint}.")
+    hint = hint or f" (ours are {', '.join(task_manager().all_tasks)})"
+    return ParameterError(f"The task {name!r} is unknown{hint}: `lm_eval ls tasks` lists all.")
