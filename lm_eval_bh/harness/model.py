@@ -89,8 +89,10 @@ class BHLM(HFLM):
     ----------
     pretrained : str
         A hub name, a folder, or ``tiny-olmoe``, the model that ships.
-    alpha, max_k, min_k, temperature, rule, mode, renormalize, layers
+    alpha, max_k, min_k, temperature, rule, mode, renormalize, layers, statistic, null, trim, seed
         See :class:`~lm_eval_bh.routing.config.RoutingConfig`. ``alpha`` is 0.4 unless given.
+    target_experts, budget
+        See there too: alpha is solved for this mean number of experts, and written to the results.
     kde : str
         ``auto``, or the path of a null model.
     experts : str
@@ -124,6 +126,12 @@ class BHLM(HFLM):
         kde: str | None = None,
         renormalize: str | bool = "auto",
         layers: str | int = "all",
+        statistic: str = "logit",
+        null: str = "pooled",
+        trim: int | None = None,
+        seed: int | None = None,
+        target_experts: float | None = None,
+        budget: str | None = None,
         experts: str = "auto",
         log_routing: str = "summary",
         log_dir: str | Path | None = None,
@@ -132,7 +140,14 @@ class BHLM(HFLM):
         **kwargs: Any,
     ) -> None:
         _check_names(kwargs)
-        _check_contradictions(rule, alpha=alpha, min_k=min_k, max_k=max_k, kde=kde)
+        if target_experts is not None and alpha is not None:
+            raise ParameterError(
+                f"alpha={alpha!r} contradicts target_experts={target_experts!r}, for which alpha "
+                "is solved: give one of them."
+            )
+        _check_contradictions(
+            rule, alpha=alpha, min_k=min_k, max_k=max_k, kde=kde, statistic=statistic
+        )
         self.routing_config = RoutingConfig(
             alpha=0.4 if alpha is None else alpha,
             rule=rule,
@@ -142,15 +157,21 @@ class BHLM(HFLM):
             renormalize=renormalize,  # type: ignore[arg-type]
             mode=mode,
             layers=str(layers),
+            statistic=statistic,
+            null=null,
+            trim=trim,
+            seed=0 if seed is None else seed,
+            target_experts=target_experts,
+            budget=budget or "model",
         )
         if kde not in (None, "auto") and not Path(str(kde)).exists():
             raise ParameterError(
                 f"kde={str(kde)!r} is no file or folder: "
                 "give the path of a null model, or kde=auto."
             )
-        null: str | NullModel = kde or "auto"
-        if Path(str(null)).is_file():
-            null = NullModel.load(str(null))  # damaged files are found before weights load
+        null_model: str | NullModel = kde or "auto"
+        if Path(str(kde)).is_file():
+            null_model = NullModel.load(str(kde))  # damaged files are found before weights load
         if experts not in EXPERTS:
             raise ParameterError(
                 f"experts={experts!r} is unknown: choose one of {', '.join(EXPERTS)}."
@@ -189,7 +210,7 @@ class BHLM(HFLM):
         self.integration = BHRoutingIntegration(
             self.model,
             collect_stats=False,
-            kde=null,
+            kde=null_model,
             experts=experts,
             tokenizer=self.tokenizer,
             **self.routing_config.as_dict(),
@@ -422,7 +443,7 @@ class BHLM(HFLM):
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is not None:
             null = self.integration.null
-            routing = self.routing_config.as_dict() | {
+            routing = self.integration.describe() | {
                 "pretrained": self._name,
                 "revision": self.revision,
                 "peft": self.peft,
@@ -452,7 +473,7 @@ class BHLM(HFLM):
         return {
             "schema_version": SCHEMA_VERSION,
             "run_id": self.log.run_id,
-            "config": self.routing_config.as_dict(),
+            "config": integration.describe(),
             "experts": integration.experts,
             "log_routing": options.log_routing,
             "log_dir": options.log_dir,
@@ -488,15 +509,24 @@ def _check_names(given: dict[str, Any]) -> None:
             )
 
 
-def _check_contradictions(rule: str, *, alpha: Any, min_k: Any, max_k: Any, kde: Any) -> None:
-    if rule not in RULES or RULES[rule].adaptive:
+def _check_contradictions(
+    rule: str, *, alpha: Any, min_k: Any, max_k: Any, kde: Any, statistic: str
+) -> None:
+    if rule not in RULES:
         return
-    for name, value in (("alpha", alpha), ("kde", kde)):
+    meaningless = {}
+    if not RULES[rule].adaptive:
+        meaningless["alpha"] = alpha
+    if not RULES[rule].tests and statistic == "logit":
+        meaningless["kde"] = kde
+    for name, value in meaningless.items():
         if value is not None:
             raise ParameterError(
                 f"{name}={value!r} has no meaning with rule={rule}, which tests nothing: "
                 "leave it out."
             )
+    if RULES[rule].adaptive:
+        return
     if min_k not in (None, max_k):
         raise ParameterError(
             f"min_k={min_k} contradicts rule={rule}, which always takes max_k={max_k}: "

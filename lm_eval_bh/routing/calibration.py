@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from lm_eval_bh.errors import DataError, ModelError, NullModelError
 from lm_eval_bh.routing.kde import check_kernel
+from lm_eval_bh.routing.norms import measuring_norms
 from lm_eval_bh.routing.null import NullModel, router_fingerprint
+from lm_eval_bh.routing.null_header import check_kind
 from lm_eval_bh.routing.texts import WIKITEXT, text_batches, wikitext_train_texts
 
 __all__ = [
@@ -111,6 +113,8 @@ def calibrate(
     trim: int = 0,
     kernel: str = "gaussian",
     bandwidth: str | float = "scott",
+    statistic: str = "logit",
+    null: str = "pooled",
     experts: int | None = None,
     progress: bool = True,
 ) -> NullModel:
@@ -126,6 +130,11 @@ def calibrate(
         What the header says about model and text.
     trim, kernel, bandwidth
         As in :meth:`NullModel.fit`.
+    statistic : "logit" or "contribution"
+        What the null distribution is of; for contributions the same pass measures the experts'
+        output norms.
+    null
+        As in :meth:`NullModel.fit`.
     experts : int, optional
         The number of experts that the routers should have; checked if given.
 
@@ -135,6 +144,7 @@ def calibrate(
         If a parameter, the text, the routers, or their logits are unfit.
     """
     check_kernel(kernel)  # the run takes minutes, so what can be checked is checked before it
+    check_kind(statistic, null)
     header = {
         "model": model_name,
         "revision": revision,
@@ -142,14 +152,28 @@ def calibrate(
         "fingerprint": router_fingerprint(map(_weight, routers)),
     }
     batches = text_batches(tokenizer, texts, tokens=tokens, length=length, batch=batch)
-    logits = collect_router_logits(model, routers, batches, progress)
+    norms = None
+    if statistic == "contribution":
+        with measuring_norms(model, routers) as measured:
+            logits = collect_router_logits(model, routers, batches, progress)
+        norms = measured.result()
+    else:
+        logits = collect_router_logits(model, routers, batches, progress)
     found = logits[0].shape[1]
     if experts is not None and experts != found:
         raise NullModelError(
             f"The routers of {model_name} give {found} logits a token, not {experts}; "
             "check the list of routers."
         )
-    return NullModel.fit(logits, kernel=kernel, bandwidth=bandwidth, trim=trim, header=header)
+    return NullModel.fit(
+        logits,
+        kernel=kernel,
+        bandwidth=bandwidth,
+        trim=trim,
+        null=null,
+        norms=norms,
+        header=header,
+    )
 
 
 def _weight(router: nn.Module) -> Tensor:
