@@ -40,7 +40,8 @@ LENGTH = 512
 RESAMPLES = 10_000
 HEADER = (
     "| rule | statistic | null | target | parameter | mean experts on test | perplexity "
-    "| static top-k at that mean | difference (95 % interval) |\n|---|---|---|---:|---:|---:|---:|---:|---:|"
+    "| static top-k at that mean | difference (95 % interval) |\n"
+    "|---|---|---|---:|---:|---:|---:|---:|---:|"
 )
 
 
@@ -208,7 +209,7 @@ class Table:
         measured = self.rows[row.label]
         cells = [row.rule, row.statistic, row.null if RULES[row.rule].tests else ""]
         if measured.unreachable is not None:
-            return f"| {' | '.join([*cells, f'{row.target:g}'])} | cannot be reached |||||"
+            return f"| {' | '.join([*cells, f'{row.target:g}'])} | cannot be reached | | | | |"
         a, b, difference, low, high = self.compare(measured)
         cells += [
             f"{row.target:g}",

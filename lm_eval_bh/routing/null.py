@@ -430,7 +430,7 @@ def _untrimmed(layer: int, statistic: torch.Tensor, trim: int) -> Array:
     if not np.isfinite(values).all():  # NaN shall stay the fault that it is
         raise NullModelError(
             f"The router logits of layer {layer} cannot be fitted: "
-            f"{(~np.isfinite(values)).sum()} of {values.size} are NaN or infinite; "
+            f"{(~np.isfinite(values)).sum()} of {values.size} samples are NaN or infinite; "
             "look for the fault in the model."
         )
     if trim:
