@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError
 from lm_eval_bh.files import replacing
 from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
+from lm_eval_bh.routing.null_header import STATISTICS
 from lm_eval_bh.routing.resolution import resolve_null
 from lm_eval_bh.routing.routers import find_routers
 from lm_eval_bh.routing.rules import RULES
@@ -70,31 +71,27 @@ class Measured:
 
 
 def configurations(targets: Sequence[float], most: int) -> list[Configuration]:
-    """Return all rows, those first that the others are compared with."""
+    """Return all rows: static top-k, which the others are compared with, then target by target."""
     rows = [Configuration("topk", "logit", "pooled", k) for k in range(2, most + 1)]
-    tests = [name for name, rule in RULES.items() if rule.tests]
-    shares = [name for name, rule in RULES.items() if rule.adaptive and not rule.tests]
-    for statistic in ("contribution", "logit"):
-        rows += [
-            Configuration("bh", statistic, null, k)
-            for null in ("pooled", "expert")
-            for k in targets
-        ]
-    rows += [Configuration("topk", "contribution", "pooled", k) for k in targets]
-    rows += [
-        Configuration(name, statistic, "pooled", k)
-        for name in (*shares, *tests)
-        for statistic in ("contribution", "logit")
-        for k in targets
-        if name != "bh"
-    ]
-    return rows + [Configuration("random_k", "logit", "pooled", k) for k in targets]
+    for k in targets:
+        for name, rule in RULES.items():
+            kinds = [(s, "pooled") for s in STATISTICS]
+            if name == "bh":
+                kinds += [(s, "expert") for s in STATISTICS]
+            if rule.random:
+                kinds = kinds[:1]
+            if name == "topk":
+                kinds = kinds[1:]
+            rows += [Configuration(name, statistic, null, k) for statistic, null in kinds]
+    return rows
 
 
 class Bench:
     """The model, the text, and the null models, loaded once."""
 
-    def __init__(self, pretrained: str, limit: int | None, max_k: int, batch: int) -> None:
+    def __init__(
+        self, pretrained: str, limit: int | None, length: int | None, max_k: int, batch: int
+    ) -> None:
         folder = str(tiny_olmoe()) if pretrained == TINY_OLMOE else pretrained
         self.max_k = max_k
         self.model: nn.Module = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -105,7 +102,7 @@ class Bench:
         windows: list[tuple[int, list[int]]] = []
         prefix = self.tokenizer.bos_token_id or self.tokenizer.eos_token_id
         for document, text in enumerate(wikitext_texts("test")[:limit]):
-            ids = [prefix, *self.tokenizer(text, verbose=False)["input_ids"]]
+            ids = [prefix, *self.tokenizer(text, verbose=False)["input_ids"][:length]]
             self.tokens.append(len(ids) - 1)
             windows += [
                 (document, ids[start : start + LENGTH + 1])
@@ -228,6 +225,9 @@ def main(
     targets: str = "3,4,5,6",
     max_k: int = 8,
     limit: Annotated[int | None, typer.Option(help="Documents; default all.")] = None,
+    tokens_per_document: Annotated[
+        int | None, typer.Option(help="The first so many; default all.")
+    ] = None,
     batch_size: int = 16,
     seed: int = 0,
     table_only: Annotated[bool, typer.Option(help="Measure nothing, print what is there.")] = False,
@@ -241,7 +241,7 @@ def main(
         rows = {label: Measured(**row) for label, row in content["rows"].items()}
         tokens = content["tokens"]
     if not table_only:
-        bench = Bench(pretrained, limit, max_k, batch_size)
+        bench = Bench(pretrained, limit, tokens_per_document, max_k, batch_size)
         tokens = bench.tokens
         for row in tqdm([row for row in wanted if row.label not in rows], disable=None):
             rows[row.label] = bench.measure(row)
@@ -250,7 +250,8 @@ def main(
                 temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
     table = Table(rows, tokens, seed)
     print(f"{len(tokens)} documents, {sum(tokens)} tokens\n", HEADER, sep="\n")
-    for row in wanted:
+    order = list(RULES)
+    for row in sorted(wanted, key=lambda r: (order.index(r.rule), r.statistic, r.null, r.target)):
         if row.label in rows:
             print(table.line(row))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -207,6 +209,26 @@ class RoutingConfig:
     def as_dict(self) -> dict[str, Any]:
         """Return the configuration as plain values, as it is written to results."""
         return dataclasses.asdict(self)
+
+
+def grid_of(
+    rules: Iterable[str], alphas: Iterable[float], max_ks: Iterable[int], **others: Any
+) -> list[RoutingConfig]:
+    """Return every combination; rules without a parameter take no alpha and ``others`` but min_k.
+
+    Raises
+    ------
+    ParameterError
+        If a value is out of range.
+    """
+    alphas, max_ks = list(alphas), list(max_ks)
+    configs = []
+    for rule in rules:
+        adaptive = RoutingConfig(rule=rule).adaptive
+        for alpha, max_k in itertools.product(alphas if adaptive else [0.5], max_ks):
+            fitting = others if adaptive else {}
+            configs.append(RoutingConfig(alpha=alpha, rule=rule, max_k=max_k, **fitting))
+    return configs
 
 
 def _is_number(value: object) -> bool:

@@ -111,8 +111,7 @@ class Selector:
         """
         config = self.config
         if self.rule.random:
-            drawn = random_experts(router_logits, config.max_k, config.seed, self.layer)
-            return self._full(router_logits), drawn
+            return self._full(router_logits), self.draw(router_logits, config.max_k)
         fixed = not self.rule.adaptive or config.min_k == config.max_k
         if fixed and config.ranks_by_logit:
             return self._full(router_logits), None
@@ -121,6 +120,10 @@ class Selector:
         if fixed:
             return self._full(router_logits), order
         return self.rejections(ranking).clamp_(config.min_k, config.max_k), order
+
+    def draw(self, router_logits: Tensor, k: int) -> Tensor:
+        """Draw ``k`` experts for every token at random: int64 ``[tokens, k]``."""
+        return random_experts(router_logits, k, self.config.seed, self.layer)
 
     def rejections(self, ranking: Ranking) -> Tensor:
         """Return how many experts the rule calls for, whatever the bounds: int64 ``[tokens]``."""

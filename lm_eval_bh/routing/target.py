@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 TOKENS, LENGTH, BATCH = 16384, 512, 8
 TOLERANCE = 0.02  # share of the target that the mean may miss it by
-AIM = 0.005  # and what is aimed at, since one more pass costs little
+AIM = 0.01  # and what ends the search
 ROUNDS = 8
 LOG_ODDS = 20.0  # alpha is looked for between 2e-9 and 1 - 2e-9
 HALVINGS = 30
