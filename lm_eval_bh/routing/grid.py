@@ -172,14 +172,14 @@ class _View:
         taken = torch.arange(1, router_logits.shape[-1] + 1, device=router_logits.device)
         if order is None:  # that of the logits
             self._mass = torch.softmax(-ranking.ascending, dim=-1).cumsum(-1)
-            common = taken.clamp(max=top_k).expand_as(self._mass)
+            common = taken.clamp(max=top_k)
         else:
             weights = torch.softmax(router_logits.to(self.ranking.ascending.dtype), dim=-1)
             self._mass = weights.gather(-1, order).cumsum(-1)
             own = torch.zeros_like(weights, dtype=torch.int64)
             own.scatter_(-1, router_logits.topk(top_k, dim=-1).indices, 1)
             common = own.gather(-1, order).cumsum(-1)
-        self._overlap = common / (taken + top_k - common)
+        self._overlap = (common / (taken + top_k - common)).expand_as(self._mass)
         self.all_tokens = torch.zeros_like(router_logits[:, 0], dtype=torch.int64)
 
     def describe(self, count: Tensor, min_k: int, max_k: int) -> Tensor:

@@ -54,7 +54,11 @@ class Evidence:
         Tensor, bool ``[tokens, N]``
         """
         assert self.limits is not None
-        return self.ascending <= self.limits[row]
+        limits = self.limits[row]
+        if self.ascending.device.type == "cpu" and not torch.compiler.is_compiling():
+            # in a third of the time that torch's comparison takes
+            return torch.from_numpy(self.ascending.numpy() <= limits.numpy())
+        return self.ascending <= limits
 
     def shares(self) -> Tensor:
         """Return each expert's share of the token's weight, descending: float ``[tokens, N]``."""
