@@ -23,6 +23,7 @@ class OutputNorms:
         self._sums = [torch.zeros(size, dtype=torch.float64) for size in sizes]
         self._tokens = [torch.zeros(size, dtype=torch.float64) for size in sizes]
 
+    @torch.no_grad()
     def add(self, layer: int, module: Any, hidden_states: Tensor, indices: Tensor) -> None:
         """Apply to each token its experts, once more, and note the norms of what they give."""
         for expert, _, output in each_expert(module, hidden_states, indices):

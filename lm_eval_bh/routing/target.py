@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lm_eval_bh.errors import ParameterError
+from lm_eval_bh.routing.rules import RULES, Evidence
 from lm_eval_bh.routing.selector import Ranking
 from lm_eval_bh.routing.texts import WIKITEXT, text_batches, wikitext_train_texts
 
@@ -25,7 +27,7 @@ TOLERANCE = 0.02  # share of the target that the mean may miss it by
 AIM = 0.01  # and what ends the search
 ROUNDS = 8
 LOG_ODDS = 20.0  # alpha is looked for between 2e-9 and 1 - 2e-9
-HALVINGS = 30
+HALVINGS = 24
 
 Mean = Callable[[float], float]
 
@@ -158,11 +160,18 @@ def _solve_on(integration: BHRoutingIntegration, logits: Mapping[int, Tensor]) -
 
 def _mean(integration: BHRoutingIntegration, layer: int, logits: Mapping[int, Tensor]) -> Mean:
     """Return the function from the parameter to a layer's mean number of experts."""
-    config = integration.config
-    ranking = Ranking(logits[layer], integration.null, layer)
+    config, null = integration.config, integration.null
+    rule, experts = RULES[config.rule], integration.num_experts
+    if rule.tests and null is not None:  # many levels: p-values once are cheaper than thresholds
+        ascending = null.p_values(layer, logits[layer]).sort(dim=-1).values
+    else:
+        ascending = Ranking(logits[layer], null, layer).ascending
 
     def mean(alpha: float) -> float:
-        counts = integration.selector(layer, alpha).rejections(ranking)
+        levels = None if rule.critical_values is None else rule.critical_values(alpha, experts)
+        limits = None if levels is None else torch.from_numpy(levels)
+        assert rule.count is not None
+        counts = rule.count(Evidence(alpha, ascending, limits))
         return float(counts.clamp_(config.min_k, config.max_k).double().mean())
 
     return mean
