@@ -144,12 +144,14 @@ class _LayerGrid:
         called_for: dict[object, Tensor] = {}
         for at, (config, null) in enumerate(zip(self._configs, self._nulls, strict=True)):
             key, selector = _rule_of(config), self._selectors[_rule_of(config)]
-            view_key = config.rule if selector.rule.random else (config.statistic, config.null)
+            view_key: object = (config.statistic, config.null)
+            if selector.rule.random:
+                view_key = (config.seed, config.max_k)
             if view_key not in views:
                 order = None
                 ranking = Ranking(router_logits, null, self._layer)
                 if selector.rule.random:
-                    order = selector.draw(router_logits, self._router.num_experts)
+                    order = selector.draw(router_logits, config.max_k)
                 views[view_key] = _View(router_logits, ranking, order, self._router.top_k)
             view = views[view_key]
             if not selector.rule.adaptive:
@@ -179,6 +181,7 @@ class _View:
             own = torch.zeros_like(weights, dtype=torch.int64)
             own.scatter_(-1, router_logits.topk(top_k, dim=-1).indices, 1)
             common = own.gather(-1, order).cumsum(-1)
+            taken = taken[: order.shape[-1]]
         self._overlap = (common / (taken + top_k - common)).expand_as(self._mass)
         self.all_tokens = torch.zeros_like(router_logits[:, 0], dtype=torch.int64)
 
