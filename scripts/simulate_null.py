@@ -41,10 +41,9 @@ def equal(rho: float) -> Matrix:
     return np.full((EXPERTS, EXPERTS), rho) + (1 - rho) * np.eye(EXPERTS)
 
 
-def blocks(rho: float, size: int) -> Matrix:
-    """Return blocks of experts, correlated by rho inside, and by -rho between odd and even ones."""
-    block = np.arange(EXPERTS) // size
-    sign = np.where(block % 2, -1.0, 1.0)
+def camps(rho: float) -> Matrix:
+    """Return two halves of the experts, correlated by rho inside, and by -rho with each other."""
+    sign = np.where(np.arange(EXPERTS) % 2, -1.0, 1.0)
     matrix = rho * np.outer(sign, sign)
     np.fill_diagonal(matrix, 1.0)
     return matrix
@@ -83,7 +82,7 @@ def main(
         "each two -1/63": equal(-1 / 63),
         "each two 0.3": equal(0.3),
         "each two 0.8": equal(0.8),
-        "blocks of 8, ±0.5": blocks(0.5, 8),
+        "two camps, 0.5 and -0.5": camps(0.5),
         **of_tiny_olmoe(),
     }
     tests = [name for name, rule in RULES.items() if rule.tests]
