@@ -13,6 +13,7 @@ from lm_eval.api.registry import get_model
 from lm_eval_bh import BHError, ModelError, NullModelError, ParameterError
 from lm_eval_bh.harness.model import BHLM, DEFAULT_MODEL
 from lm_eval_bh.resources import shipped, tiny_olmoe
+from lm_eval_bh.schema import experiment_name
 
 DEMO = ["bh_demo_wikitext", "bh_demo_lambada", "bh_demo_hellaswag"]
 
@@ -62,15 +63,18 @@ def test_mean_experts_rise_with_the_level_and_are_reported(evaluate):
     assert 1 < means[0] < means[1] < means[2] < means[3] < 8
 
 
-def test_a_solved_target_is_in_the_results(evaluate, monkeypatch):
+def test_a_solved_target_is_in_the_results(evaluate, monkeypatch, tmp_path):
     lines = (shipped("tasks") / "demo" / "wikitext.jsonl").read_text().splitlines()[:8]
     pages = [json.loads(line)["page"] for line in lines]
     monkeypatch.setattr("lm_eval_bh.routing.target.wikitext_train_texts", lambda: pages)
-    results = evaluate("hf-bh", f"{TINY},target_experts=5,budget=layer", DEMO[1:2], limit=2)
+    arguments = f"{TINY},target_experts=5,budget=layer,log_routing=samples,log_dir={tmp_path}"
+    results = evaluate("hf-bh", arguments, DEMO[1:2], limit=2)
     config = json.loads(json.dumps(results["config"]["bh"]["config"]))
     assert (config["target_experts"], config["budget"]) == (5, "layer")
     assert list(config["solved"]["layer_means"].values()) == pytest.approx([5] * 4, rel=0.02)
     assert config["alpha"] == pytest.approx(sum(config["solved"]["alphas"].values()) / 4)
+    name = experiment_name("bh", 8, config["alpha"], DEMO[1])
+    assert list(tmp_path.rglob(f"{name}_internal_routing.json"))
 
 
 @pytest.mark.parametrize("arguments", ["rule=random_k,seed=1,max_k=4", "rule=min_p,alpha=0.3"])
