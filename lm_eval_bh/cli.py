@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,6 +14,7 @@ from rich.table import Table
 
 from lm_eval_bh import analysis_cli
 from lm_eval_bh.errors import BHError, DataError, ParameterError
+from lm_eval_bh.files import replacing
 from lm_eval_bh.report_cli import add_commands
 from lm_eval_bh.resources import TINY_OLMOE, shipped, tiny_olmoe
 from lm_eval_bh.sweep_cli import sweep
@@ -54,15 +57,26 @@ def calibrate(
     kernel: Annotated[
         str, typer.Option(help="gaussian, epanechnikov, tophat or linear.")
     ] = "gaussian",
+    statistic: Annotated[
+        str, typer.Option(help="logit, or contribution: log of weight times output norm.")
+    ] = "logit",
+    null: Annotated[
+        str, typer.Option(help="pooled: a distribution a layer, or expert: one an expert.")
+    ] = "pooled",
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw the check too, as an image file.")
+    ] = None,
     dtype: str = "auto",
     device: Annotated[
         str | None, typer.Option(help="Default: cuda where there is one, else cpu.")
     ] = None,
 ) -> None:
     """Fit a null model to the router logits of a model, and check it on held-out text."""
+    from lm_eval_bh.routing.null_header import check_kind
     from lm_eval_bh.routing.pretrained import calibrate_pretrained
 
-    null, health, path = calibrate_pretrained(
+    check_kind(statistic, null)
+    fitted, health, path = calibrate_pretrained(
         str(tiny_olmoe()) if pretrained == TINY_OLMOE else pretrained,
         name=pretrained,
         text=text,
@@ -72,24 +86,112 @@ def calibrate(
         batch=batch_size,
         trim=trim,
         kernel=kernel,
+        statistic=statistic,
+        kind=null,
         dtype=dtype,
         device=device,
     )
     table = Table(
-        title=f"Null model of {pretrained}: {null.num_layers} layers, {null.header.tokens} tokens"
+        title=f"Null model of {pretrained}: {fitted.num_layers} layers, "
+        f"{fitted.header.tokens} tokens"
     )
     for column in ("layer", "bandwidth", "KS distance from uniform", "p = 0 (%)", "p = 1 (%)"):
         table.add_column(column, justify="right")
-    for row, width in zip(health, null.header.bandwidth or [], strict=True):
+    widths = fitted.header.bandwidth
+    for row in health:
         table.add_row(
             str(row.layer),
-            f"{width:.4f}",
+            "" if widths is None else f"{widths[row.layer]:.4f}",
             f"{row.ks_distance:.4f}",
             f"{100 * row.ceiling_share:.3f}",
             f"{100 * row.floor_share:.3f}",
         )
     Console().print(table)
     typer.echo(f"Checked on {health[0].tokens} held-out tokens. Written to {path}")
+    if figure is not None:
+        from lm_eval_bh.health_figure import draw_health
+
+        draw_health(health, f"Null model of {pretrained}, {statistic}, {null}", figure)
+        typer.echo(f"Drawn to {figure}")
+
+
+@app.command()
+def analyze(
+    pretrained: Pretrained,
+    rules: Annotated[str, typer.Option(help="Selection rules, joined by commas.")] = "topk,bh",
+    alphas: Annotated[str, typer.Option(help="Levels, joined by commas.")] = "0.3,0.4,0.5,0.6",
+    max_k: Annotated[str, typer.Option(help="Most experts, joined by commas.")] = "8,16,32,64",
+    min_k: int = 1,
+    statistic: str = "logit",
+    null: Annotated[str, typer.Option(help="pooled or expert.")] = "pooled",
+    kde: Annotated[str, typer.Option(help="Null model file, or auto.")] = "auto",
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Plain text, a document a paragraph; default: WikiText-2 test."),
+    ] = None,
+    tokens: int = 65536,
+    length: Annotated[int, typer.Option(help="Window length in tokens.")] = 512,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="Default: cuda where there is one, else cpu.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the table as JSON.")] = None,
+) -> None:
+    """Say what every rule, level and max_k would select, from one pass of the unchanged model."""
+    from lm_eval_bh.routing.config import grid_of
+    from lm_eval_bh.routing.pretrained import analyze_pretrained
+
+    configs = grid_of(
+        rules.split(","),
+        _numbers("alphas", alphas, float),
+        _numbers("max-k", max_k, int),
+        min_k=min_k,
+        statistic=statistic,
+        null=null,
+    )
+    rows, seen = analyze_pretrained(
+        str(tiny_olmoe()) if pretrained == TINY_OLMOE else pretrained,
+        configs,
+        name=pretrained,
+        kde=kde,
+        text=text,
+        tokens=tokens,
+        length=length,
+        batch=batch_size,
+        dtype=dtype,
+        device=device,
+    )
+    table = Table(title=f"What {pretrained} would select on {seen} tokens")
+    names = ("rule", "alpha", "max_k", "mean experts", "floor (%)", "ceiling (%)")
+    for column in (*names, "overlap with its top-k", "softmax mass"):
+        table.add_column(column, justify="left" if column == "rule" else "right")
+    for row in rows:
+        table.add_row(
+            row.config.rule,
+            f"{row.config.alpha:g}" if row.config.adaptive else "",
+            str(row.config.max_k),
+            f"{row.mean_experts:.2f}",
+            f"{100 * row.floor_share:.1f}",
+            f"{100 * row.ceiling_share:.1f}",
+            f"{row.overlap:.3f}",
+            f"{row.retained_mass:.3f}",
+        )
+    Console().print(table)
+    if output is not None:
+        content = {"tokens": seen, "rows": [dataclasses.asdict(row) for row in rows]}
+        with replacing(output) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        typer.echo(f"Written to {output}")
+
+
+def _numbers(name: str, text: str, kind: type[float] | type[int]) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ParameterError(
+            f"--{name}={text!r} is no list of numbers: join them by commas, as in 8,16."
+        ) from error
 
 
 @app.command("import-kde")

@@ -50,8 +50,7 @@ from lm_eval_bh import BHRoutingIntegration, NullModel
 from lm_eval_bh.files import replacing
 from lm_eval_bh.resources import tiny_olmoe
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.rules import RULES
-from lm_eval_bh.routing.selection import count_experts, rejection_thresholds, thresholds_for
+from lm_eval_bh.routing.selector import Selector
 
 MEANS = (8.0, 6.0, 4.5, 4.0, 2.0)
 STOCK = ("eager", "grouped_mm", "batched_mm")
@@ -224,10 +223,7 @@ class Bench:
             config = RoutingConfig(alpha=float(1 / (1 + np.exp(-log_odds))), max_k=8)
             counts = []
             for at, z in pooled.items():
-                exact = rejection_thresholds(null, at, config, z.shape[-1])
-                assert exact is not None
-                limits = thresholds_for(exact, z.dtype).to(z.device)
-                counts.append(count_experts(z, limits, RULES["bh"], 1, 8))
+                counts.append(Selector(config, null, at, z.shape[-1])(z)[0])
             return float(torch.cat(counts).double().mean())
 
         levels: dict[float, tuple[float, float]] = {}

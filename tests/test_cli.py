@@ -45,6 +45,65 @@ def test_calibrate_fits_checks_and_writes_a_null_model(run, tmp_path):
     assert "held-out tokens" in out
 
 
+@pytest.fixture
+def text(tmp_path):
+    """Return a text file with some of the demo articles."""
+    path = tmp_path / "text.txt"
+    lines = (shipped("tasks") / "demo" / "wikitext.jsonl").read_text().splitlines()[:12]
+    path.write_text("\n\n".join(json.loads(line)["page"].replace("\n", " ") for line in lines))
+    return path
+
+
+def test_calibrate_measures_contributions_and_draws_its_health(run, text, tmp_path):
+    output, figure = tmp_path / "null.safetensors", tmp_path / "health.png"
+    code, out, _ = run(
+        *("calibrate", "--pretrained", "tiny-olmoe", "--text", text, "--tokens", 1024),
+        *("--length", 128, "--statistic", "contribution", "--null", "expert", "--trim", 2),
+        *("--output", output, "--figure", figure),
+    )
+    assert code == 0
+    null = NullModel.load(output)
+    assert (null.header.statistic, null.header.null) == ("contribution", "expert")
+    assert null.header.trim == 2
+    assert null.norms.shape == (4, 64)
+    assert figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert str(figure) in out.replace("\n", "")
+
+
+def test_analyze_prints_a_row_for_every_configuration(run, text, tmp_path):
+    code, out, _ = run(
+        *("analyze", "--pretrained", "tiny-olmoe", "--text", text, "--tokens", 512),
+        *("--rules", "topk,bh,top_p", "--alphas", "0.3,0.6", "--max-k", "8,16"),
+        *("--output", tmp_path / "grid.json"),
+    )
+    assert code == 0
+    content = json.loads((tmp_path / "grid.json").read_text())
+    assert content["tokens"] == 512
+    rows = content["rows"]
+    assert [row["config"]["rule"] for row in rows] == ["topk"] * 2 + ["bh"] * 4 + ["top_p"] * 4
+    assert rows[0]["mean_experts"] == 8
+    assert rows[0]["overlap"] == 1
+    assert rows[2]["mean_experts"] < rows[3]["mean_experts"] < rows[5]["mean_experts"]
+    for row in rows:
+        assert f"{row['mean_experts']:.2f}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("analyze", "--alphas", "0.3;0.4"), "is no list of numbers"),
+        (("analyze", "--rules", "bhh"), "did you mean 'bh'"),
+        (("analyze", "--max-k", "65"), "more than the model's 64 experts"),
+        (("calibrate", "--statistic", "norm"), "statistic='norm' is unknown"),
+    ],
+)
+def test_bad_arguments_of_calibrate_and_analyze_are_one_sentence(run, text, arguments, sentence):
+    code, _, errors = run(*arguments, "--pretrained", "tiny-olmoe", "--text", text)
+    assert code == 1
+    assert sentence in errors
+    assert "Traceback" not in errors
+
+
 def test_import_kde_converts_the_real_tables(run, shared, tmp_path):
     code, out, _ = run(
         "import-kde",

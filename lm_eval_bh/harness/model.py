@@ -41,6 +41,9 @@ eval_logger = logging.getLogger(__name__)
 
 DEFAULT_ALPHA = 0.4
 
+# How static top-k routes, whatever an adaptive rule beside it was asked for.
+PLAIN = {"min_k": 1, "statistic": "logit", "null": "pooled", "trim": None}
+
 # What HFLM hands on to from_pretrained; any other name it does not know is a misspelling.
 FROM_PRETRAINED = frozenset(
     {
@@ -89,8 +92,10 @@ class BHLM(HFLM):
     ----------
     pretrained : str
         A hub name, a folder, or ``tiny-olmoe``, the model that ships.
-    alpha, max_k, min_k, temperature, rule, mode, renormalize, layers
+    alpha, max_k, min_k, temperature, rule, mode, renormalize, layers, statistic, null, trim, seed
         See :class:`~lm_eval_bh.routing.config.RoutingConfig`. ``alpha`` is 0.4 unless given.
+    target_experts, budget
+        See there too: alpha is solved for this mean number of experts, and written to the results.
     kde : str
         ``auto``, or the path of a null model.
     experts : str
@@ -124,6 +129,12 @@ class BHLM(HFLM):
         kde: str | None = None,
         renormalize: str | bool = "auto",
         layers: str | int = "all",
+        statistic: str = "logit",
+        null: str = "pooled",
+        trim: int | None = None,
+        seed: int | None = None,
+        target_experts: float | None = None,
+        budget: str | None = None,
         experts: str = "auto",
         log_routing: str = "summary",
         log_dir: str | Path | None = None,
@@ -132,26 +143,38 @@ class BHLM(HFLM):
         **kwargs: Any,
     ) -> None:
         _check_names(kwargs)
-        _check_contradictions(rule, alpha=alpha, min_k=min_k, max_k=max_k, kde=kde)
-        self._min_k = 1 if min_k is None else min_k
+        if target_experts is not None and alpha is not None:
+            raise ParameterError(
+                f"alpha={alpha!r} contradicts target_experts={target_experts!r}, for which alpha "
+                "is solved: give one of them."
+            )
+        _check_contradictions(
+            rule, alpha=alpha, min_k=min_k, max_k=max_k, kde=kde, statistic=statistic
+        )
         self.routing_config = RoutingConfig(
             alpha=DEFAULT_ALPHA if alpha is None else alpha,
             rule=rule,
-            min_k=self._min_k,
+            min_k=1 if min_k is None else min_k,
             max_k=max_k,
             temperature=temperature,
             renormalize=renormalize,  # type: ignore[arg-type]
             mode=mode,
             layers=str(layers),
+            statistic=statistic,
+            null=null,
+            trim=trim,
+            seed=0 if seed is None else seed,
+            target_experts=target_experts,
+            budget=budget or "model",
         )
         if kde not in (None, "auto") and not Path(str(kde)).exists():
             raise ParameterError(
                 f"kde={str(kde)!r} is no file or folder: "
                 "give the path of a null model, or kde=auto."
             )
-        null: str | NullModel = kde or "auto"
-        if Path(str(null)).is_file():
-            null = NullModel.load(str(null))  # damaged files are found before weights load
+        null_model: str | NullModel = kde or "auto"
+        if Path(str(kde)).is_file():
+            null_model = NullModel.load(str(kde))  # damaged files are found before weights load
         if experts not in EXPERTS:
             raise ParameterError(
                 f"experts={experts!r} is unknown: choose one of {', '.join(EXPERTS)}."
@@ -190,12 +213,13 @@ class BHLM(HFLM):
         self.integration = BHRoutingIntegration(
             self.model,
             collect_stats=False,
-            kde=null,
+            kde=null_model,
             experts=experts,
             tokenizer=self.tokenizer,
             **self.routing_config.as_dict(),
         )
         self.integration.patch_model()
+        self._asked = self.routing_config
         self.log = RunLog(self.integration, options, self._new_run_id(), self.rank)
         self._name = name
         self._cache: CountingCache | None = None
@@ -217,8 +241,8 @@ class BHLM(HFLM):
         options : LogOptions
             What is logged from now on.
         rule, max_k, alpha
-            As ``--model_args`` has them; ``min_k`` stays with a rule that tests, and is without
-            meaning for another.
+            As ``--model_args`` has them. A rule that always takes ``max_k`` goes by the plain
+            logits; what else the model was asked for waits for the next rule.
 
         Raises
         ------
@@ -227,14 +251,13 @@ class BHLM(HFLM):
         DataError
             If the logs cannot be written.
         """
-        _check_contradictions(rule, alpha=alpha, min_k=None, max_k=max_k, kde=None)
-        config = dataclasses.replace(
-            self.routing_config,
-            rule=rule,
-            max_k=max_k,
-            alpha=DEFAULT_ALPHA if alpha is None else alpha,
-            min_k=self._min_k if RULES.get(rule) and RULES[rule].adaptive else 1,
+        _check_contradictions(
+            rule, alpha=alpha, min_k=None, max_k=max_k, kde=None, statistic="logit"
         )
+        changes = {"rule": rule, "max_k": max_k, "alpha": DEFAULT_ALPHA if alpha is None else alpha}
+        if rule in RULES and not RULES[rule].adaptive:
+            changes |= PLAIN
+        config = dataclasses.replace(self._asked, **changes)
         self.integration.configure(config)
         self.routing_config = config
         self.start_log(options)
@@ -458,7 +481,7 @@ class BHLM(HFLM):
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is not None:
             null = self.integration.null
-            routing = self.routing_config.as_dict() | {
+            routing = self.integration.describe() | {
                 "pretrained": self._name,
                 "revision": self.revision,
                 "peft": self.peft,
@@ -488,7 +511,7 @@ class BHLM(HFLM):
         return {
             "schema_version": SCHEMA_VERSION,
             "run_id": self.log.run_id,
-            "config": self.routing_config.as_dict(),
+            "config": integration.describe(),
             "experts": integration.experts,
             "log_routing": options.log_routing,
             "log_dir": options.log_dir,
@@ -524,15 +547,24 @@ def _check_names(given: dict[str, Any]) -> None:
             )
 
 
-def _check_contradictions(rule: str, *, alpha: Any, min_k: Any, max_k: Any, kde: Any) -> None:
-    if rule not in RULES or RULES[rule].adaptive:
+def _check_contradictions(
+    rule: str, *, alpha: Any, min_k: Any, max_k: Any, kde: Any, statistic: str
+) -> None:
+    if rule not in RULES:
         return
-    for name, value in (("alpha", alpha), ("kde", kde)):
+    meaningless = {}
+    if not RULES[rule].adaptive:
+        meaningless["alpha"] = alpha
+    if not RULES[rule].tests and statistic == "logit":
+        meaningless["kde"] = kde
+    for name, value in meaningless.items():
         if value is not None:
             raise ParameterError(
                 f"{name}={value!r} has no meaning with rule={rule}, which tests nothing: "
                 "leave it out."
             )
+    if RULES[rule].adaptive:
+        return
     if min_k not in (None, max_k):
         raise ParameterError(
             f"min_k={min_k} contradicts rule={rule}, which always takes max_k={max_k}: "

@@ -245,7 +245,7 @@ class RunLog:
     ) -> InternalRouting:
         config = self._integration.config
         layers = summary["layers"]
-        alpha = config.alpha if config.adaptive else None
+        alpha = self._integration.describe()["alpha"] if config.adaptive else None
         return {
             "schema_version": SCHEMA_VERSION,
             "run_id": self.run_id,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.stats import kstest
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ from tqdm import tqdm
 
 from lm_eval_bh.errors import DataError, ModelError, NullModelError
 from lm_eval_bh.routing.kde import check_kernel
+from lm_eval_bh.routing.norms import measuring_norms
 from lm_eval_bh.routing.null import NullModel, router_fingerprint
+from lm_eval_bh.routing.null_header import check_kind
 from lm_eval_bh.routing.texts import WIKITEXT, text_batches, wikitext_train_texts
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "calibrate",
     "collect_router_logits",
     "health",
+    "listen",
     "text_batches",
     "wikitext_train_texts",
 ]
@@ -55,9 +59,41 @@ def collect_router_logits(
     DataError
         If there are no batches.
     """
+    heard: list[list[Tensor]] = [[] for _ in routers]
+    listen(
+        model,
+        routers,
+        batches,
+        lambda layer, logits: heard[layer].append(logits.float().cpu()),
+        progress,
+    )
+    return {layer: torch.cat(parts) for layer, parts in enumerate(heard)}
+
+
+def listen(
+    model: nn.Module,
+    routers: Sequence[nn.Module],
+    batches: Iterable[Tensor],
+    hear: Callable[[int, Tensor], None],
+    progress: bool = True,
+) -> None:
+    """Run the model over token ids and hand on what its routers say, without its language head.
+
+    Parameters
+    ----------
+    model, routers, batches, progress
+        As in :func:`collect_router_logits`.
+    hear : callable
+        Takes a layer and the router logits ``[tokens, experts]`` of a batch, on their device.
+
+    Raises
+    ------
+    ModelError, DataError
+        As :func:`collect_router_logits`.
+    """
     if not routers:
         raise ModelError("There are no routers to listen to; give a mixture-of-experts model.")
-    heard: list[list[Tensor]] = [[] for _ in routers]
+    heard = [0] * len(routers)
     handles = []
     backbone = getattr(model, "base_model", model)
     device = next(model.parameters()).device
@@ -66,7 +102,7 @@ def collect_router_logits(
     model.eval()
     try:
         for layer, router in enumerate(routers):
-            handles.append(router.register_forward_hook(_listener(layer, heard[layer])))
+            handles.append(router.register_forward_hook(_listener(layer, heard, hear)))
         with torch.inference_mode():
             for ids in bar:
                 backbone(input_ids=ids.to(device), use_cache=False)
@@ -77,23 +113,25 @@ def collect_router_logits(
         bar.close()
     if not any(heard):
         raise DataError("There is no text to collect router logits on; pass at least one batch.")
-    for layer, parts in enumerate(heard):
-        if not parts:
+    for layer, times in enumerate(heard):
+        if not times:
             raise ModelError(f"Router {layer} never ran; give the routers of this very model.")
-    return {layer: torch.cat(parts) for layer, parts in enumerate(heard)}
 
 
-def _listener(layer: int, heard: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
-    def listen(module: nn.Module, inputs: Any, output: Any) -> None:
+def _listener(
+    layer: int, heard: list[int], hear: Callable[[int, Tensor], None]
+) -> Callable[[nn.Module, Any, Any], None]:
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
         logits = output[0] if isinstance(output, tuple) and output else None
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             raise ModelError(
                 f"Router {layer} ({type(module).__name__}) does not return a tuple with router "
                 "logits [tokens, experts] first; give a model of a supported family."
             )
-        heard.append(logits.float().cpu())
+        heard[layer] += 1
+        hear(layer, logits)
 
-    return listen
+    return note
 
 
 def calibrate(
@@ -111,6 +149,8 @@ def calibrate(
     trim: int = 0,
     kernel: str = "gaussian",
     bandwidth: str | float = "scott",
+    statistic: str = "logit",
+    null: str = "pooled",
     experts: int | None = None,
     progress: bool = True,
 ) -> NullModel:
@@ -126,6 +166,11 @@ def calibrate(
         What the header says about model and text.
     trim, kernel, bandwidth
         As in :meth:`NullModel.fit`.
+    statistic : "logit" or "contribution"
+        What the null distribution is of; for contributions the same pass measures the experts'
+        output norms.
+    null
+        As in :meth:`NullModel.fit`.
     experts : int, optional
         The number of experts that the routers should have; checked if given.
 
@@ -135,6 +180,7 @@ def calibrate(
         If a parameter, the text, the routers, or their logits are unfit.
     """
     check_kernel(kernel)  # the run takes minutes, so what can be checked is checked before it
+    check_kind(statistic, null)
     header = {
         "model": model_name,
         "revision": revision,
@@ -142,14 +188,28 @@ def calibrate(
         "fingerprint": router_fingerprint(map(_weight, routers)),
     }
     batches = text_batches(tokenizer, texts, tokens=tokens, length=length, batch=batch)
-    logits = collect_router_logits(model, routers, batches, progress)
+    norms = None
+    if statistic == "contribution":
+        with measuring_norms(model, routers) as measured:
+            logits = collect_router_logits(model, routers, batches, progress)
+        norms = measured.result()
+    else:
+        logits = collect_router_logits(model, routers, batches, progress)
     found = logits[0].shape[1]
     if experts is not None and experts != found:
         raise NullModelError(
             f"The routers of {model_name} give {found} logits a token, not {experts}; "
             "check the list of routers."
         )
-    return NullModel.fit(logits, kernel=kernel, bandwidth=bandwidth, trim=trim, header=header)
+    return NullModel.fit(
+        logits,
+        kernel=kernel,
+        bandwidth=bandwidth,
+        trim=trim,
+        null=null,
+        norms=norms,
+        header=header,
+    )
 
 
 def _weight(router: nn.Module) -> Tensor:
@@ -177,6 +237,8 @@ class LayerHealth:
         Share of p-values that are exactly 0: logits above it, which every level rejects.
     tokens : int
         Tokens examined.
+    quantiles : tuple of float
+        The p-values' 0, 1, ..., 100 % quantiles; of a perfect null 0, 0.01, ..., 1.
     """
 
     layer: int
@@ -184,6 +246,7 @@ class LayerHealth:
     floor_share: float
     ceiling_share: float
     tokens: int
+    quantiles: tuple[float, ...]
 
 
 def health(null: NullModel, logits_by_layer: Mapping[int, Tensor]) -> list[LayerHealth]:
@@ -215,5 +278,6 @@ def health(null: NullModel, logits_by_layer: Mapping[int, Tensor]) -> list[Layer
             )
         distance = float(kstest(p, "uniform", method="asymp").statistic)
         shares = float((p == 1).mean()), float((p == 0).mean())
-        report.append(LayerHealth(layer, distance, *shares, tokens=len(logits)))
+        quantiles = tuple(np.quantile(p, np.linspace(0, 1, 101)).tolist())
+        report.append(LayerHealth(layer, distance, *shares, len(logits), quantiles))
     return report

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lm_eval_bh.errors import ParameterError, did_you_mean
+from lm_eval_bh.routing.null_header import check_kind
 from lm_eval_bh.routing.rules import RULES
 
 MODES = ("patch", "analyze")
@@ -21,7 +24,9 @@ class RoutingConfig:
     Attributes
     ----------
     alpha : float
-        Level of the multiple-testing procedure, in (0, 1).
+        The rule's one parameter, in (0, 1): the level of a multiple-testing procedure; for
+        ``top_p`` the share of the weight to hold, for ``min_p`` the share of the largest weight to
+        reach. One name for all, so that sweeps, logs and tables have one column for it.
     rule : str
         Name of a selection rule, see :data:`lm_eval_bh.routing.rules.RULES`.
     min_k, max_k : int
@@ -34,6 +39,22 @@ class RoutingConfig:
         Whether the selection replaces the model's own or is only counted beside it.
     layers : str
         Which MoE layers: "all", "last4", "first2", "0-7", "3", or a "+"-joined list of these.
+    statistic : "logit" or "contribution"
+        What is tested, shared out and ranked: router logits, or the log of softmax weight times the
+        expert's calibrated output norm.
+    null : "pooled" or "expert"
+        Whether all experts of a layer share one null distribution, or each has its own; then the
+        experts with the smallest p-values serve, which need not be those with the largest logits.
+    trim : int or None
+        How many of each token's largest and smallest statistics the null model leaves out; None
+        takes any null model that is given, and 0 where one is looked for.
+    seed : int
+        Of the rule ``random_k``.
+    target_experts : float or None
+        The mean number of experts a token, for which alpha is then solved on calibration text.
+    budget : "model" or "layer"
+        Whether the target is met by one alpha on the mean over layers, or in every layer by its
+        own.
 
     Raises
     ------
@@ -49,6 +70,12 @@ class RoutingConfig:
     renormalize: Literal["auto"] | bool = "auto"
     mode: str = "patch"
     layers: str = "all"
+    statistic: str = "logit"
+    null: str = "pooled"
+    trim: int | None = None
+    seed: int = 0
+    target_experts: float | None = None
+    budget: str = "model"
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -64,7 +91,7 @@ class RoutingConfig:
             )
         for name in ("min_k", "max_k"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _is_integer(value) or value < 1:
                 raise ParameterError(
                     f"{name}={value!r} is not a number of experts: give an integer of at least 1."
                 )
@@ -86,11 +113,72 @@ class RoutingConfig:
                 f"layers={self.layers!r} names no layers: write all, last4, first2, 0-7, 3, "
                 "or several of these joined by '+'."
             )
+        self._check_statistic()
+        self._check_target()
+
+    def _check_statistic(self) -> None:
+        check_kind(self.statistic, self.null)
+        for name, least in (("trim", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and not (_is_integer(value) and value >= least):
+                raise ParameterError(
+                    f"{name}={value!r} is out of range: give an integer of at least {least}."
+                )
+        rule = RULES[self.rule]
+        for name, meaningless, why in (
+            ("null", self.null != "pooled" and not rule.tests, "which tests nothing"),
+            ("trim", self.trim is not None and not rule.tests, "which tests nothing"),
+            ("statistic", self.statistic != "logit" and rule.random, "which draws experts"),
+            ("seed", self.seed != 0 and not rule.random, "which draws nothing"),
+        ):
+            if meaningless:
+                raise ParameterError(
+                    f"{name}={getattr(self, name)!r} has no meaning with rule={self.rule}, {why}: "
+                    "leave it out."
+                )
+
+    def _check_target(self) -> None:
+        if self.budget not in ("model", "layer"):
+            raise ParameterError(f"budget={self.budget!r} is unknown: choose 'model' or 'layer'.")
+        target = self.target_experts
+        if target is None:
+            if self.budget == "layer":
+                raise ParameterError(
+                    "budget='layer' has no meaning without target_experts: "
+                    "give the mean number of experts that every layer shall have."
+                )
+            return
+        if not self.adaptive:
+            raise ParameterError(
+                f"target_experts={target!r} has no meaning with rule={self.rule}, which always "
+                "takes max_k experts: give max_k instead."
+            )
+        if not _is_number(target) or not self.min_k < target < self.max_k:
+            raise ParameterError(
+                f"target_experts={target!r} is no mean number of experts between "
+                f"min_k={self.min_k} and max_k={self.max_k}: give one that is."
+            )
 
     @property
     def adaptive(self) -> bool:
         """Whether the number of experts depends on the token."""
         return RULES[self.rule].adaptive
+
+    @property
+    def needs_null(self) -> bool:
+        """Whether a null model is needed: for p-values, or for output norms."""
+        return RULES[self.rule].tests or self.statistic != "logit"
+
+    @property
+    def ranks_by_logit(self) -> bool:
+        """Whether the experts that serve are those with the largest router logits."""
+        return self.statistic == "logit" and self.null == "pooled" and not RULES[self.rule].random
+
+    @property
+    def needs_softmax(self) -> bool:
+        """Whether it is only defined for routers whose weights are a softmax of the logits."""
+        rule = RULES[self.rule]
+        return not self.ranks_by_logit or (rule.adaptive and not rule.tests)
 
     def check_experts(self, num_experts: int) -> None:
         """Raise :class:`ParameterError` if a layer has too few experts for ``max_k``."""
@@ -123,8 +211,32 @@ class RoutingConfig:
         return dataclasses.asdict(self)
 
 
+def grid_of(
+    rules: Iterable[str], alphas: Iterable[float], max_ks: Iterable[int], **others: Any
+) -> list[RoutingConfig]:
+    """Return every combination; rules without a parameter take no alpha and ``others`` but min_k.
+
+    Raises
+    ------
+    ParameterError
+        If a value is out of range.
+    """
+    alphas, max_ks = list(alphas), list(max_ks)
+    configs = []
+    for rule in rules:
+        adaptive = RoutingConfig(rule=rule).adaptive
+        for alpha, max_k in itertools.product(alphas if adaptive else [0.5], max_ks):
+            fitting = others if adaptive else {}
+            configs.append(RoutingConfig(alpha=alpha, rule=rule, max_k=max_k, **fitting))
+    return configs
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_layer(layer: int, num_layers: int, pattern: str) -> None:

@@ -27,7 +27,7 @@ Which algorithm runs, by measurement at OLMoE's size (``scripts/bench_routing.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -133,6 +133,28 @@ def _expert_by_expert(
             computed += size
     _count(module, computed)
     return out.to(hidden_states.dtype)
+
+
+def each_expert(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (expert, its tokens, what it gives out for them) for every expert in use.
+
+    Parameters
+    ----------
+    module, hidden_states, top_k_index
+        As in :func:`ragged_experts_forward`.
+
+    Yields
+    ------
+    (int, Tensor int64 ``[rows]``, Tensor float ``[rows, hidden]``)
+        The output is not weighted.
+    """
+    parameters = _Parameters(module)
+    for expert in range(module.num_experts):
+        tokens = (top_k_index == expert).any(-1).nonzero().flatten()
+        if len(tokens):
+            yield expert, tokens, _expert(parameters, expert, hidden_states[tokens])
 
 
 def _grouping_pays(module: Any, rows_of: Sequence[int], dtype: torch.dtype) -> bool:

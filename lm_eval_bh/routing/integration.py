@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -12,22 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lm_eval_bh.errors import ModelError, ParameterError, RoutingError
+from lm_eval_bh.errors import BHError, ModelError, ParameterError, RoutingError
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.counters import RoutingCounters
 from lm_eval_bh.routing.experts import EXPERTS, ExpertsSwitch
 from lm_eval_bh.routing.null import NullModel
 from lm_eval_bh.routing.resolution import resolve_null
 from lm_eval_bh.routing.routers import Router, find_routers, transformers_model
-from lm_eval_bh.routing.rules import RULES
-from lm_eval_bh.routing.selection import (
-    Selection,
-    count_experts,
-    keep,
-    rejection_thresholds,
-    softmax_top,
-    thresholds_for,
-)
+from lm_eval_bh.routing.selection import Selection, keep, softmax_of, softmax_top
+from lm_eval_bh.routing.selector import Selector
+from lm_eval_bh.routing.target import Solution, solve
 
 Observer = Callable[[int, Tensor, Selection], None]
 
@@ -39,13 +33,12 @@ class RouterHook:
     """
 
     def __init__(
-        self, owner: BHRoutingIntegration, layer: int, router: Router, thresholds: Tensor | None
+        self, owner: BHRoutingIntegration, layer: int, router: Router, selector: Selector
     ) -> None:
         self.owner = owner
         self.layer = layer
         self.router = router
-        self.exact_thresholds = thresholds
-        self.thresholds: Tensor | None = None
+        self.selector = selector
         self.extremes: list[Tensor] = []
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -67,24 +60,18 @@ class RouterHook:
     def select(self, router_logits: Tensor, weights: Tensor, indices: Tensor) -> Selection:
         """Select from the router's logits; keep its own weights wherever it has given any."""
         config, router = self.owner.config, self.router
-        counts = count_experts(
-            router_logits,
-            self._thresholds_on(router_logits),
-            RULES[config.rule],
-            config.min_k,
-            config.max_k,
-        )
-        own = config.max_k == router.top_k and config.temperature == 1.0
-        if (
-            own
-            and (config.min_k == config.max_k or not RULES[config.rule].adaptive)
-            and not self._rescales
-        ):
+        counts, ranked = self.selector(router_logits)
+        own = ranked is None and config.max_k == router.top_k and config.temperature == 1.0
+        if own and (config.min_k == config.max_k or not config.adaptive) and not self._rescales:
             return Selection(indices, weights, counts)
         if router.softmax:
             if not own:
                 dtype = weights.dtype
-                indices, weights = softmax_top(router_logits, config.max_k, config.temperature)
+                if ranked is None:
+                    indices, weights = softmax_top(router_logits, config.max_k, config.temperature)
+                else:
+                    indices = ranked
+                    weights = softmax_of(router_logits, ranked, config.temperature)
                 if router.normalizes:
                     weights = weights / weights.sum(-1, keepdim=True)
                 weights = weights.to(dtype)
@@ -108,17 +95,6 @@ class RouterHook:
         wanted = before.float().sum(-1, keepdim=True) if self.router.normalizes else 1.0
         return (kept.float() * (wanted / kept.float().sum(-1, keepdim=True))).to(kept.dtype)
 
-    def _thresholds_on(self, router_logits: Tensor) -> Tensor | None:
-        if self.exact_thresholds is None:
-            return None
-        dtype = torch.float64 if router_logits.dtype == torch.float64 else torch.float32
-        if self.thresholds is None or (self.thresholds.device, self.thresholds.dtype) != (
-            router_logits.device,
-            dtype,
-        ):
-            self.thresholds = thresholds_for(self.exact_thresholds, dtype).to(router_logits.device)
-        return self.thresholds
-
     def _check_finite(self, router_logits: Tensor) -> None:
         """Note the extreme logits; the end of the forward pass asks all layers at once.
 
@@ -135,12 +111,16 @@ class BHRoutingIntegration:
     model : nn.Module
         A transformers model with MoE routers, possibly wrapped (PEFT, accelerate); not yet
         compiled.
-    alpha, temperature, min_k, max_k, mode, rule, renormalize, layers
+    alpha, temperature, min_k, max_k, mode, rule, renormalize, layers, statistic, null, trim, seed
         See :class:`~lm_eval_bh.routing.config.RoutingConfig`.
+    target_experts, budget
+        See there too; alpha is then not used, but solved.
     collect_stats : bool
         Whether :meth:`get_routing_stats` is served. Padding never counts.
     kde : "auto", path or NullModel
         The null model; "auto" finds one for this router, or calibrates it.
+    texts : sequence of str, optional
+        The documents that a target is solved on; default WikiText-2's training text.
     experts : "auto", "ragged" or the name of an experts implementation of transformers
         What computes the experts while patched; "auto" keeps the model's own where no slot can stay
         unused, and takes "ragged" elsewhere.
@@ -171,8 +151,15 @@ class BHRoutingIntegration:
         kde: str | Path | NullModel = "auto",
         renormalize: Literal["auto"] | bool = "auto",
         layers: str = "all",
+        statistic: str = "logit",
+        null: str = "pooled",
+        trim: int | None = None,
+        seed: int = 0,
+        target_experts: float | None = None,
+        budget: str = "model",
         experts: str = "auto",
         tokenizer: Any = None,
+        texts: Sequence[str] | None = None,
     ) -> None:
         self.config = RoutingConfig(
             alpha=alpha,
@@ -183,6 +170,12 @@ class BHRoutingIntegration:
             renormalize=renormalize,
             mode=mode,
             layers=layers,
+            statistic=statistic,
+            null=null,
+            trim=trim,
+            seed=seed,
+            target_experts=target_experts,
+            budget=budget,
         )
         if experts not in EXPERTS:
             raise ParameterError(
@@ -198,7 +191,9 @@ class BHRoutingIntegration:
         self.routers = find_routers(model)
         self.num_experts = self.routers[0].num_experts
         self._tokenizer = tokenizer
+        self._texts = texts
         self._kde = kde
+        self.solution: Solution | None = None
         self._check(self.config)
         self.null = self._resolve(self.config)
         self.observers: list[Observer] = []
@@ -211,6 +206,7 @@ class BHRoutingIntegration:
         self._hooks: list[RouterHook] = []
         self._handles: list[Any] = []
         self._switch: ExpertsSwitch | None = None
+        self._solve()
 
     @property
     def patched(self) -> bool:
@@ -222,19 +218,48 @@ class BHRoutingIntegration:
         """Positions of the routers that the rule applies to."""
         return self.config.select_layers(len(self.routers))
 
+    @property
+    def alphas(self) -> dict[int, float]:
+        """The rule's parameter in every routed layer."""
+        if self.solution is not None:
+            return self.solution.alphas
+        return dict.fromkeys(self.layers, self.config.alpha)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the configuration as plain values, with what was solved.
+
+        Where alpha was solved it stands in ``alpha``, or with ``budget="layer"`` the mean over the
+        layers does; ``solved`` holds every layer's, and how well the target was met.
+        """
+        content = self.config.as_dict()
+        if self.solution is None:
+            return content
+        alphas = self.solution.alphas
+        mean = sum(alphas.values()) / len(alphas)
+        return content | {"alpha": mean, "solved": self.solution.as_dict()}
+
     def configure(self, config: RoutingConfig) -> None:
         """Take another configuration, patched or not; the statistics start anew.
 
         Raises
         ------
-        ParameterError, NullModelError
-            If it does not fit the model; then the old configuration stays in force.
+        BHError
+            If it does not fit the model, or its target cannot be met; then the old configuration
+            stays in force.
         """
         self._check(config)
         null = self._resolve(config)
         patched = self.patched
         self.unpatch_model()
+        before = self.config, self.null, self.solution
         self.config, self.null = config, null
+        try:
+            self._solve()
+        except BHError:
+            self.config, self.null, self.solution = before
+            if patched:
+                self.patch_model()
+            raise
         if self.counters is not None:
             self.reset_stats()
         if patched:
@@ -261,12 +286,8 @@ class BHRoutingIntegration:
             )
             for layer in self.layers:
                 router = self.routers[layer]
-                hook = RouterHook(
-                    self,
-                    layer,
-                    router,
-                    rejection_thresholds(self.null, layer, self.config, router.num_experts),
-                )
+                selector = self.selector(layer, self.alphas[layer])
+                hook = RouterHook(self, layer, router, selector)
                 self._hooks.append(hook)
                 self._handles.append(router.module.register_forward_hook(hook, prepend=True))
             self._handles.append(base.register_forward_hook(self._after_forward))
@@ -278,6 +299,10 @@ class BHRoutingIntegration:
             self.unpatch_model()
             raise
         return self
+
+    def selector(self, layer: int, alpha: float) -> Selector:
+        """Return the rule of a layer with a parameter of its own."""
+        return Selector(self.config, self.null, layer, self.routers[layer].num_experts, alpha)
 
     def unpatch_model(self) -> None:
         """Take every hook out and give the model its own experts implementation back."""
@@ -371,13 +396,30 @@ class BHRoutingIntegration:
         self.counters.add(layer, selection, weight)
 
     def _leaves_slots_unused(self) -> bool:
-        return RULES[self.config.rule].adaptive and self.config.min_k < self.config.max_k
+        return self.config.adaptive and self.config.min_k < self.config.max_k
 
     def _resolve(self, config: RoutingConfig) -> NullModel | None:
-        if not RULES[config.rule].adaptive:
+        if not config.needs_null:
             return None
-        null = getattr(self, "null", None)
-        return null or resolve_null(self._kde, self.model, self.routers, self._tokenizer)
+        known: NullModel | None = getattr(self, "null", None)
+        if known is not None and known.mismatch(config.statistic, config.null, config.trim) is None:
+            return known
+        return resolve_null(
+            self._kde,
+            self.model,
+            self.routers,
+            self._tokenizer,
+            statistic=config.statistic,
+            null=config.null,
+            trim=config.trim,
+        )
+
+    def _solve(self) -> None:
+        self.solution = None
+        if self.config.target_experts is not None:
+            self.solution = solve(self, self._tokenizer, self._texts)
+            if self.counters is not None:
+                self.reset_stats()
 
     def _check(self, config: RoutingConfig) -> None:
         config.check_experts(self.num_experts)
@@ -385,6 +427,12 @@ class BHRoutingIntegration:
             router = self.routers[layer]
             if router.softmax:
                 continue
+            if config.needs_softmax:
+                raise ParameterError(
+                    f"rule={config.rule}, statistic={config.statistic}, null={config.null} needs "
+                    f"weights that are a softmax of the logits, which those of "
+                    f"{type(router.module).__name__} are not: use a test of the pooled logits."
+                )
             if config.max_k > router.top_k:
                 raise ParameterError(
                     f"max_k={config.max_k} is more than the {router.top_k} experts that "

@@ -14,41 +14,52 @@ from numpy.typing import NDArray
 
 from lm_eval_bh.errors import NullModelError, ParameterError
 from lm_eval_bh.routing import kde, null_file, pickles, survival
-from lm_eval_bh.routing.null_header import NullHeader, check_fields, library_versions
+from lm_eval_bh.routing.null_header import (
+    NullHeader,
+    check_fields,
+    check_kind,
+    library_versions,
+)
 
 __all__ = ["NullHeader", "NullModel", "router_fingerprint"]
 
 Array = NDArray[np.float64]
 
+EXPERT_POINTS = 512
+
 
 def _fault(x: NDArray[Any], cdf: NDArray[Any]) -> str | None:
     """Say in half a sentence why (x, cdf) is not a CDF on a grid, or return None if it is."""
-    if x.ndim != 1 or x.shape != cdf.shape or len(x) < 2:
+    if x.ndim not in (1, 2) or x.shape != cdf.shape or x.shape[-1] < 2:
         return f"x and cdf have shapes {x.shape} and {cdf.shape}, not both [2 or more points]"
     if x.dtype != np.float64 or cdf.dtype != np.float64:
         return f"x and cdf are {x.dtype} and {cdf.dtype}, not float64"
     if not (np.isfinite(x).all() and np.isfinite(cdf).all()):
         return "x or cdf is not finite"
-    if x[-1] / 2 - x[0] / 2 >= np.finfo(np.float64).max / 2:
+    if (x[..., -1] / 2 - x[..., 0] / 2 >= np.finfo(np.float64).max / 2).any():
         return "x is too wide for float64"
-    if not (x[1:] > x[:-1]).all():
+    if not (x[..., 1:] > x[..., :-1]).all():
         return "x is not strictly ascending"
-    if not ((cdf[1:] >= cdf[:-1]).all() and cdf[0] >= 0 and cdf[-1] <= 1):
+    if not ((cdf[..., 1:] >= cdf[..., :-1]).all() and cdf.min() >= 0 and cdf.max() <= 1):
         return "cdf does not rise within [0, 1]"
     return None
 
 
 @dataclass(frozen=True, eq=False)
 class NullModel:
-    """The null distribution of every layer's router logits.
+    """The null distribution of every layer's router logits, or of a statistic made of them.
 
     Attributes
     ----------
     tables : tuple of (x, cdf), one a layer
-        Grid, float64 [points], strictly ascending, in logit units; and CDF, float64 [points],
-        non-decreasing, in [0, 1]. The CDF is linear between grid points.
+        Grid, float64 [points], strictly ascending, in units of the statistic; and CDF, float64
+        [points], non-decreasing, in [0, 1]. The CDF is linear between grid points. With
+        ``header.null == "expert"`` both are [experts, points].
     header : NullHeader
-        Where it comes from.
+        Where it comes from, and what statistic it is the distribution of.
+    norms : ndarray or None
+        For the statistic "contribution", float64 [layers, experts]: the mean Euclidean norm of what
+        each expert gives out for the tokens routed to it.
 
     Raises
     ------
@@ -58,9 +69,11 @@ class NullModel:
 
     tables: tuple[tuple[Array, Array], ...]
     header: NullHeader
+    norms: Array | None = None
 
     def __post_init__(self) -> None:
         """Check the tables and keep read-only copies of them."""
+        self._check_norms()
         if len(self.tables) != self.header.num_layers or not self.tables:
             raise NullModelError(
                 f"A null model of {self.header.num_layers} layers cannot have {len(self.tables)} "
@@ -68,8 +81,10 @@ class NullModel:
             )
         for layer, (x, cdf) in enumerate(self.tables):
             fault = _fault(x, cdf)
-            if fault is None and self.header.points not in (None, len(x)):
-                fault = f"it has {len(x)} points where the header says {self.header.points}"
+            if fault is None and self.header.points not in (None, x.shape[-1]):
+                fault = f"it has {x.shape[-1]} points where the header says {self.header.points}"
+            if fault is None and (x.ndim == 2) != (self.header.null == "expert"):
+                fault = f"its shape {x.shape} is none of null={self.header.null}"
             if fault:
                 raise NullModelError(
                     f"The null model's table of layer {layer} is no CDF: {fault}; calibrate again."
@@ -79,6 +94,24 @@ class NullModel:
             values.flags.writeable = False
         object.__setattr__(self, "tables", tables)
 
+    def _check_norms(self) -> None:
+        header, norms = self.header, self.norms
+        if (norms is not None) != (header.statistic == "contribution"):
+            raise NullModelError(
+                f"A null model of the statistic {header.statistic!r} comes "
+                f"{'with' if norms is None else 'without'} output norms; calibrate again."
+            )
+        if norms is not None and not (
+            norms.ndim == 2
+            and norms.shape[0] == header.num_layers
+            and header.num_experts in (None, norms.shape[1])
+            and bool(np.isfinite(norms).all() and (norms > 0).all())
+        ):
+            raise NullModelError(
+                f"The output norms of shape {norms.shape} are not positive numbers "
+                f"[{header.num_layers} layers, {header.num_experts} experts]; calibrate again."
+            )
+
     @classmethod
     def fit(
         cls,
@@ -87,20 +120,31 @@ class NullModel:
         kernel: str = "gaussian",
         bandwidth: str | float = "scott",
         trim: int = 0,
-        points: int = kde.POINTS,
+        points: int | None = None,
+        null: str = "pooled",
+        norms: NDArray[Any] | None = None,
         header: Mapping[str, Any] | None = None,
     ) -> NullModel:
-        """Fit one kernel density estimate a layer, pooled over tokens and experts.
+        """Fit one kernel density estimate a layer, pooled over its experts, or one an expert.
 
         Parameters
         ----------
         logits : mapping of layer index to Tensor or ndarray [tokens, experts]
             Router logits of layers 0, 1, ..., any float dtype; computed in float64.
-        kernel, bandwidth, points
+        kernel, bandwidth
             As in :func:`lm_eval_bh.routing.kde.fit_cdf`.
         trim : int
-            Leave out the ``trim`` largest and ``trim`` smallest logits of every token, so that the
-            null is made of the experts that were not called for.
+            Leave out the ``trim`` largest and ``trim`` smallest logits (or contributions) of every
+            token, so that the null is made of the experts that were not called for.
+        points : int, optional
+            Grid points; default 8,192 where the experts share a distribution, else 512 each, whose
+            error of 2e-5 is far below the sampling error of one expert's logits.
+        null : "pooled" or "expert"
+            Whether the experts of a layer share one distribution, or each has its own.
+        norms : ndarray, optional
+            Output norms [layers, experts], see
+            :func:`lm_eval_bh.routing.norms.measuring_norms`: the statistic is then the
+            contribution, log(softmax weight * norm), instead of the logit.
         header : mapping, optional
             Further fields of :class:`NullHeader`: model, revision, fingerprint, text, versions.
 
@@ -117,12 +161,20 @@ class NullModel:
             raise ParameterError(
                 f"A null model needs the logits of layers 0, 1, ...; found {sorted(logits)}."
             )
+        check_kind("logit" if norms is None else "contribution", null)
+        if points is None:
+            points = kde.POINTS if null == "pooled" else EXPERT_POINTS
         tables, widths = [], []
         for layer in range(len(logits)):
-            samples = _pooled(layer, logits[layer], trim).ravel()
+            values = statistics(logits[layer], None if norms is None else norms[layer])
+            samples = _untrimmed(layer, values, trim)
             try:
-                widths.append(kde.bandwidth_of(samples, bandwidth))
-                tables.append(kde.fit_cdf(samples, kernel, widths[-1], points))
+                if null == "pooled":
+                    pooled = samples[~np.isnan(samples)] if trim else samples.ravel()
+                    widths.append(kde.bandwidth_of(pooled, bandwidth))
+                    tables.append(kde.fit_cdf(pooled, kernel, widths[-1], points))
+                else:
+                    tables.append(_fit_experts(samples, kernel, bandwidth, points))
             except NullModelError as error:
                 raise NullModelError(
                     f"The router logits of layer {layer} cannot be fitted: {error}"
@@ -136,8 +188,9 @@ class NullModel:
         known["versions"] = library_versions() | known.get("versions", {})
         known |= {"num_layers": len(tables), "num_experts": experts.pop()}
         known["tokens"] = tokens.pop() if len(tokens) == 1 else None
-        known |= {"kernel": kernel, "bandwidth": widths, "trim": trim, "points": points}
-        return cls(tuple(tables), NullHeader(**known))
+        known |= {"kernel": kernel, "bandwidth": widths or None, "trim": trim, "points": points}
+        known |= {"statistic": "logit" if norms is None else "contribution", "null": null}
+        return cls(tuple(tables), NullHeader(**known), norms)
 
     @classmethod
     def from_pickles(cls, folder: Path | str, **header: Any) -> NullModel:
@@ -176,7 +229,7 @@ class NullModel:
         NullModelError
             If it cannot be written.
         """
-        null_file.write(path, self.tables, self.header)
+        null_file.write(path, self.tables, self.header, self.norms)
 
     @classmethod
     def load(cls, path: Path | str) -> NullModel:
@@ -187,9 +240,9 @@ class NullModel:
         NullModelError
             If the file is missing, damaged, foreign, inconsistent, or of a later format version.
         """
-        tables, header = null_file.read(Path(path))
+        tables, header, norms = null_file.read(Path(path))
         try:
-            return cls(tables, header)
+            return cls(tables, header, norms)
         except NullModelError as error:
             raise NullModelError(f"The null model {path} is damaged: {error}") from error
 
@@ -199,6 +252,8 @@ class NullModel:
         for x, cdf in self.tables:
             digest.update(x.tobytes())
             digest.update(cdf.tobytes())
+        if self.norms is not None:
+            digest.update(self.norms.tobytes())
         return digest.hexdigest()
 
     @property
@@ -207,7 +262,7 @@ class NullModel:
         return len(self.tables)
 
     def cdf(self, layer: int) -> tuple[Array, Array]:
-        """Return the grid x and the CDF of one layer, both float64 [points].
+        """Return the grid x and the CDF of one layer, both float64 [points] or [experts, points].
 
         Raises
         ------
@@ -225,16 +280,33 @@ class NullModel:
             )
         return self.tables[layer]
 
+    def statistic(self, layer: int, router_logits: torch.Tensor) -> torch.Tensor:
+        """Return what is tested, as this null model has it: the logits or the contributions.
+
+        Parameters
+        ----------
+        layer : int
+            Index of the MoE layer.
+        router_logits : Tensor [..., experts], any float dtype
+
+        Returns
+        -------
+        Tensor, same shape and device
+            The logits themselves; or log(softmax weight * output norm) in float32, or float64 where
+            the logits are.
+        """
+        return statistics(router_logits, None if self.norms is None else self.norms[layer])
+
     @torch.no_grad()
     def p_values(self, layer: int, router_logits: torch.Tensor) -> torch.Tensor:
-        """Return p = 1 - F(z), the share of the null distribution above each logit.
+        """Return p = 1 - F(z), the share of the null distribution above each expert's statistic.
 
         Parameters
         ----------
         layer : int
             Index of the MoE layer.
         router_logits : Tensor [any shape], any float dtype
-            NaN gives NaN.
+            NaN gives NaN. Contributions, and a distribution for each expert, need [..., experts].
 
         Returns
         -------
@@ -242,7 +314,11 @@ class NullModel:
             In bfloat16 a p-value could not go below 0.0078, where small levels are decided.
         """
         x, cdf = (torch.tensor(values, device=router_logits.device) for values in self.cdf(layer))
-        return survival.survival(x, cdf, router_logits.double())
+        z = self.statistic(layer, router_logits).double()
+        if self.header.null == "pooled":
+            return survival.survival(x, cdf, z.flatten()).view(z.shape)
+        by_expert = z.reshape(-1, z.shape[-1]).T
+        return survival.survival(x, cdf, by_expert).T.reshape(z.shape)
 
     def thresholds(self, layer: int, critical_values: NDArray[np.float64]) -> Array:
         """Return the smallest logits whose p-values do not exceed the critical values.
@@ -268,7 +344,24 @@ class NullModel:
             If there is no such layer or a critical value is NaN.
         """
         x, cdf = self.cdf(layer)
+        if x.ndim == 2:
+            raise ParameterError(
+                "One threshold a critical value cannot stand for a distribution of each expert; "
+                "compare p_values()."
+            )
         return survival.thresholds(x, cdf, np.asarray(critical_values, dtype=np.float64))
+
+    def mismatch(self, statistic: str, null: str, trim: int | None) -> str | None:
+        """Say in half a sentence why it cannot serve this statistic, or None if it can."""
+        own = self.header
+        if own.statistic != statistic:
+            norms = ", without output norms" if self.norms is None else ""
+            return f"is of statistic={own.statistic}{norms}, and statistic={statistic} was asked"
+        if own.null != null:
+            return f"is of null={own.null}, and null={null} was asked"
+        if trim is not None and (own.trim or 0) != trim:
+            return f"was fitted with trim={own.trim or 0}, and trim={trim} was asked"
+        return None
 
     def check(
         self, fingerprint: str | None, num_layers: int, num_experts: int | None, model_name: str
@@ -299,11 +392,32 @@ class NullModel:
             )
 
 
-def _pooled(layer: int, logits: torch.Tensor | NDArray[Any], trim: int) -> Array:
-    """Return one layer's logits in float64 without each token's ``trim`` largest and smallest."""
-    if isinstance(logits, torch.Tensor):
-        logits = logits.detach().cpu().double().numpy()
-    values = np.asarray(logits, dtype=np.float64)
+def statistics(logits: torch.Tensor | NDArray[Any], norms: NDArray[Any] | None) -> torch.Tensor:
+    """Return what is tested: the logits, or with output norms [experts] the log contributions."""
+    values = torch.as_tensor(logits)
+    if norms is None:
+        return values
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    log_norms = torch.from_numpy(np.log(norms)).to(values.device, dtype)
+    return torch.log_softmax(values, dim=-1, dtype=dtype) + log_norms
+
+
+def _fit_experts(
+    samples: Array, kernel: str, bandwidth: str | float, points: int
+) -> tuple[Array, Array]:
+    """Fit each column of [tokens, experts], NaN left out: x and cdf, both [experts, points]."""
+    tables = []
+    for expert, column in enumerate(samples.T):
+        try:
+            tables.append(kde.fit_cdf(column[~np.isnan(column)], kernel, bandwidth, points))
+        except NullModelError as error:
+            raise NullModelError(f"expert {expert}: {error}") from error
+    return np.stack([x for x, _ in tables]), np.stack([cdf for _, cdf in tables])
+
+
+def _untrimmed(layer: int, statistic: torch.Tensor, trim: int) -> Array:
+    """Return one layer's statistics in float64, each token's ``trim`` largest and smallest NaN."""
+    values = statistic.detach().cpu().double().numpy()
     if values.ndim != 2:
         raise ParameterError(
             f"The logits of layer {layer} have shape {values.shape}; give [tokens, experts]."
@@ -313,8 +427,16 @@ def _pooled(layer: int, logits: torch.Tensor | NDArray[Any], trim: int) -> Array
         raise ParameterError(
             f"trim={trim!r} is out of range; with {experts} experts use 0 to {(experts - 1) // 2}."
         )
-    if trim and np.isfinite(values).all():  # sorting would move NaN and infinity out of sight
-        values = np.sort(values, axis=1)[:, trim : experts - trim]
+    if not np.isfinite(values).all():  # NaN shall stay the fault that it is
+        raise NullModelError(
+            f"The router logits of layer {layer} cannot be fitted: "
+            f"{(~np.isfinite(values)).sum()} of {values.size} samples are NaN or infinite; "
+            "look for the fault in the model."
+        )
+    if trim:
+        order = np.argsort(values, axis=1)
+        values = values.copy()
+        np.put_along_axis(values, np.delete(order, np.s_[trim : experts - trim], 1), np.nan, 1)
     return values
 
 

@@ -18,8 +18,12 @@ METADATA_KEY = "lm_eval_bh_null"
 Tables = tuple[tuple[NDArray[Any], NDArray[Any]], ...]
 
 
-def write(path: Path | str, tables: Tables, header: NullHeader) -> None:
-    """Write ``layer.<i>.x`` and ``layer.<i>.cdf`` and the header; ``path`` never holds half of it.
+def write(
+    path: Path | str, tables: Tables, header: NullHeader, norms: NDArray[Any] | None = None
+) -> None:
+    """Write ``layer.<i>.x`` and ``layer.<i>.cdf``, ``norms`` if there are any, and the header.
+
+    ``path`` never holds half of it.
 
     Raises
     ------
@@ -29,6 +33,8 @@ def write(path: Path | str, tables: Tables, header: NullHeader) -> None:
     tensors: dict[str, NDArray[Any]] = {}
     for layer, (x, cdf) in enumerate(tables):
         tensors |= {f"layer.{layer}.x": x, f"layer.{layer}.cdf": cdf}
+    if norms is not None:
+        tensors["norms"] = norms
     try:
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={METADATA_KEY: header.to_json()})
@@ -38,7 +44,7 @@ def write(path: Path | str, tables: Tables, header: NullHeader) -> None:
         ) from error
 
 
-def read(path: Path) -> tuple[Tables, NullHeader]:
+def read(path: Path) -> tuple[Tables, NullHeader, NDArray[Any] | None]:
     """Read what :func:`write` wrote; whether the tables are CDFs is for the caller to check.
 
     Raises
@@ -58,15 +64,17 @@ def read(path: Path) -> tuple[Tables, NullHeader]:
                     f"its metadata have no {METADATA_KEY!r}, so it is no null model; give one"
                 )
             header = NullHeader.from_json(metadata)
-            if len(file.keys()) != 2 * header.num_layers:
+            norms = file.get_tensor("norms") if "norms" in file.keys() else None  # noqa: SIM118
+            if len(file.keys()) - (norms is not None) != 2 * header.num_layers:
                 raise NullModelError(
                     f"its header says {header.num_layers} layers, but it has "
                     f"{len(file.keys())} arrays; {COPY_AGAIN}"
                 )
-            return tuple(
+            tables = tuple(
                 (file.get_tensor(f"layer.{layer}.x"), file.get_tensor(f"layer.{layer}.cdf"))
                 for layer in range(header.num_layers)
-            ), header
+            )
+            return tables, header, norms
     except FileNotFoundError as error:
         raise NullModelError(
             f"There is no null model {path}; check the path, or calibrate one."

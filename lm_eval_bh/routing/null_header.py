@@ -13,6 +13,8 @@ from lm_eval_bh.errors import NullModelError, ParameterError, did_you_mean
 
 FORMAT_VERSION = 1
 COPY_AGAIN = "copy it again or calibrate one"
+STATISTICS = ("logit", "contribution")
+NULLS = ("pooled", "expert")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,11 @@ class NullHeader:
     trim : int or None
         How many of each token's largest, and as many of its smallest, logits were left out.
     points : int or None
-        Grid points a layer, where all layers have as many.
+        Grid points of a distribution, where all have as many.
+    statistic : "logit" or "contribution"
+        What is distributed so: router logits, or the log of weight times output norm.
+    null : "pooled" or "expert"
+        Whether all experts of a layer share one distribution, or each has its own.
     versions : dict of str to str
         Versions of the libraries it was fitted with.
     """
@@ -59,6 +65,8 @@ class NullHeader:
     bandwidth: list[float] | None = None
     trim: int | None = None
     points: int | None = None
+    statistic: str = "logit"
+    null: str = "pooled"
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,7 +105,17 @@ class NullHeader:
             if not (name in _VALID and _is_valid(name, fields.get(name))):
                 value = str(fields.get(name))[:60]
                 raise NullModelError(f"its header has {name[:60]}={value!r}; {COPY_AGAIN}")
-        return cls(**fields)
+        return cls(**{name: value for name, value in fields.items() if value is not None})
+
+
+def check_kind(statistic: str, null: str) -> None:
+    """Raise a :class:`ParameterError` unless both are known."""
+    for name, value, known in (("statistic", statistic, STATISTICS), ("null", null, NULLS)):
+        if value not in known:
+            raise ParameterError(
+                f"{name}={value!r} is unknown: choose {known[0]!r} or {known[1]!r}"
+                f"{did_you_mean(str(value), known)}."
+            )
 
 
 def _is_text(value: Any) -> bool:
@@ -119,6 +137,8 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
         ("num_layers", "format_version", "num_experts", "points"), lambda v: _is_count(v, 1)
     ),
+    "statistic": lambda v: v in STATISTICS,
+    "null": lambda v: v in NULLS,
     "bandwidth": lambda v: (
         isinstance(v, list) and all(isinstance(h, float) and 0 < h < math.inf for h in v)
     ),

@@ -1,19 +1,29 @@
-"""Calibrates a model that is named rather than loaded: what ``lm-eval-bh calibrate`` does."""
+"""Calibrates or analyzes a model that is named rather than loaded: what ``lm-eval-bh`` does."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_bh.errors import DataError, ModelError, ParameterError
 from lm_eval_bh.resources import TINY_OLMOE
 from lm_eval_bh.routing.calibration import LayerHealth, calibrate, collect_router_logits, health
+from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.grid import GridRow, analyze_grid
 from lm_eval_bh.routing.null import NullModel
-from lm_eval_bh.routing.resolution import cached_null
+from lm_eval_bh.routing.resolution import cached_null, resolve_null
 from lm_eval_bh.routing.routers import find_routers
-from lm_eval_bh.routing.texts import WIKITEXT, text_batches, wikitext_train_texts
+from lm_eval_bh.routing.texts import (
+    WIKITEXT,
+    text_batches,
+    wikitext_texts,
+    wikitext_train_texts,
+)
 
 
 def calibrate_pretrained(
@@ -27,6 +37,8 @@ def calibrate_pretrained(
     batch: int = 8,
     trim: int = 0,
     kernel: str = "gaussian",
+    statistic: str = "logit",
+    kind: str = "pooled",
     dtype: str = "auto",
     device: str | None = None,
 ) -> tuple[NullModel, list[LayerHealth], Path]:
@@ -40,9 +52,9 @@ def calibrate_pretrained(
         A text file whose paragraphs are documents; None takes WikiText-2's training text.
     output : Path or None
         File to write; None takes the cache that ``kde=auto`` reads.
-    tokens, length, batch, trim, kernel
-        See :func:`~lm_eval_bh.routing.calibration.calibrate`. The text that follows, an eighth of
-        ``tokens``, is held out for the check.
+    tokens, length, batch, trim, kernel, statistic, kind
+        See :func:`~lm_eval_bh.routing.calibration.calibrate`; ``kind`` is its ``null``. The
+        text that follows, an eighth of ``tokens``, is held out for the check.
     dtype, device : str
         How the model is loaded; device None takes cuda where there is one.
 
@@ -56,21 +68,8 @@ def calibrate_pretrained(
     ParameterError, DataError, ModelError, NullModelError
         If an argument, the text, the model or its logits cannot serve.
     """
-    if not (dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype)):
-        raise ParameterError(
-            f"dtype={dtype!r} is no dtype of torch: give auto, float32, bfloat16 or float16."
-        )
     texts = wikitext_train_texts() if text is None else _paragraphs(text)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(pretrained)
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"The model {name!r} could not be loaded ({str(error).splitlines()[0]}): "
-            "check its name and the network, "
-            f"or use {TINY_OLMOE}, which ships and needs none."
-        ) from error
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, tokenizer = _load(pretrained, name, dtype, device)
     routers = find_routers(model)
     modules = [router.module for router in routers]
     null = calibrate(
@@ -86,6 +85,8 @@ def calibrate_pretrained(
         batch=batch,
         trim=trim,
         kernel=kernel,
+        statistic=statistic,
+        null=kind,
         experts=routers[0].num_experts,
     )
     batches = text_batches(
@@ -98,9 +99,79 @@ def calibrate_pretrained(
             "lower --tokens."
         )
     report = health(null, collect_router_logits(model, modules, torch.cat(held_out).split(batch)))
-    path = output or cached_null(null.header.fingerprint or "")
+    path = output or cached_null(null.header.fingerprint or "", statistic, kind, trim)
     null.save(path)
     return null, report, path
+
+
+def analyze_pretrained(
+    pretrained: str,
+    configs: Sequence[RoutingConfig],
+    *,
+    name: str,
+    kde: str = "auto",
+    text: Path | None = None,
+    tokens: int = 65536,
+    length: int = 512,
+    batch: int = 8,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> tuple[list[GridRow], int]:
+    """Load a model, run it once over text, and say what every configuration would select.
+
+    Parameters
+    ----------
+    pretrained, name, dtype, device
+        As in :func:`calibrate_pretrained`.
+    configs : sequence of RoutingConfig
+        The grid.
+    kde : str
+        The null model: a path, or "auto".
+    text : Path or None
+        A text file whose paragraphs are documents; None takes WikiText-2's test text.
+    tokens, length, batch : int
+        How much of the text, in windows of what length, and so many at a time.
+
+    Returns
+    -------
+    (list of GridRow, int)
+        In the order of ``configs``; and the number of tokens.
+
+    Raises
+    ------
+    ParameterError, DataError, ModelError, NullModelError
+        If an argument, the text, the model or the null model cannot serve.
+    """
+    texts = wikitext_texts("test") if text is None else _paragraphs(text)
+    model, tokenizer = _load(pretrained, name, dtype, device)
+    routers = find_routers(model)
+    kinds = {(c.statistic, c.null): c.trim for c in configs if c.needs_null}
+    nulls = {
+        (statistic, null): resolve_null(
+            kde, model, routers, tokenizer, statistic=statistic, null=null, trim=trim
+        )
+        for (statistic, null), trim in kinds.items()
+    }
+    batches = text_batches(tokenizer, texts, tokens=tokens, length=length, batch=batch)
+    rows = analyze_grid(model, routers, batches, configs, nulls)
+    return rows, sum(ids.numel() for ids in batches)
+
+
+def _load(pretrained: str, name: str, dtype: str, device: str | None) -> tuple[nn.Module, Any]:
+    if not (dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype)):
+        raise ParameterError(
+            f"dtype={dtype!r} is no dtype of torch: give auto, float32, bfloat16 or float16."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(pretrained)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"The model {name!r} could not be loaded ({str(error).splitlines()[0]}): "
+            "check its name and the network, "
+            f"or use {TINY_OLMOE}, which ships and needs none."
+        ) from error
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
 
 
 def _paragraphs(path: Path) -> list[str]:

@@ -18,7 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_null(
-    kde: str | Path | NullModel, model: nn.Module, routers: Sequence[Router], tokenizer: Any = None
+    kde: str | Path | NullModel,
+    model: nn.Module,
+    routers: Sequence[Router],
+    tokenizer: Any = None,
+    *,
+    statistic: str = "logit",
+    null: str = "pooled",
+    trim: int | None = None,
 ) -> NullModel:
     """Return the null model that serves the model's routers.
 
@@ -31,38 +38,51 @@ def resolve_null(
     model, routers, tokenizer
         The model, its routers, and what "auto" may need to calibrate; without a tokenizer the one
         that belongs to the model is loaded.
+    statistic, null, trim
+        What the null model has to be of; "auto" finds or calibrates one that is, and takes a trim
+        of None for 0.
 
     Raises
     ------
     NullModelError
-        If the file is missing, damaged, or belongs to another router.
+        If the file is missing, damaged, belongs to another router, or is of something else.
     """
     name = transformers_model(model).name_or_path or type(model).__name__
     fingerprint = router_fingerprint(router.weight for router in routers)
     if not isinstance(kde, NullModel) and str(kde) == "auto":
-        null = _find(fingerprint) or _calibrate(model, routers, tokenizer, name, fingerprint)
+        kind = statistic, null, trim or 0
+        found = _find(fingerprint, *kind)
+        found = found or _calibrate(model, routers, tokenizer, name, fingerprint, *kind)
     elif isinstance(kde, NullModel):
-        null = kde
+        found = kde
     elif not Path(kde).exists():
         raise NullModelError(
             f"The null model {str(kde)!r} does not exist: give a file, or kde=auto."
         )
     else:
-        null = NullModel.from_pickles(kde) if Path(kde).is_dir() else NullModel.load(kde)
-    null.check(fingerprint, len(routers), routers[0].num_experts, name)
-    return null
+        found = NullModel.from_pickles(kde) if Path(kde).is_dir() else NullModel.load(kde)
+    found.check(fingerprint, len(routers), routers[0].num_experts, name)
+    if fault := found.mismatch(statistic, null, trim):
+        raise NullModelError(
+            f"The null model {'that was given' if isinstance(kde, NullModel) else str(kde)} "
+            f"{fault}: use kde=auto, or make one with lm-eval-bh calibrate."
+        )
+    return found
 
 
-def _find(fingerprint: str) -> NullModel | None:
+def _find(fingerprint: str, statistic: str, null: str, trim: int) -> NullModel | None:
     for path in _candidates():
         try:
-            null = NullModel.load(path)
+            found = NullModel.load(path)
         except NullModelError as error:
             logger.warning("A null model was passed over: %s", error)
             continue
-        if null.header.fingerprint == fingerprint:
+        if found.header.fingerprint == fingerprint:
+            if fault := found.mismatch(statistic, null, trim):
+                logger.debug("The null model %s %s", path, fault)
+                continue
             logger.info("Null model: %s", path)
-            return null
+            return found
     return None
 
 
@@ -71,31 +91,47 @@ def _candidates() -> Iterator[Path]:
     yield from sorted(cached_null("").parent.glob("*.safetensors"))
 
 
-def cached_null(fingerprint: str) -> Path:
-    """Return where the user's cache keeps the null model of a router."""
-    return cache_folder() / "null" / f"{fingerprint[:16]}.safetensors"
+def cached_null(
+    fingerprint: str, statistic: str = "logit", null: str = "pooled", trim: int = 0
+) -> Path:
+    """Return where the user's cache keeps the null model of a router, for a statistic."""
+    name = fingerprint[:16]
+    if (statistic, null, trim) != ("logit", "pooled", 0):
+        name += f"-{statistic}-{null}-trim{trim}"
+    return cache_folder() / "null" / f"{name}.safetensors"
 
 
 def _calibrate(
-    model: nn.Module, routers: Sequence[Router], tokenizer: Any, name: str, fingerprint: str
+    model: nn.Module,
+    routers: Sequence[Router],
+    tokenizer: Any,
+    name: str,
+    fingerprint: str,
+    statistic: str,
+    null: str,
+    trim: int,
 ) -> NullModel:
     from lm_eval_bh.routing.calibration import WIKITEXT, calibrate, wikitext_train_texts
 
     if tokenizer is None:
-        tokenizer = _tokenizer(name)
+        tokenizer = tokenizer_of(model)
     try:
         texts = wikitext_train_texts()
     except BHError as error:
         raise NullModelError(
             f"No null model is known for the routers of {name}, and none can be made now: {error}"
         ) from error
-    path = cached_null(fingerprint)
+    path = cached_null(fingerprint, statistic, null, trim)
     logger.warning(
-        "No null model is known for the routers of %s: calibrating one on WikiText, kept as %s",
+        "No null model (statistic=%s, null=%s, trim=%d) is known for the routers of %s: "
+        "calibrating one on WikiText, kept as %s",
+        statistic,
+        null,
+        trim,
         name,
         path,
     )
-    null = calibrate(
+    made = calibrate(
         model,
         tokenizer,
         [r.module for r in routers],
@@ -103,15 +139,26 @@ def _calibrate(
         model_name=name,
         revision=None,
         text_name=WIKITEXT,
+        trim=trim,
+        statistic=statistic,
+        null=null,
         experts=routers[0].num_experts,
     )
-    null.save(path)
-    return null
+    made.save(path)
+    return made
 
 
-def _tokenizer(name: str) -> Any:
+def tokenizer_of(model: nn.Module) -> Any:
+    """Load the tokenizer that belongs to a model.
+
+    Raises
+    ------
+    ModelError
+        If there is none.
+    """
     from transformers import AutoTokenizer
 
+    name = transformers_model(model).name_or_path or type(model).__name__
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -1,22 +1,16 @@
-"""Which experts serve a token: router logits in, :class:`Selection` out. No per-token Python.
-
-For one layer and one token with router logits z and null distribution F, the p-value of expert i is
-``1 - F(z_i)``. F does not decrease, so comparing the k-th smallest p-value with the k-th critical
-value is comparing the k-th largest *logit* with a threshold that depends only on the layer. The
-thresholds are computed once, in float64; what remains for a batch is one sort and one comparison.
-"""
+"""Which experts serve a token: router logits in, :class:`Selection` out. No per-token Python."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lm_eval_bh.errors import ParameterError, RoutingError
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.rules import RULES, Rule
+from lm_eval_bh.routing.rules import RULES, Evidence
+from lm_eval_bh.routing.selector import Selector
 
 if TYPE_CHECKING:
     from lm_eval_bh.routing.null import NullModel
@@ -28,7 +22,8 @@ class Selection(NamedTuple):
     Attributes
     ----------
     indices : Tensor
-        int64 ``[tokens, max_k]``, experts by descending logit; unused slots hold ``num_experts``.
+        int64 ``[tokens, max_k]``, experts by descending logit (contribution; by ascending p-value
+        where each expert has its own null distribution); unused slots hold ``num_experts``.
     weights : Tensor
         float ``[tokens, max_k]``; unused slots hold 0.
     counts : Tensor
@@ -62,78 +57,17 @@ def reject(p_values: Tensor, alpha: float, rule: str = "bh") -> Tensor:
     ParameterError
         If the rule is not a test or alpha is not a level.
     """
-    critical = _testing_rule(RoutingConfig(alpha=alpha, rule=rule).rule)
-    values = critical.critical_values(alpha, p_values.shape[-1])  # type: ignore[misc]
-    ordered, order = p_values.double().sort(dim=-1)
-    met = ordered <= torch.as_tensor(values, device=p_values.device)
-    rank = torch.arange(p_values.shape[-1], device=p_values.device)
-    decisions = rank < critical.count(met).unsqueeze(-1)
-    return torch.zeros_like(met).scatter(-1, order, decisions)
-
-
-def rejection_thresholds(
-    null: NullModel | None, layer: int, config: RoutingConfig, num_experts: int
-) -> Tensor | None:
-    """Return the thresholds that sorted logits are compared with, or None for a rule without test.
-
-    Returns
-    -------
-    Tensor or None
-        float64 ``[num_experts]`` on the CPU; entry k - 1 is the smallest z with
-        ``1 - F(z) <= critical value k``.
-
-    Raises
-    ------
-    ParameterError
-        If a test is asked for without a null model.
-    """
-    rule = RULES[config.rule]
-    if rule.critical_values is None:
-        return None
-    if null is None:
+    test = RULES[RoutingConfig(alpha=alpha, rule=rule).rule]
+    if test.count is None or test.critical_values is None:
         raise ParameterError(
-            f"rule={config.rule!r} needs a null model: give one as kde=, or use rule='topk'."
+            f"rule={rule!r} tests nothing: choose a multiple-testing rule such as 'bh'."
         )
-    return torch.from_numpy(null.thresholds(layer, rule.critical_values(config.alpha, num_experts)))
-
-
-def thresholds_for(thresholds: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float64 thresholds up to what a comparison in ``dtype`` needs; float32 at the least.
-
-    Every float32 (bfloat16, float16) logit z satisfies ``z >= t`` exactly if it satisfies
-    ``z >= t rounded up to float32``, so no decision is lost by comparing in float32.
-    """
-    if dtype == torch.float64:
-        return thresholds
-    rounded = thresholds.float()
-    return torch.where(
-        rounded.double() < thresholds, torch.nextafter(rounded, torch.tensor(torch.inf)), rounded
-    )
-
-
-def count_experts(
-    router_logits: Tensor, thresholds: Tensor | None, rule: Rule, min_k: int, max_k: int
-) -> Tensor:
-    """Return how many experts each token needs, int64 ``[tokens]``, from ``min_k`` to ``max_k``.
-
-    Parameters
-    ----------
-    router_logits : Tensor
-        float ``[tokens, experts]``, finite.
-    thresholds : Tensor or None
-        From :func:`thresholds_for`, on the logits' device; None for a rule without test.
-    """
-    if thresholds is None or min_k == max_k:
-        return torch.full(
-            router_logits.shape[:-1], max_k, dtype=torch.int64, device=router_logits.device
-        )
-    logits = router_logits.detach().to(thresholds.dtype)
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Rows of 64 in a 50th of the time that torch.sort takes. It knows ascending order only.
-        met = torch.from_numpy(np.sort(-logits.numpy(), axis=-1) <= -thresholds.numpy())
-    else:
-        met = logits.sort(dim=-1, descending=True).values >= thresholds
-    return rule.count(met).clamp_(min_k, max_k)
+    critical = torch.from_numpy(test.critical_values(alpha, p_values.shape[-1]))
+    ordered, order = p_values.double().sort(dim=-1)
+    count = test.count(Evidence(alpha, ordered, critical.to(p_values.device)))
+    rank = torch.arange(p_values.shape[-1], device=p_values.device)
+    decisions = rank < count.unsqueeze(-1)
+    return torch.zeros_like(decisions).scatter(-1, order, decisions)
 
 
 def keep(indices: Tensor, weights: Tensor, counts: Tensor, num_experts: int) -> Selection:
@@ -155,9 +89,14 @@ def softmax_top(router_logits: Tensor, max_k: int, temperature: float) -> tuple[
     )
     weights, indices = torch.topk(probabilities, max_k, dim=-1)
     if temperature != 1.0:
-        tempered = torch.softmax(router_logits.to(probabilities.dtype) / temperature, dim=-1)
-        weights = tempered.gather(-1, indices)
+        weights = softmax_of(router_logits, indices, temperature)
     return indices, weights
+
+
+def softmax_of(router_logits: Tensor, indices: Tensor, temperature: float) -> Tensor:
+    """Return the softmax weights, over all experts and in float32, of the experts ``indices``."""
+    logits = router_logits.to(_at_least_float32(router_logits.dtype))
+    return torch.softmax(logits / temperature, dim=-1).gather(-1, indices)
 
 
 def select_experts(
@@ -170,22 +109,24 @@ def select_experts(
     max_k: int = 8,
     temperature: float = 1.0,
     renormalize: bool | Literal["auto"] = False,
+    seed: int = 0,
 ) -> Selection:
-    """Select the experts of every token by a multiple-testing procedure on its router logits.
+    """Select the experts of every token by a rule that looks at its router logits.
 
     Parameters
     ----------
     router_logits : Tensor
         float ``[tokens, experts]``.
     null : NullModel or None
-        Null distribution of the layer's logits; only ``rule="topk"`` does without.
+        Null distribution of the layer's logits; the rules that test nothing do without. What the
+        statistic is, and whether each expert has a distribution of its own, is the null model's.
     layer : int
         The layer of ``null`` that the logits come from.
     alpha : float
-        Level of the procedure, in (0, 1). It bounds the expected share of false rejections if the
-        logits of the null hypotheses follow F and are independent or positively dependent, which
-        nobody has shown for the logits of one token.
-    rule, min_k, max_k, temperature
+        The rule's parameter, in (0, 1); for a test its level. That bounds the expected share of
+        false rejections if the logits of the null hypotheses follow F and are independent or
+        positively dependent, which nobody has shown for the logits of one token.
+    rule, min_k, max_k, temperature, seed
         See :class:`~lm_eval_bh.routing.config.RoutingConfig`.
     renormalize : bool or "auto"
         Whether the selected weights are rescaled to sum to one; "auto" is False here, as OLMoE's
@@ -215,6 +156,9 @@ def select_experts(
         max_k=max_k,
         temperature=temperature,
         renormalize=renormalize,
+        seed=seed,
+        statistic="logit" if null is None else null.header.statistic,
+        null="pooled" if null is None else null.header.null,
     )
     if router_logits.ndim != 2 or not router_logits.is_floating_point():
         raise ParameterError(
@@ -228,25 +172,17 @@ def select_experts(
         )
     num_experts = router_logits.shape[-1]
     config.check_experts(num_experts)
-    thresholds = rejection_thresholds(null, layer, config, num_experts)
-    if thresholds is not None:
-        thresholds = thresholds_for(thresholds, router_logits.dtype).to(router_logits.device)
-    counts = count_experts(router_logits, thresholds, RULES[rule], min_k, max_k)
-    indices, weights = softmax_top(router_logits, max_k, temperature)
+    counts, order = Selector(config, null, layer, num_experts)(router_logits)
+    if order is None:
+        indices, weights = softmax_top(router_logits, max_k, temperature)
+    else:
+        indices, weights = order, softmax_of(router_logits, order, temperature)
     selection = keep(indices, weights, counts, num_experts)
     if renormalize is True:
         return selection._replace(
             weights=selection.weights / selection.weights.sum(-1, keepdim=True)
         )
     return selection
-
-
-def _testing_rule(name: str) -> Rule:
-    if RULES[name].critical_values is None:
-        raise ParameterError(
-            f"rule={name!r} tests nothing: choose a multiple-testing rule such as 'bh'."
-        )
-    return RULES[name]
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

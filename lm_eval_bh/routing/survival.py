@@ -19,17 +19,17 @@ def survival(x: torch.Tensor, cdf: torch.Tensor, z: torch.Tensor) -> torch.Tenso
 
     Parameters
     ----------
-    x, cdf : Tensor, float64 [points]
-        Strictly ascending and non-decreasing.
-    z : Tensor, float64 [any shape]
-        NaN gives NaN.
+    x, cdf : Tensor, float64 [..., points]
+        Strictly ascending and non-decreasing along the last dimension.
+    z : Tensor, float64 [..., n]
+        The leading dimensions are those of ``x``: one distribution for each. NaN gives NaN.
     """
-    left = torch.searchsorted(x, z.contiguous(), right=True).sub_(1).clamp_(0, len(x) - 2)
-    low, high = cdf[left], cdf[left + 1]
-    start = x[left]
-    share = (z.clamp(x[0], x[-1]) - start) / (x[left + 1] - start)
+    left = torch.searchsorted(x, z.contiguous(), right=True).sub_(1).clamp_(0, x.shape[-1] - 2)
+    low, high = cdf.gather(-1, left), cdf.gather(-1, left + 1)
+    start, end = x.gather(-1, left), x.gather(-1, left + 1)
+    share = (z.clamp(x[..., :1], x[..., -1:]) - start) / (end - start)
     value = (low + share * (high - low)).clamp(low, high)
-    return 1 - torch.where(z >= x[-1], cdf[-1], value)
+    return 1 - torch.where(z >= x[..., -1:], cdf[..., -1:], value)
 
 
 def thresholds(x: Array, cdf: Array, critical_values: Array) -> Array:

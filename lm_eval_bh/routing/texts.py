@@ -14,7 +14,12 @@ WIKITEXT = "EleutherAI/wikitext_document_level wikitext-2-raw-v1 train"
 
 
 def wikitext_train_texts() -> list[str]:
-    """Return the articles of WikiText-2's raw training split, detokenised as lm-eval does it.
+    """Return the articles of WikiText-2's raw training split, which null models are fitted on."""
+    return wikitext_texts("train")
+
+
+def wikitext_texts(split: str) -> list[str]:
+    """Return the articles of a split of raw WikiText-2, detokenised as lm-eval does it.
 
     Raises
     ------
@@ -23,7 +28,7 @@ def wikitext_train_texts() -> list[str]:
     """
     import datasets
 
-    name, config, split = WIKITEXT.split()
+    name, config, _ = WIKITEXT.split()
     try:
         pages = datasets.load_dataset(name, config, split=split)["page"]
     except Exception as error:  # hub, network and cache each raise their own; the answer is one

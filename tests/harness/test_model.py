@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from lm_eval.api.registry import get_model
 
 from lm_eval_bh import BHError, ModelError, NullModelError, ParameterError
 from lm_eval_bh.harness.model import BHLM, DEFAULT_MODEL
-from lm_eval_bh.resources import tiny_olmoe
+from lm_eval_bh.resources import shipped, tiny_olmoe
+from lm_eval_bh.schema import experiment_name
 
 DEMO = ["bh_demo_wikitext", "bh_demo_lambada", "bh_demo_hellaswag"]
 
@@ -61,6 +63,29 @@ def test_mean_experts_rise_with_the_level_and_are_reported(evaluate):
     assert 1 < means[0] < means[1] < means[2] < means[3] < 8
 
 
+def test_a_solved_target_is_in_the_results(evaluate, monkeypatch, tmp_path):
+    lines = (shipped("tasks") / "demo" / "wikitext.jsonl").read_text().splitlines()[:8]
+    pages = [json.loads(line)["page"] for line in lines]
+    monkeypatch.setattr("lm_eval_bh.routing.target.wikitext_train_texts", lambda: pages)
+    arguments = f"{TINY},target_experts=5,budget=layer,log_routing=samples,log_dir={tmp_path}"
+    results = evaluate("hf-bh", arguments, DEMO[1:2], limit=2)
+    config = json.loads(json.dumps(results["config"]["bh"]["config"]))
+    assert (config["target_experts"], config["budget"]) == (5, "layer")
+    assert list(config["solved"]["layer_means"].values()) == pytest.approx([5] * 4, rel=0.02)
+    assert config["alpha"] == pytest.approx(sum(config["solved"]["alphas"].values()) / 4)
+    name = experiment_name("bh", 8, config["alpha"], DEMO[1])
+    assert list(tmp_path.rglob(f"{name}_internal_routing.json"))
+
+
+@pytest.mark.parametrize("arguments", ["rule=random_k,seed=1,max_k=4", "rule=min_p,alpha=0.3"])
+def test_controls_route_and_say_so(evaluate, arguments):
+    bh = evaluate("hf-bh", f"{TINY},{arguments}", DEMO[1:2], limit=2)["config"]["bh"]
+    assert bh["null_model"] is None
+    assert 1 < bh["summary"]["mean_experts_per_token"] <= 8
+    repeated = evaluate("hf-bh", f"{TINY},{arguments}", DEMO[1:2], limit=2, batch_size=1)
+    assert repeated["config"]["bh"]["summary"]["layers"] == bh["summary"]["layers"]
+
+
 def test_results_are_plain_json_values(evaluate):
     def check(value):
         if isinstance(value, dict):
@@ -105,6 +130,13 @@ def test_padding_does_not_count(evaluate):
         ("layers=some", "layers='some'"),
         ("rule=topk,alpha=0.4", "alpha=0.4 has no meaning with rule=topk"),
         ("rule=topk,max_k=8,min_k=2", "min_k=2 contradicts rule=topk"),
+        ("rule=random_k,alpha=0.4", "alpha=0.4 has no meaning with rule=random_k"),
+        ("rule=top_p,kde=auto", "kde='auto' has no meaning with rule=top_p"),
+        ("rule=top_p,null=expert", "null='expert' has no meaning with rule=top_p"),
+        ("rule=bh,seed=3", "seed=3 has no meaning with rule=bh"),
+        ("alpha=0.4,target_experts=5", "alpha=0.4 contradicts target_experts=5"),
+        ("target_experts=9", "between min_k=1 and max_k=8"),
+        ("budget=layer", "without target_experts"),
     ],
 )
 def test_bad_arguments_are_refused_before_a_model_is_looked_for(arguments, sentence):

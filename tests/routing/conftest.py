@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,10 @@ def ids(tokenizer) -> torch.Tensor:
 @pytest.fixture
 def tiny(tiny_model_folder: Path):
     return AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def demo_texts() -> list[str]:
+    """Return the demo articles that ship, about 10,000 tokens."""
+    lines = (shipped("tasks") / "demo" / "wikitext.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["page"] for line in lines]

@@ -21,7 +21,7 @@ from lm_eval_bh.routing.routers import find_routers
 from lm_eval_bh.routing.rules import RULES
 
 STOCK_EXPERTS = ["eager", "grouped_mm", "batched_mm"]
-TESTS = [name for name, rule in RULES.items() if rule.adaptive]
+TESTS = [name for name, rule in RULES.items() if rule.tests]
 
 
 def hooks(model) -> list:

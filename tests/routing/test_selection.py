@@ -10,11 +10,12 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from scipy.stats import false_discovery_control
+from scipy.stats import chisquare, false_discovery_control
 from statsmodels.stats.multitest import multipletests
+from transformers.generation.logits_process import MinPLogitsWarper, TopPLogitsWarper
 
 from lm_eval_bh import NullModel, ParameterError, RoutingError, select_experts
-from lm_eval_bh.routing.rules import RULES
+from lm_eval_bh.routing.rules import RULES, storey_null_share
 from lm_eval_bh.routing.selection import reject
 
 STATSMODELS = {
@@ -23,8 +24,9 @@ STATSMODELS = {
     "holm": "holm",
     "hochberg": "simes-hochberg",
     "bonferroni": "bonferroni",
+    "fdr_tsbh": "fdr_tsbh",
 }
-TESTS = [name for name, rule in RULES.items() if rule.adaptive]
+TESTS = [name for name, rule in RULES.items() if rule.tests]
 ALPHAS = st.one_of(
     st.sampled_from([1e-9, 0.05, 0.3, 0.4, 0.5, 0.6, 0.999999]), st.floats(1e-6, 1 - 1e-6)
 )
@@ -53,11 +55,34 @@ def random_null(seed: int = 0, layers: int = 1) -> NullModel:
     return NullModel.fit({layer: rng.normal(size=(500, 16)) for layer in range(layers)})
 
 
+def storey(p, alpha):
+    """Storey's procedure word by word: BH at alpha / share of nulls, among p-values up to 1/2."""
+    n, ordered = len(p), np.sort(p)
+    null_share = (1 + sum(value > 0.5 for value in p)) / (n * (1 - 0.5))
+    meets = [k for k in range(1, n + 1) if ordered[k - 1] <= min(k / n * (alpha / null_share), 0.5)]
+    return p <= ordered[meets[-1] - 1] if meets else np.zeros(n, dtype=bool)
+
+
+def by_others(p, alpha, rule):
+    """Return the decisions of someone else's code, or of the textbook's where there is none."""
+    if rule == "storey":
+        return storey(p, alpha)
+    return multipletests(p, alpha=alpha, method=STATSMODELS[rule])[0]
+
+
 @pytest.mark.parametrize("rule", TESTS)
 @given(p=P_VALUES, alpha=ALPHAS)
 def test_every_rule_decides_like_statsmodels(rule, p, alpha):
-    expected = multipletests(p, alpha=alpha, method=STATSMODELS[rule])[0]
+    expected = by_others(p, alpha, rule)
     assert reject(torch.from_numpy(p)[None], alpha, rule)[0].tolist() == expected.tolist()
+
+
+def test_the_null_share_is_storeys():
+    uniform = np.random.default_rng(0).uniform(size=(200, 5000))
+    estimates = storey_null_share((uniform > 0.5).sum(1), 5000)
+    assert estimates.mean() == pytest.approx(1, abs=0.005)
+    half = np.concatenate([uniform[:, :2500], np.zeros((200, 2500))], axis=1)
+    assert storey_null_share((half > 0.5).sum(1), 5000).mean() == pytest.approx(0.5, abs=0.005)
 
 
 @pytest.mark.parametrize(("rule", "method"), [("bh", "bh"), ("by", "by")])
@@ -93,7 +118,7 @@ def test_rules_are_nested_as_the_theory_says(p, alphas):
         for alpha in sorted(alphas)
     )
     assert low["bonferroni"] <= low["holm"] <= low["hochberg"] <= low["bh"]
-    assert low["by"] <= low["bh"]
+    assert low["by"] <= low["bh"] <= low["fdr_tsbh"]
     assert all(low[name] <= high[name] for name in TESTS)
 
 
@@ -103,7 +128,8 @@ def test_thresholds_decide_like_p_values_on_the_real_tables(olmoe_null, rule, dt
     """The hot path compares logits; no decision may differ from comparing p-values."""
     generator = torch.Generator().manual_seed(0)
     differing = 0
-    for layer in range(olmoe_null.num_layers):
+    looks_twice = rule in ("fdr_tsbh", "storey")  # 65 times the thresholds: some layers will do
+    for layer in range(0, olmoe_null.num_layers, 5 if looks_twice else 1):
         x, cdf = olmoe_null.cdf(layer)
         uniform = torch.rand(400, 64, generator=generator, dtype=torch.float64).numpy()
         logits = np.interp(uniform, cdf, x)
@@ -114,10 +140,7 @@ def test_thresholds_decide_like_p_values_on_the_real_tables(olmoe_null, rule, dt
             counts = select_experts(
                 logits, olmoe_null, layer=layer, alpha=alpha, rule=rule, min_k=1, max_k=64
             ).counts
-            expected = [
-                max(1, int(multipletests(row, alpha=alpha, method=STATSMODELS[rule])[0].sum()))
-                for row in p[::25]
-            ]
+            expected = [max(1, int(by_others(row, alpha, rule).sum())) for row in p[::25]]
             differing += sum(a != b for a, b in zip(counts[::25].tolist(), expected, strict=True))
             direct = reject(olmoe_null.p_values(layer, logits), alpha, rule).sum(-1).clamp(min=1)
             differing += int((direct != counts).sum())
@@ -158,9 +181,12 @@ def test_a_selection_is_what_it_says(logits, alpha, rule, data):
     )
     assert indices.shape == weights.shape == (tokens, max_k)
     assert indices.dtype == counts.dtype == torch.int64
-    if RULES[rule].adaptive:
+    if RULES[rule].tests:
         rejected = reject(null.p_values(0, logits), alpha, rule).sum(-1)
         assert counts.tolist() == rejected.clamp(min_k, max_k).tolist()
+    elif RULES[rule].adaptive:
+        assert counts.min() >= min_k
+        assert counts.max() <= max_k
     else:
         assert counts.tolist() == [max_k] * tokens
     probabilities = torch.softmax(logits / temperature, -1)
@@ -174,8 +200,57 @@ def test_a_selection_is_what_it_says(logits, alpha, rule, data):
         assert (values[:-1] >= values[1:] - 1e-6).all()
         rest = torch.ones(experts, dtype=torch.bool)
         rest[chosen] = False
-        assert not rest.any() or logits[token, rest].max() <= values.min() + 1e-6
+        if not RULES[rule].random:
+            assert not rest.any() or logits[token, rest].max() <= values.min() + 1e-6
         torch.testing.assert_close(weights[token, :used], probabilities[token, chosen])
+
+
+@pytest.mark.parametrize(
+    ("rule", "warper"), [("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)]
+)
+@given(
+    logits=hnp.arrays(np.float32, (4, 24), elements=st.floats(-6, 6, width=32)),
+    alpha=st.floats(0.01, 0.99),
+)
+def test_controls_take_as_many_as_the_samplers_of_transformers(rule, warper, logits, alpha):
+    logits = torch.from_numpy(logits)
+    shares = torch.softmax(logits.double(), -1).sort(descending=True).values
+    edges = shares.cumsum(-1) if rule == "top_p" else shares / shares[:, :1]
+    assume(not torch.isclose(edges, torch.tensor(alpha, dtype=torch.float64), atol=1e-5).any())
+    kept = warper(alpha)(None, logits.clone()).isfinite().sum(-1)
+    counts = select_experts(logits, None, alpha=alpha, rule=rule, max_k=24).counts
+    assert counts.tolist() == kept.tolist()
+
+
+class TestRandomK:
+    LOGITS = torch.randn(4000, 16, generator=torch.Generator().manual_seed(4))
+
+    def draw(self, logits=LOGITS, **options):
+        return select_experts(logits, None, **{"rule": "random_k", "max_k": 4} | options).indices
+
+    def test_a_token_draws_the_same_in_every_batch(self):
+        whole = self.draw()
+        order = torch.randperm(4000, generator=torch.Generator().manual_seed(5))
+        assert torch.equal(self.draw(self.LOGITS[order]), whole[order])
+        assert torch.equal(torch.cat([self.draw(row) for row in self.LOGITS.split(7)]), whole)
+
+    def test_rounding_of_the_logits_changes_no_draw(self):
+        noisy = self.LOGITS * (1 + 1e-7 * torch.randn(4000, 16))
+        assert (self.draw(noisy) == self.draw()).all(-1).float().mean() > 0.998
+
+    @pytest.mark.parametrize("other", [{"seed": 1}, {"layer": 1}])
+    def test_another_seed_or_layer_draws_others(self, other):
+        assert (self.draw(**other).sort().values == self.draw().sort().values).all(
+            -1
+        ).float().mean() < 0.01
+
+    def test_every_expert_is_as_likely_and_pairs_are_independent(self):
+        drawn = torch.nn.functional.one_hot(self.draw(), 16).sum(1).numpy()
+        assert chisquare(drawn.sum(0)).pvalue > 1e-3
+        pairs = (drawn.T @ drawn)[np.triu_indices(16, 1)]
+        assert chisquare(pairs).pvalue > 1e-3
+        best = self.LOGITS.argmax(-1).numpy()
+        assert drawn[np.arange(4000), best].mean() == pytest.approx(4 / 16, abs=0.03)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -232,6 +307,8 @@ def test_temperature_changes_weights_and_never_the_selection():
         ({"temperature": 0}, "give a positive number"),
         ({"renormalize": "yes"}, "renormalize='yes' is unknown"),
         ({"layer": 1}, "layer"),
+        ({"seed": -1, "rule": "random_k"}, "seed=-1 is out of range"),
+        ({"seed": 1}, "seed=1 has no meaning with rule=bh"),
     ],
 )
 def test_bad_parameters_are_one_clear_sentence(arguments, sentence):

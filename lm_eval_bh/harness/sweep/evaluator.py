@@ -15,7 +15,7 @@ from lm_eval.loggers import EvaluationTracker
 from tqdm import tqdm
 
 from lm_eval_bh.errors import DataError
-from lm_eval_bh.harness.model import BHLM
+from lm_eval_bh.harness.model import BHLM, PLAIN
 from lm_eval_bh.harness.plugin import MODEL_NAME
 from lm_eval_bh.harness.run_log import LogOptions
 from lm_eval_bh.harness.sweep.grid import Experiment, SweepConfig
@@ -116,12 +116,12 @@ class Evaluator:
         return _written(folder, tracker.date_id, len(samples[experiment.task]))
 
     def _model_args(self, experiment: Experiment) -> dict[str, Any]:
-        """Return what ``--model_args`` would say; what only a test needs, to a test alone."""
-        tested = experiment.alpha is not None
+        """Return what ``--model_args`` would say; baselines are plain static top-k."""
+        adaptive = experiment.alpha is not None
         common = {
             name: value
             for name, value in self.config.model_args.items()
-            if tested or name not in ("kde", "min_k")
+            if adaptive or name not in (*PLAIN, "kde")
         }
         return {"pretrained": self.config.pretrained, **experiment.routing, **common}
 

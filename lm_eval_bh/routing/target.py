@@ -1,0 +1,204 @@
+"""Solves a rule's parameter so that tokens get a given number of experts on the mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lm_eval_bh.errors import ParameterError
+from lm_eval_bh.routing.rules import RULES, Evidence
+from lm_eval_bh.routing.selector import Ranking
+from lm_eval_bh.routing.texts import WIKITEXT, text_batches, wikitext_train_texts
+
+if TYPE_CHECKING:
+    from lm_eval_bh.routing.integration import BHRoutingIntegration
+
+logger = logging.getLogger(__name__)
+
+TOKENS, LENGTH, BATCH = 16384, 512, 8
+TOLERANCE = 0.02  # share of the target that the mean may miss it by
+AIM = 0.01  # and what ends the search
+ROUNDS = 8
+LOG_ODDS = 20.0  # alpha is looked for between 2e-9 and 1 - 2e-9
+HALVINGS = 24
+
+Mean = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The parameters that meet a target.
+
+    Attributes
+    ----------
+    target_experts, budget
+        What was asked for.
+    alphas : dict of layer to float
+        The rule's parameter in every routed layer.
+    mean_experts : float
+        The mean over tokens and layers on the calibration text, with the rule at work.
+    layer_means : dict of layer to float
+        The means of the layers.
+    tokens : int
+        How many tokens of the text.
+    text : str
+        What text.
+    """
+
+    target_experts: float
+    budget: str
+    alphas: dict[int, float]
+    mean_experts: float
+    layer_means: dict[int, float]
+    tokens: int
+    text: str
+
+    @property
+    def miss(self) -> float:
+        """By what share of itself the target is missed; in the worst layer if each has its own."""
+        per_layer = self.budget == "layer"
+        means = list(self.layer_means.values()) if per_layer else [self.mean_experts]
+        return max(abs(mean / self.target_experts - 1) for mean in means)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON, whose keys are text."""
+        content = dataclasses.asdict(self)
+        for name in ("alphas", "layer_means"):
+            content[name] = {str(layer): value for layer, value in content[name].items()}
+        return content
+
+
+def solve(
+    integration: BHRoutingIntegration, tokenizer: Any = None, texts: Sequence[str] | None = None
+) -> Solution:
+    """Solve the parameter of the integration's rule for its ``target_experts``.
+
+    The rule is solved on the logits of the unchanged model; but experts that are left out below
+    change the logits above, so the model is run with what was solved, and it is solved again on the
+    logits it gives then, until the mean that really comes out meets the target.
+
+    Parameters
+    ----------
+    integration : BHRoutingIntegration
+        Not patched; its configuration names the target.
+    tokenizer : optional
+        Of the model; by default the one that belongs to it is loaded.
+    texts : sequence of str, optional
+        The first 16,384 tokens of these documents are used; default WikiText-2's training text.
+
+    Raises
+    ------
+    ParameterError
+        If the rule cannot reach the target.
+    DataError, ModelError
+        If the text or the tokenizer cannot be loaded.
+    """
+    from lm_eval_bh.routing.calibration import collect_router_logits
+    from lm_eval_bh.routing.resolution import tokenizer_of
+
+    config = integration.config
+    assert config.target_experts is not None
+    batches = text_batches(
+        tokenizer or tokenizer_of(integration.model),
+        wikitext_train_texts() if texts is None else texts,
+        tokens=TOKENS,
+        length=LENGTH,
+        batch=BATCH,
+    )
+    modules = [router.module for router in integration.routers]
+    logits = collect_router_logits(integration.model, modules, batches)
+    best: Solution | None = None
+    for _ in range(ROUNDS):
+        alphas = _solve_on(integration, logits)
+        integration.solution = Solution(
+            config.target_experts, config.budget, alphas, 0.0, {}, 0, ""
+        )
+        with integration:
+            logits = collect_router_logits(integration.model, modules, batches)
+        counters = {layer: _mean(integration, layer, logits)(alphas[layer]) for layer in alphas}
+        found = dataclasses.replace(
+            integration.solution,
+            mean_experts=sum(counters.values()) / len(counters),
+            layer_means=counters,
+            tokens=sum(batch.numel() for batch in batches),
+            text=WIKITEXT if texts is None else "given",
+        )
+        if best is None or found.miss < best.miss:
+            best = found
+        if best.miss <= AIM:
+            break
+    assert best is not None
+    if best.miss > TOLERANCE:
+        raise ParameterError(
+            f"target_experts={config.target_experts} could not be met: rule={config.rule} came to "
+            f"a mean of {best.mean_experts:.3g} in {ROUNDS} rounds; give another target or rule."
+        )
+    logger.info("Solved for %s experts: %s", config.target_experts, best)
+    return best
+
+
+def _solve_on(integration: BHRoutingIntegration, logits: Mapping[int, Tensor]) -> dict[int, float]:
+    """Return every layer's parameter, solved on logits as they are."""
+    config = integration.config
+    means = {layer: _mean(integration, layer, logits) for layer in integration.layers}
+    target = float(config.target_experts or 0)
+    if config.budget == "layer":
+        return {layer: _bisect(mean, target, config.rule) for layer, mean in means.items()}
+
+    def over_layers(alpha: float) -> float:
+        return sum(mean(alpha) for mean in means.values()) / len(means)
+
+    return dict.fromkeys(means, _bisect(over_layers, target, config.rule))
+
+
+def _mean(integration: BHRoutingIntegration, layer: int, logits: Mapping[int, Tensor]) -> Mean:
+    """Return the function from the parameter to a layer's mean number of experts."""
+    config, null = integration.config, integration.null
+    rule, experts = RULES[config.rule], integration.num_experts
+    if rule.tests and null is not None:  # many levels: p-values once are cheaper than thresholds
+        ascending = null.p_values(layer, logits[layer]).sort(dim=-1).values
+    else:
+        ascending = Ranking(logits[layer], null, layer).ascending
+
+    def mean(alpha: float) -> float:
+        levels = None if rule.critical_values is None else rule.critical_values(alpha, experts)
+        limits = None if levels is None else torch.from_numpy(levels)
+        assert rule.count is not None
+        counts = rule.count(Evidence(alpha, ascending, limits))
+        return float(counts.clamp_(config.min_k, config.max_k).double().mean())
+
+    return mean
+
+
+def _bisect(mean: Mean, target: float, rule: str) -> float:
+    """Return the parameter whose mean comes nearest to the target.
+
+    The mean rises with the level of a test and falls with that of ``min_p``.
+    """
+    low, high = -LOG_ODDS, LOG_ODDS
+    ends = mean(_level(low)), mean(_level(high))
+    if not min(ends) <= target <= max(ends):
+        raise ParameterError(
+            f"target_experts={target} cannot be reached with rule={rule}: on the calibration text "
+            f"its mean lies between {min(ends):.3g} and {max(ends):.3g} experts for every alpha; "
+            "give another target or rule."
+        )
+    rising = ends[1] >= ends[0]
+    nearest = min((abs(ends[0] - target), low), (abs(ends[1] - target), high))
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        value = mean(_level(middle))
+        nearest = min(nearest, (abs(value - target), middle))
+        low, high = (middle, high) if (value < target) == rising else (low, middle)
+    return _level(nearest[1])
+
+
+def _level(log_odds: float) -> float:
+    return 1 / (1 + math.exp(-log_odds))

@@ -1,0 +1,260 @@
+"""Measure the table in README: every rule against static top-k at the same mean number of experts.
+
+    python scripts/compare_rules.py --output compare_rules.json
+
+Perplexity on all of WikiText-2's test text. Every rule's parameter is solved on training text for a
+mean of 3, 4, 5 and 6 experts; what the mean then is on the test text is measured, and static top-k
+at *that* mean is what the rule is compared with: between whole numbers its loss is interpolated,
+document by document, which is what mixing two of them over the tokens would about give. The
+interval is of the paired difference, by a bootstrap over documents.
+
+Every row is written as soon as it is measured, and a row that is in the file is not measured again,
+so an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError
+from lm_eval_bh.files import replacing
+from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
+from lm_eval_bh.routing.null_header import STATISTICS
+from lm_eval_bh.routing.resolution import resolve_null
+from lm_eval_bh.routing.routers import find_routers
+from lm_eval_bh.routing.rules import RULES
+from lm_eval_bh.routing.texts import wikitext_texts
+
+LENGTH = 512
+RESAMPLES = 10_000
+HEADER = (
+    "| rule | statistic | null | target | parameter | mean experts on test | perplexity "
+    "| static top-k at that mean | difference (95 % interval) |\n"
+    "|---|---|---|---:|---:|---:|---:|---:|---:|"
+)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row: a rule on a statistic, and the mean number of experts it is solved for."""
+
+    rule: str
+    statistic: str
+    null: str
+    target: float
+
+    @property
+    def label(self) -> str:
+        return f"{self.rule}/{self.statistic}/{self.null}/{self.target:g}"
+
+
+@dataclass
+class Measured:
+    """What came out; losses are sums in nats over a document's tokens."""
+
+    mean_experts: float | None = None
+    alpha: float | None = None
+    losses: list[float] = field(default_factory=list)
+    unreachable: str | None = None
+
+
+def configurations(targets: Sequence[float], most: int) -> list[Configuration]:
+    """Return all rows: static top-k, which the others are compared with, then target by target."""
+    rows = [Configuration("topk", "logit", "pooled", k) for k in range(2, most + 1)]
+    for k in targets:
+        for name, rule in RULES.items():
+            kinds = [(s, "pooled") for s in STATISTICS]
+            if name == "bh":
+                kinds += [(s, "expert") for s in STATISTICS]
+            if rule.random:
+                kinds = kinds[:1]
+            if name == "topk":
+                kinds = kinds[1:]
+            rows += [Configuration(name, statistic, null, k) for statistic, null in kinds]
+    return rows
+
+
+class Bench:
+    """The model, the text, and the null models, loaded once."""
+
+    def __init__(
+        self, pretrained: str, limit: int | None, length: int | None, max_k: int, batch: int
+    ) -> None:
+        folder = str(tiny_olmoe()) if pretrained == TINY_OLMOE else pretrained
+        self.max_k = max_k
+        self.model: nn.Module = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.train = wikitext_texts("train")
+        self.nulls: dict[tuple[str, str], NullModel] = {}
+        self.tokens: list[int] = []
+        windows: list[tuple[int, list[int]]] = []
+        prefix = self.tokenizer.bos_token_id or self.tokenizer.eos_token_id
+        for document, text in enumerate(wikitext_texts("test")[:limit]):
+            ids = [prefix, *self.tokenizer(text, verbose=False)["input_ids"][:length]]
+            self.tokens.append(len(ids) - 1)
+            windows += [
+                (document, ids[start : start + LENGTH + 1])
+                for start in range(0, len(ids) - 1, LENGTH)
+            ]
+        windows.sort(key=lambda window: len(window[1]), reverse=True)
+        self.batches = [windows[i : i + batch] for i in range(0, len(windows), batch)]
+
+    def null(self, statistic: str, kind: str) -> NullModel:
+        if (statistic, kind) not in self.nulls:
+            self.nulls[statistic, kind] = resolve_null(
+                "auto",
+                self.model,
+                find_routers(self.model),
+                self.tokenizer,
+                statistic=statistic,
+                null=kind,
+            )
+        return self.nulls[statistic, kind]
+
+    def measure(self, row: Configuration) -> Measured:
+        options: dict[str, Any] = {"max_k": self.max_k, "target_experts": row.target}
+        if not RULES[row.rule].adaptive:
+            options = {"max_k": int(row.target)}
+        tests = RULES[row.rule].tests
+        if tests or row.statistic != "logit":
+            options["kde"] = self.null(row.statistic, row.null)
+        try:
+            routing = BHRoutingIntegration(
+                self.model,
+                rule=row.rule,
+                statistic=row.statistic,
+                null=row.null,
+                tokenizer=self.tokenizer,
+                texts=self.train,
+                **options,
+            )
+        except ParameterError as error:
+            return Measured(unreachable=str(error))
+        losses = np.zeros(len(self.tokens))
+        with routing, torch.inference_mode():
+            for batch in self.batches:
+                for (document, _), loss in zip(batch, self.losses(batch), strict=True):
+                    losses[document] += float(loss)
+        assert routing.counters is not None
+        alpha = None if routing.solution is None else routing.solution.alphas[0]
+        return Measured(routing.counters.mean(), alpha, losses.tolist())
+
+    def losses(self, batch: Sequence[tuple[int, list[int]]]) -> Tensor:
+        """Return the summed loss of each window, in nats."""
+        ids = nn.utils.rnn.pad_sequence(
+            [torch.tensor(window) for _, window in batch], batch_first=True, padding_value=-100
+        )
+        inputs, targets = ids[:, :-1], ids[:, 1:]
+        logits = self.model(
+            input_ids=inputs.clamp(min=0), attention_mask=targets != -100, use_cache=False
+        ).logits
+        loss = nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), targets, reduction="none", ignore_index=-100
+        )
+        return loss.double().sum(-1)
+
+
+class Table:
+    """Puts every row beside static top-k at its own mean number of experts."""
+
+    def __init__(self, rows: dict[str, Measured], tokens: Sequence[int], seed: int) -> None:
+        self.rows = rows
+        self.tokens = np.asarray(tokens, dtype=float)
+        self.static = {
+            int(label.rsplit("/", 1)[1]): np.array(row.losses)
+            for label, row in rows.items()
+            if label.startswith("topk/logit")
+        }
+        rng = np.random.default_rng(seed)
+        documents = len(self.tokens)
+        self.weights = rng.multinomial(documents, np.full(documents, 1 / documents), RESAMPLES)
+
+    def perplexity(self, losses: np.ndarray[Any, Any]) -> float:
+        return math.exp(losses.sum() / self.tokens.sum())
+
+    def static_at(self, mean: float) -> np.ndarray[Any, Any]:
+        """Return the documents' losses of static top-k, between whole numbers interpolated."""
+        low = min(max(int(mean), min(self.static)), max(self.static) - 1)
+        share = mean - low
+        interpolated: np.ndarray[Any, Any] = (1 - share) * self.static[low] + share * self.static[
+            low + 1
+        ]
+        return interpolated
+
+    def compare(self, row: Measured) -> tuple[float, float, float, float, float]:
+        """Return (perplexity, static perplexity, difference, lower and upper end of it)."""
+        own, static = np.array(row.losses), self.static_at(row.mean_experts or 0.0)
+        tokens = self.weights @ self.tokens
+        differences = np.exp(self.weights @ own / tokens) - np.exp(self.weights @ static / tokens)
+        low, high = np.quantile(differences, [0.025, 0.975])
+        a, b = self.perplexity(own), self.perplexity(static)
+        return a, b, a - b, float(low), float(high)
+
+    def line(self, row: Configuration) -> str:
+        measured = self.rows[row.label]
+        cells = [row.rule, row.statistic, row.null if RULES[row.rule].tests else ""]
+        if measured.unreachable is not None:
+            return f"| {' | '.join([*cells, f'{row.target:g}'])} | cannot be reached | | | | |"
+        a, b, difference, low, high = self.compare(measured)
+        cells += [
+            f"{row.target:g}",
+            "" if measured.alpha is None else f"{measured.alpha:.4g}",
+            f"{measured.mean_experts:.3f}",
+            f"{a:.3f}",
+            f"{b:.3f}",
+            f"{difference:+.3f} ({low:+.3f} to {high:+.3f})",
+        ]
+        return f"| {' | '.join(cells)} |"
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="JSON file of all rows; read to go on.")],
+    pretrained: str = TINY_OLMOE,
+    targets: str = "3,4,5,6",
+    max_k: int = 8,
+    limit: Annotated[int | None, typer.Option(help="Documents; default all.")] = None,
+    tokens_per_document: Annotated[
+        int | None, typer.Option(help="The first so many; default all.")
+    ] = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    table_only: Annotated[bool, typer.Option(help="Measure nothing, print what is there.")] = False,
+) -> None:
+    """Measure every row that is not there yet, and print the table."""
+    wanted = configurations([float(k) for k in targets.split(",")], max_k)
+    rows: dict[str, Measured] = {}
+    tokens: list[int] = []
+    if output.exists():
+        content = json.loads(output.read_text(encoding="utf-8"))
+        rows = {label: Measured(**row) for label, row in content["rows"].items()}
+        tokens = content["tokens"]
+    if not table_only:
+        bench = Bench(pretrained, limit, tokens_per_document, max_k, batch_size)
+        tokens = bench.tokens
+        for row in tqdm([row for row in wanted if row.label not in rows], disable=None):
+            rows[row.label] = bench.measure(row)
+            content = {"tokens": tokens, "rows": {name: asdict(r) for name, r in rows.items()}}
+            with replacing(output) as temporary:
+                temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    table = Table(rows, tokens, seed)
+    print(f"{len(tokens)} documents, {sum(tokens)} tokens\n", HEADER, sep="\n")
+    order = list(RULES)
+    for row in sorted(wanted, key=lambda r: (order.index(r.rule), r.statistic, r.null, r.target)):
+        if row.label in rows:
+            print(table.line(row))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,94 @@
+"""A grid is read off one pass, and says what each configuration alone would say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError
+from lm_eval_bh.routing.calibration import collect_router_logits
+from lm_eval_bh.routing.config import grid_of
+from lm_eval_bh.routing.grid import analyze_grid
+from lm_eval_bh.routing.routers import find_routers
+from lm_eval_bh.routing.rules import RULES
+
+KINDS = [(s, n) for s in ("logit", "contribution") for n in ("pooled", "expert")]
+
+
+@pytest.fixture(scope="module")
+def batches(ids):
+    return [ids, ids[:1, :17]]
+
+
+@pytest.fixture(scope="module")
+def nulls(tiny_model_folder, ids):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    modules = [router.module for router in find_routers(model)]
+    logits = collect_router_logits(model, modules, [ids], progress=False)
+    norms = torch.linspace(0.5, 2, 4 * 64).view(4, 64).double().numpy()
+    return {
+        (statistic, null): NullModel.fit(
+            logits, null=null, norms=norms if statistic == "contribution" else None
+        )
+        for statistic, null in KINDS
+    }
+
+
+def configurations():
+    for statistic, null in KINDS:
+        rules = ["bh", "storey"] if null == "expert" else ["bh", "storey", "top_p"]
+        yield from grid_of(rules, [0.5], [8, 20], min_k=2, statistic=statistic, null=null)
+    yield from grid_of(["topk", "min_p", "random_k"], [0.3], [4, 8])
+
+
+def test_every_row_is_what_the_configuration_alone_would_select(tiny, nulls, batches):
+    configs = list(configurations())
+    rows = analyze_grid(tiny, find_routers(tiny), batches, configs, nulls, progress=False)
+    assert [row.config for row in rows] == configs
+    for row in rows:
+        config = row.config
+        seen = []
+        kde = nulls[config.statistic, config.null]
+        routing = BHRoutingIntegration(
+            tiny, **config.as_dict() | {"mode": "analyze"}, kde=kde if config.needs_null else "auto"
+        )
+        routing.observers.append(lambda *what, seen=seen: seen.append(what))
+        with routing, torch.no_grad():
+            for batch in batches:
+                tiny(batch)
+        counts = torch.cat([selection.counts for _, _, selection in seen]).double()
+        assert row.mean_experts == pytest.approx(float(counts.mean()))
+        assert row.ceiling_share == pytest.approx(float((counts == config.max_k).double().mean()))
+        adaptive = RULES[config.rule].adaptive
+        floor = float((counts == config.min_k).double().mean()) if adaptive else 0
+        assert row.floor_share == pytest.approx(floor)
+        overlaps, masses = [], []
+        for _, logits, selection in seen:
+            weights = torch.softmax(logits, -1)
+            own = logits.topk(8).indices.tolist()
+            for token, chosen in enumerate(selection.indices.tolist()):
+                used = {expert for expert in chosen if expert < 64}
+                overlaps.append(len(used & set(own[token])) / len(used | set(own[token])))
+                masses.append(float(weights[token, sorted(used)].sum()))
+        assert row.overlap == pytest.approx(sum(overlaps) / len(overlaps))
+        assert row.retained_mass == pytest.approx(sum(masses) / len(masses), rel=1e-5)
+        layer = torch.cat([s.counts for at, _, s in seen if at == 2]).double().mean()
+        assert row.layer_means[2] == pytest.approx(float(layer))
+
+
+def test_the_model_is_run_once_and_left_as_it_was(tiny, nulls, batches):
+    calls = []
+    handle = tiny.model.register_forward_hook(lambda *_: calls.append(1))
+    expected = tiny(batches[0]).logits
+    calls.clear()
+    analyze_grid(tiny, find_routers(tiny), batches, list(configurations()), nulls, progress=False)
+    handle.remove()
+    assert len(calls) == len(batches)
+    assert torch.equal(tiny(batches[0]).logits, expected)
+    assert not any(router.module._forward_hooks for router in find_routers(tiny))
+
+
+def test_a_grid_that_does_not_fit_the_model_is_refused(tiny, batches, nulls):
+    with pytest.raises(ParameterError, match="more than the model's 64 experts"):
+        analyze_grid(tiny, find_routers(tiny), batches, grid_of(["bh"], [0.4], [65]), nulls)

@@ -1,0 +1,102 @@
+"""A mean number of experts can be asked for, and is what comes out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError, RoutingConfig
+from lm_eval_bh.routing.target import LENGTH, TOKENS
+from lm_eval_bh.routing.texts import text_batches
+
+
+@pytest.fixture
+def solved(tiny, tokenizer, demo_texts, null):
+    """Return a function that makes an integration, its target solved on the demo texts."""
+
+    def make(**options) -> BHRoutingIntegration:
+        options = {"kde": null, "target_experts": 5} | options
+        return BHRoutingIntegration(tiny, tokenizer=tokenizer, texts=demo_texts[:8], **options)
+
+    return make
+
+
+def means(routing: BHRoutingIntegration, tokenizer, texts) -> list[float]:
+    """Return the mean experts of every layer on the text it was solved on, counted anew."""
+    routing.reset_stats()
+    batches = text_batches(tokenizer, texts[:8], tokens=TOKENS, length=LENGTH, batch=1)
+    with routing, torch.no_grad():
+        for batch in batches:
+            routing.model(batch)
+    return [routing.counters.mean(layer) for layer in routing.layers]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mode": "analyze"},
+        {"rule": "fdr_tsbh", "target_experts": 3},
+        {"rule": "top_p", "target_experts": 3.5},
+        {"rule": "min_p"},
+        {"budget": "layer"},
+        {"budget": "layer", "rule": "min_p", "layers": "1-2", "target_experts": 2.5},
+    ],
+    ids=str,
+)
+def test_the_mean_on_the_calibration_text_is_the_target(solved, tokenizer, demo_texts, options):
+    routing = solved(**options)
+    target = routing.config.target_experts
+    found = means(routing, tokenizer, demo_texts)
+    assert sum(found) / len(found) == pytest.approx(target, rel=0.02)
+    if routing.config.budget == "layer":
+        assert found == pytest.approx([target] * len(found), rel=0.02)
+        assert len(set(routing.alphas.values())) == len(found)
+    else:
+        assert len(set(routing.alphas.values())) == 1
+    assert found == pytest.approx(list(routing.solution.layer_means.values()), abs=0.02)
+
+
+def test_what_was_solved_is_said_in_plain_values(solved):
+    routing = solved(budget="layer")
+    content = json.loads(json.dumps(routing.describe()))
+    assert content["target_experts"] == 5
+    assert list(content["solved"]["alphas"]) == ["0", "1", "2", "3"]
+    assert content["alpha"] == pytest.approx(sum(routing.alphas.values()) / 4)
+    assert content["solved"]["mean_experts"] == pytest.approx(5, rel=0.02)
+    assert content["solved"]["tokens"] > 1000
+
+
+def test_the_model_is_left_as_it_was_and_the_statistics_start_at_zero(tiny, ids, solved):
+    expected = tiny(ids).logits
+    routing = solved()
+    assert torch.equal(tiny(ids).logits, expected)
+    assert routing.get_routing_stats()["mean_experts_per_token"] is None
+
+
+def test_a_target_out_of_reach_names_what_can_be_reached(solved):
+    with pytest.raises(ParameterError, match=r"mean lies between 1 and \d") as caught:
+        solved(rule="bonferroni", target_experts=7.9)
+    assert "\n" not in str(caught.value)
+
+
+def test_after_a_target_that_failed_the_old_configuration_is_in_force(tiny, ids, solved):
+    routing = solved()
+    with routing, torch.no_grad():
+        expected = tiny(ids).logits
+        with pytest.raises(ParameterError):
+            routing.configure(RoutingConfig(rule="bonferroni", target_experts=7.9))
+        assert torch.equal(tiny(ids).logits, expected)
+        routing.configure(RoutingConfig(alpha=0.4))
+        assert set(routing.alphas.values()) == {0.4}
+        assert "solved" not in routing.describe()
+
+
+def test_the_null_model_follows_the_configuration(tiny, null, tokenizer, demo_texts):
+    routing = BHRoutingIntegration(tiny, kde=null)
+    routing.configure(RoutingConfig(rule="top_p"))
+    assert routing.null is None
+    routing.configure(RoutingConfig())
+    assert isinstance(routing.null, NullModel)
