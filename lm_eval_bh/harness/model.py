@@ -42,7 +42,7 @@ eval_logger = logging.getLogger(__name__)
 DEFAULT_ALPHA = 0.4
 
 # How static top-k routes, whatever an adaptive rule beside it was asked for.
-PLAIN = {"min_k": 1, "statistic": "logit", "null": "pooled", "trim": None}
+PLAIN: dict[str, Any] = {"min_k": 1, "statistic": "logit", "null": "pooled", "trim": None}
 
 # What HFLM hands on to from_pretrained; any other name it does not know is a misspelling.
 FROM_PRETRAINED = frozenset(
@@ -254,7 +254,11 @@ class BHLM(HFLM):
         _check_contradictions(
             rule, alpha=alpha, min_k=None, max_k=max_k, kde=None, statistic="logit"
         )
-        changes = {"rule": rule, "max_k": max_k, "alpha": DEFAULT_ALPHA if alpha is None else alpha}
+        changes: dict[str, Any] = {
+            "rule": rule,
+            "max_k": max_k,
+            "alpha": DEFAULT_ALPHA if alpha is None else alpha,
+        }
         if rule in RULES and not RULES[rule].adaptive:
             changes |= PLAIN
         config = dataclasses.replace(self._asked, **changes)
