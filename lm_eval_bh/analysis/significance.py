@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +37,7 @@ PERPLEXITY_UNITS = {
     "target_perplexity": "target word",
     "byte_perplexity": "byte",
 }
+DRAWS_AT_ONCE = 2_000_000  # of documents: keeps a bootstrap below 100 MB
 BASELINES = ("native", "max_k")
 MATCHED = ("metric", "perplexity", "accuracy", "by", "k_low", "k_high")
 COMPARISON: dict[str, str] = {
@@ -298,7 +300,8 @@ def _compare_perplexity(
         return found | {"reason": "a loglikelihood is not finite"}
     losses = one - other
     log_ratio = float(losses.sum() / weights.sum())
-    value, baseline_value = perplexity(one, weights), perplexity(other, weights)
+    total = weights.sum()
+    value, baseline_value = perplexity(one.sum(), total), perplexity(other.sum(), total)
     (ratio_low, low), (ratio_high, high) = interval(_ratio_and_difference, one, other, weights)
     # The ratio of two means behaves like the mean of these, its influence on each document.
     influence = log_ratio + (losses - log_ratio * weights) / weights.mean()
@@ -308,7 +311,7 @@ def _compare_perplexity(
         "difference": float(value - baseline_value),
         "difference_low": float(low),
         "difference_high": float(high),
-        "ratio": float(perplexity(losses, weights)),
+        "ratio": float(perplexity(losses.sum(), total)),
         "ratio_low": float(ratio_low),
         "ratio_high": float(ratio_high),
         "test": "paired t",
@@ -322,7 +325,7 @@ def _compare_accuracy(
 ) -> dict[str, Any]:
     one, other = (side["accuracy"].to_numpy(np.float64) for side in (ours, theirs))
     difference = one - other
-    low, high = interval(np.mean, difference)
+    low, high = interval(np.asarray, difference)
     found = {
         "metric": ours.attrs["accuracy"],
         "documents": len(ours),
@@ -347,16 +350,16 @@ def _compare_accuracy(
     }
 
 
-def perplexity(losses: Floats, weights: Floats, axis: int = -1) -> Floats:
-    """Return exp(sum of losses / sum of weights), along an axis."""
+def perplexity(loss: Floats, weight: Floats) -> Floats:
+    """Return exp(loss / weight) of means, or sums, over documents."""
     with np.errstate(over="ignore"):
-        return np.asarray(np.exp(losses.sum(axis=axis) / weights.sum(axis=axis)))
+        return np.asarray(np.exp(loss / weight))
 
 
-def _ratio_and_difference(one: Floats, other: Floats, weights: Floats, axis: int = -1) -> Floats:
+def _ratio_and_difference(one: Floats, other: Floats, weight: Floats) -> Floats:
     """Return the ratio of two perplexities and their difference, stacked in front."""
-    ours, theirs = perplexity(one, weights, axis), perplexity(other, weights, axis)
-    return np.stack([perplexity(one - other, weights, axis), ours - theirs])
+    ours, theirs = perplexity(one, weight), perplexity(other, weight)
+    return np.stack([perplexity(one - other, weight), ours - theirs])
 
 
 def bootstrap_interval(
@@ -366,34 +369,52 @@ def bootstrap_interval(
     resamples: int = 9999,
     seed: int = 0,
 ) -> tuple[Floats, Floats]:
-    """Return a percentile bootstrap interval of a statistic of paired samples.
+    """Return a percentile bootstrap interval of a function of means of paired samples.
+
+    The draws and the interval are those of :func:`scipy.stats.bootstrap` with ``paired=True`` and
+    ``method="percentile"``. But the means of a resample need only how many times each document was
+    drawn: they are one matrix product for all samples.
 
     Parameters
     ----------
     statistic : callable
-        Of as many arrays as there are samples, along ``axis``; it may return several numbers,
-        stacked in front.
+        Of as many arrays ``[resamples]`` as there are samples, the means of each resample; it may
+        return several numbers, stacked in front.
     *samples : float64 [documents]
-        At least two documents; the same documents in all, which are drawn together.
+        The same documents in all, which are drawn together.
     confidence : float
         Between 0 and 1.
     resamples, seed : int
         How many times the documents are drawn with replacement, and from where.
-    """
-    from scipy.stats import bootstrap
 
-    result = bootstrap(
-        samples,
-        statistic,
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        batch=max(1, 2_000_000 // len(samples[0])),  # keeps the drawn documents below 100 MB
-        confidence_level=confidence,
-        method="percentile",
-        random_state=np.random.default_rng(seed),
-    )
-    return np.asarray(result.confidence_interval.low), np.asarray(result.confidence_interval.high)
+    References
+    ----------
+    Efron 1979, Ann. Stat. 7:1.
+    """
+    values = np.stack(samples, axis=1)
+    size = len(values)
+    drawn = _kept if resamples * size <= DRAWS_AT_ONCE else _drawn
+    means = [times @ values / size for times in drawn(size, resamples, seed)]
+    found = statistic(*np.concatenate(means).T)
+    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2], axis=-1)
+    return low, high
+
+
+def _drawn(size: int, resamples: int, seed: int) -> Iterator[Floats]:
+    """Yield how many times each document is drawn in each resample, [some resamples, documents]."""
+    rng = np.random.default_rng(seed)
+    batch = max(1, DRAWS_AT_ONCE // size)
+    for start in range(0, resamples, batch):
+        drawn = rng.integers(0, size, (min(batch, resamples - start), size))
+        cells = drawn + size * np.arange(len(drawn))[:, None]
+        times = np.bincount(cells.ravel(), minlength=drawn.size)
+        yield times.reshape(drawn.shape).astype(np.float64)
+
+
+@lru_cache(maxsize=1)
+def _kept(size: int, resamples: int, seed: int) -> tuple[Floats, ...]:
+    """Keep the draws: those of all comparisons over as many documents are the same."""
+    return tuple(_drawn(size, resamples, seed))
 
 
 def t_test(differences: Floats) -> float:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy import stats
 
 from lm_eval_bh.analysis import metrics
 
@@ -54,6 +55,27 @@ def test_perplexity_weighs_documents_by_their_tokens():
     assert metrics.perplexity([-8.0, -2.0], [3, 1]) == pytest.approx(math.exp(2.5))
     assert metrics.perplexity([], []) is None
     assert metrics.perplexity([-1e6], [1]) == math.inf
+
+
+def test_the_standard_error_of_the_perplexity_is_that_of_the_bootstrap():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(50, 400, 300)
+    loglikelihoods = -tokens * rng.normal(3, 0.3, 300)
+    bootstrapped = stats.bootstrap(
+        (loglikelihoods, tokens),
+        lambda nats, counts, axis: np.exp(-nats.sum(axis) / counts.sum(axis)),
+        paired=True,
+        vectorized=True,
+        n_resamples=4000,
+        method="percentile",
+        random_state=np.random.default_rng(1),
+    )
+    error = metrics.perplexity_stderr(loglikelihoods, tokens)
+    assert error == pytest.approx(bootstrapped.standard_error, rel=0.05)
+    # Documents that lose alike a token leave no doubt, however long they are.
+    assert metrics.perplexity_stderr([-6.0, -2.0], [3, 1]) == pytest.approx(0)
+    assert metrics.perplexity_stderr([-6.0], [3]) is None
+    assert metrics.perplexity_stderr([], []) is None
 
 
 def test_average_accuracy_weighs_tasks_alike():

@@ -217,6 +217,27 @@ def test_every_baseline_is_on_the_pareto_panel():
     assert sorted(line.get_xdata()[0] for line in hollow) == list(SIZES)
 
 
+def test_small_multiples_share_an_axis_that_holds_all_their_points():
+    frame = DATA["full preset"].copy()
+    slow = (frame["task"] == "bh_lambada") & frame["baseline"]
+    frame.loc[slow, "tokens_per_second"] /= 100
+    for axes in axes_of(create_single_panel(frame, "speed")):
+        low, high = axes.get_xlim()
+        shown = np.concatenate([line.get_xdata() for line in axes.lines])
+        assert low < shown.min()
+        assert shown.max() < high
+
+
+def test_error_bars_are_inside_their_axes_and_no_accuracy_is_negative():
+    frame = DATA["full preset"].assign(perplexity_stderr=8.0)
+    low, high = axes_of(create_single_panel(frame, "pareto"))[0].get_ylim()
+    rows = frame[(frame["task"] == "bh_wikitext") & frame["adaptive"]]
+    assert low < (rows["perplexity"] - 8).min()
+    assert (rows["perplexity"] + 8).max() < high
+    never = create_single_panel(frame.assign(accuracy=0.0, accuracy_stderr=0.0), "accuracy")
+    assert axes_of(never)[0].get_ylim()[0] > -0.1
+
+
 def test_static_top_k_stands_beside_every_adaptive_point():
     data = "with static top-k between, and two variants"
     axes = axes_of(panel("pareto", data))[0]

@@ -199,6 +199,27 @@ def test_intervals_cover_as_often_as_they_say():
     assert 0.88 < covered / 200 < 0.99
 
 
+@pytest.mark.parametrize("at_once", [2_000_000, 700])
+def test_the_bootstrap_is_scipys(monkeypatch, at_once):
+    monkeypatch.setattr(significance, "DRAWS_AT_ONCE", at_once)  # all at once, or in batches
+    rng = np.random.default_rng(3)
+    one, other, weights = rng.uniform(2, 3, (3, 40)) * [[1.0], [1.0], [20.0]]
+    ours = significance.bootstrap_interval(
+        significance.perplexity, one - other, weights, resamples=500, confidence=0.9, seed=5
+    )
+    theirs = stats.bootstrap(
+        (one - other, weights),
+        lambda loss, weight, axis: np.exp(loss.sum(axis) / weight.sum(axis)),
+        paired=True,
+        vectorized=True,
+        n_resamples=500,
+        confidence_level=0.9,
+        method="percentile",
+        random_state=np.random.default_rng(5),
+    )
+    assert ours == pytest.approx(tuple(theirs.confidence_interval))
+
+
 def test_the_linearised_ratio_has_the_ratios_mean_and_its_standard_error():
     rng = np.random.default_rng(2)
     weights = rng.integers(50, 400, 300).astype(float)

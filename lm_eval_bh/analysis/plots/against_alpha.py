@@ -84,6 +84,9 @@ def _against_alpha(
         values = percent * static[column]
         core = [*drawn, *values[static["max_k"] == data.native]]
         fit_scale(axes, "y", focus(core, list(values), log), log)
+        if not log:
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -0.05 * high), high)  # no share is negative
         for _, row in static.iterrows():
             value, error = percent * row[column], percent * row[f"{column}_stderr"]
             colour = style.colour(row["max_k"])

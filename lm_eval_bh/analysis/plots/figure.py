@@ -240,7 +240,7 @@ def _legend_rows(data: Experiments, style: Style, needed: set[str], most: int) -
     kinds = [*(kinds if "kinds" in needed else ()), *(front if "front" in needed else ())]
     parts = (
         (sizes if "sizes" in needed else [], most),
-        (kinds, most // 2),
+        (kinds, most - 2),
         (matched if "matched" in needed else [], most // 3),
     )
     return [part[i : i + width] for part, width in parts for i in range(0, len(part), width)]

@@ -115,8 +115,9 @@ def focus(core: Sequence[float], others: Sequence[float], log: bool = True) -> l
         Values that are taken in, the nearest first, as long as the axis gets no longer than
         :data:`STRETCH` times what the core takes.
     log : bool
-        Whether distances are those on a logarithmic axis; all values are positive then.
+        Whether distances are those on a logarithmic axis, if all of the core is positive.
     """
+    log = log and min(core) > 0  # an error bar may reach below 0
     scale = np.log if log else np.asarray
     low, high = float(scale(min(core))), float(scale(max(core)))
     least = 0.02 if log else 0.02 * abs(high)

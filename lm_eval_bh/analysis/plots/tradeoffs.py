@@ -58,7 +58,6 @@ def pareto(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -
             axes.plot([x, x], [ours, theirs], color=NEUTRAL, linewidth=0.6, zorder=1)
             face = NEUTRAL if row["matched_by"] == "measured" else "white"
             axes.plot(x, theirs, "d", color=NEUTRAL, markerfacecolor=face, markersize=3.5, zorder=2)
-        fit_scale(axes, "x", rows["mean_experts_model"])
     axes.set_xlabel("mean experts per token" + _unmatched(data))
     figure.supylabel("perplexity", fontsize="medium")
 
@@ -82,7 +81,6 @@ def speed(figure: SubFigure, data: Experiments, style: Style, labels: Labels) ->
     )
     for axes, rows, column in _perplexity_axes(figure, data, "tokens_per_second", missing):
         _scatter(axes, rows, "tokens_per_second", column, style, labels)
-        fit_scale(axes, "x", rows["tokens_per_second"])
     axes.set_xlabel("tokens per second, forward passes")
     figure.supylabel("perplexity", fontsize="medium")
 
@@ -102,9 +100,17 @@ def _perplexity_axes(
     if not columns:
         raise NoDataError(missing)
     titles = {task: title(data, task, column) for task, column in columns.items()}
-    return [
-        (axes, rows_of[task], columns[task]) for task, axes in multiples(figure, titles).items()
-    ]
+    shown = multiples(figure, titles)
+    together = [value for task in shown for value in rows_of[task][along]]
+    for axes in shown.values():
+        fit_scale(axes, "x", together)
+    return [(axes, rows_of[task], columns[task]) for task, axes in shown.items()]
+
+
+def _bars(rows: pd.DataFrame, y: str) -> list[float]:
+    """Return values with both ends of their error bars."""
+    errors = rows[f"{y}_stderr"].fillna(0)
+    return [*rows[y], *(rows[y] - errors), *(rows[y] + errors)]
 
 
 def _scatter(
@@ -123,7 +129,7 @@ def _scatter(
     """
     adaptive, static = rows[rows["adaptive"]], rows[rows["baseline"]].sort_values("max_k")
     own = static["max_k"] == static["native_top_k"]
-    core = [*adaptive[y], *static.loc[own, y], *further]
+    core = [*_bars(adaptive, y), *_bars(static[own], y), *further]
     fit_scale(axes, "y", focus(core, list(rows[y])) if len(adaptive) else rows[y])
     for (variant, max_k), line in adaptive.groupby(["variant", "max_k"]):
         line = line.sort_values("alpha")
