@@ -22,7 +22,7 @@ from lm_eval_bh import create_comprehensive_visualization, create_single_panel
 from lm_eval_bh.analysis.plots import PANELS
 from lm_eval_bh.analysis.plots.data import Experiments, NoDataError
 from lm_eval_bh.analysis.plots.labels import spread
-from lm_eval_bh.analysis.plots.style import PALETTE, STRETCH, focus, log_ticks
+from lm_eval_bh.analysis.plots.style import PALETTE, STRETCH, focus, interval, log_ticks
 from lm_eval_bh.analysis.plots.tradeoffs import pareto_front
 from lm_eval_bh.analysis.significance import matched_budget
 from lm_eval_bh.errors import DataError, ParameterError
@@ -432,3 +432,17 @@ def test_a_table_without_rows_says_so():
     with pytest.raises(NoDataError):
         PANELS["pareto"].draw(None, data, None, None)
     assert create_comprehensive_visualization(DATA["quick run"].iloc[:0]) is not None
+
+
+@given(value=st.floats(1.0, 1e6), share=st.floats(0.0, 5.0))
+def test_the_error_bar_of_a_perplexity_is_symmetric_in_its_logarithm(value, share):
+    low, high = interval(value, share * value)
+    assert 0 < low <= value <= high
+    assert np.log(high / value) == pytest.approx(np.log(value / low), abs=1e-9)
+    small_low, small_high = interval(value, 1e-4 * value)  # as the plain one where it is narrow
+    assert (small_low, small_high) == pytest.approx(interval(value, 1e-4 * value, log=False))
+
+
+def test_a_value_without_an_error_is_its_own_interval():
+    low, high = interval([3.0, 4.0], [np.nan, 1.0], log=False)
+    assert (list(low), list(high)) == ([3.0, 3.0], [3.0, 5.0])

@@ -18,6 +18,7 @@ from lm_eval_bh.analysis.plots.style import (
     beyond,
     fit_scale,
     focus,
+    interval,
 )
 from lm_eval_bh.analysis.significance import PERPLEXITY_UNITS
 
@@ -92,7 +93,8 @@ def _against_alpha(
             colour = style.colour(row["max_k"])
             axes.axhline(value, color=colour, linestyle=BASELINE_LINE, linewidth=1.1, zorder=1)
             if error > 0:
-                axes.axhspan(value - error, value + error, color=colour, alpha=0.1, linewidth=0)
+                ends = (float(end) for end in interval(value, error, log))
+                axes.axhspan(*ends, color=colour, alpha=0.1, linewidth=0)
             at, further = beyond(axes, value)
             labels.at_line(axes, at, row["strategy"] + further, colour)
         alpha_ticks(axes, rows["alpha"])
@@ -107,17 +109,18 @@ def _lines(axes: Axes, rows: pd.DataFrame, column: str, style: Style, percent: i
         line = line.sort_values("alpha")
         values = percent * line[column].to_numpy()
         errors = percent * line[f"{column}_stderr"].to_numpy()
+        low, high = interval(values, errors, log=column != "accuracy")
         # A little apart, or configurations that never reach their max_k would hide each other.
         number = style.sizes.index(int(max_k)) - (len(style.sizes) - 1) / 2
         axes.errorbar(
             line["alpha"] + 0.05 * step * number,
             values,
-            yerr=None if np.isnan(errors).all() else np.nan_to_num(errors),
+            yerr=None if np.isnan(errors).all() else (values - low, high - values),
             linestyle=style.line(variant),
             elinewidth=0.8,
             **style.point(max_k),
         )
-        drawn += [*values, *(values - np.nan_to_num(errors)), *(values + np.nan_to_num(errors))]
+        drawn += [*low, *high]
     return drawn
 
 

@@ -7,10 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
+
+Floats = NDArray[np.float64]
 
 # Okabe and Ito 2008, Color Universal Design, without the yellow that white paper swallows. The
 # lightness of neighbours differs, and so do their markers: they can be told apart in grey.
@@ -102,6 +105,28 @@ class Style:
             "markerfacecolor": "white",
             "markeredgewidth": 1.2,
         }
+
+
+def interval(values: Any, errors: Any, log: bool = True) -> tuple[Floats, Floats]:
+    """Return the ends of error bars; a value without an error is its own.
+
+    Parameters
+    ----------
+    values, errors : float64 [points] or float
+        Standard errors of the values.
+    log : bool
+        Whether the values are positive, as perplexities are, which are exp of a mean: then the
+        interval is symmetric in their logarithm (the delta method) and never reaches zero.
+
+    Returns
+    -------
+    low, high : float64 [points]
+    """
+    value = np.asarray(values, dtype=float)
+    error = np.nan_to_num(np.asarray(errors, dtype=float))
+    if not log:
+        return value - error, value + error
+    return value * np.exp(-error / value), value * np.exp(error / value)
 
 
 def focus(core: Sequence[float], others: Sequence[float], log: bool = True) -> list[float]:

@@ -17,18 +17,18 @@ from lm_eval_bh.analysis.plots.style import (
     BASELINE_LINE,
     FRONT,
     NEUTRAL,
+    Floats,
     Style,
     beyond,
     fit_scale,
     focus,
+    interval,
 )
 from lm_eval_bh.analysis.significance import PERPLEXITIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
-
-Floats = NDArray[np.float64]
 
 
 def pareto(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
@@ -108,9 +108,9 @@ def _perplexity_axes(
 
 
 def _bars(rows: pd.DataFrame, y: str) -> list[float]:
-    """Return values with both ends of their error bars."""
-    errors = rows[f"{y}_stderr"].fillna(0)
-    return [*rows[y], *(rows[y] - errors), *(rows[y] + errors)]
+    """Return both ends of all error bars."""
+    low, high = interval(rows[y], rows[f"{y}_stderr"])
+    return [*low, *high]
 
 
 def _scatter(
@@ -154,10 +154,11 @@ def _scatter(
 
 def _error_bars(axes: Axes, rows: pd.DataFrame, x: str, y: str, colour: str) -> None:
     known = rows[rows[f"{y}_stderr"] > 0]
+    low, high = interval(known[y], known[f"{y}_stderr"])
     axes.errorbar(
         known[x],
         known[y],
-        known[f"{y}_stderr"],
+        (known[y] - low, high - known[y]),
         fmt="none",
         ecolor=colour,
         elinewidth=0.7,
