@@ -39,11 +39,6 @@ from lm_eval_bh.routing.texts import wikitext_texts
 
 LENGTH = 512
 RESAMPLES = 10_000
-HEADER = (
-    "| rule | statistic | null | target | parameter | mean experts on test | perplexity "
-    "| static top-k at that mean | difference (95 % interval) |\n"
-    "|---|---|---|---:|---:|---:|---:|---:|---:|"
-)
 
 
 @dataclass(frozen=True)
@@ -57,6 +52,7 @@ class Configuration:
 
     @property
     def label(self) -> str:
+        """Its name in the file."""
         return f"{self.rule}/{self.statistic}/{self.null}/{self.target:g}"
 
 
@@ -202,21 +198,28 @@ class Table:
         a, b = self.perplexity(own), self.perplexity(static)
         return a, b, a - b, float(low), float(high)
 
-    def line(self, row: Configuration) -> str:
-        measured = self.rows[row.label]
-        cells = [row.rule, row.statistic, row.null if RULES[row.rule].tests else ""]
+    def cell(self, row: Configuration) -> str:
+        """Return the difference, its interval, and the mean number of experts."""
+        measured = self.rows.get(row.label)
+        if measured is None:
+            return "not measured"
         if measured.unreachable is not None:
-            return f"| {' | '.join([*cells, f'{row.target:g}'])} | cannot be reached | | | | |"
-        a, b, difference, low, high = self.compare(measured)
-        cells += [
-            f"{row.target:g}",
-            "" if measured.alpha is None else f"{measured.alpha:.4g}",
-            f"{measured.mean_experts:.3f}",
-            f"{a:.3f}",
-            f"{b:.3f}",
-            f"{difference:+.3f} ({low:+.3f} to {high:+.3f})",
-        ]
-        return f"| {' | '.join(cells)} |"
+            return "out of reach"
+        _, _, difference, low, high = self.compare(measured)
+        return f"{difference:+.2f} ({low:+.2f} to {high:+.2f}) at {measured.mean_experts:.2f}"
+
+    def print(self, wanted: Sequence[Configuration], targets: Sequence[float]) -> None:
+        """Print static top-k's own perplexity, and everyone else's difference from it."""
+        print("| rule | statistic | null |", *(f" mean {k:g} |" for k in targets), sep="")
+        print("|---|---|---|", *("---:|" for _ in targets), sep="")
+        static = [f"{self.perplexity(self.static_at(k)):.2f}" for k in targets]
+        print(f"| topk (perplexity) | logit | | {' | '.join(static)} |")
+        order = list(RULES)
+        others = {(r.rule, r.statistic, r.null) for r in wanted} - {("topk", "logit", "pooled")}
+        for kind in sorted(others, key=lambda kind: (order.index(kind[0]), kind[1:])):
+            cells = [self.cell(Configuration(*kind, k)) for k in targets]
+            null = kind[2] if RULES[kind[0]].tests else ""
+            print(f"| {kind[0]} | {kind[1]} | {null} | {' | '.join(cells)} |")
 
 
 def main(
@@ -233,7 +236,8 @@ def main(
     table_only: Annotated[bool, typer.Option(help="Measure nothing, print what is there.")] = False,
 ) -> None:
     """Measure every row that is not there yet, and print the table."""
-    wanted = configurations([float(k) for k in targets.split(",")], max_k)
+    means = [float(k) for k in targets.split(",")]
+    wanted = configurations(means, max_k)
     rows: dict[str, Measured] = {}
     tokens: list[int] = []
     if output.exists():
@@ -248,12 +252,8 @@ def main(
             content = {"tokens": tokens, "rows": {name: asdict(r) for name, r in rows.items()}}
             with replacing(output) as temporary:
                 temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    table = Table(rows, tokens, seed)
-    print(f"{len(tokens)} documents, {sum(tokens)} tokens\n", HEADER, sep="\n")
-    order = list(RULES)
-    for row in sorted(wanted, key=lambda r: (order.index(r.rule), r.statistic, r.null, r.target)):
-        if row.label in rows:
-            print(table.line(row))
+    print(f"{len(tokens)} documents, {sum(tokens)} tokens\n")
+    Table(rows, tokens, seed).print(wanted, sorted(means))
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ class TestSelection:
     @pytest.mark.parametrize("rule", TESTS)
     @pytest.mark.parametrize(("statistic", "null"), KINDS)
     def test_counts_are_those_of_the_p_values_and_the_smallest_serve(self, statistic, null, rule):
-        model, z = fitted(statistic, null), router_logits(1)
+        model, z = fitted(statistic, null), router_logits(1, 100)
         p = model.p_values(0, z)
         selection = select_experts(z, model, alpha=0.5, rule=rule, max_k=EXPERTS)
         rejected = reject(p, 0.5, rule).sum(-1).clamp(min=1)
@@ -146,7 +146,7 @@ class TestSelection:
         assert torch.equal(chosen, z.argsort(dim=-1, descending=True, stable=True))
 
     def test_controls_share_out_contributions(self):
-        z = router_logits(1)
+        z = router_logits(1, 200)
         shares = torch.softmax(z, -1) * torch.from_numpy(NORMS[0]).float()
         order = shares.argsort(dim=-1, descending=True)
         model = fitted("contribution", "pooled")

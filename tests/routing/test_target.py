@@ -18,7 +18,7 @@ def solved(tiny, tokenizer, demo_texts, null):
 
     def make(**options) -> BHRoutingIntegration:
         options = {"kde": null, "target_experts": 5} | options
-        return BHRoutingIntegration(tiny, tokenizer=tokenizer, texts=demo_texts[:8], **options)
+        return BHRoutingIntegration(tiny, tokenizer=tokenizer, texts=demo_texts[:4], **options)
 
     return make
 
@@ -26,7 +26,7 @@ def solved(tiny, tokenizer, demo_texts, null):
 def means(routing: BHRoutingIntegration, tokenizer, texts) -> list[float]:
     """Return the mean experts of every layer on the text it was solved on, counted anew."""
     routing.reset_stats()
-    batches = text_batches(tokenizer, texts[:8], tokens=TOKENS, length=LENGTH, batch=1)
+    batches = text_batches(tokenizer, texts[:4], tokens=TOKENS, length=LENGTH, batch=1)
     with routing, torch.no_grad():
         for batch in batches:
             routing.model(batch)
