@@ -290,3 +290,20 @@ def test_what_is_done_is_what_has_a_summary(tmp_path):
     assert folder.missing([experiment]) == [experiment]
     folder.clear(experiment)
     assert not folder.run(experiment).exists()
+
+
+@pytest.mark.slow
+def test_two_rounds_measure_the_stability(tmp_path):
+    config = SweepConfig(**SETTINGS | {"baselines": [], "alphas": [0.4]})
+    lines = []
+    for repeat in (1, 2):  # the second call adds a round to the first
+        todo = experiments.plan(config, tmp_path, repeat=repeat)
+        assert len(todo.missing) == 1
+        experiments.run(todo, device="cpu", say=lines.append)
+    assert [line.split(":")[0] for line in lines] == [
+        "[1/1] 8experts_bh_a040_demo_lambada",
+        "[2/2] 8experts_bh_a040_demo_lambada_repeat2",
+    ]
+    frame = table(tmp_path)
+    assert list(frame["output_determinism"]) == [100.0, 100.0]
+    assert list(frame["expert_overlap_score"]) == [1.0, 1.0]
