@@ -6,18 +6,18 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from lm_eval_bh import analysis_cli
+from lm_eval_bh.commands import runs
+from lm_eval_bh.commands.sweep import sweep
+from lm_eval_bh.commands.words import numbers, words
 from lm_eval_bh.errors import BHError, DataError, ParameterError
 from lm_eval_bh.files import replacing
-from lm_eval_bh.report_cli import add_commands
 from lm_eval_bh.resources import TINY_OLMOE, shipped, tiny_olmoe
-from lm_eval_bh.sweep_cli import sweep
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,9 +29,8 @@ app = typer.Typer(
     ),
 )
 
-app.command()(sweep)
-app.command()(analysis_cli.aggregate)
-app.command()(analysis_cli.plot)
+for command in (sweep, runs.aggregate, runs.plot, runs.report, runs.patterns):
+    app.command()(command)
 
 Pretrained = Annotated[str, typer.Option(help=f"Hub name or folder of the model, or {TINY_OLMOE}.")]
 
@@ -143,9 +142,9 @@ def analyze(
     from lm_eval_bh.routing.pretrained import analyze_pretrained
 
     configs = grid_of(
-        rules.split(","),
-        _numbers("alphas", alphas, float),
-        _numbers("max-k", max_k, int),
+        words(rules),
+        numbers("alphas", alphas, float),
+        numbers("max-k", max_k, int),
         min_k=min_k,
         statistic=statistic,
         null=null,
@@ -183,15 +182,6 @@ def analyze(
         with replacing(output) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         typer.echo(f"Written to {output}")
-
-
-def _numbers(name: str, text: str, kind: type[float] | type[int]) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ParameterError(
-            f"--{name}={text!r} is no list of numbers: join them by commas, as in 8,16."
-        ) from error
 
 
 @app.command("import-kde")
@@ -241,9 +231,6 @@ def run_lm_eval(context: typer.Context) -> None:
     register()
     sys.argv = ["lm_eval", *context.args]
     cli_evaluate()
-
-
-add_commands(app)
 
 
 def main() -> None:

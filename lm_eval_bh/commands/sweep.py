@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lm_eval_bh.errors import ParameterError
+from lm_eval_bh.commands.words import numbers, words
 
 SHOWN = 12  # experiments that a plan lists; --dry-run lists all
 
@@ -67,11 +67,11 @@ def sweep(
         config,
         {
             "pretrained": pretrained,
-            "tasks": _words(tasks),
-            "baselines": _numbers("baselines", baselines, int),
-            "alphas": _numbers("alphas", alphas, float),
-            "max_k": _numbers("max-k", max_k, int),
-            "rules": _words(rules),
+            "tasks": None if tasks is None else words(tasks),
+            "baselines": None if baselines is None else numbers("baselines", baselines, int),
+            "alphas": None if alphas is None else numbers("alphas", alphas, float),
+            "max_k": None if max_k is None else numbers("max-k", max_k, int),
+            "rules": None if rules is None else words(rules),
             "limit": limit,
             "batch_size": int(batch_size) if batch_size and batch_size.isdecimal() else batch_size,
             "seed": seed,
@@ -122,21 +122,6 @@ def _show(console: Console, todo: Any, every: bool) -> None:
         ),
         highlight=False,
     )
-
-
-def _words(text: str | None) -> list[str] | None:
-    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _numbers(name: str, text: str | None, kind: type) -> list[Any] | None:
-    words = _words(text)
-    try:
-        return None if words is None else [kind(word) for word in words]
-    except ValueError as error:
-        raise ParameterError(
-            f"--{name} {text} is no list of numbers: write, for example, "
-            + ("8,16." if kind is int else "0.3,0.4.")
-        ) from error
 
 
 def _arguments(text: str | None) -> dict[str, Any] | None:

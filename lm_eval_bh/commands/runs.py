@@ -1,4 +1,4 @@
-"""The commands that read finished runs: ``lm-eval-bh aggregate`` and ``lm-eval-bh plot``."""
+"""The commands that read finished runs: aggregate, plot, report and patterns."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 
 from lm_eval_bh.errors import ParameterError
+from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
+from lm_eval_bh.schema import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,28 +23,31 @@ FIGURE = "bh_comprehensive_comparison"
 Folders = Annotated[
     list[Path], typer.Argument(help="Folders that lm_eval --output_path or a sweep wrote to.")
 ]
+Output = Annotated[Path | None, typer.Option(help="Where to write; default: the first folder.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Keep runs that cannot be compared apart, in groups.")
+]
+Margin = Annotated[
+    float, typer.Option(help="Relative difference of perplexity that does not matter.")
+]
+AccuracyMargin = Annotated[float, typer.Option(help="Difference of accuracy that does not matter.")]
+Confidence = Annotated[float, typer.Option(help="Of the intervals.")]
+Resamples = Annotated[int, typer.Option(help="Of the bootstrap.")]
+Seed = Annotated[int, typer.Option(help="Of the bootstrap.")]
 
 
 def aggregate(
     folders: Folders,
-    output_dir: Annotated[
-        Path | None, typer.Option(help="Where to write; default: the first folder.")
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Keep runs that cannot be compared apart, in groups.")
-    ] = False,
+    output_dir: Output = None,
+    force: Force = False,
     baseline: Annotated[
         str, typer.Option(help="Compare with native (the model's own top-k) or max_k.")
     ] = "native",
-    margin: Annotated[
-        float, typer.Option(help="Relative difference of perplexity that does not matter.")
-    ] = 0.01,
-    accuracy_margin: Annotated[
-        float, typer.Option(help="Difference of accuracy that does not matter.")
-    ] = 0.01,
-    confidence: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
-    resamples: Annotated[int, typer.Option(help="Of the bootstrap.")] = 9999,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    margin: Margin = 0.01,
+    accuracy_margin: AccuracyMargin = 0.01,
+    confidence: Confidence = 0.95,
+    resamples: Resamples = 9999,
+    seed: Seed = 0,
     context_length: Annotated[
         int | None, typer.Option(help="Positions a token attends to, for FLOPs; default: longest.")
     ] = None,
@@ -83,8 +88,7 @@ def aggregate(
         written += _draw(loaded.frame, loaded.layers, None, path)
     for table in overview(loaded.frame, compared, 1 - confidence):
         Console().print(table)
-    for path in written:
-        typer.echo(f"Written to {path}")
+    _say_written(written)
     _tell(loaded.problems, loaded.notes)
 
 
@@ -109,9 +113,64 @@ def plot(
     if task:
         frame = frame[frame["task"].isin(task)]
     path = output or _home(sources[0]) / "visualizations" / f"{panel or FIGURE}.png"
-    for written in _draw(frame, layers, panel, path):
-        typer.echo(f"Written to {written}")
+    _say_written(_draw(frame, layers, panel, path))
     _tell(problems, notes)
+
+
+def report(
+    folders: Folders,
+    output_dir: Output = None,
+    margin: Margin = 0.01,
+    accuracy_margin: AccuracyMargin = 0.01,
+    confidence: Confidence = 0.95,
+    resamples: Resamples = 9999,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Write a report of finished runs, as Markdown and as one self-contained HTML page."""
+    from lm_eval_bh.analysis.report import write_report
+    from lm_eval_bh.analysis.results import load_experiments
+
+    loaded = load_experiments(folders, force=force)
+    paths = write_report(
+        loaded,
+        output_dir or _home(folders[0]),
+        margin=margin,
+        accuracy_margin=accuracy_margin,
+        confidence=confidence,
+        resamples=resamples,
+        seed=seed,
+    )
+    _say_written(paths)
+    _tell(loaded.problems, loaded.notes)
+
+
+def patterns(
+    folders: Folders,
+    output_dir: Output = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="tokenizer.json, where the model's own is neither local nor cached."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the clusters.")] = 0,
+    force: Force = False,
+) -> None:
+    """Look into routing logs: experts and difficulty, specialisation, clusters of documents."""
+    from lm_eval_bh.analysis.patterns import write_patterns
+    from lm_eval_bh.analysis.results import load_experiments
+
+    loaded = load_experiments(folders, force=force)
+    path = tokenizer
+    if path is None and len(loaded.frame):
+        path = find_tokenizer(Path(loaded.frame["file"].iloc[0]))
+    if path is None:
+        typer.echo(
+            "note: no tokenizer was found, so tokens have no class: name one with --tokenizer.",
+            err=True,
+        )
+    paths = write_patterns(loaded, output_dir or _home(folders[0]), tokenizer=path, seed=seed)
+    _say_written(paths)
+    _tell(loaded.problems, loaded.notes)
 
 
 def _read(sources: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame | None, Told, Told]:
@@ -155,6 +214,11 @@ def _home(source: Path) -> Path:
     return source if source.is_dir() else source.parent
 
 
+def _say_written(paths: list[Path]) -> None:
+    for path in paths:
+        typer.echo(f"Written to {path}")
+
+
 def _tell(problems: Told, notes: Told) -> None:
     """List what a reader should know; end with its exit code if files were left out."""
     for _, sentence in notes:
@@ -163,3 +227,22 @@ def _tell(problems: Told, notes: Told) -> None:
         typer.echo(f"left out: {sentence}", err=True)
     if problems:
         raise typer.Exit(INCOMPLETE)
+
+
+def find_tokenizer(results: Path) -> Path | None:
+    """Return the tokenizer.json of a run's model, if it is local or in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    arguments = read_json(results)["config"].get("model_args") or {}
+    if isinstance(arguments, str):
+        arguments = dict(part.partition("=")[::2] for part in arguments.split(","))
+    name = arguments.get("tokenizer") or arguments.get("pretrained")
+    if name is None:
+        return None
+    folder = tiny_olmoe() if name == TINY_OLMOE else Path(name)
+    if (folder / "tokenizer.json").is_file():
+        return folder / "tokenizer.json"
+    if folder.is_absolute():
+        return None
+    cached = try_to_load_from_cache(name, "tokenizer.json", revision=arguments.get("revision"))
+    return Path(cached) if isinstance(cached, str) else None
