@@ -65,6 +65,8 @@ def test_calibrate_measures_contributions_and_draws_its_health(run, text, tmp_pa
     null = NullModel.load(output)
     assert (null.header.statistic, null.header.null) == ("contribution", "expert")
     assert null.header.trim == 2
+    assert [layer["layer"] for layer in null.header.health] == [0, 1, 2, 3]
+    assert all(0 < layer["ks_distance"] < 1 for layer in null.header.health)
     assert null.norms.shape == (4, 64)
     assert figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert str(figure) in out.replace("\n", "")

@@ -171,9 +171,11 @@ def _routing_of(run: Run) -> dict[str, Any]:
         and not analyze
         and config.get("temperature", 1.0) == 1.0
         and config.get("renormalize", "auto") == "auto"
+        and config.get("statistic", "logit") == "logit"
         and len(run.info["routed_layers"]) == run.info["num_layers"]
     )
-    null = {k: v for k, v in (run.info["null_model"] or {}).items() if k != "versions"}
+    header = run.info["null_model"] or {}
+    null = {k: v for k, v in header.items() if k not in ("versions", "health")}
     routing = config | {"min_k": min_k, "alpha": None if fixed else config["alpha"], "null": null}
     return {
         "rule": config["rule"],
@@ -253,6 +255,8 @@ def _further(config: Mapping[str, Any]) -> str:
         label += f", min {config['min_k']}"
     if config.get("statistic", "logit") not in ("logit", None):
         label += f", {config['statistic']}"
+    if config.get("null", "pooled") not in ("pooled", None):
+        label += f", null of each {config['null']}"
     if config.get("temperature", 1.0) != 1.0:
         label += f", T={config['temperature']:g}"
     if config.get("renormalize", "auto") != "auto":

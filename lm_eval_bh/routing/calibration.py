@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -247,6 +248,14 @@ class LayerHealth:
     ceiling_share: float
     tokens: int
     quantiles: tuple[float, ...]
+
+
+def with_health(null: NullModel, report: Sequence[LayerHealth]) -> NullModel:
+    """Return the null model with its health, less the quantiles, in its header."""
+    kept = [dataclasses.asdict(layer) for layer in report]
+    for layer in kept:
+        del layer["quantiles"]
+    return dataclasses.replace(null, header=dataclasses.replace(null.header, health=kept))
 
 
 def health(null: NullModel, logits_by_layer: Mapping[int, Tensor]) -> list[LayerHealth]:

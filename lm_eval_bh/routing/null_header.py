@@ -49,6 +49,9 @@ class NullHeader:
         What is distributed so: router logits, or the log of weight times output norm.
     null : "pooled" or "expert"
         Whether all experts of a layer share one distribution, or each has its own.
+    health : list of dict or None
+        How well every layer fits text that it was not fitted on, see
+        :class:`lm_eval_bh.routing.calibration.LayerHealth`.
     versions : dict of str to str
         Versions of the libraries it was fitted with.
     """
@@ -67,6 +70,7 @@ class NullHeader:
     points: int | None = None
     statistic: str = "logit"
     null: str = "pooled"
+    health: list[dict[str, float]] | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -130,6 +134,16 @@ def _is_width(value: Any) -> bool:
     return isinstance(value, float) and 0 < value < math.inf
 
 
+def _is_health(value: Any) -> bool:
+    names = {"layer", "ks_distance", "floor_share", "ceiling_share", "tokens"}
+    return isinstance(value, list) and all(
+        isinstance(layer, dict)
+        and layer.keys() == names
+        and all(isinstance(number, (int, float)) for number in layer.values())
+        for layer in value
+    )
+
+
 _NEEDED = ("num_layers", "format_version", "versions")
 _VALID: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("model", "revision", "fingerprint", "text", "kernel"), _is_text),
@@ -142,6 +156,7 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "bandwidth": lambda v: (
         isinstance(v, list) and all(isinstance(h, float) and 0 < h < math.inf for h in v)
     ),
+    "health": _is_health,
     "versions": lambda v: isinstance(v, dict) and all(map(_is_text, v.values())),
 }
 

@@ -12,7 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_bh.errors import DataError, ModelError, ParameterError
 from lm_eval_bh.resources import TINY_OLMOE
-from lm_eval_bh.routing.calibration import LayerHealth, calibrate, collect_router_logits, health
+from lm_eval_bh.routing.calibration import (
+    LayerHealth,
+    calibrate,
+    collect_router_logits,
+    health,
+    with_health,
+)
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.grid import GridRow, analyze_grid
 from lm_eval_bh.routing.null import NullModel
@@ -99,6 +105,7 @@ def calibrate_pretrained(
             "lower --tokens."
         )
     report = health(null, collect_router_logits(model, modules, torch.cat(held_out).split(batch)))
+    null = with_health(null, report)
     path = output or cached_null(null.header.fingerprint or "", statistic, kind, trim)
     null.save(path)
     return null, report, path

@@ -111,6 +111,23 @@ def test_no_routing_log_no_routing_metrics(write):
     assert pd.isna(row["mean_experts"])
 
 
+@pytest.mark.parametrize(
+    ("how", "baseline", "strategy"),
+    [
+        ({}, True, "top-4"),
+        ({"statistic": "contribution"}, False, "top-4, contribution"),
+        ({"statistic": "contribution", "null": "expert"}, False, None),
+        ({"temperature": 2.0}, False, "top-4, T=2"),
+        ({"mode": "analyze"}, False, "top-4, analyze only"),
+    ],
+)
+def test_only_plain_static_top_k_is_a_baseline(write, how, baseline, strategy):
+    write("top", rule="topk", **how)
+    row = load_experiments([write.folder]).frame.iloc[0]
+    assert row["baseline"] == baseline
+    assert row["strategy"] == (strategy or "top-4, contribution, null of each expert")
+
+
 def test_a_stock_baseline_learns_its_k_from_other_runs_of_the_model(write):
     write("stock", model="hf")
     alone = load_experiments([write.folder]).frame.iloc[0]
