@@ -46,7 +46,7 @@ def _table(rows: pd.DataFrame, compared: pd.DataFrame, level: float, title: str)
     for _, row in rows.iterrows():
         of_row = compared[(compared["run_id"] == row["run_id"]) & (compared["task"] == row["task"])]
         of_perplexity = of_row["metric"].isin(PERPLEXITIES)
-        perplexity = _number(row[metric] if metric else None, ".2f")
+        perplexity = _perplexity(row[metric] if metric else None)
         for name, cell in {
             "experts": _number(row["mean_experts"], ".2f"),
             f"perplexity\nper {PERPLEXITY_UNITS[metric] if metric else ''}": perplexity
@@ -73,6 +73,11 @@ def _number(value: Any, how: str) -> str:
     return "" if value is None or pd.isna(value) else f"{value:{how}}"
 
 
+def _perplexity(value: Any) -> str:
+    """Return two decimals, or none where they would mean nothing."""
+    return _number(value, ",.0f" if pd.notna(value) and value >= 1000 else ".2f")
+
+
 def _change(rows: pd.DataFrame, level: float) -> str:
     """Return the difference from the baseline: percent of perplexity, points of accuracy."""
     rows = rows[rows["difference"].notna()]
@@ -91,7 +96,7 @@ def _matched(row: pd.Series) -> str:
         return "" if row["baseline"] else "not run"
     interpolated = row["matched_by"] == "interpolated"
     values = (
-        _number(row["matched_perplexity"], ".4g"),
+        _perplexity(row["matched_perplexity"]),
         _number(row["matched_accuracy"], ".3f"),
     )
     return ", ".join(value for value in values if value) + (" (i)" if interpolated else "")
