@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_bh.errors import DataError, ParameterError
+from lm_eval_bh.harness.log_folder import check_writable
 from lm_eval_bh.harness.sweep.folder import SweepFolder
 from lm_eval_bh.harness.sweep.grid import Experiment, SweepConfig, shard_of
 from lm_eval_bh.harness.sweep.local import run_here
@@ -86,7 +87,7 @@ def run(
     ----------
     todo : Plan
     device : str or None
-        As lm-eval takes it; on a Ray cluster the workers know theirs.
+        As lm-eval takes it; None for CUDA where there is one.
     ray : str or None
         Address of a Ray cluster, or ``local``; None runs in this process.
     workers : int or None
@@ -105,7 +106,7 @@ def run(
         raise ParameterError(f"workers={workers} has no meaning without --ray: leave it out.")
     first = first_process()
     if first:
-        todo.folder.claim(todo.config)
+        check_writable(todo.folder.path)
     total = len(todo.experiments)
     numbers = itertools.count(total - len(todo.missing) + 1)
     with tqdm(
@@ -118,6 +119,7 @@ def run(
 
         def finished(experiment: Experiment, seconds: float) -> None:
             summary = summarize(todo.folder.run(experiment), experiment, seconds)
+            todo.folder.claim(todo.config)
             todo.folder.finish(experiment, summary)
             (say or bar.write)(f"[{next(numbers)}/{total}] {line(summary)}")
             bar.update()
@@ -127,7 +129,7 @@ def run(
         else:
             from lm_eval_bh.harness.sweep.cluster import run_on_ray
 
-            run_on_ray(todo.config, todo.missing, todo.folder, finished, ray, workers)
+            run_on_ray(todo.config, todo.missing, todo.folder, finished, ray, workers, device)
 
 
 def first_process() -> bool:

@@ -19,7 +19,7 @@ log_samples=${LOG_SAMPLES:-8}
 
 evaluate() { # experiment, task, routing arguments
     local folder=$out/runs/$1
-    if compgen -G "$folder/*/results_*.json" >/dev/null; then
+    if [ -e "$folder/done" ]; then
         echo "$1 is done."
         return
     fi
@@ -29,6 +29,7 @@ evaluate() { # experiment, task, routing arguments
         --model_args "pretrained=$pretrained,$3,log_routing=samples,log_dir=$folder/routing,log_samples=$log_samples" \
         --tasks "$2" --limit "$limit" --batch_size "${BATCH_SIZE:-8}" ${DEVICE:+--device "$DEVICE"} \
         ${SEED:+--seed "$SEED"} --log_samples --output_path "$folder"
+    touch "$folder/done" # lm_eval writes several files, one after the other
 }
 
 for k in ${BASELINES:-8 16 32 64}; do # phase 1: static top-k
@@ -38,7 +39,8 @@ for k in ${BASELINES:-8 16 32 64}; do # phase 1: static top-k
 done
 for k in ${MAX_K:-8 16 32 64}; do # phase 2: Benjamini-Hochberg
     for alpha in ${ALPHAS:-0.30 0.40 0.50 0.60}; do
-        level=$(LC_ALL=C printf %.2f "$alpha")
+        level=$(LC_ALL=C printf %.2f "$alpha") # 0.4 and 0.40 are called a040, 0.125 is called a0125
+        awk "BEGIN { exit !($level == $alpha) }" || level=$alpha
         for task in $tasks; do
             evaluate "${k}experts_bh_a${level/./}_${task#bh_}" "$task" "alpha=$level,max_k=$k"
         done

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=lm-eval-bh
 #SBATCH --array=1-4
+#SBATCH --ntasks=1
 #SBATCH --gpus-per-task=1
 #SBATCH --cpus-per-task=8
 #SBATCH --mem=48G
@@ -17,6 +18,10 @@
 set -euo pipefail
 
 : "${SLURM_ARRAY_TASK_ID:?Submit it as a job array: sbatch scripts/sweep_slurm.sh --preset full --output-dir runs/olmoe}"
-# The ids of an array need not begin at one.
+# The ids of an array need not begin at one, but none may be left out: --array=1-4 or 0-3, not 1,3.
+if ((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN + 1 != SLURM_ARRAY_TASK_COUNT)); then
+    echo "The array leaves ids out, and their experiments with them: submit it with --array=1-N." >&2
+    exit 2
+fi
 index=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))
 exec lm-eval-bh sweep "$@" --shard "$index/$SLURM_ARRAY_TASK_COUNT"

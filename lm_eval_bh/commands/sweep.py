@@ -86,11 +86,12 @@ def sweep(
     if dry_run:
         return
     run(todo, device=device, ray=ray, workers=workers)
+    elsewhere = len(todo.folder.missing(todo.experiments))
+    done = f"{len(todo.experiments) - elsewhere} of {len(todo.experiments)} experiments are done"
+    if elsewhere:
+        done += f", {elsewhere} are under way in another process"
     console.print(
-        f"All {len(todo.experiments)} experiments are done. "
-        f"Next: lm-eval-bh aggregate {output_dir}",
-        highlight=False,
-        soft_wrap=True,
+        f"{done}. Next: lm-eval-bh aggregate {output_dir}", highlight=False, soft_wrap=True
     )
 
 

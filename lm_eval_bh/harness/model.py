@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lm_eval_bh.errors import ModelError, ParameterError, did_you_mean, show_as_one_sentence
+from lm_eval_bh.harness.arguments import routing_config
 from lm_eval_bh.harness.batch import Owner
 from lm_eval_bh.harness.cache_guard import CountingCache, guard
 from lm_eval_bh.harness.log_folder import check_writable
@@ -34,15 +35,9 @@ from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.experts import EXPERTS
 from lm_eval_bh.routing.integration import BHRoutingIntegration
 from lm_eval_bh.routing.null import NullModel
-from lm_eval_bh.routing.rules import RULES
 from lm_eval_bh.schema import SCHEMA_VERSION, RunInfo
 
 eval_logger = logging.getLogger(__name__)
-
-DEFAULT_ALPHA = 0.4
-
-# How static top-k routes, whatever an adaptive rule beside it was asked for.
-PLAIN: dict[str, Any] = {"min_k": 1, "statistic": "logit", "null": "pooled", "trim": None}
 
 # What HFLM hands on to from_pretrained; any other name it does not know is a misspelling.
 FROM_PRETRAINED = frozenset(
@@ -143,29 +138,22 @@ class BHLM(HFLM):
         **kwargs: Any,
     ) -> None:
         _check_names(kwargs)
-        if target_experts is not None and alpha is not None:
-            raise ParameterError(
-                f"alpha={alpha!r} contradicts target_experts={target_experts!r}, for which alpha "
-                "is solved: give one of them."
-            )
-        _check_contradictions(
-            rule, alpha=alpha, min_k=min_k, max_k=max_k, kde=kde, statistic=statistic
-        )
-        self.routing_config = RoutingConfig(
-            alpha=DEFAULT_ALPHA if alpha is None else alpha,
-            rule=rule,
-            min_k=1 if min_k is None else min_k,
+        self.routing_config = routing_config(
+            alpha=alpha,
             max_k=max_k,
+            min_k=min_k,
             temperature=temperature,
-            renormalize=renormalize,  # type: ignore[arg-type]
+            rule=rule,
             mode=mode,
-            layers=str(layers),
+            renormalize=renormalize,
+            layers=layers,
             statistic=statistic,
             null=null,
             trim=trim,
-            seed=0 if seed is None else seed,
+            seed=seed,
             target_experts=target_experts,
-            budget=budget or "model",
+            budget=budget,
+            kde=kde,
         )
         if kde not in (None, "auto") and not Path(str(kde)).exists():
             raise ParameterError(
@@ -219,7 +207,6 @@ class BHLM(HFLM):
             **self.routing_config.as_dict(),
         )
         self.integration.patch_model()
-        self._asked = self.routing_config
         self.log = RunLog(self.integration, options, self._new_run_id(), self.rank)
         self._name = name
         self._cache: CountingCache | None = None
@@ -228,40 +215,25 @@ class BHLM(HFLM):
         self._prompts: dict[str, list[int]] = {}
         self._batch_prompts: list[str] = []
 
-    def reroute(
-        self, options: LogOptions, *, rule: str, max_k: int, alpha: float | None = None
-    ) -> None:
-        """Route by another rule, and begin the logs of another evaluation.
+    def reroute(self, config: RoutingConfig, options: LogOptions) -> None:
+        """Route another way, and begin the logs of another evaluation.
 
-        Everything else stays as the model was made with; the weights and the null model are not
-        loaded again.
+        Weights are not loaded again, nor is a null model that serves.
 
         Parameters
         ----------
+        config : RoutingConfig
+            How the experts are selected from now on.
         options : LogOptions
             What is logged from now on.
-        rule, max_k, alpha
-            As ``--model_args`` has them. A rule that always takes ``max_k`` goes by the plain
-            logits; what else the model was asked for waits for the next rule.
 
         Raises
         ------
-        ParameterError, NullModelError
-            If they do not fit the model; then the old routing stays in force.
+        BHError
+            If it does not fit the model; then the old routing stays in force.
         DataError
             If the logs cannot be written.
         """
-        _check_contradictions(
-            rule, alpha=alpha, min_k=None, max_k=max_k, kde=None, statistic="logit"
-        )
-        changes: dict[str, Any] = {
-            "rule": rule,
-            "max_k": max_k,
-            "alpha": DEFAULT_ALPHA if alpha is None else alpha,
-        }
-        if rule in RULES and not RULES[rule].adaptive:
-            changes |= PLAIN
-        config = dataclasses.replace(self._asked, **changes)
         self.integration.configure(config)
         self.routing_config = config
         self.start_log(options)
@@ -549,28 +521,3 @@ def _check_names(given: dict[str, Any]) -> None:
                 f"{did_you_mean(name, known | FROM_PRETRAINED)}; "
                 "README lists what --model_args takes."
             )
-
-
-def _check_contradictions(
-    rule: str, *, alpha: Any, min_k: Any, max_k: Any, kde: Any, statistic: str
-) -> None:
-    if rule not in RULES:
-        return
-    meaningless = {}
-    if not RULES[rule].adaptive:
-        meaningless["alpha"] = alpha
-    if not RULES[rule].tests and statistic == "logit":
-        meaningless["kde"] = kde
-    for name, value in meaningless.items():
-        if value is not None:
-            raise ParameterError(
-                f"{name}={value!r} has no meaning with rule={rule}, which tests nothing: "
-                "leave it out."
-            )
-    if RULES[rule].adaptive:
-        return
-    if min_k not in (None, max_k):
-        raise ParameterError(
-            f"min_k={min_k} contradicts rule={rule}, which always takes max_k={max_k}: "
-            "leave it out."
-        )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lm_eval_bh.errors import BHError, ModelError, ParameterError, RoutingError
+from lm_eval_bh.errors import ModelError, ParameterError, RoutingError
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.counters import RoutingCounters
 from lm_eval_bh.routing.experts import EXPERTS, ExpertsSwitch
@@ -195,6 +195,7 @@ class BHRoutingIntegration:
         self._kde = kde
         self.solution: Solution | None = None
         self._check(self.config)
+        self._known: NullModel | None = None  # kept while a rule without a test is in force
         self.null = self._resolve(self.config)
         self.observers: list[Observer] = []
         self.counters: RoutingCounters | None = None
@@ -250,20 +251,20 @@ class BHRoutingIntegration:
         self._check(config)
         null = self._resolve(config)
         patched = self.patched
-        self.unpatch_model()
         before = self.config, self.null, self.solution
+        self.unpatch_model()
         self.config, self.null = config, null
         try:
             self._solve()
-        except BHError:
+            if patched:
+                self.patch_model()
+        except BaseException:
             self.config, self.null, self.solution = before
             if patched:
                 self.patch_model()
             raise
         if self.counters is not None:
             self.reset_stats()
-        if patched:
-            self.patch_model()
 
     def patch_model(self) -> BHRoutingIntegration:
         """Put the hooks into the model.
@@ -401,10 +402,10 @@ class BHRoutingIntegration:
     def _resolve(self, config: RoutingConfig) -> NullModel | None:
         if not config.needs_null:
             return None
-        known: NullModel | None = getattr(self, "null", None)
+        known = self._known
         if known is not None and known.mismatch(config.statistic, config.null, config.trim) is None:
             return known
-        return resolve_null(
+        self._known = resolve_null(
             self._kde,
             self.model,
             self.routers,
@@ -413,6 +414,7 @@ class BHRoutingIntegration:
             null=config.null,
             trim=config.trim,
         )
+        return self._known
 
     def _solve(self) -> None:
         self.solution = None

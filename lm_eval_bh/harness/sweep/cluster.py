@@ -32,16 +32,19 @@ class Worker:
         self._folder = SweepFolder(folder)
         self._evaluator: Evaluator | None = None
 
-    def run(self, experiment: Experiment) -> float:
-        """Evaluate an experiment and return how many seconds that took."""
+    def run(self, experiment: Experiment) -> float | None:
+        """Evaluate an experiment; return its seconds, None if it runs or has run elsewhere."""
         if self._evaluator is None:  # not in __init__, whose errors Ray tells as a lost worker
             from lm_eval_bh.harness.sweep.evaluator import Evaluator
 
             self._evaluator = Evaluator(*self._of)
-        self._folder.clear(experiment)
-        start = time.perf_counter()
-        self._evaluator.run(experiment, self._folder.run(experiment))
-        return time.perf_counter() - start
+        with self._folder.alone(experiment) as mine:
+            if not mine:
+                return None
+            self._folder.clear(experiment)
+            start = time.perf_counter()
+            self._evaluator.run(experiment, self._folder.run(experiment))
+            return time.perf_counter() - start
 
 
 def run_on_ray(
@@ -51,6 +54,7 @@ def run_on_ray(
     finished: Finished,
     address: str,
     workers: int | None = None,
+    device: str | None = None,
 ) -> None:
     """Evaluate the experiments on a Ray cluster; a lost worker's experiment runs again.
 
@@ -63,6 +67,8 @@ def run_on_ray(
         Of the cluster, or ``local`` for one on this machine alone.
     workers : int or None
         How many; None for one a GPU, or, without GPUs, one a CPU.
+    device : str or None
+        As lm-eval takes it; None for ``cuda`` where the cluster has GPUs.
 
     Raises
     ------
@@ -90,10 +96,21 @@ def run_on_ray(
             f"No Ray cluster answers at {address!r} ({reason}): check the address, or use local."
         ) from error
     try:
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        count = workers or gpus or int(ray.cluster_resources().get("CPU", 1))
-        pool = _Pool(ray, config, experiments, folder, gpu=gpus > 0)
-        pool.run(min(count, len(experiments)), finished)
+        gpus = 0 if device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
+        room = gpus or int(ray.cluster_resources().get("CPU", 1))
+        if workers is not None and workers > room:
+            raise ParameterError(
+                f"workers={workers} is more than the cluster's {room} "
+                f"{'GPUs' if gpus else 'CPUs'}: give {room} at most."
+            )
+        pool = _Pool(ray, config, experiments, folder, device or ("cuda" if gpus else "cpu"))
+        pool.run(min(workers or room, len(experiments)), finished)
+    except ray.exceptions.RayError as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ParameterError(
+            f"The Ray cluster gave up ({reason}): mend it and run the same command again; "
+            "finished experiments are kept."
+        ) from error
     finally:
         ray.shutdown()
 
@@ -107,15 +124,13 @@ class _Pool:
         config: SweepConfig,
         experiments: Sequence[Experiment],
         folder: SweepFolder,
-        *,
-        gpu: bool,
+        device: str,
     ) -> None:
         self.ray = ray
         self.waiting = list(experiments)
         self.losses: dict[Experiment, int] = {}
         self.under_way: dict[Any, tuple[Any, Experiment]] = {}
-        remote = ray.remote(num_cpus=1, num_gpus=1 if gpu else 0)(Worker)
-        device = "cuda" if gpu else "cpu"
+        remote = ray.remote(num_cpus=1, num_gpus=0 if device == "cpu" else 1)(Worker)
         # A model is loaded in every worker; the folder may be relative to where this process is.
         self._arguments = config, list(experiments), folder.path.resolve(), device
         self._worker_class = remote
@@ -131,19 +146,27 @@ class _Pool:
             worker, experiment = self.under_way.pop(answer)
             try:
                 seconds = self.ray.get(answer)
-            except self.ray.exceptions.RayActorError:
-                self._lost(experiment)
-                worker = self.new_worker()
             except self.ray.exceptions.RayTaskError as error:
                 raise error.cause from None
+            except (
+                self.ray.exceptions.RayActorError,
+                self.ray.exceptions.OutOfMemoryError,
+            ):
+                self.ray.kill(worker)  # it may only be out of reach, and still write
+                self._lost(experiment)
+                worker = self.new_worker()
             else:
-                finished(experiment, seconds)
+                if seconds is not None:
+                    finished(experiment, seconds)
             self._give(worker)
 
     def _give(self, worker: Any) -> None:
+        """Give a worker something to do, or let it go, so that others get its place."""
         if self.waiting:
             experiment = self.waiting.pop(0)
             self.under_way[worker.run.remote(experiment)] = worker, experiment
+        else:
+            self.ray.kill(worker)
 
     def _lost(self, experiment: Experiment) -> None:
         self.losses[experiment] = self.losses.get(experiment, 0) + 1

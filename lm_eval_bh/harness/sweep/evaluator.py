@@ -15,11 +15,12 @@ from lm_eval.loggers import EvaluationTracker
 from tqdm import tqdm
 
 from lm_eval_bh.errors import DataError
-from lm_eval_bh.harness.model import BHLM, PLAIN
+from lm_eval_bh.harness.model import BHLM
 from lm_eval_bh.harness.plugin import MODEL_NAME
 from lm_eval_bh.harness.run_log import LogOptions
 from lm_eval_bh.harness.sweep.grid import Experiment, SweepConfig
-from lm_eval_bh.harness.sweep.tasks import manager_of
+from lm_eval_bh.harness.sweep.tasks import are_ours, new_task_manager
+from lm_eval_bh.routing.rules import RULES
 
 
 class Evaluator:
@@ -44,11 +45,17 @@ class Evaluator:
         self, config: SweepConfig, experiments: Sequence[Experiment], device: str | None = None
     ) -> None:
         self.config, self.device = config, device
-        largest = max(experiments, key=lambda experiment: (experiment.max_k, experiment.alpha or 0))
+        # What tests needs most: a null model. The others only take something away.
+        first = max(experiments, key=lambda e: (RULES[e.rule].tests, RULES[e.rule].adaptive))
         options = {"batch_size": config.batch_size, "device": device}
-        self.lm = BHLM.create_from_arg_obj(self._model_args(largest), options)
+        self.lm = BHLM.create_from_arg_obj(config.model_args_of(first), options)
+        for experiment in experiments:
+            config.routing_of(experiment).check_experts(self.lm.integration.num_experts)
         with _quiet(logging.ERROR):  # custom data sets warn of options that nobody needs
-            self._manager = manager_of(config.tasks)
+            self._manager = new_task_manager(
+                defaults=not are_ours(config.tasks),
+                metadata=config.model_args_of(first, routing=False),
+            )
             self.tasks: dict[str, Any] = self._manager.load(list(config.tasks))["tasks"]
         self._metadata = {name: dict(task.config.metadata) for name, task in self.tasks.items()}
 
@@ -84,10 +91,8 @@ class Evaluator:
             str(folder / "routing") if detailed else None,
             self.config.log_samples,
         )
-        self.lm.reroute(
-            options, rule=experiment.rule, max_k=experiment.max_k, alpha=experiment.alpha
-        )
-        model_args = self._model_args(experiment) | {
+        self.lm.reroute(self.config.routing_of(experiment), options)
+        model_args = self.config.model_args_of(experiment) | {
             name: value
             for name in ("log_routing", "log_dir", "log_samples")
             if (value := getattr(options, name)) is not None
@@ -115,29 +120,19 @@ class Evaluator:
         tracker.save_results_samples(experiment.task, samples[experiment.task])
         return _written(folder, tracker.date_id, len(samples[experiment.task]))
 
-    def _model_args(self, experiment: Experiment) -> dict[str, Any]:
-        """Return what ``--model_args`` would say; baselines are plain static top-k."""
-        adaptive = experiment.alpha is not None
-        common = {
-            name: value
-            for name, value in self.config.model_args.items()
-            if adaptive or name not in (*PLAIN, "kde")
-        }
-        return {"pretrained": self.config.pretrained, **experiment.routing, **common}
-
 
 def _written(folder: Path, date: str, documents: int) -> Path:
     """Return the results file, once it is sure that all was written: the tracker only warns."""
     for file in folder.glob(f"*/results_{date}.json"):
         try:
             json.loads(file.read_text(encoding="utf-8"))
-            lines = sum(
-                len(samples.read_text(encoding="utf-8").splitlines())
+            lines = "".join(
+                samples.read_text(encoding="utf-8")
                 for samples in file.parent.glob(f"samples_*_{date}.jsonl")
-            )
+            ).split("\n")
         except ValueError:
             break
-        if lines >= documents:
+        if len(lines) == documents + 1 and not lines[-1]:  # the last line has its end
             return file
     raise DataError(
         f"The results of an experiment could not be written to {folder}: "

@@ -2,7 +2,7 @@
 
 ::
 
-    <folder>/sweep.json                                 the settings, written by the first who comes
+    <folder>/sweep.json                                 the settings, with the first that finishes
     <folder>/runs/<experiment>/<model>/results_*.json   as `lm_eval --output_path` writes them
     <folder>/runs/<experiment>/routing/<run id>/        as `--model_args log_dir=` has it
     <folder>/logs/<experiment>_internal_routing.json    the same file, by its name
@@ -17,13 +17,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.files import replacing
-from lm_eval_bh.harness.log_folder import check_writable, explaining
+from lm_eval_bh.harness.log_folder import explaining
 from lm_eval_bh.harness.sweep.grid import Experiment, SweepConfig
 from lm_eval_bh.schema import INTERNAL_ROUTING, ExperimentSummary, read_json
 
@@ -70,19 +73,44 @@ class SweepFolder:
     def claim(self, config: SweepConfig) -> None:
         """Take the folder for a sweep, whose settings it keeps.
 
+        Done with the first finished experiment, not before: a sweep that never got so far leaves
+        nothing that stands in the way of the next.
+
         Raises
         ------
         DataError
             As :meth:`check`, or if it cannot be written.
         """
-        check_writable(self.path)
         file = self.path / SETTINGS
-        if not file.exists():
-            with explaining(self.path), replacing(file) as temporary:
-                temporary.write_text(
-                    json.dumps(config.as_dict(), indent=2) + "\n", encoding="utf-8"
-                )
+        with self._lock(SETTINGS), explaining(self.path):
+            if not file.exists():
+                with replacing(file) as temporary:
+                    temporary.write_text(json.dumps(config.as_dict(), indent=2) + "\n", "utf-8")
         self.check(config)
+
+    @contextmanager
+    def alone(self, experiment: Experiment) -> Iterator[bool]:
+        """Yield whether the experiment is to be run here: not done, and under way nowhere else.
+
+        While the block lasts nobody else runs it.
+        """
+        lock = self._lock(experiment.name)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield not self.done(experiment)
+        finally:
+            lock.release()
+
+    def _lock(self, name: str) -> FileLock:
+        """Return a lock of the file system, which ends with its process, however that ends."""
+        locks = self.path / ".locks"
+        with explaining(locks):
+            locks.mkdir(parents=True, exist_ok=True)
+        return FileLock(locks / name)
 
     def run(self, experiment: Experiment) -> Path:
         """Return the folder that the experiment writes its results to."""
@@ -102,6 +130,7 @@ class SweepFolder:
 
     def clear(self, experiment: Experiment) -> None:
         """Remove what a killed run of the experiment has left."""
+        self.summary(experiment).unlink(missing_ok=True)
         if self.run(experiment).exists():
             shutil.rmtree(self.run(experiment))
         self._internal_routing(experiment).unlink(missing_ok=True)
@@ -136,7 +165,7 @@ class SweepFolder:
 
 
 def _same_file(file: Path, other: Path) -> None:
-    """Give a file another name, or, where the file system knows no links, copy it."""
+    """Give a file another name; where the file system knows no links, copy it."""
     try:
         os.link(file, other)
     except OSError:

@@ -10,11 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_bh.errors import ParameterError, did_you_mean
+from lm_eval_bh.harness.arguments import NAMES, arguments_of, routing_config
+from lm_eval_bh.harness.run_log import LogOptions
 from lm_eval_bh.harness.sweep.tasks import expand_tasks
 from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.rules import RULES
 from lm_eval_bh.schema import experiment_name
+
+# What model_args may not hold: it differs between experiments, or has an option of its own.
+SET_BY_THE_SWEEP = (
+    "pretrained",
+    "rule",
+    "alpha",
+    "max_k",
+    "target_experts",
+    "log_routing",
+    "log_dir",
+    "log_samples",
+    "log_logits",
+)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
@@ -122,6 +137,10 @@ class SweepConfig:
         for name in ("tasks", "baselines", "alphas", "max_k", "rules"):
             given = getattr(self, name)
             given = [given] if isinstance(given, str | int | float) else list(given or ())
+            if wrong := [value for value in given if not isinstance(value, str | int | float)]:
+                raise ParameterError(f"{name} holds {wrong[0]!r}: write a list, as in [8, 16].")
+            if name in ("tasks", "rules"):
+                given = [str(value) for value in given]
             for value, times in Counter(given).items():
                 if times > 1:
                     raise ParameterError(f"{name} names {value} {times} times: name it once.")
@@ -143,11 +162,16 @@ class SweepConfig:
             )
         if self.seed is not None and not _is_integer(self.seed):
             raise ParameterError(f"seed={self.seed!r} is no seed: give an integer.")
-        for name in ("pretrained", "rule", "alpha", "max_k", "log_routing", "log_dir"):
+        if not isinstance(self.model_args, Mapping):
+            raise ParameterError(
+                f"model_args={self.model_args!r} are no names with values: "
+                "write, for example, {dtype: float32}."
+            )
+        for name in SET_BY_THE_SWEEP:
             if name in self.model_args:
                 raise ParameterError(
-                    f"model_args sets {name}, which the sweep sets itself: "
-                    "leave it out and use the option of its name."
+                    f"model_args sets {name}, which the sweep sets for each experiment: "
+                    "leave it out, and use the option of its name where there is one."
                 )
         if not self.tasks:
             raise ParameterError("The sweep has no task: give --tasks, for example bh_demo.")
@@ -155,8 +179,26 @@ class SweepConfig:
             raise ParameterError(
                 "The grid is empty: give --baselines, or --max-k with --alphas, or a --preset."
             )
+        folder = "." if self.log_routing in ("samples", "full") else None
+        LogOptions(self.log_routing, folder, self.log_samples)
         for rule, max_k, alpha in self.configurations:
-            RoutingConfig(rule=rule, max_k=max_k, alpha=0.4 if alpha is None else alpha)
+            self.routing_of(Experiment(rule, max_k, alpha, ""))
+
+    def model_args_of(self, experiment: Experiment, routing: bool = True) -> dict[str, Any]:
+        """Return what ``--model_args`` says for an experiment, logs left out.
+
+        Without ``routing`` it is what all experiments have in common.
+        """
+        common = arguments_of(experiment.rule, self.model_args)
+        if not routing:
+            common = {name: value for name, value in common.items() if name not in NAMES}
+            return {"pretrained": self.pretrained, **common}
+        return {"pretrained": self.pretrained, **experiment.routing, **common}
+
+    def routing_of(self, experiment: Experiment) -> RoutingConfig:
+        """Return how an experiment selects experts."""
+        given = self.model_args_of(experiment).items()
+        return routing_config(**{name: value for name, value in given if name in NAMES})
 
     @property
     def configurations(self) -> list[tuple[str, int, float | None]]:
@@ -226,7 +268,8 @@ class SweepConfig:
         """
         settings: dict[str, Any] = {}
         from_file = {} if file is None else _read_yaml(file)
-        preset = preset or from_file.pop("preset", None)
+        in_file = from_file.pop("preset", None)
+        preset = preset or in_file
         if preset is not None:
             if preset not in PRESETS:
                 raise ParameterError(

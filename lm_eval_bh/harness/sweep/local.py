@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from lm_eval_bh.harness.sweep.folder import SweepFolder
 from lm_eval_bh.harness.sweep.grid import Experiment, SweepConfig
@@ -25,7 +26,8 @@ def run_here(
     config : SweepConfig
         The settings of the sweep.
     experiments : sequence of Experiment
-        Those to run now; on several processes the first one decides.
+        Those to run now, less what another process runs or has run meanwhile; on several processes
+        the first one decides.
     folder : SweepFolder
         Where they write.
     finished : callable
@@ -40,10 +42,13 @@ def run_here(
         return
     evaluator = Evaluator(config, experiments, device)
     for experiment in evaluator.agree(list(experiments)):
-        if evaluator.rank == 0:
-            folder.clear(experiment)
-        evaluator.agree(None)  # nobody writes before it is cleared
-        start = time.perf_counter()
-        evaluator.run(experiment, folder.run(experiment))
-        if evaluator.rank == 0:
-            finished(experiment, time.perf_counter() - start)
+        with folder.alone(experiment) if evaluator.rank == 0 else nullcontext(False) as mine:
+            if not evaluator.agree(mine):
+                continue
+            if evaluator.rank == 0:
+                folder.clear(experiment)
+            evaluator.agree(None)  # nobody writes before it is cleared
+            start = time.perf_counter()
+            evaluator.run(experiment, folder.run(experiment))
+            if evaluator.rank == 0:
+                finished(experiment, time.perf_counter() - start)

@@ -10,22 +10,24 @@ from lm_eval_bh.errors import ParameterError, did_you_mean
 from lm_eval_bh.resources import shipped
 
 
-@cache
-def task_manager(defaults: bool = False) -> Any:
+def new_task_manager(*, defaults: bool, metadata: dict[str, Any] | None = None) -> Any:
     """Return lm-eval's ``TaskManager`` over our tasks, with ``defaults`` over its own 14,000 too.
 
-    Indexing those takes 12 seconds or more, ours some milliseconds.
+    Indexing those takes 12 seconds or more, ours some milliseconds. Tasks are told the metadata
+    when they load.
     """
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=str(shipped("tasks")), include_defaults=defaults)
+    ours = str(shipped("tasks"))
+    return TaskManager(include_path=ours, include_defaults=defaults, metadata=metadata)
 
 
-def manager_of(names: Sequence[str]) -> Any:
-    """Return the ``TaskManager`` that knows all of the names: ours wherever it is enough."""
-    ours = task_manager()
-    strangers = [name for name in names if name not in ours.task_index]
-    return task_manager(defaults=True) if strangers else ours
+_known = cache(new_task_manager)
+
+
+def are_ours(names: Sequence[str]) -> bool:
+    """Whether all tasks are of this package, so that lm-eval's own need no index."""
+    return all(name in _known(defaults=False).task_index for name in names)
 
 
 def expand_tasks(names: Sequence[str]) -> list[str]:
@@ -36,11 +38,11 @@ def expand_tasks(names: Sequence[str]) -> list[str]:
     ParameterError
         If a name is unknown, or a group, whose tasks are to be named one by one.
     """
-    ours = task_manager()
+    ours = _known(defaults=False)
     for name in names:
         if name.startswith("bh_") and name not in ours.task_index:  # no need for lm-eval's index
             raise _unknown(name, ours)
-    manager = manager_of(names)
+    manager = ours if are_ours(names) else _known(defaults=True)
     found: list[str] = []
     for name in names:
         if name not in manager.task_index:
@@ -53,5 +55,5 @@ def expand_tasks(names: Sequence[str]) -> list[str]:
 
 def _unknown(name: str, manager: Any) -> ParameterError:
     hint = did_you_mean(name, manager.all_tasks)
-    hint = hint or f" (ours are {', '.join(task_manager().all_tasks)})"
+    hint = hint or f" (ours are {', '.join(_known(defaults=False).all_tasks)})"
     return ParameterError(f"The task {name!r} is unknown{hint}: `lm_eval ls tasks` lists all.")

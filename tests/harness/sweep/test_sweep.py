@@ -15,7 +15,7 @@ import pytest
 
 import lm_eval_bh
 from lm_eval_bh import experiments
-from lm_eval_bh.errors import DataError, ParameterError
+from lm_eval_bh.errors import DataError, ModelError, ParameterError
 from lm_eval_bh.harness.sweep.folder import SweepFolder
 from lm_eval_bh.harness.sweep.grid import SweepConfig
 
@@ -281,6 +281,71 @@ def test_a_max_k_beyond_the_experts_is_refused_before_the_first_experiment(tmp_p
     with pytest.raises(ParameterError, match="64 experts"):
         experiments.run(experiments.plan(config, tmp_path), device="cpu")
     assert not (tmp_path / "runs").exists()
+    experiments.plan(SweepConfig(**SETTINGS), tmp_path)  # the corrected settings are welcome
+
+
+@pytest.mark.slow
+def test_two_shards_make_the_whole(finished, tmp_path):
+    config = SweepConfig(**SETTINGS)
+    for shard in ("2/2", "1/2"):
+        experiments.run(experiments.plan(config, tmp_path, shard=shard), device="cpu", say=str)
+    assert_same(table(tmp_path), table(finished))
+
+
+@pytest.mark.slow
+def test_common_arguments_reach_the_rules_that_take_them(tmp_path):
+    """Also where a baseline has the largest k, and the stock command would refuse them with it."""
+    settings = {"baselines": [16], "alphas": [0.4], "model_args": {"min_k": 2}}
+    config = SweepConfig(**SETTINGS | settings)
+    experiments.run(experiments.plan(config, tmp_path), device="cpu", say=str)
+    top, adaptive = (the_results(tmp_path / "runs" / e.name) for e in config.experiments())
+    assert "min_k" not in top["config"]["model_args"]
+    assert top["config"]["bh"]["config"]["min_k"] == 1
+    assert adaptive["config"]["model_args"]["min_k"] == 2
+    assert adaptive["config"]["bh"]["config"]["min_k"] == 2
+    histogram = adaptive["config"]["bh"]["summary"]["layers"][0]["histogram"]
+    assert histogram[1] == 0
+    assert histogram[2] > 0
+
+
+def test_an_experiment_runs_in_one_process_at_a_time(tmp_path):
+    folder = SweepFolder(tmp_path)
+    first, second, _ = SweepConfig(**SETTINGS).experiments()
+    with folder.alone(first) as mine:
+        assert mine
+        holder = (
+            "from pathlib import Path; import json, sys;"
+            "from lm_eval_bh.harness.sweep.folder import SweepFolder;"
+            "from lm_eval_bh.harness.sweep.grid import SweepConfig;"
+            f"folder = SweepFolder(Path({str(tmp_path)!r}));"
+            f"first, second, _ = SweepConfig(**{SETTINGS!r}).experiments();"
+            "a = folder.alone(first).__enter__(); b = folder.alone(second).__enter__();"
+            "print(json.dumps([a, b]))"
+        )
+        done = subprocess.run([sys.executable, "-c", holder], capture_output=True, text=True)
+        assert json.loads(done.stdout) == [False, True], done.stderr
+    with folder.alone(second) as mine:  # the other process is gone, and its lock with it
+        assert mine
+    folder.logs.mkdir()
+    folder.summary(first).write_text("{}")
+    with folder.alone(first) as mine:
+        assert not mine
+
+
+def test_the_settings_stand_with_the_first_result(tmp_path):
+    folder = SweepFolder(tmp_path)
+    folder.claim(SweepConfig(**SETTINGS))
+    folder.claim(SweepConfig(**SETTINGS))
+    with pytest.raises(DataError, match="limit: 4 there, 9 here"):
+        folder.claim(SweepConfig(**SETTINGS | {"limit": 9}))
+
+
+@pytest.mark.slow
+def test_an_error_on_a_ray_worker_is_the_sentence_it_would_be_here(tmp_path):
+    pytest.importorskip("ray", reason="needs the extra ray")
+    config = SweepConfig(**SETTINGS | {"pretrained": str(tmp_path / "none")})
+    with pytest.raises(ModelError, match="could not be loaded"):
+        experiments.run(experiments.plan(config, tmp_path), ray="local", workers=1)
 
 
 def test_what_is_done_is_what_has_a_summary(tmp_path):

@@ -66,6 +66,38 @@ def test_names_are_those_of_the_earlier_prototype(experiment, name, routing):
         assert experiment.routing == routing | {"max_k": 8}
 
 
+def test_every_rule_takes_what_it_can_of_the_common_arguments():
+    """Whatever else is in the grid, and whichever experiment a process meets first."""
+    common = {"min_k": 2, "statistic": "contribution", "null": "expert", "seed": 3, "dtype": "auto"}
+    rules = ["bh", "top_p", "random_k"]
+    config = SweepConfig(**GRID | {"baselines": [64], "rules": rules, "model_args": common})
+    taken = {
+        experiment.rule: {
+            name: value
+            for name, value in config.model_args_of(experiment).items()
+            if name in common
+        }
+        for experiment in config.experiments()
+    }
+    assert taken == {
+        "topk": {"dtype": "auto"},
+        "bh": {"min_k": 2, "statistic": "contribution", "null": "expert", "dtype": "auto"},
+        "top_p": {"min_k": 2, "statistic": "contribution", "dtype": "auto"},
+        "random_k": {"seed": 3, "dtype": "auto"},
+    }
+    for experiment in config.experiments():
+        routing = config.routing_of(experiment)
+        assert routing.min_k == (2 if experiment.alpha is not None else 1)
+        assert routing.seed == (3 if experiment.rule == "random_k" else 0)
+
+
+def test_a_preset_on_the_command_line_is_taken_before_that_of_the_file(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("preset: full\nlimit: 3\n")
+    config = SweepConfig.gather("quick", file)
+    assert (config.pretrained, config.limit) == ("tiny-olmoe", 3)
+
+
 def test_repeats_come_after_a_whole_round():
     experiments = SweepConfig(**GRID).experiments(repeats=2)
     assert [e.repeat for e in experiments] == [1] * 5 + [2] * 5
@@ -112,6 +144,12 @@ def test_a_shard_outside_n_is_refused(shard):
         ({"batch_size": "large"}, "batch_size='large'"),
         ({"seed": "x"}, "seed='x'"),
         ({"model_args": {"alpha": 0.3}}, "model_args sets alpha"),
+        ({"model_args": "dtype=float32"}, "no names with values"),
+        ({"model_args": {"null": "experts"}}, "null='experts'"),
+        ({"alphas": [[0.3]]}, r"alphas holds \[0.3\]"),
+        ({"tasks": [3]}, "task '3' is unknown"),
+        ({"log_routing": "sample"}, "log_routing='sample'"),
+        ({"log_routing": "summary", "log_samples": 3}, "log_samples=3 has no use"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change, sentence):
