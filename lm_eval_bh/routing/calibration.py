@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import kstest
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -277,6 +276,8 @@ def health(null: NullModel, logits_by_layer: Mapping[int, Tensor]) -> list[Layer
     NullModelError
         If logits are missing or not finite.
     """
+    from scipy.stats import kstest  # half a second to import, which no evaluation needs
+
     report = []
     for layer, logits in sorted(logits_by_layer.items()):
         p = null.p_values(layer, logits).flatten().cpu().numpy()

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.signal import fftconvolve
 from scipy.special import ndtr
 
 from lm_eval_bh.errors import NullModelError, ParameterError, did_you_mean
@@ -194,6 +193,8 @@ def fit_cdf(
     bins, fine = (points - 1) * refine + 1, step / refine
     weights = linear_binning(samples, float(x[0]), fine, bins)
     lags = kernel_cdf(np.arange(1 - bins, bins, dtype=np.float64) * (fine / h))
+    from scipy.signal import fftconvolve  # half a second to import, which no evaluation needs
+
     cdf = np.asarray(fftconvolve(lags, weights, mode="valid")[::refine], dtype=np.float64)
     cdf = cdf.clip(0, 1)
     cdf[0] = 0.0  # as it is to float64 accuracy; the transform leaves rounding errors of 1e-16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
@@ -12,6 +13,7 @@ from typing import Any
 
 from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
+from torch.utils import collect_env
 from tqdm import tqdm
 
 from lm_eval_bh.errors import DataError
@@ -140,20 +142,28 @@ def _written(folder: Path, date: str, documents: int) -> Path:
     )
 
 
+_environment = functools.cache(collect_env.get_pretty_env_info)
+
+
 @contextmanager
 def _quiet(level: int) -> Iterator[None]:
-    """Keep the harness from talking: a sweep has one bar, and a line an experiment."""
+    """Keep the harness from talking: a sweep has one bar, and a line an experiment.
+
+    And from asking anew what machine this is, which takes it a second an experiment.
+    """
     logger = logging.getLogger("lm_eval")
-    before, start = logger.level, tqdm.__init__
+    before, start, describe = logger.level, tqdm.__init__, collect_env.get_pretty_env_info
 
     def disabled(bar: Any, *args: Any, **options: Any) -> None:
         start(bar, *args, **options | {"disable": True})
 
     logger.setLevel(level)
     tqdm.__init__ = disabled
+    collect_env.get_pretty_env_info = _environment
     try:
         with redirect_stdout(io.StringIO()):
             yield
     finally:
         tqdm.__init__ = start
+        collect_env.get_pretty_env_info = describe
         logger.setLevel(before)
