@@ -147,6 +147,7 @@ def summarize(folder: Path, experiment: Experiment, seconds: float) -> Experimen
     """
     from lm_eval_bh.analysis.metrics import METRICS
     from lm_eval_bh.analysis.results import load_experiments
+    from lm_eval_bh.analysis.tables import plain
 
     loaded = load_experiments([folder])
     if len(loaded.frame) != 1:
@@ -166,11 +167,11 @@ def summarize(folder: Path, experiment: Experiment, seconds: float) -> Experimen
         "num_experts": int(row["num_experts"]),
         "dataset": experiment.task,
         "metrics": {
-            name: _plain(row[name]) for name in dict.fromkeys([*METRICS, *quality, "mean_experts"])
+            name: plain(row[name]) for name in dict.fromkeys([*METRICS, *quality, "mean_experts"])
         },
         "summary": {
-            "total_samples": _plain(row["documents"]),
-            "total_tokens": _plain(row["tokens"]),
+            "total_samples": plain(row["documents"]),
+            "total_tokens": plain(row["tokens"]),
             "elapsed_time_seconds": round(seconds, 3),
         },
     }
@@ -191,15 +192,6 @@ def line(summary: ExperimentSummary) -> str:
         if (value := metrics.get(name)) is not None
     ]
     return f"{summary['config']}: {', '.join(shown)} ({seconds:.1f} s)"
-
-
-def _plain(value: Any) -> Any:
-    """Return a Python number, or None for what was not measured."""
-    import pandas as pd
-
-    if pd.isna(value):
-        return None
-    return value.item() if hasattr(value, "item") else value
 
 
 class BHRoutingExperimentRunner:

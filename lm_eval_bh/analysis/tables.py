@@ -63,7 +63,7 @@ def write_tables(frame: pd.DataFrame, folder: Path | str) -> list[Path]:
 def write_records(frame: pd.DataFrame, folder: Path | str, name: str) -> list[Path]:
     """Write every column of a frame as ``<name>.csv`` and ``<name>.json``, a list of objects."""
     records = [
-        {column: _plain(value) for column, value in record.items()}
+        {column: plain(value) for column, value in record.items()}
         for record in frame.to_dict(orient="records")
     ]
     contents = {
@@ -79,12 +79,12 @@ def _write(path: Path, content: str) -> Path:
     return path
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a value of a frame as JSON knows it; what is not finite is null."""
     if value is None or value is pd.NA:
         return None
     if isinstance(value, list):
-        return [_plain(element) for element in value]
+        return [plain(element) for element in value]
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     if isinstance(value, (int, np.integer)):
@@ -104,7 +104,7 @@ def _readable(frame: pd.DataFrame) -> list[list[str]]:
         and not (name == "group" and frame[name].nunique() == 1)
     }
     cells = [
-        [_cell(_plain(value)) for value in record]
+        [_cell(plain(value)) for value in record]
         for record in frame[list(shown)].itertuples(index=False, name=None)
     ]
     return [list(shown.values()), *cells]

@@ -33,14 +33,14 @@ class Evaluator:
     config : SweepConfig
         The settings of the sweep.
     experiments : sequence of Experiment
-        What will be asked for: the model is loaded with the one that could be refused first.
+        What will be asked for; the model is loaded with one that needs a null model, if any does.
     device : str or None
         As lm-eval takes it.
 
     Raises
     ------
     BHError
-        Whatever ``hf-bh`` raises: before weights load, if a ``max_k`` is too large.
+        Whatever ``hf-bh`` raises, and before the first experiment if a ``max_k`` is too large.
     """
 
     def __init__(

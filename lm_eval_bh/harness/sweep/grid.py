@@ -31,6 +31,8 @@ SET_BY_THE_SWEEP = (
     "log_logits",
 )
 
+LOGGED = 8  # documents of each task whose routing is kept as JSON, unless another number is given
+
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "pretrained": TINY_OLMOE,
@@ -130,7 +132,7 @@ class SweepConfig:
     batch_size: int | str = 8
     seed: int | None = None
     log_routing: str = "samples"
-    log_samples: int | None = 8
+    log_samples: int | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -145,8 +147,8 @@ class SweepConfig:
                 if times > 1:
                     raise ParameterError(f"{name} names {value} {times} times: name it once.")
             object.__setattr__(self, name, tuple(given))
-        if self.log_routing not in ("samples", "full") and self.log_samples == 8:
-            object.__setattr__(self, "log_samples", None)
+        if self.log_samples is None and self.log_routing in ("samples", "full"):
+            object.__setattr__(self, "log_samples", LOGGED)
         self._check()
         object.__setattr__(self, "tasks", tuple(expand_tasks(self.tasks)))
 
