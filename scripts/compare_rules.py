@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -157,9 +158,23 @@ class Bench:
             input_ids=inputs.clamp(min=0), attention_mask=targets != -100, use_cache=False
         ).logits
         loss = nn.functional.cross_entropy(
-            logits.float().transpose(1, 2), targets, reduction="none", ignore_index=-100
+            logits.float().flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100
         )
-        return loss.double().sum(-1)
+        return loss.view_as(targets).double().sum(-1)
+
+
+bench: Bench
+
+
+def start(*arguments: Any) -> None:
+    """Load what a process measures with, once for all of its rows."""
+    global bench
+    bench = Bench(*arguments)
+
+
+def measured(row: Configuration) -> tuple[Configuration, list[int], Measured]:
+    """Measure a row with this process's bench."""
+    return row, bench.tokens, bench.measure(row)
 
 
 class Table:
@@ -232,6 +247,7 @@ def main(
         int | None, typer.Option(help="The first so many; default all.")
     ] = None,
     batch_size: int = 16,
+    workers: Annotated[int, typer.Option(help="Processes; each loads the model.")] = 1,
     seed: int = 0,
     table_only: Annotated[bool, typer.Option(help="Measure nothing, print what is there.")] = False,
 ) -> None:
@@ -245,13 +261,15 @@ def main(
         rows = {label: Measured(**row) for label, row in content["rows"].items()}
         tokens = content["tokens"]
     if not table_only:
-        bench = Bench(pretrained, limit, tokens_per_document, max_k, batch_size)
-        tokens = bench.tokens
-        for row in tqdm([row for row in wanted if row.label not in rows], disable=None):
-            rows[row.label] = bench.measure(row)
-            content = {"tokens": tokens, "rows": {name: asdict(r) for name, r in rows.items()}}
-            with replacing(output) as temporary:
-                temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        left = [row for row in wanted if row.label not in rows]
+        arguments = (pretrained, limit, tokens_per_document, max_k, batch_size)
+        with get_context("spawn").Pool(workers, start, arguments) as pool:
+            done = pool.imap_unordered(measured, left)
+            for row, tokens, result in tqdm(done, total=len(left), disable=None):
+                rows[row.label] = result
+                content = {"tokens": tokens, "rows": {name: asdict(r) for name, r in rows.items()}}
+                with replacing(output) as temporary:
+                    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
     print(f"{len(tokens)} documents, {sum(tokens)} tokens\n")
     Table(rows, tokens, seed).print(wanted, sorted(means))
 

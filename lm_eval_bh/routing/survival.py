@@ -10,6 +10,8 @@ from lm_eval_bh.errors import ParameterError
 
 Array = NDArray[np.float64]
 
+NEAR = 2**16  # float64 numbers; what rounding moves a quantile by, where F is not all but flat
+
 
 def survival(x: torch.Tensor, cdf: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """Return 1 - F(z) for the piecewise linear F through (x, cdf), constant beyond its ends.
@@ -36,8 +38,9 @@ def thresholds(x: Array, cdf: Array, critical_values: Array) -> Array:
     """Return the smallest z with ``survival(z) <= c`` for every critical value c.
 
     For every finite float64 z, ``z >= threshold`` and ``survival(z) <= c`` are the same decision:
-    the segment is found among the survival values at the knots, the number in it by bisection over
-    the float64 numbers themselves, with :func:`survival` as the judge.
+    the segment is found among the survival values at the knots, and the number in it by bisection
+    over the float64 numbers themselves, with :func:`survival` as the judge. It begins around the
+    quantile, so that most are found in 17 steps instead of 64.
 
     Parameters
     ----------
@@ -65,14 +68,36 @@ def thresholds(x: Array, cdf: Array, critical_values: Array) -> Array:
     first = np.searchsorted(-at_knots, -critical_values, side="left")  # first knot that qualifies
     result = np.where(first == 0, -np.inf, np.inf)
     inside = (first > 0) & (first < len(x))
-    level, order = critical_values[inside], _ordered(x)
-    low, high = order[first[inside] - 1], order[first[inside]]
-    while (high - 1 > low).any():  # low never qualifies, high always does
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # low + high may overflow
-        p = survival(grid, values, torch.from_numpy(_from_ordered(middle))).numpy()
-        low, high = np.where(p <= level, low, middle), np.where(p <= level, middle, high)
-    result[inside] = _from_ordered(high)
+    result[inside] = _bisect(grid, values, at_knots, first[inside], critical_values[inside])
     return result
+
+
+def _bisect(
+    x: torch.Tensor,
+    cdf: torch.Tensor,
+    at_knots: Array,
+    first: NDArray[np.int64],
+    critical_values: Array,
+) -> Array:
+    """Return the thresholds that lie after knot ``first - 1`` and not after knot ``first``."""
+    start, end = x.numpy()[first - 1], x.numpy()[first]
+    share = (at_knots[first - 1] - critical_values) / (at_knots[first - 1] - at_knots[first])
+    quantile = _ordered(start + share * (end - start))
+    low, high = _ordered(start), _ordered(end)
+
+    def narrow(at: NDArray[np.int64], some: NDArray[np.int64]) -> None:
+        """Move an end of each bracket there: low never qualifies, high always does."""
+        p = survival(x, cdf, torch.from_numpy(_from_ordered(at))).numpy()
+        passes = p <= critical_values[some]
+        low[some], high[some] = np.where(passes, low[some], at), np.where(passes, at, high[some])
+
+    everyone = np.arange(len(first))
+    for step in (-NEAR, NEAR):
+        narrow(np.clip(quantile + step, low, high), everyone)
+    while len(wide := np.flatnonzero(high - 1 > low)):
+        a, b = low[wide], high[wide]
+        narrow((a >> 1) + (b >> 1) + (a & b & 1), wide)  # a + b may overflow
+    return _from_ordered(high)
 
 
 def _ordered(values: Array) -> NDArray[np.int64]:
