@@ -177,6 +177,10 @@ def analyze(
             f"{row.retained_mass:.3f}",
         )
     Console().print(table)
+    typer.echo(
+        "The model ran as it is. At work a rule changes the hidden states, and with them the "
+        "router logits of the layers above: the mean is then another one."
+    )
     if output is not None:
         content = {"tokens": seen, "rows": [dataclasses.asdict(row) for row in rows]}
         with replacing(output) as temporary:

@@ -88,6 +88,7 @@ def test_analyze_prints_a_row_for_every_configuration(run, text, tmp_path):
     assert rows[2]["mean_experts"] < rows[3]["mean_experts"] < rows[5]["mean_experts"]
     for row in rows:
         assert f"{row['mean_experts']:.2f}" in out
+    assert "The model ran as it is" in out
 
 
 @pytest.mark.parametrize(
