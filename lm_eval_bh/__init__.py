@@ -15,6 +15,7 @@ from lm_eval_bh.errors import (
     NullModelError,
     ParameterError,
     RoutingError,
+    UnreachableError,
 )
 from lm_eval_bh.harness import plugin
 
@@ -40,6 +41,7 @@ __all__ = [
     "RoutingConfig",
     "RoutingError",
     "Selection",
+    "UnreachableError",
     "__version__",
     "create_comprehensive_visualization",
     "create_single_panel",

@@ -17,6 +17,10 @@ class ParameterError(BHError, ValueError):
     """A parameter is unknown, out of range, or contradicts another one."""
 
 
+class UnreachableError(ParameterError):
+    """No parameter of a selection rule gives the mean number of experts that was asked for."""
+
+
 class NullModelError(BHError, ValueError):
     """A null model is missing, damaged, or belongs to another router."""
 

@@ -7,12 +7,12 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from lm_eval_bh.errors import ParameterError
+from lm_eval_bh.errors import ParameterError, UnreachableError
 from lm_eval_bh.routing.rules import RULES, Evidence
 from lm_eval_bh.routing.selector import Ranking
 from lm_eval_bh.routing.texts import WIKITEXT, text_batches, wikitext_train_texts
@@ -82,7 +82,8 @@ def solve(
 
     The rule is solved on the logits of the unchanged model; but experts that are left out below
     change the logits above, so the model is run with what was solved, and it is solved again on the
-    logits it gives then, until the mean that really comes out meets the target.
+    logits it gives then, until the mean that really comes out meets the target. What cannot be
+    reached on one round's logits may be on the next's: there the nearest parameter is taken.
 
     Parameters
     ----------
@@ -95,8 +96,8 @@ def solve(
 
     Raises
     ------
-    ParameterError
-        If the rule cannot reach the target.
+    UnreachableError, ParameterError
+        If no parameter of the rule reaches the target, or none was found.
     DataError, ModelError
         If the text or the tokenizer cannot be loaded.
     """
@@ -115,47 +116,79 @@ def solve(
     modules = [router.module for router in integration.routers]
     logits = collect_router_logits(integration.model, modules, batches)
     best: Solution | None = None
-    for _ in range(ROUNDS):
+    tried: list[dict[int, float]] = []
+    while len(tried) < ROUNDS and (best is None or best.miss > AIM):
         alphas = _solve_on(integration, logits)
+        if alphas in tried:
+            break
+        tried.append(alphas)
         integration.solution = Solution(
             config.target_experts, config.budget, alphas, 0.0, {}, 0, ""
         )
         with integration:
             logits = collect_router_logits(integration.model, modules, batches)
-        counters = {layer: _mean(integration, layer, logits)(alphas[layer]) for layer in alphas}
+        means = {layer: _mean(integration, layer, logits)(alphas[layer]) for layer in alphas}
         found = dataclasses.replace(
             integration.solution,
-            mean_experts=sum(counters.values()) / len(counters),
-            layer_means=counters,
+            mean_experts=sum(means.values()) / len(means),
+            layer_means=means,
             tokens=sum(batch.numel() for batch in batches),
             text=WIKITEXT if texts is None else "given",
         )
         if best is None or found.miss < best.miss:
             best = found
-        if best.miss <= AIM:
-            break
     assert best is not None
     if best.miss > TOLERANCE:
-        raise ParameterError(
-            f"target_experts={config.target_experts} could not be met: rule={config.rule} came to "
-            f"a mean of {best.mean_experts:.3g} in {ROUNDS} rounds; give another target or rule."
-        )
+        _give_up(integration, logits, best, len(tried))
     logger.info("Solved for %s experts: %s", config.target_experts, best)
     return best
 
 
+def _give_up(
+    integration: BHRoutingIntegration, logits: Mapping[int, Tensor], best: Solution, rounds: int
+) -> NoReturn:
+    """Say of the first budget that is not met whether any parameter could have met it."""
+    target, rule = best.target_experts, integration.config.rule
+    for layers, mean in _budgets(integration, logits).items():
+        met = sum(best.layer_means[layer] for layer in layers) / len(layers)
+        if abs(met / target - 1) <= TOLERANCE:
+            continue
+        where = f" in layer {layers[0]}" if best.budget == "layer" else ""
+        low, high = sorted(mean(_level(end)) for end in (-LOG_ODDS, LOG_ODDS))
+        if not low <= target <= high:
+            raise UnreachableError(
+                f"target_experts={target} cannot be reached with rule={rule}{where}: with the rule "
+                f"at work on the calibration text its mean lies between {low:.3g} and {high:.3g} "
+                "experts for every alpha; give another target or rule."
+            )
+        raise ParameterError(
+            f"target_experts={target} was not met: rule={rule} came no nearer than a mean of "
+            f"{met:.3g}{where} in {rounds} rounds; give another target or rule."
+        )
+    raise AssertionError("a solution that misses its target misses one of its budgets")
+
+
 def _solve_on(integration: BHRoutingIntegration, logits: Mapping[int, Tensor]) -> dict[int, float]:
-    """Return every layer's parameter, solved on logits as they are."""
-    config = integration.config
+    """Return every layer's parameter, solved on logits as they are, or the one that is nearest."""
+    target = float(integration.config.target_experts or 0)
+    alphas: dict[int, float] = {}
+    for layers, mean in _budgets(integration, logits).items():
+        alphas |= dict.fromkeys(layers, _bisect(mean, target))
+    return alphas
+
+
+def _budgets(
+    integration: BHRoutingIntegration, logits: Mapping[int, Tensor]
+) -> dict[tuple[int, ...], Mean]:
+    """Return the layers that share a parameter, and their mean as a function of it."""
     means = {layer: _mean(integration, layer, logits) for layer in integration.layers}
-    target = float(config.target_experts or 0)
-    if config.budget == "layer":
-        return {layer: _bisect(mean, target, config.rule) for layer, mean in means.items()}
+    if integration.config.budget == "layer":
+        return {(layer,): mean for layer, mean in means.items()}
 
     def over_layers(alpha: float) -> float:
         return sum(mean(alpha) for mean in means.values()) / len(means)
 
-    return dict.fromkeys(means, _bisect(over_layers, target, config.rule))
+    return {tuple(means): over_layers}
 
 
 def _mean(integration: BHRoutingIntegration, layer: int, logits: Mapping[int, Tensor]) -> Mean:
@@ -177,19 +210,13 @@ def _mean(integration: BHRoutingIntegration, layer: int, logits: Mapping[int, Te
     return mean
 
 
-def _bisect(mean: Mean, target: float, rule: str) -> float:
+def _bisect(mean: Mean, target: float) -> float:
     """Return the parameter whose mean comes nearest to the target.
 
     The mean rises with the level of a test and falls with that of ``min_p``.
     """
     low, high = -LOG_ODDS, LOG_ODDS
     ends = mean(_level(low)), mean(_level(high))
-    if not min(ends) <= target <= max(ends):
-        raise ParameterError(
-            f"target_experts={target} cannot be reached with rule={rule}: on the calibration text "
-            f"its mean lies between {min(ends):.3g} and {max(ends):.3g} experts for every alpha; "
-            "give another target or rule."
-        )
     rising = ends[1] >= ends[0]
     nearest = min((abs(ends[0] - target), low), (abs(ends[1] - target), high))
     for _ in range(HALVINGS):

@@ -7,7 +7,13 @@ import json
 import pytest
 import torch
 
-from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError, RoutingConfig
+from lm_eval_bh import (
+    BHRoutingIntegration,
+    NullModel,
+    ParameterError,
+    RoutingConfig,
+    UnreachableError,
+)
 from lm_eval_bh.routing.target import LENGTH, TOKENS
 from lm_eval_bh.routing.texts import text_batches
 
@@ -76,10 +82,28 @@ def test_the_model_is_left_as_it_was_and_the_statistics_start_at_zero(tiny, ids,
     assert routing.get_routing_stats()["mean_experts_per_token"] is None
 
 
-def test_a_target_out_of_reach_names_what_can_be_reached(solved):
-    with pytest.raises(ParameterError, match=r"mean lies between 1 and \d") as caught:
-        solved(rule="bonferroni", target_experts=7.9)
+@pytest.mark.parametrize(
+    ("options", "where"), [({}, r"rule=bonferroni:"), ({"budget": "layer"}, "in layer 0:")]
+)
+def test_a_target_out_of_reach_names_what_can_be_reached(solved, options, where):
+    with pytest.raises(UnreachableError, match=rf"{where}.* mean lies between 1 and \d") as caught:
+        solved(rule="bonferroni", target_experts=7.9, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_target_that_only_the_rule_at_work_reaches_is_reached(solved, tokenizer, demo_texts):
+    def highest(mode: str) -> float:
+        routing = solved(rule="bonferroni", alpha=1 - 1e-9, mode=mode, target_experts=None)
+        found = means(routing, tokenizer, demo_texts)
+        return sum(found) / len(found)
+
+    unchanged, at_work = highest("analyze"), highest("patch")
+    assert at_work > 1.05 * unchanged  # experts left out below raise the logits above
+    target = (unchanged + at_work) / 2
+    found = means(solved(rule="bonferroni", target_experts=target), tokenizer, demo_texts)
+    assert sum(found) / len(found) == pytest.approx(target, rel=0.02)
+    with pytest.raises(UnreachableError):
+        solved(rule="bonferroni", target_experts=target, mode="analyze")
 
 
 def test_after_a_target_that_failed_the_old_configuration_is_in_force(tiny, ids, solved):
