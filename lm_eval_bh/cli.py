@@ -140,6 +140,7 @@ def analyze(
     """Say what every rule, level and max_k would select, from one pass of the unchanged model."""
     from lm_eval_bh.routing.config import grid_of
     from lm_eval_bh.routing.pretrained import analyze_pretrained
+    from lm_eval_bh.routing.rules import RULES
 
     configs = grid_of(
         words(rules),
@@ -182,7 +183,11 @@ def analyze(
         "router logits of the layers above: the mean is then another one."
     )
     if output is not None:
-        content = {"tokens": seen, "rows": [dataclasses.asdict(row) for row in rows]}
+        plain = [dataclasses.asdict(row) for row in rows]
+        for values in plain:
+            if not RULES[values["config"]["rule"]].adaptive:
+                values["config"]["alpha"] = None  # it has none
+        content = {"tokens": seen, "rows": plain}
         with replacing(output) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         typer.echo(f"Written to {output}")

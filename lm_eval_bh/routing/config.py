@@ -118,11 +118,11 @@ class RoutingConfig:
 
     def _check_statistic(self) -> None:
         check_kind(self.statistic, self.null)
-        for name, least in (("trim", 0), ("seed", 0)):
+        for name in ("trim", "seed"):
             value = getattr(self, name)
-            if value is not None and not (_is_integer(value) and value >= least):
+            if value is not None and not (_is_integer(value) and 0 <= value < 2**32):
                 raise ParameterError(
-                    f"{name}={value!r} is out of range: give an integer of at least {least}."
+                    f"{name}={value!r} is out of range: give an integer from 0 to {2**32 - 1}."
                 )
         rule = RULES[self.rule]
         for name, meaningless, why in (
@@ -214,20 +214,29 @@ class RoutingConfig:
 def grid_of(
     rules: Iterable[str], alphas: Iterable[float], max_ks: Iterable[int], **others: Any
 ) -> list[RoutingConfig]:
-    """Return every combination; rules without a parameter take no alpha and ``others`` but min_k.
+    """Return every combination, each with what has a meaning for its rule.
+
+    Rules without a parameter take neither alpha nor ``others``; rules without a test take no
+    ``null`` and no ``trim``.
 
     Raises
     ------
     ParameterError
-        If a value is out of range.
+        If a value is out of range, or there is no combination.
     """
     alphas, max_ks = list(alphas), list(max_ks)
     configs = []
-    for rule in rules:
-        adaptive = RoutingConfig(rule=rule).adaptive
-        for alpha, max_k in itertools.product(alphas if adaptive else [0.5], max_ks):
-            fitting = others if adaptive else {}
-            configs.append(RoutingConfig(alpha=alpha, rule=rule, max_k=max_k, **fitting))
+    for name in rules:
+        adaptive = RoutingConfig(rule=name).adaptive
+        foreign = () if RULES[name].tests else ("null", "trim")
+        fitting = {key: value for key, value in others.items() if key not in foreign}
+        if not adaptive:
+            configs += [RoutingConfig(rule=name, max_k=max_k) for max_k in max_ks]
+            continue
+        for alpha, max_k in itertools.product(alphas, max_ks):
+            configs.append(RoutingConfig(alpha=alpha, rule=name, max_k=max_k, **fitting))
+    if not configs:
+        raise ParameterError("The grid is empty: give at least one rule, level and max_k.")
     return configs
 
 

@@ -31,7 +31,7 @@ class GridRow:
     config : RoutingConfig
         The configuration.
     mean_experts : float
-        Mean number of experts a token.
+        Mean number of experts a token in the configuration's layers, as all that follows.
     floor_share, ceiling_share : float
         Shares of tokens with ``min_k`` and with ``max_k`` experts; where these are equal all are at
         the ceiling and none at the floor.
@@ -40,7 +40,7 @@ class GridRow:
     retained_mass : float
         Mean share of a token's softmax weight that the selected experts hold.
     layer_means : tuple of float
-        Mean number of experts of each layer.
+        Mean number of experts of each of the configuration's layers.
     """
 
     config: RoutingConfig
@@ -94,6 +94,11 @@ def analyze_grid(
         )
     for config in configs:
         config.check_experts(routers[0].num_experts)
+        if config.target_experts is not None:
+            raise ParameterError(
+                f"target_experts={config.target_experts} needs the rule at work, which a pass of "
+                "the unchanged model is not: give levels."
+            )
     layers = [_LayerGrid(layer, router, configs, nulls) for layer, router in enumerate(routers)]
     listen(
         model,
@@ -107,8 +112,9 @@ def analyze_grid(
     shares = sums / tokens[:, None, None]
     rows = []
     for at, config in enumerate(configs):
-        mean, floor, ceiling, overlap, mass = shares[:, at].mean(0).tolist()
-        layer_means = tuple(shares[:, at, 0].tolist())
+        chosen = shares[config.select_layers(len(routers)), at]
+        mean, floor, ceiling, overlap, mass = chosen.mean(0).tolist()
+        layer_means = tuple(chosen[:, 0].tolist())
         rows.append(GridRow(config, mean, floor, ceiling, overlap, mass, layer_means))
     return rows
 
@@ -149,7 +155,7 @@ class _LayerGrid:
                 view_key = (config.seed, config.max_k)
             if view_key not in views:
                 order = None
-                ranking = Ranking(router_logits, null, self._layer)
+                ranking = Ranking(router_logits, null, self._layer, config.null)
                 if selector.rule.random:
                     order = selector.draw(router_logits, config.max_k)
                 views[view_key] = _View(router_logits, ranking, order, self._router.top_k)

@@ -19,6 +19,7 @@ from lm_eval_bh.routing.experts import EXPERTS, ExpertsSwitch
 from lm_eval_bh.routing.null import NullModel
 from lm_eval_bh.routing.resolution import resolve_null
 from lm_eval_bh.routing.routers import Router, find_routers, transformers_model
+from lm_eval_bh.routing.rules import RULES
 from lm_eval_bh.routing.selection import Selection, keep, softmax_of, softmax_top
 from lm_eval_bh.routing.selector import Selector
 from lm_eval_bh.routing.target import Solution, solve
@@ -249,12 +250,12 @@ class BHRoutingIntegration:
             stays in force.
         """
         self._check(config)
-        null = self._resolve(config)
         patched = self.patched
         before = self.config, self.null, self.solution
-        self.unpatch_model()
-        self.config, self.null = config, null
+        self.unpatch_model()  # first: a null model may be calibrated, and on the model as it is
         try:
+            self.null = self._resolve(config)
+            self.config = config
             self._solve()
             if patched:
                 self.patch_model()
@@ -274,11 +275,7 @@ class BHRoutingIntegration:
         ModelError
             If a router carries hooks of this or another integration already.
         """
-        for router in self.routers:
-            if any(isinstance(hook, RouterHook) for hook in router.module._forward_hooks.values()):
-                raise ModelError(
-                    f"The router {router.name} is patched already: call unpatch_model() first."
-                )
+        self._refuse_patched()
         base = transformers_model(self.model).base_model
         assert isinstance(base, PreTrainedModel)
         try:
@@ -399,21 +396,28 @@ class BHRoutingIntegration:
     def _leaves_slots_unused(self) -> bool:
         return self.config.adaptive and self.config.min_k < self.config.max_k
 
+    def _refuse_patched(self) -> None:
+        for router in self.routers:
+            if any(isinstance(hook, RouterHook) for hook in router.module._forward_hooks.values()):
+                raise ModelError(
+                    f"The router {router.name} is patched already: call unpatch_model() first."
+                )
+
     def _resolve(self, config: RoutingConfig) -> NullModel | None:
         if not config.needs_null:
             return None
-        known = self._known
-        if known is not None and known.mismatch(config.statistic, config.null, config.trim) is None:
-            return known
-        self._known = resolve_null(
-            self._kde,
-            self.model,
-            self.routers,
-            self._tokenizer,
-            statistic=config.statistic,
-            null=config.null,
-            trim=config.trim,
-        )
+        auto = isinstance(self._kde, str) and self._kde == "auto"
+        wanted: dict[str, Any] = {
+            "statistic": config.statistic,
+            "null": config.null if RULES[config.rule].tests else None,  # only norms are needed
+            "trim": (config.trim or 0) if auto else config.trim,
+        }
+        if self._known is None or self._known.mismatch(**wanted) is not None:
+            if auto:
+                self._refuse_patched()  # it may have to be calibrated, on the model as it is
+            self._known = resolve_null(
+                self._kde, self.model, self.routers, self._tokenizer, **wanted
+            )
         return self._known
 
     def _solve(self) -> None:

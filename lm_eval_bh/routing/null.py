@@ -351,13 +351,16 @@ class NullModel:
             )
         return survival.thresholds(x, cdf, np.asarray(critical_values, dtype=np.float64))
 
-    def mismatch(self, statistic: str, null: str, trim: int | None) -> str | None:
-        """Say in half a sentence why it cannot serve this statistic, or None if it can."""
+    def mismatch(self, statistic: str, null: str | None, trim: int | None) -> str | None:
+        """Say in half a sentence why it cannot serve this statistic, or None if it can.
+
+        What is asked as None may be anything.
+        """
         own = self.header
         if own.statistic != statistic:
             norms = ", without output norms" if self.norms is None else ""
             return f"is of statistic={own.statistic}{norms}, and statistic={statistic} was asked"
-        if own.null != null:
+        if null is not None and own.null != null:
             return f"is of null={own.null}, and null={null} was asked"
         if trim is not None and (own.trim or 0) != trim:
             return f"was fitted with trim={own.trim or 0}, and trim={trim} was asked"

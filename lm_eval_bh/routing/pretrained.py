@@ -24,6 +24,7 @@ from lm_eval_bh.routing.grid import GridRow, analyze_grid
 from lm_eval_bh.routing.null import NullModel
 from lm_eval_bh.routing.resolution import cached_null, resolve_null
 from lm_eval_bh.routing.routers import find_routers
+from lm_eval_bh.routing.rules import RULES
 from lm_eval_bh.routing.texts import (
     WIKITEXT,
     text_batches,
@@ -152,12 +153,21 @@ def analyze_pretrained(
     texts = wikitext_texts("test") if text is None else _paragraphs(text)
     model, tokenizer = _load(pretrained, name, dtype, device)
     routers = find_routers(model)
-    kinds = {(c.statistic, c.null): c.trim for c in configs if c.needs_null}
+    needing = [config for config in configs if config.needs_null]
+    kinds = {  # a test decides: other rules take any null model with output norms
+        (c.statistic, c.null): c for c in sorted(needing, key=lambda c: RULES[c.rule].tests)
+    }
     nulls = {
-        (statistic, null): resolve_null(
-            kde, model, routers, tokenizer, statistic=statistic, null=null, trim=trim
+        kind: resolve_null(
+            kde,
+            model,
+            routers,
+            tokenizer,
+            statistic=config.statistic,
+            null=config.null if RULES[config.rule].tests else None,
+            trim=config.trim,
         )
-        for (statistic, null), trim in kinds.items()
+        for kind, config in kinds.items()
     }
     batches = text_batches(tokenizer, texts, tokens=tokens, length=length, batch=batch)
     rows = analyze_grid(model, routers, batches, configs, nulls)

@@ -24,7 +24,7 @@ def resolve_null(
     tokenizer: Any = None,
     *,
     statistic: str = "logit",
-    null: str = "pooled",
+    null: str | None = "pooled",
     trim: int | None = None,
 ) -> NullModel:
     """Return the null model that serves the model's routers.
@@ -40,7 +40,7 @@ def resolve_null(
         that belongs to the model is loaded.
     statistic, null, trim
         What the null model has to be of; "auto" finds or calibrates one that is, and takes a trim
-        of None for 0.
+        of None for 0. A null of None may be either, where only the output norms are wanted.
 
     Raises
     ------
@@ -50,8 +50,8 @@ def resolve_null(
     name = transformers_model(model).name_or_path or type(model).__name__
     fingerprint = router_fingerprint(router.weight for router in routers)
     if not isinstance(kde, NullModel) and str(kde) == "auto":
-        kind = statistic, null, trim or 0
-        found = _find(fingerprint, *kind)
+        found = _find(fingerprint, statistic, null, trim or 0)
+        kind = statistic, null or "pooled", trim or 0
         found = found or _calibrate(model, routers, tokenizer, name, fingerprint, *kind)
     elif isinstance(kde, NullModel):
         found = kde
@@ -70,7 +70,7 @@ def resolve_null(
     return found
 
 
-def _find(fingerprint: str, statistic: str, null: str, trim: int) -> NullModel | None:
+def _find(fingerprint: str, statistic: str, null: str | None, trim: int) -> NullModel | None:
     for path in _candidates():
         try:
             found = NullModel.load(path)

@@ -140,7 +140,7 @@ def select_experts(
     Raises
     ------
     ParameterError
-        If a parameter is out of range.
+        If a parameter is out of range, or the null model is of other routers.
     RoutingError
         If a logit is NaN or infinite.
 
@@ -149,6 +149,7 @@ def select_experts(
     Benjamini and Hochberg (1995), "Controlling the false discovery rate", J. R. Stat. Soc. B
     57:289.
     """
+    tests = rule in RULES and RULES[rule].tests
     config = RoutingConfig(
         alpha=alpha,
         rule=rule,
@@ -158,7 +159,7 @@ def select_experts(
         renormalize=renormalize,
         seed=seed,
         statistic="logit" if null is None else null.header.statistic,
-        null="pooled" if null is None else null.header.null,
+        null="pooled" if null is None or not tests else null.header.null,
     )
     if router_logits.ndim != 2 or not router_logits.is_floating_point():
         raise ParameterError(
@@ -172,6 +173,13 @@ def select_experts(
         )
     num_experts = router_logits.shape[-1]
     config.check_experts(num_experts)
+    if null is not None:
+        null.cdf(layer)  # says so if there is no such layer
+        if null.header.num_experts not in (None, num_experts):
+            raise ParameterError(
+                f"The null model is of {null.header.num_experts} experts a layer, and the router "
+                f"logits are of {num_experts}: give the null model of this router."
+            )
     counts, order = Selector(config, null, layer, num_experts)(router_logits)
     if order is None:
         indices, weights = softmax_top(router_logits, max_k, temperature)

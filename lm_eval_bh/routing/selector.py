@@ -27,6 +27,17 @@ if TYPE_CHECKING:
 class Ranking:
     """The statistics of one layer's tokens, sorted; all rules with this null model share it.
 
+    Parameters
+    ----------
+    router_logits : Tensor
+        float ``[tokens, N]``.
+    null : NullModel or None
+        What the statistic is; None for the logits.
+    layer : int
+        The layer.
+    kind : "pooled" or "expert"
+        Whether p-values rank the experts, each under its own distribution, or the statistic does.
+
     Attributes
     ----------
     ascending : Tensor
@@ -35,14 +46,16 @@ class Ranking:
         int64 ``[tokens, N]``, the experts in that order; None where it is the order of the logits.
     """
 
-    def __init__(self, router_logits: Tensor, null: NullModel | None, layer: int) -> None:
+    def __init__(
+        self, router_logits: Tensor, null: NullModel | None, layer: int, kind: str = "pooled"
+    ) -> None:
         logits = router_logits.detach()
         self.order: Tensor | None = None
         if null is None or null.header.statistic == "logit":
             statistic = logits.to(torch.promote_types(logits.dtype, torch.float32))
         else:
             statistic = null.statistic(layer, logits)
-        if null is not None and null.header.null == "expert":
+        if null is not None and kind == "expert":
             by_logit = statistic.argsort(dim=-1, descending=True, stable=True)  # for equal p-values
             p_values = null.p_values(layer, logits).gather(-1, by_logit)
             self.ascending, by_p = p_values.sort(dim=-1, stable=True)
@@ -115,7 +128,7 @@ class Selector:
         fixed = not self.rule.adaptive or config.min_k == config.max_k
         if fixed and config.ranks_by_logit:
             return self._full(router_logits), None
-        ranking = Ranking(router_logits, self._null, self.layer)
+        ranking = Ranking(router_logits, self._null, self.layer, config.null)
         order = None if ranking.order is None else ranking.order[:, : config.max_k]
         if fixed:
             return self._full(router_logits), order

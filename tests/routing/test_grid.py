@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError
+from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError, RoutingConfig
 from lm_eval_bh.routing.calibration import collect_router_logits
 from lm_eval_bh.routing.config import grid_of
 from lm_eval_bh.routing.grid import analyze_grid
@@ -36,8 +36,8 @@ def nulls(tiny_model_folder, ids):
 
 
 def configurations():
+    rules = ["bh", "storey", "top_p"]
     for statistic, null in KINDS:
-        rules = ["bh", "storey"] if null == "expert" else ["bh", "storey", "top_p"]
         yield from grid_of(rules, [0.5], [8, 20], min_k=2, statistic=statistic, null=null)
     yield from grid_of(["topk", "min_p", "random_k"], [0.3], [4, 8])
 
@@ -92,3 +92,26 @@ def test_the_model_is_run_once_and_left_as_it_was(tiny, nulls, batches):
 def test_a_grid_that_does_not_fit_the_model_is_refused(tiny, batches, nulls):
     with pytest.raises(ParameterError, match="more than the model's 64 experts"):
         analyze_grid(tiny, find_routers(tiny), batches, grid_of(["bh"], [0.4], [65]), nulls)
+
+
+def test_only_the_layers_of_a_configuration_count(tiny, nulls, batches):
+    configs = [RoutingConfig(alpha=0.5, layers=layers) for layers in ("all", "2", "first2")]
+    every, third, two = analyze_grid(tiny, find_routers(tiny), batches, configs, nulls, False)
+    assert third.layer_means == every.layer_means[2:3]
+    assert third.mean_experts == pytest.approx(every.layer_means[2])
+    assert two.mean_experts == pytest.approx(sum(every.layer_means[:2]) / 2)
+
+
+def test_a_target_is_refused_since_the_rule_is_not_at_work(tiny, nulls, batches):
+    with pytest.raises(ParameterError, match="needs the rule at work"):
+        analyze_grid(
+            tiny, find_routers(tiny), batches, [RoutingConfig(target_experts=5)], nulls, False
+        )
+
+
+@pytest.mark.parametrize("empty", range(3))
+def test_an_empty_grid_is_refused(empty):
+    axes = [["bh"], [0.4], [8]]
+    axes[empty] = []
+    with pytest.raises(ParameterError, match="grid is empty"):
+        grid_of(*axes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 
 import numpy as np
@@ -51,8 +52,10 @@ def few_objects_to_collect():
 
 
 def random_null(seed: int = 0, layers: int = 1) -> NullModel:
+    """Return a null model that does not say of how many experts it is."""
     rng = np.random.default_rng(seed)
-    return NullModel.fit({layer: rng.normal(size=(500, 16)) for layer in range(layers)})
+    null = NullModel.fit({layer: rng.normal(size=(500, 16)) for layer in range(layers)})
+    return dataclasses.replace(null, header=dataclasses.replace(null.header, num_experts=None))
 
 
 def storey(p, alpha):
@@ -335,3 +338,13 @@ def test_a_test_needs_a_null_model_and_top_k_does_not():
 def test_logits_of_a_wrong_shape_are_refused():
     with pytest.raises(ParameterError, match=r"\[tokens, experts\]"):
         select_experts(torch.randn(2, 3, 16), random_null())
+
+
+@pytest.mark.parametrize("rule", ["bh", "top_p"])
+@pytest.mark.parametrize("norms", [None, np.ones((1, 8))], ids=["logit", "contribution"])
+def test_a_null_model_of_other_routers_is_refused(rule, norms):
+    null = NullModel.fit({0: torch.randn(50, 8)}, norms=norms)
+    with pytest.raises(ParameterError, match="of 8 experts a layer, and the router logits are of"):
+        select_experts(torch.randn(3, 16), null, rule=rule)
+    with pytest.raises(ParameterError, match="layer=1 is out of range"):
+        select_experts(torch.randn(3, 8), null, layer=1, rule=rule)

@@ -234,6 +234,42 @@ class TestInAModel:
         assert not caplog.text
         assert resolve_null("auto", tiny, routers, tokenizer).header.statistic == "logit"
 
+    def test_a_patched_model_is_calibrated_as_it_is_without_the_patch(self, tiny, tokenizer):
+        routers = find_routers(tiny)
+        wanted = RoutingConfig(statistic="contribution")
+        clean = resolve_null("auto", tiny, routers, tokenizer, statistic="contribution")
+        cached_null(clean.header.fingerprint, "contribution").unlink()
+        with BHRoutingIntegration(tiny, rule="topk", max_k=2, tokenizer=tokenizer) as routing:
+            routing.configure(wanted)
+            assert routing.patched
+            with pytest.raises(ModelError, match="patched already"):
+                BHRoutingIntegration(tiny, tokenizer=tokenizer, statistic="contribution", trim=1)
+        np.testing.assert_allclose(routing.null.norms, clean.norms, rtol=1e-9)
+        for (x, cdf), (y, other) in zip(routing.null.tables, clean.tables, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-9)
+            np.testing.assert_allclose(cdf, other, rtol=1e-9)
+
+    def test_what_trim_is_taken_does_not_depend_on_what_came_before(self, tiny, tokenizer):
+        routing = BHRoutingIntegration(tiny, trim=4, tokenizer=tokenizer)
+        assert routing.null.header.trim == 4
+        routing.configure(RoutingConfig())
+        assert (routing.null.header.trim or 0) == 0
+
+    def test_a_rule_without_test_takes_the_norms_of_any_null_model(self, tiny, tokenizer, ids):
+        routers = find_routers(tiny)
+        options = {"statistic": "contribution"}
+        expert = resolve_null("auto", tiny, routers, tokenizer, null="expert", **options)
+        pooled = resolve_null("auto", tiny, routers, tokenizer, **options)
+        usage = []
+        for null in (expert, pooled):
+            with BHRoutingIntegration(
+                tiny, rule="top_p", alpha=0.4, kde=null, **options
+            ) as routing:
+                with torch.no_grad():
+                    tiny(ids)
+                usage.append(torch.stack(routing.counters.usage))
+        assert torch.equal(*usage)
+
     @pytest.mark.parametrize(
         ("options", "sentence"),
         [
@@ -303,6 +339,7 @@ class TestInAModel:
         ({"statistic": "logits"}, "did you mean 'logit'"),
         ({"null": "pool"}, "null='pool' is unknown"),
         ({"trim": -1}, "trim=-1 is out of range"),
+        ({"rule": "random_k", "seed": 2**62}, "give an integer from 0 to 4294967295"),
         ({"rule": "top_p", "null": "expert"}, "null='expert' has no meaning with rule=top_p"),
         ({"rule": "topk", "trim": 2}, "trim=2 has no meaning with rule=topk"),
         ({"rule": "random_k", "statistic": "contribution"}, "has no meaning with rule=random_k"),
