@@ -106,8 +106,14 @@ def calibrate(
             f"{100 * row.floor_share:.3f}",
         )
     Console().print(table)
-    typer.echo(f"Checked on {health[0].tokens} held-out tokens. Written to {path}")
-    if figure is not None:
+    if health:
+        typer.echo(f"Checked on {health[0].tokens} held-out tokens. Written to {path}")
+    else:
+        typer.echo(
+            f"The text ends within the {tokens} tokens to fit on, so that none were left to check "
+            f"on: lower --tokens to have some. Written to {path}"
+        )
+    if figure is not None and health:
         from lm_eval_bh.health_figure import draw_health
 
         draw_health(health, f"Null model of {pretrained}, {statistic}, {null}", figure)

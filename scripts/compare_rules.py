@@ -9,7 +9,7 @@ document by document, which is what mixing two of them over the tokens would abo
 interval is of the paired difference, by a bootstrap over documents.
 
 Every row is written as soon as it is measured, and a row that is in the file is not measured again,
-so an interrupted run goes on where it was.
+so an interrupted run goes on where it was. A file of another model or text is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError
+from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError, UnreachableError
 from lm_eval_bh.files import replacing
 from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
 from lm_eval_bh.routing.null_header import STATISTICS
@@ -59,12 +59,16 @@ class Configuration:
 
 @dataclass
 class Measured:
-    """What came out; losses are sums in nats over a document's tokens."""
+    """What came out; losses are sums in nats over a document's tokens.
+
+    Where nothing was measured, ``failed`` is what the table says instead, and ``why`` the reason.
+    """
 
     mean_experts: float | None = None
     alpha: float | None = None
     losses: list[float] = field(default_factory=list)
-    unreachable: str | None = None
+    failed: str | None = None
+    why: str | None = None
 
 
 def configurations(targets: Sequence[float], most: int) -> list[Configuration]:
@@ -138,7 +142,8 @@ class Bench:
                 **options,
             )
         except ParameterError as error:
-            return Measured(unreachable=str(error))
+            unreachable = isinstance(error, UnreachableError)
+            return Measured(failed="out of reach" if unreachable else "not solved", why=str(error))
         losses = np.zeros(len(self.tokens))
         with routing, torch.inference_mode():
             for batch in self.batches:
@@ -218,8 +223,8 @@ class Table:
         measured = self.rows.get(row.label)
         if measured is None:
             return "not measured"
-        if measured.unreachable is not None:
-            return "out of reach"
+        if measured.failed is not None:
+            return measured.failed
         _, _, difference, low, high = self.compare(measured)
         return f"{difference:+.2f} ({low:+.2f} to {high:+.2f}) at {measured.mean_experts:.2f}"
 
@@ -254,20 +259,31 @@ def main(
     """Measure every row that is not there yet, and print the table."""
     means = [float(k) for k in targets.split(",")]
     wanted = configurations(means, max_k)
+    settings = {
+        "pretrained": pretrained,
+        "limit": limit,
+        "tokens_per_document": tokens_per_document,
+        "max_k": max_k,
+    }
     rows: dict[str, Measured] = {}
     tokens: list[int] = []
     if output.exists():
         content = json.loads(output.read_text(encoding="utf-8"))
+        if content["settings"] != settings:
+            raise typer.BadParameter(
+                f"{output} was made with {content['settings']}, which is not {settings}: "
+                "give the same options, or another --output."
+            )
         rows = {label: Measured(**row) for label, row in content["rows"].items()}
         tokens = content["tokens"]
     if not table_only:
         left = [row for row in wanted if row.label not in rows]
-        arguments = (pretrained, limit, tokens_per_document, max_k, batch_size)
-        with get_context("spawn").Pool(workers, start, arguments) as pool:
+        with get_context("spawn").Pool(workers, start, (*settings.values(), batch_size)) as pool:
             done = pool.imap_unordered(measured, left)
             for row, tokens, result in tqdm(done, total=len(left), disable=None):
                 rows[row.label] = result
-                content = {"tokens": tokens, "rows": {name: asdict(r) for name, r in rows.items()}}
+                plain = {label: asdict(row) for label, row in rows.items()}
+                content = {"settings": settings, "tokens": tokens, "rows": plain}
                 with replacing(output) as temporary:
                     temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
     print(f"{len(tokens)} documents, {sum(tokens)} tokens\n")

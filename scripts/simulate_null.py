@@ -8,6 +8,10 @@ token are drawn from a normal distribution whose correlations are given; the nul
 the true one. Where correlations are not positive alone, BH promises nothing; where the same shift
 moves all logits of a token, rejections come in crowds, which the last column shows.
 
+The last table is of null models that are fitted on such statistics, of other tokens, with `trim`:
+what is left out of the null was null too here, so that its tails are too light and the level is
+lost.
+
 The correlations named tiny-olmoe are those of its router logits on the demo texts that ship, layer
 by layer; they are taken to the normal distribution, so that only the dependence is the model's.
 """
@@ -15,6 +19,7 @@ by layer; they are taken to the normal distribution, so that only the dependence
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +29,7 @@ import typer
 from scipy.special import ndtr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lm_eval_bh import NullModel
 from lm_eval_bh.files import replacing
 from lm_eval_bh.resources import shipped, tiny_olmoe
 from lm_eval_bh.routing.calibration import collect_router_logits
@@ -70,6 +76,26 @@ def draw(correlation: Matrix, tokens: int, rng: np.random.Generator) -> torch.Te
     return torch.from_numpy(ndtr(-rng.standard_normal((tokens, EXPERTS)) @ root.T))
 
 
+def trimmed(trim: int, tokens: int, rng: np.random.Generator) -> torch.Tensor:
+    """Return p-values [tokens, experts] of independent normal statistics under a fitted null."""
+    fitted_on, fresh = rng.standard_normal((2, tokens, EXPERTS))
+    null = NullModel.fit({0: fitted_on}, trim=trim)
+    return null.p_values(0, torch.from_numpy(fresh))
+
+
+def print_trimmed(levels: Sequence[float], tokens: int, seed: int) -> dict[str, dict[str, float]]:
+    """Print and return the shares of tokens in which BH rejects anything."""
+    print(f"\n| trim | {' | '.join(f'alpha = {alpha:g}' for alpha in levels)} |")
+    print(f"|---:|{'---:|' * len(levels)}")
+    everything = {}
+    for trim in (0, 1, 2, 4, 8):
+        p = trimmed(trim, tokens, np.random.default_rng(seed))
+        shares = {f"alpha {a:g}": float(reject(p, a).any(-1).double().mean()) for a in levels}
+        everything[f"trim {trim}"] = shares
+        print(f"| {trim} | {' | '.join(f'{share:.3f}' for share in shares.values())} |")
+    return everything
+
+
 def main(
     alphas: str = "0.05,0.4,0.6",
     tokens: int = 40_000,
@@ -91,7 +117,8 @@ def main(
         for name, matrix in correlations.items()
     }
     everything: dict[str, Any] = {}
-    for alpha in map(float, alphas.split(",")):
+    levels = [float(alpha) for alpha in alphas.split(",")]
+    for alpha in levels:
         error = 1.96 * np.sqrt(alpha * (1 - alpha) / tokens)
         print(f"\nalpha = {alpha:g}; a share at alpha is measured within ± {error:.4f}\n")
         print(f"| logits of a token | {' | '.join(tests)} | experts BH rejects, if any |")
@@ -106,6 +133,7 @@ def main(
             everything[f"{name}, alpha {alpha:g}"] = shares | {"experts BH rejects, if any": crowd}
             cells = [f"{shares[rule]:.3f}" for rule in tests]
             print(f"| {name} | {' | '.join(cells)} | {crowd:.1f} |")
+    everything |= print_trimmed(levels, tokens, seed)
     if output is not None:
         with replacing(output) as temporary:
             temporary.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lm_eval_bh.errors import DataError, ModelError, NullModelError
 from lm_eval_bh.routing.kde import check_kernel
 from lm_eval_bh.routing.norms import measuring_norms
-from lm_eval_bh.routing.null import NullModel, router_fingerprint
+from lm_eval_bh.routing.null import NullModel, check_trim, router_fingerprint
 from lm_eval_bh.routing.null_header import check_kind
 from lm_eval_bh.routing.texts import WIKITEXT, text_batches, wikitext_train_texts
 
@@ -23,6 +23,7 @@ __all__ = [
     "WIKITEXT",
     "LayerHealth",
     "calibrate",
+    "calibrate_and_check",
     "collect_router_logits",
     "health",
     "listen",
@@ -181,6 +182,8 @@ def calibrate(
     """
     check_kernel(kernel)  # the run takes minutes, so what can be checked is checked before it
     check_kind(statistic, null)
+    if experts is not None:
+        check_trim(trim, experts)
     header = {
         "model": model_name,
         "revision": revision,
@@ -212,6 +215,58 @@ def calibrate(
     )
 
 
+def calibrate_and_check(
+    model: nn.Module,
+    tokenizer: Any,
+    routers: Sequence[nn.Module],
+    texts: Sequence[str],
+    *,
+    tokens: int = 65536,
+    length: int = 512,
+    batch: int = 8,
+    progress: bool = True,
+    **others: Any,
+) -> tuple[NullModel, list[LayerHealth]]:
+    """Fit a null model, and compare it with the text that follows, an eighth as much.
+
+    Parameters
+    ----------
+    model, tokenizer, routers, texts, tokens, length, batch, progress, **others
+        As in :func:`calibrate`.
+
+    Returns
+    -------
+    (NullModel, list of LayerHealth)
+        The null model with its health in its header; without, and an empty list, where the text
+        leaves no window of ``length`` tokens beyond those to fit on.
+
+    Raises
+    ------
+    ParameterError, DataError, ModelError, NullModelError
+        As :func:`calibrate`.
+    """
+    null = calibrate(
+        model,
+        tokenizer,
+        routers,
+        texts,
+        tokens=tokens,
+        length=length,
+        batch=batch,
+        progress=progress,
+        **others,
+    )
+    fitted_on = -(-tokens // length)
+    wanted = fitted_on * length + max(length, tokens // 8)
+    windows = text_batches(tokenizer, texts, tokens=wanted, length=length, batch=1)
+    held_out = [window for window in windows[fitted_on:] if window.shape[1] == length]
+    if not held_out:
+        return null, []
+    batches = torch.cat(held_out).split(batch)
+    report = health(null, collect_router_logits(model, routers, batches, progress))
+    return with_health(null, report), report
+
+
 def _weight(router: nn.Module) -> Tensor:
     weight = getattr(router, "weight", None)
     if not isinstance(weight, Tensor):
@@ -228,8 +283,9 @@ class LayerHealth:
     layer : int
         Index of the MoE layer.
     ks_distance : float
-        Kolmogorov-Smirnov distance of the p-values from the uniform distribution, 0 to 1. No
-        p-value goes with it: the pooled logits of one token, and of tokens in one text, are not
+        Kolmogorov-Smirnov distance of the p-values from the uniform distribution, 0 to 1; where
+        every expert has a distribution of its own, the mean of the experts' distances. No p-value
+        goes with it: the pooled logits of one token, and of tokens in one text, are not
         independent, so the test's own would be far too small.
     floor_share : float
         Share of p-values that are exactly 1: logits below the whole null distribution.
@@ -280,14 +336,15 @@ def health(null: NullModel, logits_by_layer: Mapping[int, Tensor]) -> list[Layer
 
     report = []
     for layer, logits in sorted(logits_by_layer.items()):
-        p = null.p_values(layer, logits).flatten().cpu().numpy()
+        p = null.p_values(layer, logits).cpu().numpy()
         if p.size == 0 or not bool(logits.isfinite().all()):
             raise NullModelError(
                 f"The held-out logits of layer {layer} are empty, NaN or infinite; "
                 "use other text or look for the fault in the model."
             )
-        distance = float(kstest(p, "uniform", method="asymp").statistic)
+        samples = p.T if null.header.null == "expert" else [p.ravel()]
+        distance = np.mean([kstest(s, "uniform", method="asymp").statistic for s in samples])
         shares = float((p == 1).mean()), float((p == 0).mean())
         quantiles = tuple(np.quantile(p, np.linspace(0, 1, 101)).tolist())
-        report.append(LayerHealth(layer, distance, *shares, len(logits), quantiles))
+        report.append(LayerHealth(layer, float(distance), *shares, len(logits), quantiles))
     return report

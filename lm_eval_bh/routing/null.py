@@ -135,7 +135,8 @@ class NullModel:
             As in :func:`lm_eval_bh.routing.kde.fit_cdf`.
         trim : int
             Leave out the ``trim`` largest and ``trim`` smallest logits (or contributions) of every
-            token, so that the null is made of the experts that were not called for.
+            token, so that the null is made of the experts that were not called for. The tails are
+            then lighter than those of true nulls, so that alpha is no level any more.
         points : int, optional
             Grid points; default 8,192 where the experts share a distribution, else 512 each, whose
             error of 2e-5 is far below the sampling error of one expert's logits.
@@ -174,7 +175,9 @@ class NullModel:
                     widths.append(kde.bandwidth_of(pooled, bandwidth))
                     tables.append(kde.fit_cdf(pooled, kernel, widths[-1], points))
                 else:
-                    tables.append(_fit_experts(samples, kernel, bandwidth, points))
+                    own, table = _fit_experts(samples, kernel, bandwidth, points)
+                    widths.append(float(np.mean(own)))
+                    tables.append(table)
             except NullModelError as error:
                 raise NullModelError(
                     f"The router logits of layer {layer} cannot be fitted: {error}"
@@ -188,7 +191,7 @@ class NullModel:
         known["versions"] = library_versions() | known.get("versions", {})
         known |= {"num_layers": len(tables), "num_experts": experts.pop()}
         known["tokens"] = tokens.pop() if len(tokens) == 1 else None
-        known |= {"kernel": kernel, "bandwidth": widths or None, "trim": trim, "points": points}
+        known |= {"kernel": kernel, "bandwidth": widths, "trim": trim, "points": points}
         known |= {"statistic": "logit" if norms is None else "contribution", "null": null}
         return cls(tuple(tables), NullHeader(**known), norms)
 
@@ -407,15 +410,28 @@ def statistics(logits: torch.Tensor | NDArray[Any], norms: NDArray[Any] | None) 
 
 def _fit_experts(
     samples: Array, kernel: str, bandwidth: str | float, points: int
-) -> tuple[Array, Array]:
-    """Fit each column of [tokens, experts], NaN left out: x and cdf, both [experts, points]."""
-    tables = []
+) -> tuple[list[float], tuple[Array, Array]]:
+    """Fit each column of [tokens, experts], NaN left out.
+
+    Returns the experts' bandwidths, and x and cdf, both [experts, points].
+    """
+    widths, tables = [], []
     for expert, column in enumerate(samples.T):
+        own = column[~np.isnan(column)]
         try:
-            tables.append(kde.fit_cdf(column[~np.isnan(column)], kernel, bandwidth, points))
+            widths.append(kde.bandwidth_of(own, bandwidth))
+            tables.append(kde.fit_cdf(own, kernel, widths[-1], points))
         except NullModelError as error:
             raise NullModelError(f"expert {expert}: {error}") from error
-    return np.stack([x for x, _ in tables]), np.stack([cdf for _, cdf in tables])
+    return widths, (np.stack([x for x, _ in tables]), np.stack([cdf for _, cdf in tables]))
+
+
+def check_trim(trim: int, experts: int) -> None:
+    """Raise a :class:`ParameterError` unless so many can be left out at either end."""
+    if isinstance(trim, bool) or not isinstance(trim, int) or not 0 <= 2 * trim < experts:
+        raise ParameterError(
+            f"trim={trim!r} is out of range; with {experts} experts use 0 to {(experts - 1) // 2}."
+        )
 
 
 def _untrimmed(layer: int, statistic: torch.Tensor, trim: int) -> Array:
@@ -426,10 +442,7 @@ def _untrimmed(layer: int, statistic: torch.Tensor, trim: int) -> Array:
             f"The logits of layer {layer} have shape {values.shape}; give [tokens, experts]."
         )
     experts = values.shape[1]
-    if isinstance(trim, bool) or not isinstance(trim, int) or not 0 <= 2 * trim < experts:
-        raise ParameterError(
-            f"trim={trim!r} is out of range; with {experts} experts use 0 to {(experts - 1) // 2}."
-        )
+    check_trim(trim, experts)
     if not np.isfinite(values).all():  # NaN shall stay the fault that it is
         raise NullModelError(
             f"The router logits of layer {layer} cannot be fitted: "

@@ -40,7 +40,8 @@ class NullHeader:
     kernel : str or None
         Kernel of the density estimate.
     bandwidth : list of float or None
-        Bandwidth of every layer, in logit units.
+        Bandwidth of every layer, in units of the statistic; the mean of its experts' where each
+        has a distribution of its own.
     trim : int or None
         How many of each token's largest, and as many of its smallest, logits were left out.
     points : int or None

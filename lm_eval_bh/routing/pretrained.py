@@ -14,10 +14,7 @@ from lm_eval_bh.errors import DataError, ModelError, ParameterError
 from lm_eval_bh.resources import TINY_OLMOE
 from lm_eval_bh.routing.calibration import (
     LayerHealth,
-    calibrate,
-    collect_router_logits,
-    health,
-    with_health,
+    calibrate_and_check,
 )
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.grid import GridRow, analyze_grid
@@ -60,15 +57,15 @@ def calibrate_pretrained(
     output : Path or None
         File to write; None takes the cache that ``kde=auto`` reads.
     tokens, length, batch, trim, kernel, statistic, kind
-        See :func:`~lm_eval_bh.routing.calibration.calibrate`; ``kind`` is its ``null``. The
-        text that follows, an eighth of ``tokens``, is held out for the check.
+        See :func:`~lm_eval_bh.routing.calibration.calibrate_and_check`; ``kind`` is its ``null``.
     dtype, device : str
         How the model is loaded; device None takes cuda where there is one.
 
     Returns
     -------
     (NullModel, list of LayerHealth, Path)
-        The null model, its health on the held-out text, and where it was written.
+        The null model, its health on the held-out text (empty where the text leaves none), and
+        where it was written.
 
     Raises
     ------
@@ -79,7 +76,7 @@ def calibrate_pretrained(
     model, tokenizer = _load(pretrained, name, dtype, device)
     routers = find_routers(model)
     modules = [router.module for router in routers]
-    null = calibrate(
+    null, report = calibrate_and_check(
         model,
         tokenizer,
         modules,
@@ -96,17 +93,6 @@ def calibrate_pretrained(
         null=kind,
         experts=routers[0].num_experts,
     )
-    batches = text_batches(
-        tokenizer, texts, tokens=tokens + max(length, tokens // 8), length=length, batch=1
-    )
-    held_out = [window for window in batches[-(-tokens // length) :] if window.shape[1] == length]
-    if not held_out:
-        raise DataError(
-            f"The text ends within the {tokens} tokens to fit on and leaves none to check on: "
-            "lower --tokens."
-        )
-    report = health(null, collect_router_logits(model, modules, torch.cat(held_out).split(batch)))
-    null = with_health(null, report)
     path = output or cached_null(null.header.fingerprint or "", statistic, kind, trim)
     null.save(path)
     return null, report, path
@@ -179,6 +165,14 @@ def _load(pretrained: str, name: str, dtype: str, device: str | None) -> tuple[n
         raise ParameterError(
             f"dtype={dtype!r} is no dtype of torch: give auto, float32, bfloat16 or float16."
         )
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ParameterError(
+            f"device={device!r} cannot be used ({reason}): give cpu, or leave it out."
+        ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(pretrained)
         model: nn.Module = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype)
@@ -188,7 +182,7 @@ def _load(pretrained: str, name: str, dtype: str, device: str | None) -> tuple[n
             "check its name and the network, "
             f"or use {TINY_OLMOE}, which ships and needs none."
         ) from error
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+    return model.to(place), tokenizer
 
 
 def _paragraphs(path: Path) -> list[str]:

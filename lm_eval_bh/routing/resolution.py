@@ -111,7 +111,11 @@ def _calibrate(
     null: str,
     trim: int,
 ) -> NullModel:
-    from lm_eval_bh.routing.calibration import WIKITEXT, calibrate, wikitext_train_texts
+    from lm_eval_bh.routing.calibration import (
+        WIKITEXT,
+        calibrate_and_check,
+        wikitext_train_texts,
+    )
 
     if tokenizer is None:
         tokenizer = tokenizer_of(model)
@@ -131,7 +135,7 @@ def _calibrate(
         name,
         path,
     )
-    made = calibrate(
+    made, _ = calibrate_and_check(
         model,
         tokenizer,
         [r.module for r in routers],

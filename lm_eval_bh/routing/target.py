@@ -15,13 +15,14 @@ from torch import Tensor
 from lm_eval_bh.errors import ParameterError, UnreachableError
 from lm_eval_bh.routing.rules import RULES, Evidence
 from lm_eval_bh.routing.selector import Ranking
-from lm_eval_bh.routing.texts import WIKITEXT, text_batches, wikitext_train_texts
+from lm_eval_bh.routing.texts import WIKITEXT, text_batches, wikitext_texts
 
 if TYPE_CHECKING:
     from lm_eval_bh.routing.integration import BHRoutingIntegration
 
 logger = logging.getLogger(__name__)
 
+INSTEAD = "give alpha in place of target_experts, or from Python texts= to solve it on"
 TOKENS, LENGTH, BATCH = 16384, 512, 8
 TOLERANCE = 0.02  # share of the target that the mean may miss it by
 AIM = 0.01  # and what ends the search
@@ -108,7 +109,7 @@ def solve(
     assert config.target_experts is not None
     batches = text_batches(
         tokenizer or tokenizer_of(integration.model),
-        wikitext_train_texts() if texts is None else texts,
+        wikitext_texts("train", INSTEAD) if texts is None else texts,
         tokens=TOKENS,
         length=LENGTH,
         batch=BATCH,

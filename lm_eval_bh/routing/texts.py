@@ -18,8 +18,15 @@ def wikitext_train_texts() -> list[str]:
     return wikitext_texts("train")
 
 
-def wikitext_texts(split: str) -> list[str]:
+def wikitext_texts(split: str, instead: str = "pass a text file or a null model") -> list[str]:
     """Return the articles of a split of raw WikiText-2, detokenised as lm-eval does it.
+
+    Parameters
+    ----------
+    split : str
+        Of the data set.
+    instead : str
+        What the error says to do without it.
 
     Raises
     ------
@@ -33,9 +40,7 @@ def wikitext_texts(split: str) -> list[str]:
         pages = datasets.load_dataset(name, config, split=split)["page"]
     except Exception as error:  # hub, network and cache each raise their own; the answer is one
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        raise DataError(
-            f"WikiText-2 ({name}) cannot be loaded ({reason}); pass a text file or a null model."
-        ) from error
+        raise DataError(f"WikiText-2 ({name}) cannot be loaded ({reason}); {instead}.") from error
     from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 
     return [wikitext_detokenizer({"page": page}) for page in pages]

@@ -13,6 +13,7 @@ from lm_eval_bh.errors import DataError, ModelError, NullModelError, ParameterEr
 from lm_eval_bh.routing.calibration import (
     LayerHealth,
     calibrate,
+    calibrate_and_check,
     collect_router_logits,
     health,
     text_batches,
@@ -207,6 +208,46 @@ class TestCalibrate:
             self.run(model, tokenizer, [nn.ReLU()])
 
 
+class TestCheck:
+    """The text that follows what the null model was fitted on says how well it fits."""
+
+    def run(self, model, tokenizer, routers, tokens, texts=TEXTS):
+        return calibrate_and_check(
+            model,
+            tokenizer,
+            routers,
+            texts,
+            model_name="a/b",
+            revision=None,
+            text_name="words",
+            tokens=tokens,
+            length=32,
+        )
+
+    @pytest.mark.parametrize("tokens", [1, 31, 32, 33, 100, 300])
+    def test_whatever_the_number_of_tokens(self, model, tokenizer, routers, tokens):
+        null, report = self.run(model, tokenizer, routers, tokens)
+        assert null.header.tokens == tokens
+        assert [layer.layer for layer in report] == [0, 1, 2]
+        assert [layer["ks_distance"] for layer in null.header.health] == [
+            layer.ks_distance for layer in report
+        ]
+        skipped = -(-tokens // 32)
+        windows = text_batches(
+            tokenizer, TEXTS, tokens=32 * (skipped + max(1, tokens // 8 // 32)), length=32, batch=1
+        )[skipped:]
+        held_out = collect_router_logits(model, routers, windows)
+        assert health(null, held_out) == report
+
+    def test_a_text_that_leaves_nothing_to_check_on_is_fitted_all_the_same(
+        self, model, tokenizer, routers
+    ):
+        null, report = self.run(model, tokenizer, routers, 10**6)
+        assert report == []
+        assert null.header.health is None
+        assert 0 < null.header.tokens < 10**6
+
+
 class TestHealth:
     LOGITS = torch.randn(3000, 16, generator=torch.Generator().manual_seed(0))
     OTHERS = torch.randn(2000, 16, generator=torch.Generator().manual_seed(1))
@@ -226,6 +267,17 @@ class TestHealth:
         assert layer.ks_distance == pytest.approx(0.383, abs=0.02)
         p = null.p_values(1, self.OTHERS + 1).flatten()
         assert layer.ks_distance == kstest(p.numpy(), "uniform").statistic
+
+    def test_experts_with_distributions_of_their_own_do_not_make_up_for_each_other(self):
+        null = NullModel.fit({0: self.LOGITS}, null="expert")
+        shift = torch.ones(16)
+        shift[::2] = -1
+        (layer,) = health(null, {0: self.OTHERS + shift})
+        assert layer.ks_distance == pytest.approx(0.383, abs=0.02)
+        p = null.p_values(0, self.OTHERS + shift).numpy()
+        assert kstest(p.ravel(), "uniform").statistic < 0.25
+        own = [kstest(column, "uniform").statistic for column in p.T]
+        assert layer.ks_distance == pytest.approx(np.mean(own))
 
     def test_floor_and_ceiling(self):
         logits = self.OTHERS.clone()
