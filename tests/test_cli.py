@@ -72,6 +72,16 @@ def test_calibrate_measures_contributions_and_draws_its_health(run, text, tmp_pa
     assert str(figure) in out.replace("\n", "")
 
 
+def test_calibrate_on_a_text_that_leaves_nothing_to_check_on(run, text, tmp_path):
+    output = tmp_path / "null.safetensors"
+    code, out, _ = run(
+        "calibrate", "--pretrained", "tiny-olmoe", "--text", text, "--output", output
+    )
+    assert code == 0
+    assert "none were left to check on" in " ".join(out.split())
+    assert NullModel.load(output).header.health is None
+
+
 def test_analyze_prints_a_row_for_every_configuration(run, text, tmp_path):
     code, out, _ = run(
         *("analyze", "--pretrained", "tiny-olmoe", "--text", text, "--tokens", 512),
@@ -97,7 +107,11 @@ def test_analyze_prints_a_row_for_every_configuration(run, text, tmp_path):
         (("analyze", "--alphas", "0.3;0.4"), "is no list of numbers"),
         (("analyze", "--rules", "bhh"), "did you mean 'bh'"),
         (("analyze", "--max-k", "65"), "more than the model's 64 experts"),
+        (("analyze", "--rules", ""), "The grid is empty"),
+        (("analyze", "--max-k", ","), "The grid is empty"),
+        (("analyze", "--device", "abacus"), "device='abacus' cannot be used"),
         (("calibrate", "--statistic", "norm"), "statistic='norm' is unknown"),
+        (("calibrate", "--trim", "40"), "with 64 experts use 0 to 31"),
     ],
 )
 def test_bad_arguments_of_calibrate_and_analyze_are_one_sentence(run, text, arguments, sentence):

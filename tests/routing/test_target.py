@@ -9,6 +9,7 @@ import torch
 
 from lm_eval_bh import (
     BHRoutingIntegration,
+    DataError,
     NullModel,
     ParameterError,
     RoutingConfig,
@@ -124,3 +125,15 @@ def test_the_null_model_follows_the_configuration(tiny, null, tokenizer, demo_te
     assert routing.null is None
     routing.configure(RoutingConfig())
     assert isinstance(routing.null, NullModel)
+
+
+def test_without_text_to_solve_on_the_error_says_what_to_give(tiny, null, tokenizer, monkeypatch):
+    import datasets
+
+    def offline(*_args, **_options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(DataError, match="give alpha in place of target_experts") as caught:
+        BHRoutingIntegration(tiny, kde=null, tokenizer=tokenizer, target_experts=5)
+    assert "\n" not in str(caught.value)
