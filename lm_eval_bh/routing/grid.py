@@ -17,7 +17,8 @@ from lm_eval_bh.routing.calibration import listen
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.null import NullModel
 from lm_eval_bh.routing.routers import Router
-from lm_eval_bh.routing.selector import Ranking, Selector
+from lm_eval_bh.routing.rules import RULES
+from lm_eval_bh.routing.selector import Ranking, Selector, limits_of
 
 Kind = tuple[str, str]  # (statistic, null)
 
@@ -107,20 +108,40 @@ def analyze_grid(
         lambda layer, logits: layers[layer].add(logits),
         progress,
     )
-    sums = torch.stack([grid.sums.cpu() for grid in layers])  # [layers, configs, quantities]
-    tokens = torch.tensor([grid.tokens for grid in layers], dtype=torch.float64)
-    shares = sums / tokens[:, None, None]
-    rows = []
-    for at, config in enumerate(configs):
-        chosen = shares[config.select_layers(len(routers)), at]
-        mean, floor, ceiling, overlap, mass = chosen.mean(0).tolist()
-        layer_means = tuple(chosen[:, 0].tolist())
-        rows.append(GridRow(config, mean, floor, ceiling, overlap, mass, layer_means))
-    return rows
+    histogram = torch.stack([grid.histogram.cpu() for grid in layers]).double()
+    sums = torch.stack([grid.sums.cpu() for grid in layers])
+    return [_row(config, histogram[:, at], sums[:, at]) for at, config in enumerate(configs)]
+
+
+def _row(config: RoutingConfig, histogram: Tensor, sums: Tensor) -> GridRow:
+    """Return the means over a configuration's layers of ``[layers, N + 1]`` and ``[layers, 2]``."""
+    chosen = config.select_layers(len(histogram))
+    tokens = histogram[chosen].sum(-1, keepdim=True)
+    shares = histogram[chosen] / tokens
+    means = shares @ torch.arange(shares.shape[-1], dtype=torch.float64)
+    floor = float(shares[:, config.min_k].mean()) if config.min_k < config.max_k else 0.0
+    overlap, mass = (sums[chosen] / tokens).mean(0).tolist()
+    return GridRow(
+        config,
+        float(means.mean()),
+        floor if config.adaptive else 0.0,
+        float(shares[:, config.max_k].mean()),
+        overlap,
+        mass,
+        tuple(means.tolist()),
+    )
 
 
 class _LayerGrid:
-    """Sums over the tokens of one layer, on the device: float64 ``[configs, quantities]``."""
+    """Sums over the tokens of one layer, on the device.
+
+    Attributes
+    ----------
+    histogram : Tensor
+        int64 ``[configs, experts + 1]``, how many tokens would get 0, 1, ... experts.
+    sums : Tensor
+        float64 ``[configs, 2]``, of the overlap and of the mass.
+    """
 
     def __init__(
         self,
@@ -129,22 +150,25 @@ class _LayerGrid:
         configs: Sequence[RoutingConfig],
         nulls: Mapping[Kind, NullModel],
     ) -> None:
-        self.tokens = 0
-        self.sums = torch.zeros(len(configs), 5, dtype=torch.float64)
+        self.histogram = torch.zeros(len(configs), router.num_experts + 1, dtype=torch.int64)
+        self.sums = torch.zeros(len(configs), 2, dtype=torch.float64)
         self._layer, self._router, self._configs = layer, router, configs
         self._nulls = [
             nulls[config.statistic, config.null] if config.needs_null else None
             for config in configs
         ]
         self._selectors: dict[object, Selector] = {}
-        for config, null in zip(configs, self._nulls, strict=True):
-            key = _rule_of(config)
-            if key not in self._selectors:
-                self._selectors[key] = Selector(config, null, layer, router.num_experts)
+        for kind in {(config.statistic, config.null) for config in configs}:
+            some = {_rule_of(c): c for c in configs if (c.statistic, c.null) == kind}
+            rules = [(RULES[c.rule], c.alpha) for c in some.values()]
+            null, experts = nulls.get(kind), router.num_experts
+            found = limits_of(rules, null, layer, experts)
+            for (key, config), limits in zip(some.items(), found, strict=True):
+                self._selectors[key] = Selector(config, null, layer, experts, limits=limits)
 
     def add(self, router_logits: Tensor) -> None:
         """Count what each configuration selects for ``[tokens, experts]``."""
-        self.tokens += len(router_logits)
+        self.histogram = self.histogram.to(router_logits.device)
         self.sums = self.sums.to(router_logits.device)
         views: dict[object, _View] = {}
         called_for: dict[object, Tensor] = {}
@@ -161,12 +185,15 @@ class _LayerGrid:
                 views[view_key] = _View(router_logits, ranking, order, self._router.top_k)
             view = views[view_key]
             if not selector.rule.adaptive:
-                count = torch.full_like(view.all_tokens, config.max_k)
+                count = torch.full(
+                    router_logits.shape[:1], config.max_k, device=router_logits.device
+                )
             else:
                 if key not in called_for:
                     called_for[key] = selector.rejections(view.ranking)
                 count = called_for[key].clamp(config.min_k, config.max_k)
-            self.sums[at] += view.describe(count, config.min_k, config.max_k)
+            self.histogram[at] += torch.bincount(count, minlength=self.histogram.shape[1])
+            self.sums[at] += view.sums(count)
 
 
 class _View:
@@ -179,7 +206,7 @@ class _View:
         order = ranking.order if order is None else order
         taken = torch.arange(1, router_logits.shape[-1] + 1, device=router_logits.device)
         if order is None:  # that of the logits
-            self._mass = torch.softmax(-ranking.ascending, dim=-1).cumsum(-1)
+            self._mass = ranking.held
             common = taken.clamp(max=top_k)
         else:
             weights = torch.softmax(router_logits.to(self.ranking.ascending.dtype), dim=-1)
@@ -189,15 +216,12 @@ class _View:
             common = own.gather(-1, order).cumsum(-1)
             taken = taken[: order.shape[-1]]
         self._overlap = (common / (taken + top_k - common)).expand_as(self._mass)
-        self.all_tokens = torch.zeros_like(router_logits[:, 0], dtype=torch.int64)
 
-    def describe(self, count: Tensor, min_k: int, max_k: int) -> Tensor:
-        """Return the sums over tokens that :class:`GridRow` is made of, float64 ``[5]``."""
+    def sums(self, count: Tensor) -> Tensor:
+        """Return the sums of overlap and mass, where tokens have so many experts: float64 [2]."""
         last = (count - 1).unsqueeze(-1)
-        ceiling = (count == max_k).sum()
-        floor = (count == min_k).sum() if min_k < max_k else torch.zeros_like(ceiling)
-        overlap, mass = (m.gather(-1, last).sum().double() for m in (self._overlap, self._mass))
-        return torch.stack([count.sum().double(), floor.double(), ceiling.double(), overlap, mass])
+        both = [values.gather(-1, last).sum() for values in (self._overlap, self._mass)]
+        return torch.stack(both).double()
 
 
 def _rule_of(config: RoutingConfig) -> tuple[object, ...]:

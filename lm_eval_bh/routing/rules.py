@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,6 +23,30 @@ CriticalValues = Callable[[float, int], NDArray[np.float64]]
 STOREY_LAMBDA = 0.5
 
 
+class Ordered:
+    """The statistics of a batch of tokens, sorted; and what rules make of them, once for all.
+
+    Parameters
+    ----------
+    ascending : Tensor
+        float ``[tokens, N]``: p-values, or the negative of statistics that stand for them; the most
+        conspicuous expert first.
+    """
+
+    def __init__(self, ascending: Tensor) -> None:
+        self.ascending = ascending
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """Each expert's share of the token's weight, descending: float ``[tokens, N]``."""
+        return torch.softmax(-self.ascending, dim=-1)
+
+    @cached_property
+    def held(self) -> Tensor:
+        """The share that the first 1, 2, ... experts hold together: float ``[tokens, N]``."""
+        return self.shares.cumsum(-1)
+
+
 class Evidence:
     """What a rule may look at, for a batch of tokens in one layer.
 
@@ -29,16 +54,15 @@ class Evidence:
     ----------
     alpha : float
         The rule's parameter.
-    ascending : Tensor
-        float ``[tokens, N]``: p-values, or the negative of statistics that stand for them; the most
-        conspicuous expert first.
+    ordered : Ordered
+        The sorted statistics.
     limits : Tensor or None
         float ``[rows, N]``, on the same scale: what the rule's critical values become.
     """
 
-    def __init__(self, alpha: float, ascending: Tensor, limits: Tensor | None = None) -> None:
+    def __init__(self, alpha: float, ordered: Ordered, limits: Tensor | None = None) -> None:
         self.alpha = alpha
-        self.ascending = ascending
+        self.ordered = ordered
         self.limits = limits
 
     def met(self, row: int | Tensor) -> Tensor:
@@ -54,15 +78,11 @@ class Evidence:
         Tensor, bool ``[tokens, N]``
         """
         assert self.limits is not None
-        limits = self.limits[row]
-        if self.ascending.device.type == "cpu" and not torch.compiler.is_compiling():
+        ascending, limits = self.ordered.ascending, self.limits[row]
+        if ascending.device.type == "cpu" and not torch.compiler.is_compiling():
             # in a third of the time that torch's comparison takes
-            return torch.from_numpy(self.ascending.numpy() <= limits.numpy())
-        return self.ascending <= limits
-
-    def shares(self) -> Tensor:
-        """Return each expert's share of the token's weight, descending: float ``[tokens, N]``."""
-        return torch.softmax(-self.ascending, dim=-1)
+            return torch.from_numpy(ascending.numpy() <= limits.numpy())
+        return ascending <= limits
 
 
 @dataclass(frozen=True)
@@ -135,12 +155,13 @@ def _storey(evidence: Evidence) -> Tensor:
 
 def _top_p(evidence: Evidence) -> Tensor:
     """Take the fewest experts that hold the share alpha of the weight."""
-    return 1 + (evidence.shares().cumsum(-1) < evidence.alpha).sum(-1)
+    held = evidence.ordered.held
+    return 1 + torch.searchsorted(held, held.new_full((len(held), 1), evidence.alpha)).squeeze(-1)
 
 
 def _min_p(evidence: Evidence) -> Tensor:
     """Take the experts whose share is at least alpha times the largest."""
-    shares = evidence.shares()
+    shares = evidence.ordered.shares
     return (shares >= evidence.alpha * shares[..., :1]).sum(-1)
 
 

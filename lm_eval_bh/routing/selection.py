@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lm_eval_bh.errors import ParameterError, RoutingError
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.rules import RULES, Evidence
+from lm_eval_bh.routing.rules import RULES, Evidence, Ordered
 from lm_eval_bh.routing.selector import Selector
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def reject(p_values: Tensor, alpha: float, rule: str = "bh") -> Tensor:
         )
     critical = torch.from_numpy(test.critical_values(alpha, p_values.shape[-1]))
     ordered, order = p_values.double().sort(dim=-1)
-    count = test.count(Evidence(alpha, ordered, critical.to(p_values.device)))
+    count = test.count(Evidence(alpha, Ordered(ordered), critical.to(p_values.device)))
     rank = torch.arange(p_values.shape[-1], device=p_values.device)
     decisions = rank < count.unsqueeze(-1)
     return torch.zeros_like(decisions).scatter(-1, order, decisions)

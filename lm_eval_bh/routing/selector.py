@@ -9,6 +9,7 @@ one comparison. Only where every expert has a null distribution of its own are p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,13 +19,13 @@ from torch import Tensor
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.random_k import random_experts
-from lm_eval_bh.routing.rules import RULES, Evidence
+from lm_eval_bh.routing.rules import RULES, Evidence, Ordered, Rule
 
 if TYPE_CHECKING:
     from lm_eval_bh.routing.null import NullModel
 
 
-class Ranking:
+class Ranking(Ordered):
     """The statistics of one layer's tokens, sorted; all rules with this null model share it.
 
     Parameters
@@ -41,7 +42,7 @@ class Ranking:
     Attributes
     ----------
     ascending : Tensor
-        float ``[tokens, N]``, see :class:`~lm_eval_bh.routing.rules.Evidence`.
+        float ``[tokens, N]``, see :class:`~lm_eval_bh.routing.rules.Ordered`.
     order : Tensor or None
         int64 ``[tokens, N]``, the experts in that order; None where it is the order of the logits.
     """
@@ -58,16 +59,17 @@ class Ranking:
         if null is not None and kind == "expert":
             by_logit = statistic.argsort(dim=-1, descending=True, stable=True)  # for equal p-values
             p_values = null.p_values(layer, logits).gather(-1, by_logit)
-            self.ascending, by_p = p_values.sort(dim=-1, stable=True)
+            ascending, by_p = p_values.sort(dim=-1, stable=True)
             self.order = by_logit.gather(-1, by_p)
         elif null is not None and null.header.statistic != "logit":
             largest, self.order = statistic.sort(dim=-1, descending=True, stable=True)
-            self.ascending = -largest
+            ascending = -largest
         elif logits.device.type == "cpu" and not torch.compiler.is_compiling():
             # Rows of 64 in a 50th of the time that torch.sort takes. It knows ascending order only.
-            self.ascending = torch.from_numpy(np.sort(-statistic.numpy(), axis=-1))
+            ascending = torch.from_numpy(np.sort(-statistic.numpy(), axis=-1))
         else:
-            self.ascending = (-statistic).sort(dim=-1).values
+            ascending = (-statistic).sort(dim=-1).values
+        super().__init__(ascending)
 
 
 class Selector:
@@ -83,6 +85,8 @@ class Selector:
         The layer, and how many experts it has.
     alpha : float, optional
         The rule's parameter in this layer, in place of the configuration's.
+    limits : Tensor, optional
+        What :func:`limits_of` says of this rule, if it is known already.
 
     Raises
     ------
@@ -97,13 +101,16 @@ class Selector:
         layer: int,
         num_experts: int,
         alpha: float | None = None,
+        limits: Tensor | None = None,
     ) -> None:
         self.config = config
         self.rule = RULES[config.rule]
         self.alpha = config.alpha if alpha is None else alpha
         self.layer = layer
         self._null = null
-        self._exact = self._limits(num_experts)
+        if limits is None:
+            [limits] = limits_of([(self.rule, self.alpha)], null, layer, num_experts)
+        self._exact = limits
         self._ready: Tensor | None = None
 
     def __call__(self, router_logits: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -142,7 +149,7 @@ class Selector:
         """Return how many experts the rule calls for, whatever the bounds: int64 ``[tokens]``."""
         assert self.rule.count is not None
         limits = self._limits_for(ranking.ascending)
-        return self.rule.count(Evidence(self.alpha, ranking.ascending, limits))
+        return self.rule.count(Evidence(self.alpha, ranking, limits))
 
     def _full(self, router_logits: Tensor) -> Tensor:
         return torch.full(
@@ -152,21 +159,6 @@ class Selector:
             device=router_logits.device,
         )
 
-    def _limits(self, num_experts: int) -> Tensor | None:
-        """Return what sorted statistics are compared with, float64 ``[rows, N]`` on the CPU."""
-        if self.rule.critical_values is None:
-            return None
-        if self._null is None:
-            raise ParameterError(
-                f"rule={self.rule.name!r} needs a null model: give one as kde=, or use rule='topk'."
-            )
-        critical = self.rule.critical_values(self.alpha, num_experts)
-        if self._null.header.null == "expert":
-            self._null.cdf(self.layer)  # says so if there is no such layer
-            return torch.from_numpy(critical)
-        thresholds = self._null.thresholds(self.layer, critical.ravel())
-        return torch.from_numpy(-thresholds.reshape(critical.shape))
-
     def _limits_for(self, ascending: Tensor) -> Tensor | None:
         if self._exact is None:
             return None
@@ -175,6 +167,57 @@ class Selector:
             ready = round_down(self._exact, ascending.dtype).to(ascending.device)
             self._ready = ready
         return ready
+
+
+def limits_of(
+    rules: Sequence[tuple[Rule, float]], null: NullModel | None, layer: int, num_experts: int
+) -> list[Tensor | None]:
+    """Return what each rule compares sorted statistics, or p-values, with.
+
+    The thresholds of all rules are found together, which takes little longer than those of one.
+
+    Parameters
+    ----------
+    rules : sequence of (Rule, float)
+        Rules and their levels.
+    null : NullModel or None
+        Where an expert has its own distribution, the critical values themselves are returned.
+    layer, num_experts : int
+        The layer, and how many experts it has.
+
+    Returns
+    -------
+    list of (Tensor or None)
+        float64 ``[rows, experts]`` on the CPU; None for a rule that tests nothing.
+
+    Raises
+    ------
+    ParameterError
+        If a test is asked for without a null model, or there is no such layer.
+    """
+    critical = [
+        None if rule.critical_values is None else rule.critical_values(alpha, num_experts)
+        for rule, alpha in rules
+    ]
+    tests = [values for values in critical if values is not None]
+    if not tests:
+        return [None] * len(rules)
+    if null is None:
+        name = next(rule.name for rule, _ in rules if rule.tests)
+        raise ParameterError(
+            f"rule={name!r} needs a null model: give one as kde=, or use rule='topk'."
+        )
+    if null.header.null == "expert":
+        null.cdf(layer)  # says so if there is no such layer
+    else:
+        ends = np.cumsum([values.size for values in tests])
+        flat = -null.thresholds(layer, np.concatenate([values.ravel() for values in tests]))
+        tests = [
+            own.reshape(values.shape)
+            for own, values in zip(np.split(flat, ends[:-1]), tests, strict=True)
+        ]
+    found = iter(tests)
+    return [None if values is None else torch.from_numpy(next(found)) for values in critical]
 
 
 def round_down(limits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -47,7 +47,7 @@ def thresholds(x: Array, cdf: Array, critical_values: Array) -> Array:
     x, cdf : ndarray, float64 [points]
         Strictly ascending and non-decreasing.
     critical_values : ndarray, float64 [n]
-        In any order.
+        In any order; many at once cost little more than one.
 
     Returns
     -------
@@ -63,37 +63,36 @@ def thresholds(x: Array, cdf: Array, critical_values: Array) -> Array:
         raise ParameterError(
             f"critical_values={critical_values} are unfit; give one dimension and no NaN."
         )
+    levels, every = np.unique(critical_values, return_inverse=True)
     grid, values = torch.tensor(x), torch.tensor(cdf)
     at_knots = survival(grid, values, grid).numpy()
-    first = np.searchsorted(-at_knots, -critical_values, side="left")  # first knot that qualifies
+    first = np.searchsorted(-at_knots, -levels, side="left")  # first knot that qualifies
     result = np.where(first == 0, -np.inf, np.inf)
     inside = (first > 0) & (first < len(x))
-    result[inside] = _bisect(grid, values, at_knots, first[inside], critical_values[inside])
-    return result
+    segment = np.stack([first[inside] - 1, first[inside]], axis=-1)
+    result[inside] = _bisect(x[segment], cdf[segment], at_knots[segment], levels[inside])
+    return result[every]
 
 
-def _bisect(
-    x: torch.Tensor,
-    cdf: torch.Tensor,
-    at_knots: Array,
-    first: NDArray[np.int64],
-    critical_values: Array,
-) -> Array:
-    """Return the thresholds that lie after knot ``first - 1`` and not after knot ``first``."""
-    start, end = x.numpy()[first - 1], x.numpy()[first]
-    share = (at_knots[first - 1] - critical_values) / (at_knots[first - 1] - at_knots[first])
-    quantile = _ordered(start + share * (end - start))
-    low, high = _ordered(start), _ordered(end)
+def _bisect(x: Array, cdf: Array, at_knots: Array, levels: Array) -> Array:
+    """Return the thresholds of levels, each after the first and not after the second of two knots.
+
+    ``x``, ``cdf`` and ``at_knots``, what :func:`survival` says of x, are float64 [n, 2]. Between
+    two knots the value depends on these two alone.
+    """
+    share = (at_knots[:, 0] - levels) / (at_knots[:, 0] - at_knots[:, 1])
+    quantile = _ordered(x[:, 0] + share * (x[:, 1] - x[:, 0]))
+    low, high = _ordered(x[:, 0]), _ordered(x[:, 1])
+    segments, values = torch.from_numpy(x), torch.from_numpy(cdf)
 
     def narrow(at: NDArray[np.int64], some: NDArray[np.int64]) -> None:
         """Move an end of each bracket there: low never qualifies, high always does."""
-        p = survival(x, cdf, torch.from_numpy(_from_ordered(at))).numpy()
-        passes = p <= critical_values[some]
+        z = torch.from_numpy(_from_ordered(at)).unsqueeze(-1)
+        passes = survival(segments[some], values[some], z).squeeze(-1).numpy() <= levels[some]
         low[some], high[some] = np.where(passes, low[some], at), np.where(passes, at, high[some])
 
-    everyone = np.arange(len(first))
     for step in (-NEAR, NEAR):
-        narrow(np.clip(quantile + step, low, high), everyone)
+        narrow(np.clip(quantile + step, low, high), np.arange(len(levels)))
     while len(wide := np.flatnonzero(high - 1 > low)):
         a, b = low[wide], high[wide]
         narrow((a >> 1) + (b >> 1) + (a & b & 1), wide)  # a + b may overflow

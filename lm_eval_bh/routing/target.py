@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_bh.errors import ParameterError, UnreachableError
-from lm_eval_bh.routing.rules import RULES, Evidence
+from lm_eval_bh.routing.rules import RULES, Evidence, Ordered
 from lm_eval_bh.routing.selector import Ranking
 from lm_eval_bh.routing.texts import WIKITEXT, text_batches, wikitext_texts
 
@@ -197,15 +197,15 @@ def _mean(integration: BHRoutingIntegration, layer: int, logits: Mapping[int, Te
     config, null = integration.config, integration.null
     rule, experts = RULES[config.rule], integration.num_experts
     if rule.tests and null is not None:  # many levels: p-values once are cheaper than thresholds
-        ascending = null.p_values(layer, logits[layer]).sort(dim=-1).values
+        ordered = Ordered(null.p_values(layer, logits[layer]).sort(dim=-1).values)
     else:
-        ascending = Ranking(logits[layer], null, layer).ascending
+        ordered = Ranking(logits[layer], null, layer)
 
     def mean(alpha: float) -> float:
         levels = None if rule.critical_values is None else rule.critical_values(alpha, experts)
         limits = None if levels is None else torch.from_numpy(levels)
         assert rule.count is not None
-        counts = rule.count(Evidence(alpha, ascending, limits))
+        counts = rule.count(Evidence(alpha, ordered, limits))
         return float(counts.clamp_(config.min_k, config.max_k).double().mean())
 
     return mean
