@@ -35,6 +35,7 @@ MANIFEST = "routing.json"
 TOKENS = "tokens"
 INTERNAL_ROUTING = "_internal_routing.json"
 FIXED_COUNT = ("topk", "random_k")  # rules that give every token max_k experts, whatever its logits
+UNTESTED = (*FIXED_COUNT, "top_p", "min_p")  # rules that are no multiple-testing procedure
 UNUSED = -1  # pads selected_experts in JSON; in the model the sentinel is the number of experts
 
 

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from lm_eval_bh.schema import FIXED_COUNT
+
 DEFAULT_SEEDS = (0, 1234, 1234, 1234)
 SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
 # What --model_args would split at, or read as something else.
@@ -62,9 +64,13 @@ def _model_args(content: Mapping[str, Any]) -> str | Mapping[str, Any]:
     if given := config.get("model_args"):
         return given  # type: ignore[no-any-return]
     routing = dict((config.get("bh") or {}).get("config") or {})
-    if routing.get("rule") == "topk":  # it tests nothing, and refuses what belongs to a test
-        for name in ("alpha", "min_k"):
-            routing.pop(name, None)
+    foreign = {"solved"}  # what is refused where it has no meaning
+    if routing.get("rule") in FIXED_COUNT:
+        foreign |= {"alpha", "min_k"}
+    if routing.get("target_experts") is not None:
+        foreign.add("alpha")
+    usual = (name for name, value in routing.items() if value is None)
+    routing = {k: v for k, v in routing.items() if k not in foreign.union(usual)}
     return {"pretrained": content.get("model_name") or config.get("model")} | routing
 
 

@@ -15,7 +15,7 @@ from lm_eval_bh.analysis import metrics
 from lm_eval_bh.analysis.documents import ACCURACIES
 from lm_eval_bh.analysis.flops import Architecture
 from lm_eval_bh.analysis.runs import Run
-from lm_eval_bh.schema import FIXED_COUNT, RunInfo, TaskSummary, dataset_name
+from lm_eval_bh.schema import FIXED_COUNT, UNTESTED, RunInfo, TaskSummary, dataset_name
 
 _RULE_LABELS = {
     "bh": "BH",
@@ -41,6 +41,9 @@ COLUMNS: dict[str, str] = {
     "alpha": _FLOAT,
     "min_k": _INT,
     "max_k": _INT,
+    "target_experts": _FLOAT,  # that alpha was solved for
+    "budget": _TEXT,  # of the target: one alpha for the model, or one a layer and alpha their mean
+    "trim": _INT,  # of the null model; empty where nothing is tested
     "strategy": _TEXT,
     "variant": _TEXT,  # the strategy without its level and size: what one line of a plot joins
     "baseline": _BOOL,  # plain static top-k: what adaptive rules are compared with
@@ -175,6 +178,9 @@ def _routing_of(run: Run) -> dict[str, Any]:
         and len(run.info["routed_layers"]) == run.info["num_layers"]
     )
     header = run.info["null_model"] or {}
+    if config["rule"] not in UNTESTED and config.get("trim") is None:
+        config = config | {"trim": header.get("trim") or 0}
+    target = config.get("target_experts")
     null = {k: v for k, v in header.items() if k not in ("versions", "health")}
     routing = config | {"min_k": min_k, "alpha": None if fixed else config["alpha"], "null": null}
     return {
@@ -182,6 +188,9 @@ def _routing_of(run: Run) -> dict[str, Any]:
         "alpha": routing["alpha"],
         "min_k": min_k,
         "max_k": config["max_k"],
+        "target_experts": target,
+        "budget": None if target is None else config["budget"],
+        "trim": config.get("trim"),
         "strategy": strategy_label(config),
         "variant": variant_label(config),
         "baseline": plain,
@@ -232,9 +241,11 @@ def strategy_label(config: Mapping[str, Any]) -> str:
     rule, max_k = config["rule"], config["max_k"]
     if rule in FIXED_COUNT:
         return f"{_RULE_LABELS[rule].removesuffix('k')}{max_k}{_further(config)}"
-    alpha = config["alpha"]
-    level = f"{alpha:.2f}" if round(alpha, 2) == alpha else f"{alpha:.6g}"
-    return f"{_RULE_LABELS.get(rule, rule)} a={level}, max {max_k}{_further(config)}"
+    alpha, target = config["alpha"], config.get("target_experts")
+    level = f"a={alpha:.2f}" if round(alpha, 2) == alpha else f"a={alpha:.6g}"
+    if target is not None:
+        level = f"target {target:g}"
+    return f"{_RULE_LABELS.get(rule, rule)} {level}, max {max_k}{_further(config)}"
 
 
 def variant_label(config: Mapping[str, Any]) -> str:
@@ -245,18 +256,23 @@ def variant_label(config: Mapping[str, Any]) -> str:
     >>> variant_label({"rule": "bh", "alpha": 0.4, "max_k": 8, "statistic": "contribution"})
     'BH, contribution'
     """
-    return f"{_RULE_LABELS.get(config['rule'], config['rule'])}{_further(config)}"
+    solved = "" if config.get("target_experts") is None else ", target"
+    return f"{_RULE_LABELS.get(config['rule'], config['rule'])}{solved}{_further(config)}"
 
 
 def _further(config: Mapping[str, Any]) -> str:
     """Return what of a configuration is not as usual, besides rule, level and ``max_k``."""
     label = ""
+    if config.get("budget", "model") == "layer":
+        label += " in each layer"
     if config["rule"] not in FIXED_COUNT and config.get("min_k", 1) != 1:
         label += f", min {config['min_k']}"
     if config.get("statistic", "logit") not in ("logit", None):
         label += f", {config['statistic']}"
     if config.get("null", "pooled") not in ("pooled", None):
         label += f", null of each {config['null']}"
+    if config.get("trim"):
+        label += f", trim {config['trim']}"
     if config.get("temperature", 1.0) != 1.0:
         label += f", T={config['temperature']:g}"
     if config.get("renormalize", "auto") != "auto":

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from lm_eval.utils import simple_parse_args_string
 from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
@@ -20,6 +21,8 @@ from lm_eval_bh.analysis.report_tables import number, p_value
 from lm_eval_bh.analysis.results import load_experiments
 from lm_eval_bh.cli import app
 from lm_eval_bh.errors import DataError
+from lm_eval_bh.harness.arguments import routing_config
+from lm_eval_bh.routing.rules import RULES
 from lm_eval_bh.schema import read_json
 
 LAMBADA, HELLASWAG = "bh_lambada", "bh_hellaswag"
@@ -299,6 +302,32 @@ def test_routing_is_spelt_out_where_the_model_was_given_as_an_object():
     routing = {"rule": "topk", "alpha": 0.4, "min_k": 4, "max_k": 4}
     content = {"config": {"model": "hf-bh", "bh": {"config": routing}}, "model_name": "some/model"}
     assert "--model_args pretrained=some/model,rule=topk,max_k=4 " in lm_eval_command(content, "t")
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        *({"rule": rule} for rule in RULES),
+        {"rule": "bh", "trim": 2, "null": "expert", "statistic": "contribution"},
+        {"rule": "top_p", "statistic": "contribution"},
+        {"rule": "random_k", "seed": 7},
+        {"rule": "bh", "target_experts": 4.5},
+        {"rule": "min_p", "target_experts": 3, "budget": "layer"},
+    ],
+    ids=str,
+)
+def test_routing_that_is_spelt_out_is_accepted_and_the_same(wanted):
+    if "target_experts" not in wanted and RULES[wanted["rule"]].adaptive:
+        wanted = wanted | {"alpha": 0.3}
+    config = routing_config(**wanted, max_k=6)
+    written = config.as_dict()
+    if config.target_experts is not None:  # as BHRoutingIntegration.describe() has it
+        written |= {"alpha": 0.62, "solved": {"alphas": {"0": 0.6, "1": 0.64}}}
+    content = {"config": {"model": "hf-bh", "bh": {"config": written}}, "model_name": "some/model"}
+    words = shlex.split(lm_eval_command(content, LAMBADA))
+    given = simple_parse_args_string(words[words.index("--model_args") + 1])
+    assert given.pop("pretrained") == "some/model"
+    assert routing_config(**given) == config
 
 
 def test_command_line(write, tmp_path, no_figures):

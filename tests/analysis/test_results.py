@@ -18,7 +18,7 @@ from lm_eval_bh.analysis.metrics import METRICS
 from lm_eval_bh.analysis.results import COLUMNS, load_experiments, strategy_label, write_tables
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.routing.rules import RULES
-from lm_eval_bh.schema import FIXED_COUNT
+from lm_eval_bh.schema import FIXED_COUNT, UNTESTED
 
 WIKITEXT, LAMBADA, HELLASWAG = "bh_wikitext", "bh_lambada", "bh_hellaswag"
 TOKENS, DOCUMENTS = 25, 4  # of every task that the fixture writes
@@ -194,6 +194,12 @@ def test_the_layers_table(write):
             {"alpha": 0.3, "statistic": "contribution", "renormalize": True},
             "BH a=0.30, max 8, contribution, renormalize=true",
         ),
+        ({"alpha": 0.62, "trim": 8}, "BH a=0.62, max 8, trim 8"),
+        ({"alpha": 0.62, "target_experts": 5.0, "budget": "model"}, "BH target 5, max 8"),
+        (
+            {"alpha": 0.62, "target_experts": 4.5, "budget": "layer"},
+            "BH target 4.5, max 8 in each layer",
+        ),
     ],
 )
 def test_strategy_label(config, label):
@@ -214,9 +220,33 @@ def test_runs_that_differ_in_level_and_size_only_are_one_variant(write):
     }
 
 
+def test_solved_levels_and_trimmed_nulls_are_told_apart(write):
+    """All four were tested at 0.62, or the layers at 0.62 on the mean."""
+    solved = {"target_experts": 3.0, "trim": None}
+    write("plain", alpha=0.62, budget="model")
+    write("trimmed", alpha=0.62, trim=8, budget="model")
+    write("model", alpha=0.62, budget="model", **solved)
+    write("layer", alpha=0.62, budget="layer", **solved)
+    write("given", alpha=0.62, change=lambda c: c["config"]["bh"].update(null_model={"trim": 2}))
+    write("top", rule="topk")
+    frame = load_experiments([write.folder]).frame
+    columns = ["variant", "strategy", "target_experts", "budget", "trim"]
+    rows = frame[columns].astype(object).where(frame[columns].notna(), None)
+    assert set(rows.itertuples(index=False, name=None)) == {
+        ("BH", "BH a=0.62, max 4", None, None, 0),
+        ("BH, trim 8", "BH a=0.62, max 4, trim 8", None, None, 8),
+        ("BH, trim 2", "BH a=0.62, max 4, trim 2", None, None, 2),
+        ("BH, target", "BH target 3, max 4", 3.0, "model", 0),
+        ("BH, target in each layer", "BH target 3, max 4 in each layer", 3.0, "layer", 0),
+        ("top-k", "top-4", None, None, None),
+    }
+    assert frame.groupby("strategy")["configuration"].nunique().eq(1).all()
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_files_know_which_rules_have_a_fixed_count(rule):
+def test_files_know_what_kind_of_rule_it_is(rule):
     assert rule.adaptive == (rule.name not in FIXED_COUNT)
+    assert rule.tests == (rule.name not in UNTESTED)
 
 
 # What must be alike
