@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from lm_eval_bh.analysis.runs import pretrained_of
 from lm_eval_bh.schema import FIXED_COUNT
 
 DEFAULT_SEEDS = (0, 1234, 1234, 1234)
@@ -32,7 +33,7 @@ def lm_eval_command(content: Mapping[str, Any], task: str) -> str:
         for tasks of one's own) is not in it.
     """
     config = content["config"]
-    words = ["lm_eval", "--model", config.get("model") or "hf-bh"]
+    words = ["lm_eval", "--model", "hf-bh" if config.get("bh") else config.get("model") or "hf-bh"]
     words += ["--model_args", _joined(_model_args(content))]
     words += ["--tasks", task]
     if shots := (content.get("n-shot") or {}).get(task):
@@ -69,9 +70,8 @@ def _model_args(content: Mapping[str, Any]) -> str | Mapping[str, Any]:
         foreign |= {"alpha", "min_k"}
     if routing.get("target_experts") is not None:
         foreign.add("alpha")
-    usual = (name for name, value in routing.items() if value is None)
-    routing = {k: v for k, v in routing.items() if k not in foreign.union(usual)}
-    return {"pretrained": content.get("model_name") or config.get("model")} | routing
+    routing = {k: v for k, v in routing.items() if k not in foreign and v is not None}
+    return {"pretrained": pretrained_of(content)} | routing
 
 
 def _joined(arguments: str | Mapping[str, Any]) -> str:

@@ -244,7 +244,7 @@ def strategy_label(config: Mapping[str, Any]) -> str:
     alpha, target = config["alpha"], config.get("target_experts")
     level = f"a={alpha:.2f}" if round(alpha, 2) == alpha else f"a={alpha:.6g}"
     if target is not None:
-        level = f"target {target:g}"
+        level = f"{_target(config)} {target:g}"
     return f"{_RULE_LABELS.get(rule, rule)} {level}, max {max_k}{_further(config)}"
 
 
@@ -256,15 +256,17 @@ def variant_label(config: Mapping[str, Any]) -> str:
     >>> variant_label({"rule": "bh", "alpha": 0.4, "max_k": 8, "statistic": "contribution"})
     'BH, contribution'
     """
-    solved = "" if config.get("target_experts") is None else ", target"
+    solved = "" if config.get("target_experts") is None else f", {_target(config)}"
     return f"{_RULE_LABELS.get(config['rule'], config['rule'])}{solved}{_further(config)}"
+
+
+def _target(config: Mapping[str, Any]) -> str:
+    return "layer target" if config["budget"] == "layer" else "target"
 
 
 def _further(config: Mapping[str, Any]) -> str:
     """Return what of a configuration is not as usual, besides rule, level and ``max_k``."""
     label = ""
-    if config.get("budget", "model") == "layer":
-        label += " in each layer"
     if config["rule"] not in FIXED_COUNT and config.get("min_k", 1) != 1:
         label += f", min {config['min_k']}"
     if config.get("statistic", "logit") not in ("logit", None):

@@ -32,6 +32,19 @@ _MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 _DATED = re.compile(r"_(\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?)\.json$")
 
 
+def pretrained_of(content: Mapping[str, Any]) -> str:
+    """Return the hub name or path of the model that a results file is of."""
+    config = content["config"]
+    arguments = config.get("model_args") or {}
+    if isinstance(arguments, str):
+        pairs = (part.partition("=") for part in arguments.split(","))
+        arguments = {name.strip(): value for name, _, value in pairs}
+    # Where the model was given as an object, lm-eval draws model_name at random.
+    drawn = content.get("model_source") == "CUSTOM"
+    named = None if drawn else content.get("model_name")
+    return str(arguments.get("pretrained") or named or config.get("model"))
+
+
 @dataclass
 class Run:
     """One results file of the harness."""
@@ -66,14 +79,7 @@ class Run:
     @property
     def model(self) -> str:
         """The hub name, or the last part of a path."""
-        config = self.content["config"]
-        arguments = config.get("model_args") or {}
-        if isinstance(arguments, str):
-            pairs = (part.partition("=") for part in arguments.split(","))
-            arguments = {name.strip(): value for name, _, value in pairs}
-        name = str(
-            arguments.get("pretrained") or self.content.get("model_name") or config.get("model")
-        )
+        name = pretrained_of(self.content)
         return Path(name).name if name.startswith(("/", ".", "~")) else name
 
     def of_task(self, table: str, task: str) -> Any:

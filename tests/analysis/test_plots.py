@@ -434,13 +434,44 @@ def test_a_table_without_rows_says_so():
     assert create_comprehensive_visualization(DATA["quick run"].iloc[:0]) is not None
 
 
-@given(value=st.floats(1.0, 1e6), share=st.floats(0.0, 5.0))
+@given(value=st.floats(1.0, 1e6), share=st.floats(0.0, 2.9))
 def test_the_error_bar_of_a_perplexity_is_symmetric_in_its_logarithm(value, share):
     low, high = interval(value, share * value)
     assert 0 < low <= value <= high
     assert np.log(high / value) == pytest.approx(np.log(value / low), abs=1e-9)
     small_low, small_high = interval(value, 1e-4 * value)  # as the plain one where it is narrow
     assert (small_low, small_high) == pytest.approx(interval(value, 1e-4 * value, log=False))
+
+
+def test_an_error_that_bounds_nothing_is_left_out():
+    """lm-eval's bootstrap of a perplexity over six documents gave 2,000 times the value."""
+    low, high = interval([5.0, 5.0], [1.0, 10_000.0])
+    assert low[1] == high[1] == 5.0
+    assert low[0] < 5.0 < high[0]
+
+
+def test_what_was_solved_for_a_target_is_no_place_on_the_axis_of_levels():
+    frame = frame_of([(8,), (8, 0.4), (8, 0.6), (8, 0.47, "BH, target"), (8, 0.53, "BH, target")])
+    frame["target_experts"] = frame["alpha"].map({0.47: 4.0, 0.53: 5.0})
+    data = Experiments(frame, layers_of(frame))
+    means = data.over_tasks(data.adaptive, ["mean_experts"])
+    assert means["alpha"].dropna().tolist() == [0.4, 0.6]
+    assert means["target_experts"].dropna().tolist() == [4.0, 5.0]
+    assert len(data.layers.groupby(["variant", "alpha", "target_experts"], dropna=False)) == 4
+    drawn = {
+        name: {text.get_text() for text in create_single_panel(frame, name).findobj(Text)}
+        for name in ("heatmap", "experts", "constraints")
+    }
+    for name in ("heatmap", "experts"):
+        assert {"0.4", "0.6"} <= drawn[name]
+        assert not {"0.47", "0.53"} & drawn[name]
+    assert {"0.4", "0.6", "BH, target 4", "BH, target 5"} <= drawn["constraints"]
+
+
+def test_a_table_of_targets_alone_is_drawn():
+    frame = frame_of([(8,), (8, 0.47, "BH, target")])
+    frame["target_experts"] = frame["alpha"].map({0.47: 4.0})
+    create_comprehensive_visualization(frame, layers=layers_of(frame)).canvas.draw()
 
 
 def test_a_value_without_an_error_is_its_own_interval():

@@ -323,8 +323,13 @@ def test_routing_that_is_spelt_out_is_accepted_and_the_same(wanted):
     written = config.as_dict()
     if config.target_experts is not None:  # as BHRoutingIntegration.describe() has it
         written |= {"alpha": 0.62, "solved": {"alphas": {"0": 0.6, "1": 0.64}}}
-    content = {"config": {"model": "hf-bh", "bh": {"config": written}}, "model_name": "some/model"}
+    content = {
+        "config": {"model": "some/model", "model_args": None, "bh": {"config": written}},
+        "model_source": "CUSTOM",  # as lm-eval has it of an object
+        "model_name": "i82qcls7",
+    }
     words = shlex.split(lm_eval_command(content, LAMBADA))
+    assert words[words.index("--model") + 1] == "hf-bh"
     given = simple_parse_args_string(words[words.index("--model_args") + 1])
     assert given.pop("pretrained") == "some/model"
     assert routing_config(**given) == config

@@ -198,7 +198,7 @@ def test_the_layers_table(write):
         ({"alpha": 0.62, "target_experts": 5.0, "budget": "model"}, "BH target 5, max 8"),
         (
             {"alpha": 0.62, "target_experts": 4.5, "budget": "layer"},
-            "BH target 4.5, max 8 in each layer",
+            "BH layer target 4.5, max 8",
         ),
     ],
 )
@@ -237,7 +237,7 @@ def test_solved_levels_and_trimmed_nulls_are_told_apart(write):
         ("BH, trim 8", "BH a=0.62, max 4, trim 8", None, None, 8),
         ("BH, trim 2", "BH a=0.62, max 4, trim 2", None, None, 2),
         ("BH, target", "BH target 3, max 4", 3.0, "model", 0),
-        ("BH, target in each layer", "BH target 3, max 4 in each layer", 3.0, "layer", 0),
+        ("BH, layer target", "BH layer target 3, max 4", 3.0, "layer", 0),
         ("top-k", "top-4", None, None, None),
     }
     assert frame.groupby("strategy")["configuration"].nunique().eq(1).all()

@@ -13,6 +13,7 @@ from lm_eval_bh.errors import DataError
 REQUIRED = ("task", "strategy", "rule", "max_k", "baseline", "adaptive")
 NUMBERS = (
     "alpha",
+    "target_experts",
     "max_k",
     "native_top_k",
     "mean_experts",
@@ -29,6 +30,7 @@ NUMBERS = (
     *PERPLEXITIES,
     *(f"{name}_stderr" for name in PERPLEXITIES),
 )
+CONFIGURATION = ["variant", "max_k", "alpha", "target_experts"]
 TEXTS = ("run_id", "model", "dataset", "variant", "mode", "matched_by", "matched_metric")
 
 
@@ -109,13 +111,16 @@ class Experiments:
         tasks cannot be compared.
         """
         rows = rows.dropna(subset=columns[0])
-        keys = ["variant", "max_k", "alpha"]
-        of_configuration = rows.groupby(keys, dropna=False)
+        of_configuration = rows.groupby(CONFIGURATION, dropna=False)
         means = of_configuration[columns].mean()
         spread = of_configuration[columns[0]].agg(["min", "max", "count"])
         means = means.assign(low=spread["min"], high=spread["max"], count=spread["count"])
         complete = spread["count"] == (spread["count"].max() if len(spread) else 0)
-        return means[complete].reset_index().sort_values(["max_k", "variant", "alpha"])
+        return (
+            means[complete]
+            .reset_index()
+            .sort_values(["max_k", "variant", "alpha", "target_experts"])
+        )
 
 
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:
@@ -125,6 +130,8 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
     )
     for name in NUMBERS:
         rows[name] = pd.to_numeric(rows[name], errors="coerce").astype("float64")
+    # What was solved for a target is an outcome, and no place on the axis of levels.
+    rows["alpha"] = rows["alpha"].where(rows["target_experts"].isna())
     for name in ("baseline", "adaptive"):
         rows[name] = frame[name].astype(bool)
     rows["dataset"] = rows["dataset"].where(rows["dataset"].notna(), rows["task"])
@@ -160,11 +167,11 @@ def _layers_averaged(layers: pd.DataFrame | None, rows: pd.DataFrame) -> pd.Data
     if layers is None or layers.empty:
         return None
     adaptive = rows[rows["adaptive"]]
-    of_run = adaptive[["run_id", "task", "variant", "max_k", "alpha"]].drop_duplicates()
+    of_run = adaptive[["run_id", "task", *CONFIGURATION]].drop_duplicates()
     joined = layers[["run_id", "task", "layer", "tokens", "mean"]].merge(
         of_run, on=["run_id", "task"]
     )
     joined["total"] = joined["mean"] * joined["tokens"]
-    pooled = joined.groupby(["variant", "max_k", "alpha", "layer"])[["total", "tokens"]].sum()
+    pooled = joined.groupby([*CONFIGURATION, "layer"], dropna=False)[["total", "tokens"]].sum()
     pooled["mean"] = pooled["total"] / pooled["tokens"]
     return pooled.reset_index() if len(pooled) else None

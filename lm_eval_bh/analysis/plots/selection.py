@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lm_eval_bh.analysis.plots.data import Experiments, NoDataError
+from lm_eval_bh.analysis.plots.data import CONFIGURATION, Experiments, NoDataError
 from lm_eval_bh.analysis.plots.labels import Labels
 from lm_eval_bh.analysis.plots.style import ALPHA, BASELINE_LINE, NEUTRAL, SMALL, Style, fit_scale
 
@@ -119,11 +119,11 @@ def utilization(figure: SubFigure, data: Experiments, style: Style, labels: Labe
 
 def _levels(means: pd.DataFrame, data: Experiments) -> list[str]:
     """Return a short name of each configuration within its ``max_k``."""
+    targets = means["target_experts"].map("{:g}".format)
+    levels = means["alpha"].map("{:g}".format).where(means["target_experts"].isna(), targets)
     return [
         level if variant in data.variants[:1] else f"{variant} {level}"
-        for variant, level in zip(
-            means["variant"], (f"{alpha:g}" for alpha in means["alpha"]), strict=True
-        )
+        for variant, level in zip(means["variant"], levels, strict=True)
     ]
 
 
@@ -186,10 +186,11 @@ def layers(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -
     from matplotlib.ticker import MaxNLocator
 
     axes = figure.subplots()
-    levels = np.unique(data.layers["alpha"])
-    middle = levels[(len(levels) - 1) // 2]
-    for (variant, max_k, alpha), line in data.layers.groupby(["variant", "max_k", "alpha"]):
-        if alpha == middle:
+    levels = np.unique(data.layers["alpha"].dropna())
+    middle = levels[(len(levels) - 1) // 2 :][:1]
+    groups = data.layers.groupby(CONFIGURATION, dropna=False)
+    for (variant, max_k, alpha, _), line in groups:
+        if np.isnan(alpha) or alpha in middle:
             axes.plot(
                 line["layer"],
                 line["mean"],
@@ -218,9 +219,10 @@ def layers(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
     axes.set_ylabel("experts per token")
-    others = ", ".join(f"{level:g}" for level in levels if level != middle)
+    shown = [f"{ALPHA} = {level:g}" for level in middle]
+    thin = ", ".join(f"{level:g}" for level in levels if level not in middle)
     axes.set_title(
-        f"{ALPHA} = {middle:g}" + (f"; thin: {others}" if others else ""),
+        "; ".join([*shown, *([f"thin: {thin}"] if thin else [])]),
         loc="left",
         fontsize=SMALL + 0.5,
         color=NEUTRAL,

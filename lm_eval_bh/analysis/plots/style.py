@@ -24,6 +24,7 @@ LINES: tuple[Any, ...] = ("-", "-.", (0, (4, 1, 1, 1, 1, 1)), (0, (1, 1)))
 BASELINE_LINE = (0, (4, 2))
 NEUTRAL = "#4D4D4D"
 FAINT = "#BFBFBF"
+LARGEST_ERROR = 3.0  # in values: an interval of a factor of 20 either way
 FRONT: dict[str, Any] = {"color": "#9A9A9A", "linewidth": 2.6, "alpha": 0.5}
 SMALL = 7.0  # points: what is not read first
 
@@ -116,7 +117,9 @@ def interval(values: Any, errors: Any, log: bool = True) -> tuple[Floats, Floats
         Standard errors of the values.
     log : bool
         Whether the values are positive, as perplexities are, which are exp of a mean: then the
-        interval is symmetric in their logarithm (the delta method) and never reaches zero.
+        interval is symmetric in their logarithm (the delta method) and never reaches zero. An
+        error of more than :data:`LARGEST_ERROR` times its value, as the bootstrap over a handful
+        of documents may give, bounds nothing and is left out.
 
     Returns
     -------
@@ -126,7 +129,8 @@ def interval(values: Any, errors: Any, log: bool = True) -> tuple[Floats, Floats
     error = np.nan_to_num(np.asarray(errors, dtype=float))
     if not log:
         return value - error, value + error
-    return value * np.exp(-error / value), value * np.exp(error / value)
+    relative = np.where(error <= LARGEST_ERROR * value, error / value, 0.0)
+    return value * np.exp(-relative), value * np.exp(relative)
 
 
 def focus(core: Sequence[float], others: Sequence[float], log: bool = True) -> list[float]:

@@ -132,7 +132,7 @@ def _scatter(
     core = [*_bars(adaptive, y), *_bars(static[own], y), *further]
     fit_scale(axes, "y", focus(core, list(rows[y])) if len(adaptive) else rows[y])
     for (variant, max_k), line in adaptive.groupby(["variant", "max_k"]):
-        line = line.sort_values("alpha")
+        line = line.sort_values(["alpha", "target_experts"])
         axes.plot(
             line[x],
             line[y],
