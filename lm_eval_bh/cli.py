@@ -16,7 +16,7 @@ from lm_eval_bh.commands import runs
 from lm_eval_bh.commands.sweep import sweep
 from lm_eval_bh.commands.words import numbers, words
 from lm_eval_bh.errors import BHError, DataError, ParameterError
-from lm_eval_bh.files import replacing
+from lm_eval_bh.files import figure_format, replacing
 from lm_eval_bh.resources import TINY_OLMOE, shipped, tiny_olmoe
 
 app = typer.Typer(
@@ -75,6 +75,8 @@ def calibrate(
     from lm_eval_bh.routing.pretrained import calibrate_pretrained
 
     check_kind(statistic, null)
+    if figure is not None:
+        figure_format(figure)  # before minutes of work
     fitted, health, path = calibrate_pretrained(
         str(tiny_olmoe()) if pretrained == TINY_OLMOE else pretrained,
         name=pretrained,

@@ -1,4 +1,4 @@
-"""Writes files so that a reader never meets half of one."""
+"""Names figures' formats, and writes files so that a reader never meets half of one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,27 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from lm_eval_bh.errors import ParameterError
+
+FIGURES = ("png", "pdf", "svg")
+
+
+def figure_format(path: Path | str) -> str:
+    """Return the format that a figure's file name asks for: png, pdf or svg.
+
+    Raises
+    ------
+    ParameterError
+        If it asks for another one.
+    """
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    if suffix not in FIGURES:
+        raise ParameterError(
+            f"{path} is of no format that figures are written in: "
+            f"name a file that ends in {', '.join(FIGURES)}."
+        )
+    return suffix
 
 
 @contextmanager

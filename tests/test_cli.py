@@ -111,6 +111,7 @@ def test_analyze_prints_a_row_for_every_configuration(run, text, tmp_path):
         (("analyze", "--max-k", ","), "The grid is empty"),
         (("analyze", "--device", "abacus"), "device='abacus' cannot be used"),
         (("calibrate", "--statistic", "norm"), "statistic='norm' is unknown"),
+        (("calibrate", "--figure", "health.foo"), "name a file that ends in png, pdf, svg"),
         (("calibrate", "--trim", "40"), "with 64 experts use 0 to 31"),
     ],
 )

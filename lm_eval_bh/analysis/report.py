@@ -25,6 +25,7 @@ from lm_eval_bh.analysis.report_tables import (
 )
 from lm_eval_bh.analysis.significance import compare
 from lm_eval_bh.files import replacing
+from lm_eval_bh.health_figure import draw_distances
 from lm_eval_bh.schema import read_json
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 REPORT = "bh_routing_report"
 FIGURE = "visualizations/bh_comprehensive_comparison"
+HEALTH = "visualizations/null_model_health"
 
 # What Markdown would take for markup. Names are full of underscores, which are safe within words.
 _MARKUP = re.compile(r"([\\`*\[\]<>|&~])")
@@ -61,7 +63,7 @@ class NullInfo:
     ----------
     facts : list of (str, str)
         Name and value.
-    health : Table or None
+    health, figure : Table and Figure, or None
         Per layer, on held-out text; None where it was not recorded.
     command : str
         How to calibrate it again, which measures its health.
@@ -69,6 +71,7 @@ class NullInfo:
 
     facts: list[tuple[str, str]]
     health: Table | None
+    figure: Figure | None
     command: str
 
 
@@ -162,7 +165,7 @@ def write_report(
         comparisons=comparison_table(comparisons),
         layers=layers,
         figures=_figures(loaded, Path(folder)),
-        nulls=_nulls(contents),
+        nulls=_nulls(contents, Path(folder)),
         commands=[
             (
                 f"run-{number}",
@@ -272,8 +275,6 @@ def _summary(frame: pd.DataFrame) -> list[str]:
 
 def _figures(loaded: Loaded, folder: Path) -> list[Figure]:
     """Draw each group, as PNG for the folder and as SVG for the page."""
-    import matplotlib
-
     from lm_eval_bh.analysis.plots import create_comprehensive_visualization
 
     found = []
@@ -281,18 +282,26 @@ def _figures(loaded: Loaded, folder: Path) -> list[Figure]:
         name = FIGURE if loaded.frame["group"].nunique() == 1 else f"{FIGURE}_group{number}"
         layers = loaded.layers[loaded.layers["group"] == number]
         figure = create_comprehensive_visualization(rows, folder / f"{name}.png", layers=layers)
-        drawn = io.BytesIO()
-        # No time and no random names: pages of equal runs can be compared.
-        with matplotlib.rc_context({"svg.hashsalt": REPORT}):
-            figure.savefig(drawn, format="svg", metadata={"Date": None})
-        encoded = base64.b64encode(drawn.getvalue()).decode("ascii")
-        found.append(Figure(f"{name}.png", f"data:image/svg+xml;base64,{encoded}"))
+        found.append(_embedded(figure, f"{name}.png"))
     return found
 
 
-def _nulls(contents: dict[str, dict[str, Any]]) -> list[NullInfo]:
-    """Describe every null model that a run used, once."""
+def _embedded(figure: Any, name: str) -> Figure:
+    """Return a drawing as SVG for the page, beside the name of its file."""
+    import matplotlib
+
+    drawn = io.BytesIO()
+    # No time and no random names: pages of equal runs can be compared.
+    with matplotlib.rc_context({"svg.hashsalt": REPORT}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    encoded = base64.b64encode(drawn.getvalue()).decode("ascii")
+    return Figure(name, f"data:image/svg+xml;base64,{encoded}")
+
+
+def _nulls(contents: dict[str, dict[str, Any]], folder: Path) -> list[NullInfo]:
+    """Describe every null model that a run used, once, and draw its health."""
     found: dict[str, NullInfo] = {}
+    drawn = 0
     for content in contents.values():
         header = (content["config"].get("bh") or {}).get("null_model")
         if not header:
@@ -302,19 +311,29 @@ def _nulls(contents: dict[str, dict[str, Any]]) -> list[NullInfo]:
             for name, value in header.items()
             if value is not None and name != "health"
         ]
-        health = header.get("health")
+        if str(facts) in found:
+            continue
+        health, figure = header.get("health"), None
+        if health:
+            drawn += 1
+            figure = _health_figure(health, folder, f"{HEALTH}{'' if drawn == 1 else drawn}.png")
         found[str(facts)] = NullInfo(
-            facts,
-            health_table(health) if health else None,
-            _calibration(header),
+            facts, health_table(health) if health else None, figure, _calibration(header)
         )
     return list(found.values())
+
+
+def _health_figure(health: list[dict[str, float]], folder: Path, name: str) -> Figure:
+    figure = draw_distances(health)
+    with replacing(folder / name) as temporary:
+        figure.savefig(temporary, format="png", dpi=200)
+    return _embedded(figure, name)
 
 
 def _calibration(header: dict[str, Any]) -> str:
     """Return the command that fits the same null model, into another file, and checks it."""
     words = ["lm-eval-bh", "calibrate", "--pretrained", header.get("model") or "MODEL"]
-    for option in ("tokens", "kernel", "trim"):
+    for option in ("tokens", "kernel", "trim", "statistic", "null"):
         if header.get(option) is not None:
             words += [f"--{option}", header[option]]
     return shlex.join(map(str, [*words, "--output", "checked.safetensors"]))

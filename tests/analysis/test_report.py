@@ -226,7 +226,15 @@ def test_health_of_the_null_model_is_shown_where_it_is_recorded(write, tmp_path,
         content["config"]["bh"]["null_model"]["health"] = health
 
     write("bh", change=record)
-    for text in written(write.folder, tmp_path / "out"):
+    write("by", rule="by", change=record)
+    markdown, html = written(write.folder, tmp_path / "out")
+    assert "(visualizations/null_model_health.png)" in markdown
+    assert [path.name for path in tmp_path.glob("out/visualizations/*")] == [
+        "null_model_health.png"
+    ]
+    (image,) = Page(html).all("img")
+    assert "Kolmogorov-Smirnov" in image["alt"]
+    for text in (markdown, html):
         assert "On held-out text" in text
         assert "0.0123" in text
         assert "0.100" in text

@@ -24,12 +24,11 @@ from lm_eval_bh.analysis.plots.style import (
     say,
 )
 from lm_eval_bh.errors import ParameterError, did_you_mean
-from lm_eval_bh.files import replacing
+from lm_eval_bh.files import figure_format, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
-SUFFIXES = ("png", "pdf", "svg")
 DPI = 300
 SIZE, SINGLE_SIZE = (10.0, 9.8), (4.2, 3.1)  # inches, without the legend
 LEGEND_ROW = 0.24  # inches
@@ -141,7 +140,7 @@ def _create(
 ) -> Figure:
     import matplotlib as mpl
 
-    suffix = _suffix(output_path)
+    suffix = "png" if output_path is None else figure_format(output_path)
     data = Experiments(frame, layers)
     style = Style(data.sizes, data.variants)
     with mpl.rc_context(RC):
@@ -191,16 +190,6 @@ def _figure(size: tuple[float, float]) -> Figure:
             return content.getvalue()
 
     return NotebookFigure(figsize=size, dpi=100, layout="constrained")
-
-
-def _suffix(path: Path | str | None) -> str:
-    suffix = "png" if path is None else Path(path).suffix.lower().removeprefix(".")
-    if suffix not in SUFFIXES:
-        raise ParameterError(
-            f"{path} is of no format that figures are written in: "
-            f"name a file that ends in {', '.join(SUFFIXES)}."
-        )
-    return suffix
 
 
 def _write(figure: Figure, path: Path, suffix: str) -> None:
