@@ -107,8 +107,8 @@ def calibrate(
             f"{100 * row.ceiling_share:.3f}",
             f"{100 * row.floor_share:.3f}",
         )
-    Console().print(table)
     if health:
+        Console().print(table)
         typer.echo(f"Checked on {health[0].tokens} held-out tokens. Written to {path}")
     else:
         typer.echo(

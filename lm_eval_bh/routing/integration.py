@@ -17,7 +17,7 @@ from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.counters import RoutingCounters
 from lm_eval_bh.routing.experts import EXPERTS, ExpertsSwitch
 from lm_eval_bh.routing.null import NullModel
-from lm_eval_bh.routing.resolution import resolve_null
+from lm_eval_bh.routing.resolution import is_auto, resolve_null
 from lm_eval_bh.routing.routers import Router, find_routers, transformers_model
 from lm_eval_bh.routing.rules import RULES
 from lm_eval_bh.routing.selection import Selection, keep, softmax_of, softmax_top
@@ -406,7 +406,7 @@ class BHRoutingIntegration:
     def _resolve(self, config: RoutingConfig) -> NullModel | None:
         if not config.needs_null:
             return None
-        auto = isinstance(self._kde, str) and self._kde == "auto"
+        auto = is_auto(self._kde)
         wanted: dict[str, Any] = {
             "statistic": config.statistic,
             "null": config.null if RULES[config.rule].tests else None,  # only norms are needed

@@ -17,6 +17,11 @@ from lm_eval_bh.routing.routers import Router, transformers_model
 logger = logging.getLogger(__name__)
 
 
+def is_auto(kde: str | Path | NullModel) -> bool:
+    """Return whether a null model shall be looked for, and else calibrated."""
+    return not isinstance(kde, NullModel) and str(kde) == "auto"
+
+
 def resolve_null(
     kde: str | Path | NullModel,
     model: nn.Module,
@@ -49,7 +54,7 @@ def resolve_null(
     """
     name = transformers_model(model).name_or_path or type(model).__name__
     fingerprint = router_fingerprint(router.weight for router in routers)
-    if not isinstance(kde, NullModel) and str(kde) == "auto":
+    if is_auto(kde):
         found = _find(fingerprint, statistic, null, trim or 0)
         kind = statistic, null or "pooled", trim or 0
         found = found or _calibrate(model, routers, tokenizer, name, fingerprint, *kind)

@@ -30,7 +30,7 @@ NUMBERS = (
     *PERPLEXITIES,
     *(f"{name}_stderr" for name in PERPLEXITIES),
 )
-CONFIGURATION = ["variant", "max_k", "alpha", "target_experts"]
+CONFIGURATION = ["max_k", "variant", "alpha", "target_experts"]
 TEXTS = ("run_id", "model", "dataset", "variant", "mode", "matched_by", "matched_metric")
 
 
@@ -116,11 +116,7 @@ class Experiments:
         spread = of_configuration[columns[0]].agg(["min", "max", "count"])
         means = means.assign(low=spread["min"], high=spread["max"], count=spread["count"])
         complete = spread["count"] == (spread["count"].max() if len(spread) else 0)
-        return (
-            means[complete]
-            .reset_index()
-            .sort_values(["max_k", "variant", "alpha", "target_experts"])
-        )
+        return means[complete].reset_index().sort_values(CONFIGURATION)
 
 
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:

@@ -188,8 +188,7 @@ def layers(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -
     axes = figure.subplots()
     levels = np.unique(data.layers["alpha"].dropna())
     middle = levels[(len(levels) - 1) // 2 :][:1]
-    groups = data.layers.groupby(CONFIGURATION, dropna=False)
-    for (variant, max_k, alpha, _), line in groups:
+    for (max_k, variant, alpha, _), line in data.layers.groupby(CONFIGURATION, dropna=False):
         if np.isnan(alpha) or alpha in middle:
             axes.plot(
                 line["layer"],
