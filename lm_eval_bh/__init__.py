@@ -17,14 +17,17 @@ from lm_eval_bh.errors import (
     RoutingError,
     UnreachableError,
 )
-from lm_eval_bh.harness import plugin
+from lm_eval_bh.harness.plugin.activation import activate
 
 if TYPE_CHECKING:
-    from lm_eval_bh.analysis.plots import create_comprehensive_visualization, create_single_panel
-    from lm_eval_bh.experiments import BHRoutingExperimentRunner
+    from lm_eval_bh.analysis.show.plots import (
+        create_comprehensive_visualization,
+        create_single_panel,
+    )
+    from lm_eval_bh.harness.sweep.runner import BHRoutingExperimentRunner
     from lm_eval_bh.routing.config import RoutingConfig
-    from lm_eval_bh.routing.integration import BHRoutingIntegration
-    from lm_eval_bh.routing.null import NullModel
+    from lm_eval_bh.routing.nulls.null_model import NullModel
+    from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
     from lm_eval_bh.routing.selection import Selection, select_experts
 
     __version__: str
@@ -49,13 +52,13 @@ __all__ = [
 ]
 
 _HOME = {
-    "BHRoutingExperimentRunner": "lm_eval_bh.experiments",
-    "BHRoutingIntegration": "lm_eval_bh.routing.integration",
-    "NullModel": "lm_eval_bh.routing.null",
+    "BHRoutingExperimentRunner": "lm_eval_bh.harness.sweep.runner",
+    "BHRoutingIntegration": "lm_eval_bh.routing.patching.integration",
+    "NullModel": "lm_eval_bh.routing.nulls.null_model",
     "RoutingConfig": "lm_eval_bh.routing.config",
     "Selection": "lm_eval_bh.routing.selection",
-    "create_comprehensive_visualization": "lm_eval_bh.analysis.plots",
-    "create_single_panel": "lm_eval_bh.analysis.plots",
+    "create_comprehensive_visualization": "lm_eval_bh.analysis.show.plots",
+    "create_single_panel": "lm_eval_bh.analysis.show.plots",
     "select_experts": "lm_eval_bh.routing.selection",
 }
 
@@ -80,4 +83,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-plugin.register()
+activate()

@@ -12,7 +12,7 @@ make_venv() {
         exit 1
     fi
     # startup.py is the one source file that an editable installation copies.
-    stamp=$(cat pyproject.toml constraints.txt lm_eval_bh/harness/startup.* | "$base" -c \
+    stamp=$(cat pyproject.toml constraints.txt lm_eval_bh/harness/plugin/startup.* | "$base" -c \
         'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read() + sys.argv[1].encode()).hexdigest())' \
         "$PWD")
     # The dev extra contains all that the plain installation has.

@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from lm_eval_bh import NullModel, RoutingConfig
 from lm_eval_bh.files import replacing
+from lm_eval_bh.policies.preview import analyze_grid
 from lm_eval_bh.resources import shipped, tiny_olmoe
-from lm_eval_bh.routing.calibration import collect_router_logits, listen
 from lm_eval_bh.routing.config import grid_of
-from lm_eval_bh.routing.grid import analyze_grid
+from lm_eval_bh.routing.nulls.calibration import collect_router_logits, listen
 from lm_eval_bh.routing.routers import find_routers
 
 ALPHAS, MAX_KS = (0.3, 0.4, 0.5, 0.6), (8, 16, 32, 64)

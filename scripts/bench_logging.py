@@ -30,10 +30,10 @@ from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 
 from lm_eval_bh import NullModel
 from lm_eval_bh.files import replacing
+from lm_eval_bh.harness.logs.run_log import LogOptions
 from lm_eval_bh.harness.model import BHLM
-from lm_eval_bh.harness.run_log import LogOptions
 from lm_eval_bh.resources import shipped, tiny_olmoe
-from lm_eval_bh.routing.calibration import collect_router_logits
+from lm_eval_bh.routing.nulls.calibration import collect_router_logits
 from lm_eval_bh.routing.routers import find_routers
 
 LEVELS = ("off", "summary", "full")

@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lm_eval_bh.files import replacing
-from lm_eval_bh.harness.sweep.folder import SweepFolder
-from lm_eval_bh.harness.sweep.grid import PRESETS, Experiment, SweepConfig
+from lm_eval_bh.harness.sweep.sweep_config import PRESETS, Experiment, SweepConfig
+from lm_eval_bh.harness.sweep.sweep_folder import SweepFolder
 
 WANTED = {"quick": 5.0, "full": 15.0}
 SWEEP_SH = Path(__file__).with_name("sweep.sh")

@@ -32,11 +32,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError, UnreachableError
 from lm_eval_bh.files import replacing
 from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
-from lm_eval_bh.routing.null_header import STATISTICS
-from lm_eval_bh.routing.resolution import resolve_null
+from lm_eval_bh.routing.nulls.find import resolve_null
+from lm_eval_bh.routing.nulls.null_header import STATISTICS
+from lm_eval_bh.routing.nulls.texts import wikitext_texts
 from lm_eval_bh.routing.routers import find_routers
-from lm_eval_bh.routing.rules import RULES
-from lm_eval_bh.routing.texts import wikitext_texts
+from lm_eval_bh.routing.rules.registry import RULES
 
 LENGTH = 512
 RESAMPLES = 10_000

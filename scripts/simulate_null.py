@@ -32,11 +32,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lm_eval_bh import NullModel
 from lm_eval_bh.files import replacing
 from lm_eval_bh.resources import shipped, tiny_olmoe
-from lm_eval_bh.routing.calibration import collect_router_logits
+from lm_eval_bh.routing.nulls.calibration import collect_router_logits
+from lm_eval_bh.routing.nulls.texts import text_batches
 from lm_eval_bh.routing.routers import find_routers
-from lm_eval_bh.routing.rules import RULES
+from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.routing.selection import reject
-from lm_eval_bh.routing.texts import text_batches
 
 EXPERTS = 64
 Matrix = np.ndarray[Any, np.dtype[np.float64]]

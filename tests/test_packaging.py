@@ -65,7 +65,9 @@ def files_below(*folders: str) -> set[str]:
 
 
 def test_wheel_holds_everything(in_wheel):
-    package = files_below("lm_eval_bh") - {f"lm_eval_bh/harness/{name}" for name in STARTUP_SOURCES}
+    package = files_below("lm_eval_bh") - {
+        f"lm_eval_bh/harness/plugin/{name}" for name in STARTUP_SOURCES
+    }
     moved = {f"lm_eval_bh/{name}" for name in files_below("tasks", "kde_models")}
     rest = {name for name in in_wheel if ".dist-info/" not in name}
     assert rest == package | moved | STARTUP_FILES

@@ -8,7 +8,7 @@ from typing import Any
 
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.rules import RULES
+from lm_eval_bh.routing.rules.registry import RULES
 
 DEFAULT_ALPHA = 0.4
 
@@ -85,7 +85,7 @@ def arguments_of(rule: str, common: Mapping[str, Any]) -> dict[str, Any]:
     Parameters
     ----------
     rule : str
-        One of :data:`~lm_eval_bh.routing.rules.RULES`.
+        One of :data:`~lm_eval_bh.routing.rules.registry.RULES`.
     common : mapping
         ``--model_args``.
     """

@@ -25,16 +25,16 @@ from torch import Tensor
 
 from lm_eval_bh.errors import ModelError, ParameterError, did_you_mean, show_as_one_sentence
 from lm_eval_bh.harness.arguments import routing_config
-from lm_eval_bh.harness.batch import Owner
 from lm_eval_bh.harness.cache_guard import CountingCache, guard
-from lm_eval_bh.harness.log_folder import check_writable
-from lm_eval_bh.harness.recorder import Expected, TokenIds
-from lm_eval_bh.harness.run_log import LogOptions, RunLog
+from lm_eval_bh.harness.logs.log_folder import check_writable
+from lm_eval_bh.harness.logs.ownership import Owner
+from lm_eval_bh.harness.logs.recorder import Expected, TokenIds
+from lm_eval_bh.harness.logs.run_log import LogOptions, RunLog
 from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE, tiny_olmoe
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.experts import EXPERTS
-from lm_eval_bh.routing.integration import BHRoutingIntegration
-from lm_eval_bh.routing.null import NullModel
+from lm_eval_bh.routing.nulls.null_model import NullModel
+from lm_eval_bh.routing.patching.experts import EXPERTS
+from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.schema import SCHEMA_VERSION, RunInfo
 
 eval_logger = logging.getLogger(__name__)
@@ -95,9 +95,9 @@ class BHLM(HFLM):
         ``auto``, or the path of a null model.
     experts : str
         What computes the experts, see
-        :class:`~lm_eval_bh.routing.integration.BHRoutingIntegration`.
+        :class:`~lm_eval_bh.routing.patching.integration.BHRoutingIntegration`.
     log_routing, log_dir, log_samples, log_logits
-        See :class:`~lm_eval_bh.harness.run_log.LogOptions`.
+        See :class:`~lm_eval_bh.harness.logs.run_log.LogOptions`.
 
     Raises
     ------

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lm_eval_bh.errors import ParameterError, did_you_mean
-from lm_eval_bh.routing.null_header import check_kind
-from lm_eval_bh.routing.rules import RULES
+from lm_eval_bh.routing.nulls.null_header import check_kind
+from lm_eval_bh.routing.rules.registry import RULES
 
 MODES = ("patch", "analyze")
 
@@ -28,7 +28,7 @@ class RoutingConfig:
         ``top_p`` the share of the weight to hold, for ``min_p`` the share of the largest weight to
         reach. One name for all, so that sweeps, logs and tables have one column for it.
     rule : str
-        Name of a selection rule, see :data:`lm_eval_bh.routing.rules.RULES`.
+        Name of a selection rule, see :data:`lm_eval_bh.routing.rules.registry.RULES`.
     min_k, max_k : int
         Fewest and most experts of a token; ``1 <= min_k <= max_k``.
     temperature : float

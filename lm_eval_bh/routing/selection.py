@@ -9,11 +9,11 @@ from torch import Tensor
 
 from lm_eval_bh.errors import ParameterError, RoutingError
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.rules import RULES, Evidence, Ordered
+from lm_eval_bh.routing.rules.registry import RULES, Evidence, Ordered
 from lm_eval_bh.routing.selector import Selector
 
 if TYPE_CHECKING:
-    from lm_eval_bh.routing.null import NullModel
+    from lm_eval_bh.routing.nulls.null_model import NullModel
 
 
 class Selection(NamedTuple):
@@ -45,7 +45,7 @@ def reject(p_values: Tensor, alpha: float, rule: str = "bh") -> Tensor:
     alpha : float
         Level, in (0, 1).
     rule : str
-        A multiple-testing rule of :data:`~lm_eval_bh.routing.rules.RULES`.
+        A multiple-testing rule of :data:`~lm_eval_bh.routing.rules.registry.RULES`.
 
     Returns
     -------

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.random_k import random_experts
-from lm_eval_bh.routing.rules import RULES, Evidence, Ordered, Rule
+from lm_eval_bh.routing.rules.random_k import random_experts
+from lm_eval_bh.routing.rules.registry import RULES, Evidence, Ordered, Rule
 
 if TYPE_CHECKING:
-    from lm_eval_bh.routing.null import NullModel
+    from lm_eval_bh.routing.nulls.null_model import NullModel
 
 
 class Ranking(Ordered):
@@ -42,7 +42,7 @@ class Ranking(Ordered):
     Attributes
     ----------
     ascending : Tensor
-        float ``[tokens, N]``, see :class:`~lm_eval_bh.routing.rules.Ordered`.
+        float ``[tokens, N]``, see :class:`~lm_eval_bh.routing.rules.registry.Ordered`.
     order : Tensor or None
         int64 ``[tokens, N]``, the experts in that order; None where it is the order of the logits.
     """

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from lm_eval_bh.errors import ParameterError, UnreachableError
-from lm_eval_bh.routing.rules import RULES, Evidence, Ordered
+from lm_eval_bh.routing.nulls.texts import WIKITEXT, text_batches, wikitext_texts
+from lm_eval_bh.routing.rules.registry import RULES, Evidence, Ordered
 from lm_eval_bh.routing.selector import Ranking
-from lm_eval_bh.routing.texts import WIKITEXT, text_batches, wikitext_texts
 
 if TYPE_CHECKING:
-    from lm_eval_bh.routing.integration import BHRoutingIntegration
+    from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +102,8 @@ def solve(
     DataError, ModelError
         If the text or the tokenizer cannot be loaded.
     """
-    from lm_eval_bh.routing.calibration import collect_router_logits
-    from lm_eval_bh.routing.resolution import tokenizer_of
+    from lm_eval_bh.routing.nulls.calibration import collect_router_logits
+    from lm_eval_bh.routing.nulls.find import tokenizer_of
 
     config = integration.config
     assert config.target_experts is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lm_eval_bh.analysis.flops import Architecture
+from lm_eval_bh.analysis.table.flops import Architecture
 
 OLMOE_1B_7B = {
     "hidden_size": 2048,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from lm_eval_bh.analysis import metrics
+from lm_eval_bh.analysis.table import metrics
 
 # Two layers, four experts, ten tokens; max_k = 3, min_k = 1.
 HISTOGRAM = np.array([[0, 5, 3, 2, 0], [0, 8, 0, 2, 0]])

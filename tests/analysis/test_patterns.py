@@ -28,9 +28,9 @@ from lm_eval_bh.analysis.patterns.specialisation import (
     specialisation,
 )
 from lm_eval_bh.analysis.patterns.token_classes import CLASSES, classify, vocabulary
-from lm_eval_bh.analysis.results import load_experiments
+from lm_eval_bh.analysis.table.experiments import load_experiments
 from lm_eval_bh.cli import app
-from lm_eval_bh.commands.runs import find_tokenizer
+from lm_eval_bh.cli.finished_runs import find_tokenizer
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.resources import tiny_olmoe
 

@@ -19,12 +19,12 @@ from PIL import Image
 from scipy.optimize import minimize
 
 from lm_eval_bh import create_comprehensive_visualization, create_single_panel
-from lm_eval_bh.analysis.plots import PANELS
-from lm_eval_bh.analysis.plots.data import Experiments, NoDataError
-from lm_eval_bh.analysis.plots.labels import spread
-from lm_eval_bh.analysis.plots.style import PALETTE, STRETCH, focus, interval, log_ticks
-from lm_eval_bh.analysis.plots.tradeoffs import pareto_front
-from lm_eval_bh.analysis.significance import matched_budget
+from lm_eval_bh.analysis.compare.paired import matched_budget
+from lm_eval_bh.analysis.show.plots import PANELS
+from lm_eval_bh.analysis.show.plots.data import Experiments, NoDataError
+from lm_eval_bh.analysis.show.plots.labels import spread
+from lm_eval_bh.analysis.show.plots.style import PALETTE, STRETCH, focus, interval, log_ticks
+from lm_eval_bh.analysis.show.plots.tradeoffs import pareto_front
 from lm_eval_bh.errors import DataError, ParameterError
 
 SIZES, ALPHAS = (8, 16, 32, 64), (0.3, 0.4, 0.5, 0.6)
@@ -359,7 +359,7 @@ def test_what_cannot_be_drawn_is_refused(tmp_path):
 
 def test_plots_need_neither_torch_nor_pyplot():
     code = (
-        "import sys, lm_eval_bh.analysis.plots.figure\n"
+        "import sys, lm_eval_bh.analysis.show.plots.figure\n"
         "print({'torch', 'matplotlib', 'scipy'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

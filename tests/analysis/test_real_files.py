@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from lm_eval_bh.analysis.results import load_experiments
-from lm_eval_bh.analysis.significance import compare
+from lm_eval_bh.analysis.compare.paired import compare
+from lm_eval_bh.analysis.table.experiments import load_experiments
 from lm_eval_bh.schema import read_internal_routing
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm_eval_bh.analysis.recommendation import recommend
+from lm_eval_bh.analysis.compare.recommendation import recommend
 from lm_eval_bh.errors import ParameterError
 
 WIKITEXT, LAMBADA = "wikitext", "lambada"

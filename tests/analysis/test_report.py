@@ -15,14 +15,14 @@ from lm_eval.utils import simple_parse_args_string
 from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
-from lm_eval_bh.analysis.command_line import lm_eval_command
-from lm_eval_bh.analysis.report import escape_markdown, fenced, write_report
-from lm_eval_bh.analysis.report_tables import number, p_value
-from lm_eval_bh.analysis.results import load_experiments
+from lm_eval_bh.analysis.show.lm_eval_command import lm_eval_command
+from lm_eval_bh.analysis.show.report_page import escape_markdown, fenced, write_report
+from lm_eval_bh.analysis.show.report_tables import number, p_value
+from lm_eval_bh.analysis.table.experiments import load_experiments
 from lm_eval_bh.cli import app
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.harness.arguments import routing_config
-from lm_eval_bh.routing.rules import RULES
+from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.schema import read_json
 
 LAMBADA, HELLASWAG = "bh_lambada", "bh_hellaswag"
@@ -51,7 +51,7 @@ def output(runs, tmp_path_factory) -> Path:
 @pytest.fixture
 def no_figures(monkeypatch):
     """Leave the figures out: they take longer than all else."""
-    monkeypatch.setattr("lm_eval_bh.analysis.report._figures", lambda loaded, folder: [])
+    monkeypatch.setattr("lm_eval_bh.analysis.show.report_page._figures", lambda loaded, folder: [])
 
 
 def read(folder: Path) -> tuple[str, str]:

@@ -12,12 +12,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lm_eval_bh.analysis import results
-from lm_eval_bh.analysis.flops import Architecture
-from lm_eval_bh.analysis.metrics import METRICS
-from lm_eval_bh.analysis.results import COLUMNS, load_experiments, strategy_label, write_tables
+from lm_eval_bh.analysis.table import experiments as results
+from lm_eval_bh.analysis.table.experiments import (
+    COLUMNS,
+    load_experiments,
+    strategy_label,
+    write_tables,
+)
+from lm_eval_bh.analysis.table.flops import Architecture
+from lm_eval_bh.analysis.table.metrics import METRICS
 from lm_eval_bh.errors import DataError
-from lm_eval_bh.routing.rules import RULES
+from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.schema import FIXED_COUNT, UNTESTED
 
 WIKITEXT, LAMBADA, HELLASWAG = "bh_wikitext", "bh_lambada", "bh_hellaswag"
@@ -618,8 +623,8 @@ def test_tables_are_the_same_whatever_the_order_of_folders(write):
 
 def test_reading_needs_no_torch():
     code = (
-        "import sys, lm_eval_bh.analysis.results, lm_eval_bh.analysis.significance, "
-        "lm_eval_bh.analysis.flops\n"
+        "import sys, lm_eval_bh.analysis.table.experiments, lm_eval_bh.analysis.compare.paired, "
+        "lm_eval_bh.analysis.table.flops\n"
         "print({'torch', 'transformers', 'lm_eval', 'scipy', 'statsmodels'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lm_eval_bh.analysis import significance
-from lm_eval_bh.analysis.results import load_experiments
-from lm_eval_bh.analysis.significance import COMPARISON, compare, matched_budget
+from lm_eval_bh.analysis.compare import paired as significance
+from lm_eval_bh.analysis.compare.paired import COMPARISON, compare, matched_budget
+from lm_eval_bh.analysis.table.experiments import load_experiments
 from lm_eval_bh.errors import ParameterError
 
 WIKITEXT, LAMBADA, HELLASWAG = "bh_wikitext", "bh_lambada", "bh_hellaswag"

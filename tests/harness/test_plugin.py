@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lm_eval_bh.harness import plugin
+from lm_eval_bh.harness.plugin import registration as plugin
 from lm_eval_bh.resources import shipped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ def python(code: str, *paths: Path, **variables: str) -> str:
 INSTALL = f"""
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location(
-    "_lm_eval_bh_startup", {str(ROOT / "lm_eval_bh" / "harness" / "startup.py")!r}
+    "_lm_eval_bh_startup", {str(ROOT / "lm_eval_bh" / "harness" / "plugin" / "startup.py")!r}
 )
 startup = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(startup)
@@ -88,7 +88,8 @@ def test_registering_again_changes_nothing():
     code = """
     import sys
     import lm_eval.models, lm_eval.tasks
-    from lm_eval_bh.harness import plugin, startup
+    from lm_eval_bh.harness.plugin import registration as plugin
+    from lm_eval_bh.harness.plugin import startup
     init = lm_eval.tasks.TaskManager.__init__
     finders = len(sys.meta_path)
     for _ in range(3):

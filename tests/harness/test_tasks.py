@@ -12,7 +12,7 @@ from lm_eval.tasks import TaskManager
 
 from lm_eval_bh import resources
 from lm_eval_bh.errors import DataError
-from lm_eval_bh.harness import tasks
+from lm_eval_bh.harness import demo_texts as tasks
 from lm_eval_bh.resources import shipped
 
 STOCK = {"bh_wikitext": "wikitext", "bh_lambada": "lambada_openai", "bh_hellaswag": "hellaswag"}

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from lm_eval_bh.errors import DataError, ModelError, NullModelError, ParameterError
-from lm_eval_bh.routing.calibration import (
+from lm_eval_bh.routing.nulls.calibration import (
     LayerHealth,
     calibrate,
     calibrate_and_check,
@@ -19,7 +19,7 @@ from lm_eval_bh.routing.calibration import (
     text_batches,
     wikitext_train_texts,
 )
-from lm_eval_bh.routing.null import NullModel, router_fingerprint
+from lm_eval_bh.routing.nulls.null_model import NullModel, router_fingerprint
 
 SHARED = Path(
     os.environ.get("LM_EVAL_BH_SHARED", Path(__file__).resolve().parents[2].parent / "shared")

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import norm
 
 from lm_eval_bh import NullModel
-from lm_eval_bh.routing.rules import RULES
+from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.routing.selection import reject
 
 TOKENS, EXPERTS = 20_000, 64

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError
-from lm_eval_bh.routing.calibration import collect_router_logits
+from lm_eval_bh.routing.nulls.calibration import collect_router_logits
 from lm_eval_bh.routing.routers import find_routers
 
 COMMON = {

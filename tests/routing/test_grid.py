@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError, RoutingConfig
-from lm_eval_bh.routing.calibration import collect_router_logits
+from lm_eval_bh.policies.preview import analyze_grid
 from lm_eval_bh.routing.config import grid_of
-from lm_eval_bh.routing.grid import analyze_grid
+from lm_eval_bh.routing.nulls.calibration import collect_router_logits
 from lm_eval_bh.routing.routers import find_routers
-from lm_eval_bh.routing.rules import RULES
+from lm_eval_bh.routing.rules.registry import RULES
 
 KINDS = [(s, n) for s in ("logit", "contribution") for n in ("pooled", "expert")]
 

@@ -16,9 +16,9 @@ from lm_eval_bh import (
     RoutingConfig,
     RoutingError,
 )
-from lm_eval_bh.routing.integration import RouterHook
+from lm_eval_bh.routing.patching.integration import RouterHook
 from lm_eval_bh.routing.routers import find_routers
-from lm_eval_bh.routing.rules import RULES
+from lm_eval_bh.routing.rules.registry import RULES
 
 STOCK_EXPERTS = ["eager", "grouped_mm", "batched_mm"]
 TESTS = [name for name, rule in RULES.items() if rule.tests]

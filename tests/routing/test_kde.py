@@ -7,7 +7,7 @@ from scipy.stats import gaussian_kde
 from sklearn.neighbors import KernelDensity
 
 from lm_eval_bh.errors import NullModelError, ParameterError
-from lm_eval_bh.routing.kde import KERNELS, bandwidth_of, fit_cdf
+from lm_eval_bh.routing.nulls.kde import KERNELS, bandwidth_of, fit_cdf
 
 RNG = np.random.default_rng(0)
 SMALL = np.concatenate([RNG.normal(-0.4, 0.8, 180), 1 + RNG.gamma(2, 0.6, 20)])

@@ -8,8 +8,8 @@ import torch
 from statsmodels.stats.multitest import multipletests
 
 from lm_eval_bh.errors import NullModelError, ParameterError
-from lm_eval_bh.routing.null import NullModel
-from lm_eval_bh.routing.pickles import read_table
+from lm_eval_bh.routing.nulls.null_model import NullModel
+from lm_eval_bh.routing.nulls.pickles import read_table
 
 SHARED = Path(
     os.environ.get("LM_EVAL_BH_SHARED", Path(__file__).resolve().parents[2].parent / "shared")

@@ -9,7 +9,7 @@ import torch
 
 from lm_eval_bh import BHRoutingIntegration, NullModel, NullModelError
 from lm_eval_bh.resources import cache_folder
-from lm_eval_bh.routing.resolution import cached_null, resolve_null
+from lm_eval_bh.routing.nulls.find import cached_null, resolve_null
 from lm_eval_bh.routing.routers import find_routers
 
 

@@ -16,7 +16,7 @@ from statsmodels.stats.multitest import multipletests
 from transformers.generation.logits_process import MinPLogitsWarper, TopPLogitsWarper
 
 from lm_eval_bh import NullModel, ParameterError, RoutingError, select_experts
-from lm_eval_bh.routing.rules import RULES, storey_null_share
+from lm_eval_bh.routing.rules.registry import RULES, storey_null_share
 from lm_eval_bh.routing.selection import reject
 
 STATSMODELS = {

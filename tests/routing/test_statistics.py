@@ -20,12 +20,12 @@ from lm_eval_bh import (
     select_experts,
 )
 from lm_eval_bh.resources import shipped
-from lm_eval_bh.routing import kde
-from lm_eval_bh.routing.calibration import calibrate
-from lm_eval_bh.routing.norms import measuring_norms
-from lm_eval_bh.routing.resolution import cached_null, resolve_null
+from lm_eval_bh.routing.nulls import kde
+from lm_eval_bh.routing.nulls.calibration import calibrate
+from lm_eval_bh.routing.nulls.find import cached_null, resolve_null
 from lm_eval_bh.routing.routers import find_routers
-from lm_eval_bh.routing.rules import RULES
+from lm_eval_bh.routing.rules.registry import RULES
+from lm_eval_bh.routing.scores.contribution import measuring_norms
 from lm_eval_bh.routing.selection import reject
 
 KINDS = [(s, n) for s in ("logit", "contribution") for n in ("pooled", "expert")]
@@ -216,7 +216,7 @@ class TestInAModel:
     def own_cache(self, monkeypatch, tmp_path, demo_texts):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         monkeypatch.setattr(
-            "lm_eval_bh.routing.calibration.wikitext_train_texts", lambda: demo_texts[:12]
+            "lm_eval_bh.routing.nulls.calibration.wikitext_train_texts", lambda: demo_texts[:12]
         )
 
     def test_kde_auto_calibrates_what_is_asked_once_and_keeps_it(self, tiny, tokenizer, caplog):

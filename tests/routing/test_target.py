@@ -15,8 +15,8 @@ from lm_eval_bh import (
     RoutingConfig,
     UnreachableError,
 )
+from lm_eval_bh.routing.nulls.texts import text_batches
 from lm_eval_bh.routing.target import LENGTH, TOKENS
-from lm_eval_bh.routing.texts import text_batches
 
 
 @pytest.fixture

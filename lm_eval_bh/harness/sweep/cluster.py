@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_bh.errors import ParameterError
-from lm_eval_bh.harness.sweep.folder import SweepFolder
-from lm_eval_bh.harness.sweep.grid import Experiment, SweepConfig
 from lm_eval_bh.harness.sweep.local import Finished
+from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig
+from lm_eval_bh.harness.sweep.sweep_folder import SweepFolder
 
 if TYPE_CHECKING:
     from lm_eval_bh.harness.sweep.evaluator import Evaluator

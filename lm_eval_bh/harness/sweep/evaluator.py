@@ -17,12 +17,12 @@ from torch.utils import collect_env
 from tqdm import tqdm
 
 from lm_eval_bh.errors import DataError
+from lm_eval_bh.harness.logs.run_log import LogOptions
 from lm_eval_bh.harness.model import BHLM
-from lm_eval_bh.harness.plugin import MODEL_NAME
-from lm_eval_bh.harness.run_log import LogOptions
-from lm_eval_bh.harness.sweep.grid import Experiment, SweepConfig
-from lm_eval_bh.harness.sweep.tasks import are_ours, new_task_manager
-from lm_eval_bh.routing.rules import RULES
+from lm_eval_bh.harness.plugin.registration import MODEL_NAME
+from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig
+from lm_eval_bh.harness.sweep.task_names import are_ours, new_task_manager
+from lm_eval_bh.routing.rules.registry import RULES
 
 
 class Evaluator:

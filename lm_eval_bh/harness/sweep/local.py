@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
-from lm_eval_bh.harness.sweep.folder import SweepFolder
-from lm_eval_bh.harness.sweep.grid import Experiment, SweepConfig
+from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig
+from lm_eval_bh.harness.sweep.sweep_folder import SweepFolder
 
 Finished = Callable[[Experiment, float], None]
 

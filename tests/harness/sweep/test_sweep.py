@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 
 import lm_eval_bh
-from lm_eval_bh import experiments
 from lm_eval_bh.errors import DataError, ModelError, ParameterError
-from lm_eval_bh.harness.sweep.folder import SweepFolder
-from lm_eval_bh.harness.sweep.grid import SweepConfig
+from lm_eval_bh.harness.sweep import runner as experiments
+from lm_eval_bh.harness.sweep.sweep_config import SweepConfig
+from lm_eval_bh.harness.sweep.sweep_folder import SweepFolder
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMAND = [sys.executable, "-m", "lm_eval_bh", "sweep", "--device", "cpu"]
@@ -72,7 +72,7 @@ def assert_same(table, other):
 
 def table(folder):
     """Return the aggregated table of a sweep without what differs from run to run."""
-    from lm_eval_bh.analysis.results import load_experiments
+    from lm_eval_bh.analysis.table.experiments import load_experiments
 
     loaded = load_experiments([folder])
     assert not loaded.problems
@@ -315,8 +315,8 @@ def test_an_experiment_runs_in_one_process_at_a_time(tmp_path):
         assert mine
         holder = (
             "from pathlib import Path; import json, sys;"
-            "from lm_eval_bh.harness.sweep.folder import SweepFolder;"
-            "from lm_eval_bh.harness.sweep.grid import SweepConfig;"
+            "from lm_eval_bh.harness.sweep.sweep_folder import SweepFolder;"
+            "from lm_eval_bh.harness.sweep.sweep_config import SweepConfig;"
             f"folder = SweepFolder(Path({str(tmp_path)!r}));"
             f"first, second, _ = SweepConfig(**{SETTINGS!r}).experiments();"
             "a = folder.alone(first).__enter__(); b = folder.alone(second).__enter__();"

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm_eval_bh.errors import ParameterError
-from lm_eval_bh.harness.sweep.grid import Experiment, SweepConfig, shard_of
-from lm_eval_bh.harness.sweep.tasks import expand_tasks
+from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig, shard_of
+from lm_eval_bh.harness.sweep.task_names import expand_tasks
 
 GRID = {"tasks": ["bh_demo_lambada"], "baselines": [8], "max_k": [8, 16], "alphas": [0.3, 0.4]}
 

@@ -1,0 +1,1 @@
+"""Paired comparisons of experiments, and what they recommend."""

@@ -1,0 +1,464 @@
+"""Whether one configuration is really worse than another: paired comparisons, document by document.
+
+Two runs over the same documents are paired, which takes the documents' own difficulty out of the
+comparison. scipy and statsmodels are loaded on use: tables need neither.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lm_eval_bh.errors import ParameterError
+
+if TYPE_CHECKING:
+    from lm_eval_bh.analysis.table.experiments import Loaded
+
+Floats = NDArray[np.float64]
+Interval = Callable[..., tuple[Floats, Floats]]
+
+# Perplexities, the first one known is the one to speak of -> what of a document they divide by.
+PERPLEXITIES = {
+    "perplexity": "tokens",
+    "word_perplexity": "words",
+    "target_perplexity": "targets",
+    "byte_perplexity": "bytes",
+}
+# What each of them is counted per, in words.
+PERPLEXITY_UNITS = {
+    "perplexity": "token",
+    "word_perplexity": "word",
+    "target_perplexity": "target word",
+    "byte_perplexity": "byte",
+}
+DRAWS_AT_ONCE = 2_000_000  # of documents: keeps a bootstrap below 100 MB
+BASELINES = ("native", "max_k")
+MATCHED = ("metric", "perplexity", "accuracy", "by", "k_low", "k_high")
+COMPARISON: dict[str, str] = {
+    "group": "int64",
+    "task": "object",
+    "metric": "object",
+    "run_id": "object",
+    "strategy": "object",
+    "baseline_run_id": "object",
+    "baseline": "object",
+    "documents": "Int64",
+    "value": "float64",
+    "baseline_value": "float64",
+    "difference": "float64",  # value - baseline_value
+    "difference_low": "float64",
+    "difference_high": "float64",
+    "ratio": "float64",  # value / baseline_value; of perplexities only
+    "ratio_low": "float64",
+    "ratio_high": "float64",
+    "flips_worse": "Int64",  # documents that only the baseline got right
+    "flips_better": "Int64",  # documents that only the configuration got right
+    "test": "object",
+    "p_value": "float64",  # of no difference
+    "p_adjusted": "float64",
+    "margin": "float64",
+    "equivalence_p": "float64",  # of a difference as large as the margin
+    "equivalence_p_adjusted": "float64",
+    "equivalent": "object",  # True, False, or None where it could not be tested
+    "reason": "object",  # why there is no comparison; None where there is one
+}
+
+
+def perplexity_column(frame: pd.DataFrame) -> str | None:
+    """Return the perplexity to compare the rows of one task by.
+
+    The first of :data:`PERPLEXITIES` that all rows have that have any; None if there is none.
+    """
+    known = frame[frame[list(PERPLEXITIES)].notna().any(axis=1)]
+    return next((name for name in PERPLEXITIES if len(known) and known[name].notna().all()), None)
+
+
+def matched_budget(frame: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFrame:
+    """Return, beside every row that is no baseline, static top-k at the same number of experts.
+
+    An adaptive rule has earned its keep only if it beats the plain top-k that computes as many
+    experts. Where a top-k with that mean was measured (within ``tolerance``) it is taken as it is.
+    Else it is interpolated between the next smaller and the next larger k that were measured,
+    linearly in k: the logarithm of the perplexity, and the accuracy. Outside the range of the
+    measured k nothing is claimed.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Experiments, one a row; compared within a group and task.
+    tolerance : float
+        Relative; how far k may be from the mean number of experts over all layers.
+
+    Returns
+    -------
+    DataFrame
+        With the index of ``frame``: ``matched_metric`` (which perplexity), ``matched_perplexity``,
+        ``matched_accuracy``, ``matched_by`` ("measured", "interpolated" or None), ``matched_k_low``
+        and ``matched_k_high``, which are equal where it was measured.
+    """
+    matched: dict[Any, dict[str, Any]] = {}
+    for _, rows in frame.groupby(["group", "task"], sort=False):
+        metric = perplexity_column(rows)
+        static = rows[rows["baseline"] & rows["max_k"].notna()]
+        of_k = static.groupby(static["max_k"].astype("int64"))  # repeats of a k are averaged
+        log_perplexity = of_k[metric].apply(lambda p: float(np.log(p).mean())) if metric else None
+        accuracy = of_k["accuracy"].mean()
+        known = accuracy if log_perplexity is None else log_perplexity
+        measured = [int(k) for k in known.index[known.notna()]]
+        for index, experts in rows.loc[~rows["baseline"], "mean_experts_model"].dropna().items():
+            bounds = _neighbours(measured, float(experts), tolerance)
+            if bounds is None:
+                continue
+            at = min(max(float(experts), bounds[0]), bounds[1])
+            matched[index] = {
+                "metric": metric,
+                "perplexity": None
+                if log_perplexity is None
+                else math.exp(_between(log_perplexity, bounds, at)),
+                "accuracy": _between(accuracy, bounds, at),
+                "by": "measured" if bounds[0] == bounds[1] else "interpolated",
+                "k_low": bounds[0],
+                "k_high": bounds[1],
+            }
+    table = pd.DataFrame.from_dict(matched, orient="index", columns=list(MATCHED))
+    table = table.reindex(frame.index).astype(object)
+    return table.where(table.notna(), None).add_prefix("matched_")
+
+
+def _neighbours(measured: list[int], experts: float, tolerance: float) -> tuple[int, int] | None:
+    near = [k for k in measured if abs(k - experts) <= tolerance * experts]
+    if near:
+        nearest = min(near, key=lambda k: abs(k - experts))
+        return nearest, nearest
+    below, above = [k for k in measured if k < experts], [k for k in measured if k > experts]
+    return (max(below), min(above)) if below and above else None
+
+
+def _between(values: pd.Series, bounds: tuple[int, int], at: float) -> float:
+    return float(np.interp(at, bounds, [values[k] for k in bounds]))
+
+
+def compare(
+    loaded: Loaded,
+    *,
+    baseline: str = "native",
+    margin: float = 0.01,
+    accuracy_margin: float = 0.01,
+    confidence: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Compare every configuration with its baseline on every task, paired by document.
+
+    Perplexity: with the difference d of the loglikelihoods of a document and its size w (tokens,
+    words or bytes), the log ratio of perplexities is ``sum d / sum w``. Its interval, and that of
+    the difference of perplexities, is a percentile bootstrap over documents; its p-values are t
+    tests of the linearised ratio. Accuracy: bootstrap over documents, McNemar's exact test.
+
+    Equivalence: two one-sided t tests (TOST). Their null hypothesis is a difference of at least the
+    margin, so that a small p-value says "no more different than that", which a large p-value of the
+    other test never says. Without a single flip the t test has no variance to go by; then the
+    p-value is the chance of no flip in as many documents if the margin's share of them flipped.
+
+    P-values are adjusted for multiplicity by Benjamini-Hochberg over all comparisons of the table,
+    those of difference and those of equivalence each as one family.
+
+    Parameters
+    ----------
+    loaded : Loaded
+        Of runs with ``--log_samples``. Of repeated runs of a configuration the first is taken.
+    baseline : str
+        "native": static top-k with the model's own k; "max_k": with the same ``max_k``.
+    margin : float
+        Relative difference of perplexity that does not matter: 0.01 is 1 %.
+    accuracy_margin : float
+        Absolute difference of accuracy that does not matter.
+    confidence : float
+        Of the intervals; ``1 - confidence`` is the level of the decision ``equivalent``.
+    resamples, seed : int
+        Of the bootstrap.
+
+    Returns
+    -------
+    DataFrame
+        One row a configuration, task and metric, with the columns :data:`COMPARISON`. Where
+        something could not be compared, ``reason`` says why and the numbers are null.
+
+    Raises
+    ------
+    ParameterError
+        If an argument is out of range.
+
+    References
+    ----------
+    McNemar 1947, Psychometrika 12:153; Schuirmann 1987, J. Pharmacokinet. Biopharm. 15:657;
+    Benjamini and Hochberg 1995, J. R. Stat. Soc. B 57:289.
+    """
+    if baseline not in BASELINES:
+        raise ParameterError(f"baseline={baseline!r} is unknown: choose one of native, max_k.")
+    for name, value in (
+        ("margin", margin),
+        ("accuracy_margin", accuracy_margin),
+        ("confidence", confidence),
+    ):
+        if not 0 < value < 1:
+            raise ParameterError(f"{name}={value} is out of range: give a number between 0 and 1.")
+    if resamples < 1:
+        raise ParameterError(f"resamples={resamples} is too few: give a number of at least 1.")
+
+    def interval(statistic: Callable[..., Floats], *samples: Floats) -> tuple[Floats, Floats]:
+        return bootstrap_interval(
+            statistic, *samples, confidence=confidence, resamples=resamples, seed=seed
+        )
+
+    found = []
+    for row, reference in _pairs(loaded, baseline):
+        common = {
+            "group": row["group"],
+            "task": row["task"],
+            "run_id": row["run_id"],
+            "strategy": row["strategy"],
+            "baseline_run_id": None if reference is None else reference["run_id"],
+            "baseline": None if reference is None else reference["strategy"],
+        }
+        documents = _paired_documents(loaded, row, reference)
+        if isinstance(documents, str):
+            found.append(common | {"reason": documents})
+            continue
+        ours, theirs = documents
+        for metric, unit in PERPLEXITIES.items():
+            if {"loglikelihood", unit} <= set(ours) & set(theirs):
+                found.append(common | _compare_perplexity(ours, theirs, metric, margin, interval))
+                break
+        if "accuracy" in ours and "accuracy" in theirs:
+            found.append(common | _compare_accuracy(ours, theirs, accuracy_margin, interval))
+    return _adjusted(found, 1 - confidence)
+
+
+def _pairs(loaded: Loaded, baseline: str) -> Iterator[tuple[pd.Series, pd.Series | None]]:
+    """Yield each configuration's first run with its baseline's; runs with samples come first."""
+    frame = loaded.frame[loaded.frame["mode"] != "analyze"]  # there the model's own k served
+    for _, rows in frame.groupby(["group", "task"], sort=False):
+        firsts = [
+            _first(loaded, repeats) for _, repeats in rows.groupby("configuration", sort=False)
+        ]
+        for row in firsts:
+            k = row["native_top_k" if baseline == "native" else "max_k"]
+            if pd.isna(k) or (row["baseline"] and row["max_k"] == k):
+                continue
+            candidates = rows[rows["baseline"] & (rows["max_k"] == k).fillna(False).astype(bool)]
+            yield row, _first(loaded, candidates) if len(candidates) else None
+
+
+def _first(loaded: Loaded, rows: pd.DataFrame) -> pd.Series:
+    """Return the first row with samples, those of hf-bh before those of hf; else the first."""
+    ordered = rows.iloc[np.argsort(rows["mode"].eq("native").to_numpy(), kind="stable")]
+    for _, row in ordered.iterrows():
+        if loaded.documents(row["run_id"], row["task"]) is not None:
+            return row
+    return ordered.iloc[0]
+
+
+def _paired_documents(
+    loaded: Loaded, row: pd.Series, reference: pd.Series | None
+) -> tuple[pd.DataFrame, pd.DataFrame] | str:
+    """Return the documents of both runs in the same order, or why there are none."""
+    if reference is None:
+        return "its baseline was not run on this task"
+    ours, theirs = (loaded.documents(one["run_id"], one["task"]) for one in (row, reference))
+    if ours is None or theirs is None:
+        which = "configuration" if ours is None else "baseline"
+        return f"no samples of the {which}: run it with --log_samples"
+    shared = ours.index.intersection(theirs.index).sort_values()
+    if len(shared) < 2:
+        return "fewer than two documents in common: raise --limit"
+    ours, theirs = ours.loc[shared].copy(), theirs.loc[shared].copy()
+    if (ours["hash"] != theirs["hash"]).any():
+        return "the documents differ: run both on the same data set"
+    for name in ("acc_norm", "acc", "exact_match"):
+        if name in ours and name in theirs:
+            ours["accuracy"], theirs["accuracy"] = ours[name], theirs[name]
+            ours.attrs["accuracy"] = name
+            break
+    return ours, theirs
+
+
+def _compare_perplexity(
+    ours: pd.DataFrame, theirs: pd.DataFrame, metric: str, margin: float, interval: Interval
+) -> dict[str, Any]:
+    weights = ours[PERPLEXITIES[metric]].to_numpy(np.float64)
+    one = -ours["loglikelihood"].to_numpy(np.float64)
+    other = -theirs["loglikelihood"].to_numpy(np.float64)
+    found: dict[str, Any] = {"metric": metric, "documents": len(ours), "margin": margin}
+    if not (np.isfinite(one).all() and np.isfinite(other).all() and weights.sum() > 0):
+        return found | {"reason": "a loglikelihood is not finite"}
+    losses = one - other
+    log_ratio = float(losses.sum() / weights.sum())
+    total = weights.sum()
+    value, baseline_value = perplexity(one.sum(), total), perplexity(other.sum(), total)
+    (ratio_low, low), (ratio_high, high) = interval(_ratio_and_difference, one, other, weights)
+    # The ratio of two means behaves like the mean of these, its influence on each document.
+    influence = log_ratio + (losses - log_ratio * weights) / weights.mean()
+    return found | {
+        "value": float(value),
+        "baseline_value": float(baseline_value),
+        "difference": float(value - baseline_value),
+        "difference_low": float(low),
+        "difference_high": float(high),
+        "ratio": float(perplexity(losses.sum(), total)),
+        "ratio_low": float(ratio_low),
+        "ratio_high": float(ratio_high),
+        "test": "paired t",
+        "p_value": t_test(influence),
+        "equivalence_p": tost(influence, math.log1p(-margin), math.log1p(margin)),
+    }
+
+
+def _compare_accuracy(
+    ours: pd.DataFrame, theirs: pd.DataFrame, margin: float, interval: Interval
+) -> dict[str, Any]:
+    one, other = (side["accuracy"].to_numpy(np.float64) for side in (ours, theirs))
+    difference = one - other
+    low, high = interval(np.asarray, difference)
+    found = {
+        "metric": ours.attrs["accuracy"],
+        "documents": len(ours),
+        "margin": margin,
+        "value": float(one.mean()),
+        "baseline_value": float(other.mean()),
+        "difference": float(difference.mean()),
+        "difference_low": float(low),
+        "difference_high": float(high),
+        "equivalence_p": tost(difference, -margin, margin)
+        if difference.any()
+        else (1 - margin) ** len(difference),
+    }
+    if not (np.isin(one, (0, 1)).all() and np.isin(other, (0, 1)).all()):
+        return found | {"test": "paired t", "p_value": t_test(difference)}
+    better, worse = int((difference > 0).sum()), int((difference < 0).sum())
+    return found | {
+        "flips_worse": worse,
+        "flips_better": better,
+        "test": "McNemar, exact",
+        "p_value": mcnemar_exact(better, worse),
+    }
+
+
+def perplexity(loss: Floats, weight: Floats) -> Floats:
+    """Return exp(loss / weight) of means, or sums, over documents."""
+    with np.errstate(over="ignore"):
+        return np.asarray(np.exp(loss / weight))
+
+
+def _ratio_and_difference(one: Floats, other: Floats, weight: Floats) -> Floats:
+    """Return the ratio of two perplexities and their difference, stacked in front."""
+    ours, theirs = perplexity(one, weight), perplexity(other, weight)
+    return np.stack([perplexity(one - other, weight), ours - theirs])
+
+
+def bootstrap_interval(
+    statistic: Callable[..., Floats],
+    *samples: Floats,
+    confidence: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> tuple[Floats, Floats]:
+    """Return a percentile bootstrap interval of a function of means of paired samples.
+
+    The draws and the interval are those of :func:`scipy.stats.bootstrap` with ``paired=True`` and
+    ``method="percentile"``. But the means of a resample need only how many times each document was
+    drawn: they are one matrix product for all samples.
+
+    Parameters
+    ----------
+    statistic : callable
+        Of as many arrays ``[resamples]`` as there are samples, the means of each resample; it may
+        return several numbers, stacked in front.
+    *samples : float64 [documents]
+        The same documents in all, which are drawn together.
+    confidence : float
+        Between 0 and 1.
+    resamples, seed : int
+        How many times the documents are drawn with replacement, and from where.
+
+    References
+    ----------
+    Efron 1979, Ann. Stat. 7:1.
+    """
+    values = np.stack(samples, axis=1)
+    size = len(values)
+    drawn = _kept if resamples * size <= DRAWS_AT_ONCE else _drawn
+    means = [times @ values / size for times in drawn(size, resamples, seed)]
+    found = statistic(*np.concatenate(means).T)
+    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2], axis=-1)
+    return low, high
+
+
+def _drawn(size: int, resamples: int, seed: int) -> Iterator[Floats]:
+    """Yield how many times each document is drawn in each resample, [some resamples, documents]."""
+    rng = np.random.default_rng(seed)
+    batch = max(1, DRAWS_AT_ONCE // size)
+    for start in range(0, resamples, batch):
+        drawn = rng.integers(0, size, (min(batch, resamples - start), size))
+        cells = drawn + size * np.arange(len(drawn))[:, None]
+        times = np.bincount(cells.ravel(), minlength=drawn.size)
+        yield times.reshape(drawn.shape).astype(np.float64)
+
+
+@lru_cache(maxsize=1)
+def _kept(size: int, resamples: int, seed: int) -> tuple[Floats, ...]:
+    """Keep the draws: those of all comparisons over as many documents are the same."""
+    return tuple(_drawn(size, resamples, seed))
+
+
+def t_test(differences: Floats) -> float:
+    """Return the two-sided p-value of a mean of 0; without variance it is 1 or 0."""
+    if not np.ptp(differences):
+        return float(differences[0] == 0)
+    from statsmodels.stats.weightstats import DescrStatsW
+
+    return float(DescrStatsW(differences).ttest_mean(0)[1])
+
+
+def tost(differences: Floats, low: float, high: float) -> float:
+    """Return the p-value of a mean outside ``(low, high)``: small means equivalent.
+
+    The larger of two one-sided t tests; without variance it is 0 inside and 1 outside.
+    """
+    if not np.ptp(differences):
+        return float(not low < differences[0] < high)
+    from statsmodels.stats.weightstats import DescrStatsW
+
+    return float(DescrStatsW(differences).ttost_mean(low, high)[0])
+
+
+def mcnemar_exact(better: int, worse: int) -> float:
+    """Return the two-sided p-value of flips being as likely in either direction."""
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    return min(1.0, float(mcnemar([[0, better], [worse, 0]], exact=True).pvalue))
+
+
+def _adjusted(found: list[dict[str, Any]], level: float) -> pd.DataFrame:
+    from statsmodels.stats.multitest import multipletests
+
+    table = pd.DataFrame(found, columns=list(COMPARISON))
+    for name, kind in COMPARISON.items():
+        if kind == "object":
+            table[name] = table[name].astype(object).where(table[name].notna(), None)
+        else:
+            table[name] = pd.to_numeric(table[name]).astype(kind)
+    for name, adjusted in (("p_value", "p_adjusted"), ("equivalence_p", "equivalence_p_adjusted")):
+        tested = table[name].notna()
+        if tested.any():
+            values = table.loc[tested, name]
+            table.loc[tested, adjusted] = multipletests(values, method="fdr_bh")[1]
+    tested = table["equivalence_p_adjusted"].notna()
+    table.loc[tested, "equivalent"] = table.loc[tested, "equivalence_p_adjusted"] <= level
+    return table

@@ -1,0 +1,1 @@
+"""From files to experiments: finds, reads and checks what runs have written."""

@@ -1,0 +1,105 @@
+"""Which runs may be compared: those that differ in nothing but their routing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lm_eval_bh.analysis.read.results_file import Run
+
+SHOWN_DIFFERENCES = 5  # files that a refusal names
+
+# (run id, task) -> what was logged for each document, or None.
+Documents = Callable[[str, str], "pd.DataFrame | None"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Files that may be compared with each other.
+
+    Attributes
+    ----------
+    number : int
+        From 1; the column ``group``.
+    files : tuple of Path
+        Its files.
+    settings : dict
+        What its first file was evaluated with: limit, versions, hashes, model, few-shot settings.
+    """
+
+    number: int
+    files: tuple[Path, ...]
+    settings: dict[str, Any]
+
+
+def group_runs(runs: Sequence[Run], documents: Documents) -> list[Group]:
+    """Put each file into the first group that it differs from in nothing."""
+    members: list[list[Run]] = []
+    for run in runs:
+        for group in members:
+            if not any(_conflicts(other, run, documents) for other in group):
+                group.append(run)
+                break
+        else:
+            members.append([run])
+    return [
+        Group(
+            number,
+            tuple(run.file for run in group),
+            group[0].settings() | {t: group[0].task_settings(t) for t in group[0].tasks},
+        )
+        for number, group in enumerate(members, start=1)
+    ]
+
+
+def _conflicts(first: Run, second: Run, documents: Documents) -> list[str]:
+    """Say in what two files differ; what one of them does not tell is no difference."""
+    found = _differing(first.settings(), second.settings())
+    for task in sorted(set(first.tasks) & set(second.tasks)):
+        differing = _differing(first.task_settings(task), second.task_settings(task))
+        if "hash" in differing and _same_documents(first, second, task, documents):
+            del differing["hash"]
+        found |= {f"{name} of {task}": values for name, values in differing.items()}
+    return [f"{name} {one} and {other}" for name, (one, other) in found.items()]
+
+
+def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {
+        name: (value, second[name])
+        for name, value in first.items()
+        if value is not None and second[name] is not None and value != second[name]
+    }
+
+
+def _same_documents(first: Run, second: Run, task: str, documents: Documents) -> bool:
+    """Say whether two runs saw the same documents in another order, as several processes do.
+
+    lm-eval's hash of a task is over the order in which its processes gather the documents.
+    """
+    one, other = (documents(run.run_id, task) for run in (first, second))
+    return (
+        one is not None and other is not None and one["hash"].to_dict() == other["hash"].to_dict()
+    )
+
+
+def difference(runs: Sequence[Run], groups: Sequence[Group], documents: Documents) -> str:
+    """Say which files keep the others from being compared."""
+    of_file = {run.file: run for run in runs}
+    reference = [of_file[file] for file in groups[0].files]
+    lines = []
+    for group in groups[1:]:
+        for file in group.files:
+            for other in reference:
+                if conflicts := _conflicts(other, of_file[file], documents):
+                    lines.append(f"{other.file} and {file} have " + ", ".join(conflicts))
+                    break
+    if len(lines) > SHOWN_DIFFERENCES:
+        lines[SHOWN_DIFFERENCES:] = [f"and {len(lines) - SHOWN_DIFFERENCES} more files differ too"]
+    return (
+        "These results cannot be compared: " + "; ".join(lines) + ". "
+        "Evaluate them alike, or keep them apart in groups with --force."
+    )

@@ -1,0 +1,115 @@
+"""Draws how well a null model fits held-out text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lm_eval_bh.files import figure_format, replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from lm_eval_bh.routing.nulls.calibration import LayerHealth
+
+
+def draw_health(health: Sequence[LayerHealth], title: str, path: Path) -> None:
+    """Draw the distribution of held-out p-values, and how far each layer's is from uniform.
+
+    Parameters
+    ----------
+    health : sequence of LayerHealth
+        From :func:`lm_eval_bh.routing.nulls.calibration.health`.
+    title : str
+        Above the figure.
+    path : Path
+        Image file; its ending, png, pdf or svg, says of what format.
+
+    Raises
+    ------
+    ParameterError
+        If the ending is another one.
+    """
+    from matplotlib.figure import Figure  # no pyplot: nobody's backend is touched
+
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=(1, 2))
+    uniform = np.linspace(0, 1, len(health[0].quantiles))
+    colours = _colours(len(health))
+    for row, colour in zip(health, colours, strict=True):
+        curves.plot(row.quantiles, uniform, color=colour, linewidth=1.5, label=f"layer {row.layer}")
+    curves.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="uniform")
+    curves.set(
+        title="Distribution of the p-values",
+        xlabel="p-value",
+        ylabel="share of p-values up to it",
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
+    curves.legend(fontsize=8, ncols=1 + len(health) // 9)
+    curves.grid(alpha=0.3)
+
+    _draw_distances(bars, [dataclasses.asdict(row) for row in health])
+    figure.suptitle(f"{title}: {health[0].tokens} held-out tokens")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=figure_format(path), dpi=200)
+
+
+def draw_distances(layers: Sequence[Mapping[str, float]]) -> Figure:
+    """Draw how far each layer's held-out p-values are from uniform, from a null model's header.
+
+    Parameters
+    ----------
+    layers : sequence of mapping
+        The fields of :class:`~lm_eval_bh.routing.nulls.calibration.LayerHealth`; quantiles are not
+        needed.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    _draw_distances(figure.subplots(), layers)
+    return figure
+
+
+def _draw_distances(axes: Axes, layers: Sequence[Mapping[str, float]]) -> None:
+    place = np.arange(len(layers))
+    shown = (
+        ("Kolmogorov-Smirnov distance", "ks_distance", ""),
+        ("share of p = 0 (above the null)", "ceiling_share", "//"),
+        ("share of p = 1 (below the null)", "floor_share", ".."),
+    )
+    for at, (name, field, hatch) in enumerate(shown):
+        drawn = axes.bar(
+            place + 0.27 * (at - 1),
+            [layer[field] for layer in layers],
+            0.25,
+            color=("#0072B2", "#D55E00", "#009E73")[at],  # Okabe and Ito
+            hatch=hatch,
+            edgecolor="white",
+            label=name,
+        )
+        axes.bar_label(drawn, fmt="%.2g", fontsize=7, rotation=90, padding=3)
+    axes.margins(y=0.25)  # for the numbers
+    axes.set_axisbelow(True)
+    axes.set(
+        title="Distance from uniform",
+        xlabel="layer",
+        ylabel="share (0 to 1)",
+        xticks=place,
+        xticklabels=[f"{layer['layer']:.0f}" for layer in layers],
+    )
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+    axes.grid(alpha=0.3, axis="y")
+
+
+def _colours(count: int) -> list[tuple[float, float, float, float]]:
+    import matplotlib
+
+    return [
+        tuple(colour) for colour in matplotlib.colormaps["viridis"](np.linspace(0, 0.92, count))
+    ]

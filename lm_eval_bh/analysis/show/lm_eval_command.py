@@ -1,0 +1,82 @@
+"""The stock ``lm_eval`` command that an experiment can be run again with."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from lm_eval_bh.analysis.read.results_file import pretrained_of
+from lm_eval_bh.schema import FIXED_COUNT
+
+DEFAULT_SEEDS = (0, 1234, 1234, 1234)
+SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
+# What --model_args would split at, or read as something else.
+SPECIAL = frozenset(",[](){}'\"")
+
+
+def lm_eval_command(content: Mapping[str, Any], task: str) -> str:
+    """Return the command that evaluates one task as a results file says it was.
+
+    Parameters
+    ----------
+    content : mapping
+        A ``results_*.json`` of lm-eval.
+    task : str
+        One of its tasks.
+
+    Returns
+    -------
+    str
+        Quoted for a POSIX shell. What the file does not tell (an output path, an ``--include_path``
+        for tasks of one's own) is not in it.
+    """
+    config = content["config"]
+    words = ["lm_eval", "--model", "hf-bh" if config.get("bh") else config.get("model") or "hf-bh"]
+    words += ["--model_args", _joined(_model_args(content))]
+    words += ["--tasks", task]
+    if shots := (content.get("n-shot") or {}).get(task):
+        words += ["--num_fewshot", str(shots)]
+    for option in ("batch_size", "device"):
+        if config.get(option) is not None:
+            words += [f"--{option}", str(config[option])]
+    if config.get("limit") is not None:
+        words += ["--limit", f"{config['limit']:g}"]
+    if config.get("gen_kwargs"):
+        kwargs = config["gen_kwargs"]
+        words += ["--gen_kwargs", kwargs if isinstance(kwargs, str) else _joined(kwargs)]
+    if content.get("system_instruction"):
+        words += ["--system_instruction", content["system_instruction"]]
+    if content.get("chat_template_sha"):
+        words.append("--apply_chat_template")
+        if content.get("fewshot_as_multiturn"):  # means nothing without a template
+            words += ["--fewshot_as_multiturn", "true"]
+    seeds = tuple(config.get(name, usual) for name, usual in zip(SEEDS, DEFAULT_SEEDS, strict=True))
+    if seeds != DEFAULT_SEEDS:
+        words += ["--seed", ",".join(map(str, seeds))]
+    words += ["--output_path", "runs", "--log_samples"]
+    return shlex.join(map(str, words))
+
+
+def _model_args(content: Mapping[str, Any]) -> str | Mapping[str, Any]:
+    """Return the arguments as they were given; spelt out where the model was given as an object."""
+    config = content["config"]
+    if given := config.get("model_args"):
+        return given  # type: ignore[no-any-return]
+    routing = dict((config.get("bh") or {}).get("config") or {})
+    foreign = {"solved"}  # what is refused where it has no meaning
+    if routing.get("rule") in FIXED_COUNT:
+        foreign |= {"alpha", "min_k"}
+    if routing.get("target_experts") is not None:
+        foreign.add("alpha")
+    routing = {k: v for k, v in routing.items() if k not in foreign and v is not None}
+    return {"pretrained": pretrained_of(content)} | routing
+
+
+def _joined(arguments: str | Mapping[str, Any]) -> str:
+    if isinstance(arguments, str):
+        return arguments
+    if any(SPECIAL & set(str(value)) for value in arguments.values()):
+        return json.dumps(dict(arguments))
+    return ",".join(f"{name}={value}" for name, value in arguments.items())

@@ -1,0 +1,102 @@
+"""The table on the terminal: a row an experiment, with what a person would ask first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from lm_eval_bh.analysis.compare.paired import PERPLEXITIES, PERPLEXITY_UNITS, perplexity_column
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def overview(frame: pd.DataFrame, compared: pd.DataFrame, level: float) -> list[Table]:
+    """Return a table of each task, and of each group where there are several.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Of :func:`~lm_eval_bh.analysis.table.experiments.load_experiments`.
+    compared : DataFrame
+        Of :func:`~lm_eval_bh.analysis.compare.paired.compare`.
+    level : float
+        Of the tests: which adjusted p-values get a star.
+    """
+    several = frame["group"].nunique() > 1
+    tables = [
+        _table(rows, compared, level, f"{task}, group {group}" if several else task)
+        for (group, task), rows in frame.groupby(["group", "task"], sort=False)
+    ]
+    for table in tables[-1:]:
+        table.caption = (
+            "In brackets: more or less than the baseline; * significant, = equivalent, both "
+            "corrected for all comparisons. (i): interpolated between two static top-k."
+        )
+    return tables
+
+
+def _table(rows: pd.DataFrame, compared: pd.DataFrame, level: float, title: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    metric = perplexity_column(rows)
+    cells: dict[str, list[str]] = {}
+    for _, row in rows.iterrows():
+        of_row = compared[(compared["run_id"] == row["run_id"]) & (compared["task"] == row["task"])]
+        of_perplexity = of_row["metric"].isin(PERPLEXITIES)
+        perplexity = _perplexity(row[metric] if metric else None)
+        for name, cell in {
+            "experts": _number(row["mean_experts"], ".2f"),
+            f"perplexity\nper {PERPLEXITY_UNITS[metric] if metric else ''}": perplexity
+            + _change(of_row[of_perplexity], level),
+            "accuracy": _number(row["accuracy"], ".3f") + _change(of_row[~of_perplexity], level),
+            "top-k at\nequal\nexperts": _matched(row),
+            "FLOPs\nsaved\n(%)": _number(row["flops_reduction_pct"], ".1f"),
+            "tokens\n/s": _number(row["tokens_per_second"], ".0f"),
+        }.items():
+            cells.setdefault(name, []).append(cell)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.caption_justify = "left"
+    table.add_column("strategy", no_wrap=True)
+    shown = {name: column for name, column in cells.items() if any(column)}
+    for name in shown:
+        width = 10 if name.startswith("perplexity") else None  # "(+219.2%*)" unbroken
+        table.add_column(name, justify="right", overflow="fold", min_width=width)
+    for strategy, *row in zip(rows["strategy"], *shown.values(), strict=True):
+        table.add_row(strategy, *row)
+    return table
+
+
+def _number(value: Any, how: str) -> str:
+    return "" if value is None or pd.isna(value) else f"{value:{how}}"
+
+
+def _perplexity(value: Any) -> str:
+    """Return two decimals, or none where they would mean nothing."""
+    return _number(value, ",.0f" if pd.notna(value) and value >= 1000 else ".2f")
+
+
+def _change(rows: pd.DataFrame, level: float) -> str:
+    """Return the difference from the baseline: percent of perplexity, points of accuracy."""
+    rows = rows[rows["difference"].notna()]
+    if not len(rows):
+        return ""
+    row = rows.iloc[0]
+    relative = pd.notna(row["ratio"])
+    change = 100 * (row["ratio"] - 1 if relative else row["difference"])
+    mark = "*" if row["p_adjusted"] <= level else ""
+    equal = "=" if row["equivalent"] else ""
+    return f" ({change:+.1f}{'%' if relative else ''}{mark}{equal})"
+
+
+def _matched(row: pd.Series) -> str:
+    if not row["matched_by"]:
+        return "" if row["baseline"] else "not run"
+    interpolated = row["matched_by"] == "interpolated"
+    values = (
+        _perplexity(row["matched_perplexity"]),
+        _number(row["matched_accuracy"], ".3f"),
+    )
+    return ", ".join(value for value in values if value) + (" (i)" if interpolated else "")

@@ -1,0 +1,265 @@
+"""Panels over the level alpha: perplexity, accuracy, mean experts, and mean experts as a map."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from lm_eval_bh.analysis.compare.paired import PERPLEXITY_UNITS
+from lm_eval_bh.analysis.show.plots.data import Experiments, NoDataError
+from lm_eval_bh.analysis.show.plots.labels import Labels
+from lm_eval_bh.analysis.show.plots.style import (
+    ALPHA,
+    BASELINE_LINE,
+    NEUTRAL,
+    SMALL,
+    Style,
+    beyond,
+    fit_scale,
+    focus,
+    interval,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
+
+MOST_TASKS = 3  # small multiples that stay legible in one panel
+NO_ADAPTIVE = (
+    "No run of an adaptive rule at a level alpha yet. Run lm_eval --model hf-bh "
+    "--model_args alpha=0.4,max_k=8 and further levels."
+)
+
+
+def perplexity(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
+    """Draw perplexity against alpha, a line a ``max_k``; static top-k of the same K dashed."""
+    tasks = {task: data.perplexity_of(task) for task in data.tasks}
+    shown = {task: column for task, column in tasks.items() if column is not None}
+    _against_alpha(figure, data, style, labels, shown, "a perplexity", "bh_wikitext")
+    figure.supylabel("perplexity", fontsize="medium")
+
+
+def accuracy(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
+    """Draw accuracy against alpha in the same way."""
+    shown = {
+        task: "accuracy"
+        for task in data.tasks
+        if data.of(task, data.rows)["accuracy"].notna().any()
+    }
+    _against_alpha(figure, data, style, labels, shown, "an accuracy", "bh_lambada")
+    figure.supylabel("accuracy (%)", fontsize="medium")
+
+
+def _against_alpha(
+    figure: SubFigure,
+    data: Experiments,
+    style: Style,
+    labels: Labels,
+    columns: dict[str, str],
+    what: str,
+    example: str,
+) -> None:
+    """Draw a column of each task against alpha, small multiples one above the other."""
+    if data.adaptive["alpha"].isna().all():
+        raise NoDataError(NO_ADAPTIVE)
+    with_alpha = data.adaptive[data.adaptive["alpha"].notna()]
+    columns = {
+        task: column
+        for task, column in columns.items()
+        if data.of(task, with_alpha)[column].notna().any()
+    }
+    if not columns:
+        raise NoDataError(
+            f"No run of an adaptive rule has {what} yet. Run lm_eval --model hf-bh on {example}."
+        )
+    titles = {task: title(data, task, column) for task, column in columns.items()}
+    for task, axes in multiples(figure, titles).items():
+        column = columns[task]
+        percent = 100 if column == "accuracy" else 1
+        rows = data.of(task, with_alpha).dropna(subset=column)
+        drawn = _lines(axes, rows, column, style, percent)
+        static = _baselines(data, task, style).dropna(subset=column)
+        log = column != "accuracy"
+        values = percent * static[column]
+        core = [*drawn, *values[static["max_k"] == data.native]]
+        fit_scale(axes, "y", focus(core, list(values), log), log)
+        if not log:
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -0.05 * high), high)  # no share is negative
+        for _, row in static.iterrows():
+            value, error = percent * row[column], percent * row[f"{column}_stderr"]
+            colour = style.colour(row["max_k"])
+            axes.axhline(value, color=colour, linestyle=BASELINE_LINE, linewidth=1.1, zorder=1)
+            if error > 0:
+                ends = (float(end) for end in interval(value, error, log))
+                axes.axhspan(*ends, color=colour, alpha=0.1, linewidth=0)
+            at, further = beyond(axes, value)
+            labels.at_line(axes, at, row["strategy"] + further, colour)
+        alpha_ticks(axes, rows["alpha"])
+    axes.set_xlabel(f"level {ALPHA}")
+
+
+def _lines(axes: Axes, rows: pd.DataFrame, column: str, style: Style, percent: int) -> list[float]:
+    """Draw a line for each rule and ``max_k`` and return all values, error bars included."""
+    drawn: list[float] = []
+    step = _smallest_step(rows["alpha"])
+    for (variant, max_k), line in rows.groupby(["variant", "max_k"], sort=True):
+        line = line.sort_values("alpha")
+        values = percent * line[column].to_numpy()
+        errors = percent * line[f"{column}_stderr"].to_numpy()
+        low, high = interval(values, errors, log=column != "accuracy")
+        # A little apart, or configurations that never reach their max_k would hide each other.
+        number = style.sizes.index(int(max_k)) - (len(style.sizes) - 1) / 2
+        axes.errorbar(
+            line["alpha"] + 0.05 * step * number,
+            values,
+            yerr=None if np.isnan(errors).all() else (values - low, high - values),
+            linestyle=style.line(variant),
+            elinewidth=0.8,
+            **style.point(max_k),
+        )
+        drawn += [*low, *high]
+    return drawn
+
+
+def _smallest_step(alphas: pd.Series) -> float:
+    steps = np.diff(np.unique(alphas))
+    return float(steps.min()) if len(steps) else 0.1
+
+
+def _baselines(data: Experiments, task: str, style: Style) -> pd.DataFrame:
+    """Return static top-k of the sizes that are drawn, and the model's own."""
+    static = data.of(task, data.static)
+    named = static["max_k"].isin([*style.sizes, data.native]) | static["max_k"].isna()
+    return static[named]
+
+
+def title(data: Experiments, task: str, column: str) -> str:
+    """Return what stands above the axes of a task: its data set, and what its perplexity is of."""
+    unit = PERPLEXITY_UNITS.get(column)
+    return f"{data.dataset(task)}, per {unit}" if unit else data.dataset(task)
+
+
+def multiples(figure: SubFigure, titles: dict[str, str]) -> dict[str, Axes]:
+    """Return axes for the first :data:`MOST_TASKS` tasks, one above the other, titled."""
+    shown = list(titles)[:MOST_TASKS]
+    grid = figure.subplots(len(shown), 1, sharex=True, squeeze=False)
+    found = dict(zip(shown, grid[:, 0], strict=True))
+    for task, axes in found.items():
+        axes.set_title(titles[task], loc="left", fontsize=SMALL + 0.5)
+    if further := len(titles) - len(shown):
+        axes.set_title(f"+ {further} more: see --task", loc="right", fontsize=SMALL)
+    return found
+
+
+def alpha_ticks(axes: Axes, alphas: pd.Series) -> None:
+    """Put a tick at every level that was run, unless they are too many."""
+    levels = np.unique(alphas)
+    step = _smallest_step(alphas)
+    axes.set_xlim(levels[0] - step / 2, levels[-1] + step / 2)
+    if len(levels) <= 7:
+        axes.set_xticks(levels, [f"{level:g}" for level in levels])
+
+
+def experts(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
+    """Draw mean experts against alpha; on the right axis what that saves against native top-k."""
+    means = data.over_tasks(data.adaptive[data.adaptive["alpha"].notna()], ["mean_experts"])
+    if not len(means):
+        raise NoDataError(NO_ADAPTIVE)
+    axes = figure.subplots()
+    step = _smallest_step(means["alpha"])
+    for (variant, max_k), line in means.groupby(["variant", "max_k"], sort=True):
+        number = style.sizes.index(int(max_k)) - (len(style.sizes) - 1) / 2
+        values = line["mean_experts"]
+        several = bool((line["count"] > 1).all())
+        spread = np.maximum([values - line["low"], line["high"] - values], 0)  # but for rounding
+        axes.errorbar(
+            line["alpha"] + 0.05 * step * number,
+            values,
+            yerr=spread if several else None,
+            linestyle=style.line(variant),
+            elinewidth=0.8,
+            **style.point(max_k),
+        )
+    drawn = [*means["low"], *means["high"]]
+    if data.native:
+        axes.axhline(
+            data.native, color=style.colour(data.native), linestyle=BASELINE_LINE, linewidth=1.1
+        )
+        axes.annotate(
+            f"top-{data.native}",
+            (0, data.native),
+            xycoords=("axes fraction", "data"),
+            xytext=(3, 2),
+            textcoords="offset points",
+            color=style.colour(data.native),
+            fontsize=SMALL,
+        )
+        drawn.append(float(data.native))
+    fit_scale(axes, "y", drawn)
+    alpha_ticks(axes, means["alpha"])
+    axes.set_xlabel(f"level {ALPHA}")
+    axes.set_ylabel("experts per token")
+    if data.native:
+        _savings(axes, data.native)
+    if (means["count"] > 1).any():
+        axes.set_title("mean over tasks; bars: their range", loc="left", fontsize=SMALL + 0.5)
+
+
+def _savings(axes: Axes, native: int) -> None:
+    """Say at the ticks of the right axis how many percent fewer experts that is."""
+    right = axes.secondary_yaxis("right")
+    low, high = axes.get_ylim()
+    ticks = [float(tick) for tick in axes.get_yticks() if low <= tick <= high]
+    right.set_yticks(ticks, [f"{100 * (1 - tick / native):.0f}" for tick in ticks])
+    right.set_yticks([], minor=True)
+    right.set_ylabel(f"fewer than top-{native} (%)")
+
+
+def heat_map(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
+    """Draw mean experts as a map of alpha and ``max_k``, with the numbers in the cells."""
+    from matplotlib.colors import LogNorm
+
+    rows = data.adaptive[data.adaptive["alpha"].notna()]
+    if not len(rows):
+        raise NoDataError(NO_ADAPTIVE)
+    variant = rows["variant"].value_counts().index[0]
+    means = data.over_tasks(rows[rows["variant"] == variant], ["mean_experts"])
+    if not len(means):
+        raise NoDataError("No routing log yet. Run lm_eval --model hf-bh with log_routing=summary.")
+    table = means.pivot(index="max_k", columns="alpha", values="mean_experts")
+    axes = figure.subplots()
+    axes.grid(visible=False)
+    low, high = float(np.nanmin(table)), float(np.nanmax(table))
+    image: Any = axes.imshow(
+        np.ma.masked_invalid(table.to_numpy()),
+        aspect="auto",
+        origin="lower",
+        cmap="cividis",
+        norm=LogNorm(low, max(high, 1.01 * low)),
+    )
+    for (row, column), value in np.ndenumerate(table.to_numpy()):
+        known = bool(np.isfinite(value))
+        light = known and image.norm(value) > 0.55
+        axes.text(
+            column,
+            row,
+            (f"{value:.2f}" if value < 10 else f"{value:.1f}") if known else "not run",
+            ha="center",
+            va="center",
+            color="black" if light else "white" if known else NEUTRAL,
+            fontsize=8.5 if known else SMALL,
+        )
+    axes.set_xticks(range(len(table.columns)), [f"{alpha:g}" for alpha in table.columns])
+    axes.set_yticks(range(len(table.index)), [f"{k:.0f}" for k in table.index])
+    for tick, max_k in zip(axes.get_yticklabels(), table.index, strict=True):
+        tick.set_color(style.colour(max_k))
+        tick.set_fontweight("bold")
+    axes.set_xlabel(f"level {ALPHA}")
+    axes.set_ylabel("max_k")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    if len(data.variants) > 1:
+        axes.set_title(f"rule: {variant}", loc="left", fontsize=SMALL + 0.5)

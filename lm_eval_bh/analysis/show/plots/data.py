@@ -1,0 +1,173 @@
+"""What the panels draw: the table of one group, repeats averaged, and its layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lm_eval_bh.analysis.compare.paired import PERPLEXITIES, matched_budget, perplexity_column
+from lm_eval_bh.errors import DataError
+
+REQUIRED = ("task", "strategy", "rule", "max_k", "baseline", "adaptive")
+NUMBERS = (
+    "alpha",
+    "target_experts",
+    "max_k",
+    "native_top_k",
+    "mean_experts",
+    "mean_experts_model",
+    "accuracy",
+    "accuracy_stderr",
+    "tokens_per_second",
+    "expert_utilization",
+    "gini_coefficient",
+    "floor_hit_rate",
+    "mid_range_rate",
+    "ceiling_hit_rate",
+    "matched_perplexity",
+    *PERPLEXITIES,
+    *(f"{name}_stderr" for name in PERPLEXITIES),
+)
+CONFIGURATION = ["max_k", "variant", "alpha", "target_experts"]
+TEXTS = ("run_id", "model", "dataset", "variant", "mode", "matched_by", "matched_metric")
+
+
+class NoDataError(Exception):
+    """Why a panel has nothing to draw, and which run would change that."""
+
+
+class Experiments:
+    """The experiments of one figure.
+
+    Attributes
+    ----------
+    rows : DataFrame
+        One row a task and configuration.
+    adaptive, static, controls : DataFrame
+        Those of adaptive rules; of plain static top-k; and of other fixed numbers of experts.
+    layers : DataFrame or None
+        One row a task, configuration and layer: ``max_k``, ``alpha``, ``variant``, ``layer``,
+        ``mean``.
+    tasks : list of str
+        In the order of the table.
+    sizes : list of int
+        Every ``max_k`` of an adaptive rule, ascending; of static top-k where there is none.
+    variants : list of str
+        The kinds of adaptive rule, for instance "BH" and "BH, contribution".
+    native : int or None
+        The model's own top-k.
+
+    Raises
+    ------
+    DataError
+        If columns are missing, or if the table holds several groups.
+    """
+
+    def __init__(self, frame: pd.DataFrame, layers: pd.DataFrame | None) -> None:
+        if missing := [name for name in REQUIRED if name not in frame]:
+            raise DataError(
+                f"The table has no column {', '.join(missing)}: "
+                "give the frame of load_experiments, or a bh_routing_results.csv."
+            )
+        if "group" in frame and frame["group"].nunique() > 1:
+            raise DataError(
+                f"The table holds {frame['group'].nunique()} groups that cannot be compared: "
+                "draw one, for instance frame[frame['group'] == 1]."
+            )
+        rows = _typed(frame)
+        rows = rows[rows["mode"] != "analyze"]  # there the model's own k served
+        self.rows = _repeats_averaged(rows)
+        self.tasks = list(dict.fromkeys(self.rows["task"]))
+        self.adaptive = self.rows[self.rows["adaptive"]]
+        self.static = self.rows[self.rows["baseline"]].sort_values("max_k", kind="stable")
+        self.controls = self.rows[~self.rows["adaptive"] & ~self.rows["baseline"]]
+        sized = self.adaptive if len(self.adaptive) else self.static
+        self.sizes = sorted({int(k) for k in sized["max_k"].dropna()})
+        self.variants = list(dict.fromkeys(self.adaptive["variant"]))
+        known = self.rows["native_top_k"].dropna()
+        self.native = int(known.iloc[0]) if len(known) else None
+        models = [model for model in self.rows["model"].dropna().unique() if model]
+        self.model = models[0] if models else None
+        self.layers = _layers_averaged(layers, rows)
+
+    def of(self, task: str, rows: pd.DataFrame) -> pd.DataFrame:
+        """Return the rows of one task."""
+        return rows[rows["task"] == task]
+
+    def perplexity_of(self, task: str) -> str | None:
+        """Return the column of the perplexity that all runs of a task have."""
+        return perplexity_column(self.of(task, self.rows))
+
+    def dataset(self, task: str) -> str:
+        """Return the name that a task's data set is shown by."""
+        return str(self.of(task, self.rows)["dataset"].iloc[0] or task)
+
+    def over_tasks(self, rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+        """Return the means over tasks of each configuration, in the order of rule, size and level.
+
+        Only configurations that did all tasks that any of these rows did: means over different
+        tasks cannot be compared.
+        """
+        rows = rows.dropna(subset=columns[0])
+        of_configuration = rows.groupby(CONFIGURATION, dropna=False)
+        means = of_configuration[columns].mean()
+        spread = of_configuration[columns[0]].agg(["min", "max", "count"])
+        means = means.assign(low=spread["min"], high=spread["max"], count=spread["count"])
+        complete = spread["count"] == (spread["count"].max() if len(spread) else 0)
+        return means[complete].reset_index().sort_values(CONFIGURATION)
+
+
+def _typed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns that panels use, of the types they have before a CSV forgets them."""
+    rows = frame.reindex(
+        columns=list(dict.fromkeys((*REQUIRED, *NUMBERS, *TEXTS, "configuration")))
+    )
+    for name in NUMBERS:
+        rows[name] = pd.to_numeric(rows[name], errors="coerce").astype("float64")
+    # What was solved for a target is an outcome, and no place on the axis of levels.
+    rows["alpha"] = rows["alpha"].where(rows["target_experts"].isna())
+    for name in ("baseline", "adaptive"):
+        rows[name] = frame[name].astype(bool)
+    rows["dataset"] = rows["dataset"].where(rows["dataset"].notna(), rows["task"])
+    rows["variant"] = rows["variant"].where(rows["variant"].notna(), rows["rule"])
+    rows["mode"] = rows["mode"].where(rows["mode"].notna(), "patch")
+    known = rows["mean_experts_model"].notna()
+    rows["mean_experts_model"] = rows["mean_experts_model"].where(known, rows["mean_experts"])
+    if "matched_by" not in frame:
+        matched = matched_budget(rows.assign(group=1))
+        for name in ("matched_by", "matched_metric"):
+            rows[name] = matched[name]
+        rows["matched_perplexity"] = pd.to_numeric(matched["matched_perplexity"])
+    # Static top-k is the same whoever ran it, the stock model or hf-bh.
+    top = rows["max_k"].map(lambda k: "top-k" if np.isnan(k) else f"top-{k:.0f}").astype(object)
+    known = rows["configuration"].notna()
+    rows["configuration"] = rows["configuration"].where(known, rows["strategy"])
+    rows["configuration"] = rows["configuration"].where(~rows["baseline"], top)
+    rows["strategy"] = rows["strategy"].where(~rows["baseline"], top)
+    return rows
+
+
+def _repeats_averaged(rows: pd.DataFrame) -> pd.DataFrame:
+    how: dict[str, Any] = {
+        name: "mean" if name in NUMBERS else "first"
+        for name in rows
+        if name not in ("task", "configuration")
+    }
+    return rows.groupby(["task", "configuration"], sort=False).agg(how).reset_index()
+
+
+def _layers_averaged(layers: pd.DataFrame | None, rows: pd.DataFrame) -> pd.DataFrame | None:
+    """Return the mean experts of each configuration and layer, pooled over tasks and repeats."""
+    if layers is None or layers.empty:
+        return None
+    adaptive = rows[rows["adaptive"]]
+    of_run = adaptive[["run_id", "task", *CONFIGURATION]].drop_duplicates()
+    joined = layers[["run_id", "task", "layer", "tokens", "mean"]].merge(
+        of_run, on=["run_id", "task"]
+    )
+    joined["total"] = joined["mean"] * joined["tokens"]
+    pooled = joined.groupby([*CONFIGURATION, "layer"], dropna=False)[["total", "tokens"]].sum()
+    pooled["mean"] = pooled["total"] / pooled["tokens"]
+    return pooled.reset_index() if len(pooled) else None

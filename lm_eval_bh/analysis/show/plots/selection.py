@@ -1,0 +1,235 @@
+"""Panels of what routing did: shares at the bounds, use of experts, layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from lm_eval_bh.analysis.show.plots.data import CONFIGURATION, Experiments, NoDataError
+from lm_eval_bh.analysis.show.plots.labels import Labels
+from lm_eval_bh.analysis.show.plots.style import (
+    ALPHA,
+    BASELINE_LINE,
+    NEUTRAL,
+    SMALL,
+    Style,
+    fit_scale,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
+
+# Column -> name, shade, hatch: told apart without colour, which stands for max_k.
+SHARES = {
+    "floor_hit_rate": ("floor", "#E3E3E3", ""),
+    "mid_range_rate": ("between", "#A6A6A6", "////"),
+    "ceiling_hit_rate": ("ceiling", "#4D4D4D", ""),
+}
+NO_LOG = (
+    "No routing log of an adaptive rule yet. Run lm_eval --model hf-bh "
+    "--model_args alpha=0.4,max_k=8,log_routing=summary."
+)
+FEWEST_ROWS = 6
+INCH_OF_ROWS = 2.2  # what a panel of nine has for its rows
+
+
+def constraints(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
+    """Draw the shares of tokens at the floor, between, and at the ceiling, stacked."""
+    means = data.over_tasks(data.adaptive, list(SHARES))
+    if not len(means):
+        raise NoDataError(NO_LOG)
+    axes = figure.subplots()
+    places = _rows(axes, means, style, _levels(means, data))
+    left = np.zeros(len(means))
+    for column, (name, shade, hatch) in SHARES.items():
+        axes.barh(
+            places,
+            means[column],
+            0.8,
+            left,
+            label=name,
+            color=shade,
+            hatch=hatch,
+            edgecolor="white" if hatch else shade,
+            linewidth=0,
+        )
+        left += means[column].to_numpy()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("tokens in a layer (%)")
+    axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=3,
+        frameon=False,
+        fontsize=SMALL,
+        borderaxespad=0.2,
+        handlelength=0.9,
+        columnspacing=0.7,
+        handletextpad=0.3,
+    )
+
+
+def utilization(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
+    """Draw the share of experts in use, static top-k above the rules of its ``max_k``."""
+    columns = ["expert_utilization", "gini_coefficient"]
+    sizes = [*style.sizes, data.native]
+    named = data.static[data.static["max_k"].isin(sizes)]
+    static = data.over_tasks(named, columns)
+    adaptive = data.over_tasks(data.adaptive, columns)
+    if not len(static) and not len(adaptive):
+        raise NoDataError(NO_LOG)
+    static, adaptive = static.assign(static=True), adaptive.assign(static=False)
+    means = pd.concat([part for part in (static, adaptive) if len(part)])
+    means = means.sort_values(["max_k", "static"], ascending=[True, False], kind="stable")
+    names = [
+        "top-k" if static else name
+        for static, name in zip(means["static"], _levels(means, data), strict=True)
+    ]
+    axes = figure.subplots()
+    places = _rows(axes, means, style, names)
+    for place, (_, row) in zip(places, means.iterrows(), strict=True):
+        colour = style.colour(row["max_k"])
+        axes.barh(
+            place,
+            100 * row["expert_utilization"],
+            0.8,
+            linewidth=0.8,
+            edgecolor=colour,
+            color="white" if row["static"] else colour,
+            hatch="//////" if row["static"] else None,
+        )
+        axes.annotate(
+            f"{row['gini_coefficient']:.2f}",
+            (1, place),
+            xytext=(4, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            va="center",
+            fontsize=_size_of(len(means)),
+            annotation_clip=False,
+        )
+    axes.annotate(
+        "Gini",
+        (1, 1),
+        xytext=(4, 3),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=SMALL,
+        annotation_clip=False,
+    )
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("experts in use (%)")
+
+
+def _levels(means: pd.DataFrame, data: Experiments) -> list[str]:
+    """Return a short name of each configuration within its ``max_k``."""
+    targets = means["target_experts"].map("{:g}".format)
+    levels = means["alpha"].map("{:g}".format).where(means["target_experts"].isna(), targets)
+    return [
+        level if variant in data.variants[:1] else f"{variant} {level}"
+        for variant, level in zip(means["variant"], levels, strict=True)
+    ]
+
+
+def _rows(axes: Axes, means: pd.DataFrame, style: Style, names: list[str]) -> list[float]:
+    """Give every configuration a row, those of a ``max_k`` together; return where, from the top."""
+    places: list[float] = []
+    of_size = dict(list(means.groupby("max_k", sort=False)))
+    for rows in of_size.values():
+        start = places[-1] + 1.5 if places else 0.0
+        places += [start + number for number in range(len(rows))]
+    size = _size_of(len(means))
+    axes.set_yticks(places, names, fontsize=size)
+    widest = max(len(name) for name in names)
+    start = 0
+    for max_k, rows in of_size.items():
+        middle = np.mean(places[start : start + len(rows)])
+        start += len(rows)
+        axes.annotate(
+            f"max {max_k:.0f}",
+            (0, middle),
+            xytext=(-10 - 0.6 * size * widest, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            color=style.colour(max_k),
+            fontweight="bold",
+            fontsize=SMALL + 0.5,
+            annotation_clip=False,
+        )
+    room = 0.6 + max(0.0, FEWEST_ROWS - places[-1] - 1) / 2  # or two bars would be blocks
+    axes.set_ylim(places[-1] + room, -room)
+    axes.annotate(
+        ALPHA,
+        (0, 1),
+        xytext=(-4, 3),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        ha="right",
+        fontsize=SMALL,
+        annotation_clip=False,
+    )
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    return places
+
+
+def _size_of(rows: int) -> float:
+    """Return the size of text that so many rows have room for, in points."""
+    return float(min(SMALL + 0.5, 0.9 * 72 * INCH_OF_ROWS / (rows + 2)))
+
+
+def layers(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
+    """Draw each layer's mean experts: the middle level in full, the others thin."""
+    if data.layers is None:
+        raise NoDataError(
+            "The means of single layers are not in this table. Draw the folder of the runs: "
+            "lm-eval-bh plot FOLDER."
+        )
+    from matplotlib.ticker import MaxNLocator
+
+    axes = figure.subplots()
+    levels = np.unique(data.layers["alpha"].dropna())
+    middle = levels[(len(levels) - 1) // 2 :][:1]
+    for (max_k, variant, alpha, _), line in data.layers.groupby(CONFIGURATION, dropna=False):
+        if np.isnan(alpha) or alpha in middle:
+            axes.plot(
+                line["layer"],
+                line["mean"],
+                linestyle=style.line(variant),
+                zorder=3,
+                **style.point(max_k),
+            )
+        else:
+            axes.plot(
+                line["layer"],
+                line["mean"],
+                linestyle=style.line(variant),
+                alpha=0.45,
+                linewidth=0.6,
+                color=style.colour(max_k),
+                zorder=2,
+            )
+    drawn = list(data.layers["mean"])
+    if data.native:
+        axes.axhline(
+            data.native, color=style.colour(data.native), linestyle=BASELINE_LINE, linewidth=1.1
+        )
+        labels.at_line(axes, data.native, f"top-{data.native}", style.colour(data.native))
+        drawn.append(float(data.native))
+    fit_scale(axes, "y", drawn)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layer")
+    axes.set_ylabel("experts per token")
+    shown = [f"{ALPHA} = {level:g}" for level in middle]
+    thin = ", ".join(f"{level:g}" for level in levels if level not in middle)
+    axes.set_title(
+        "; ".join([*shown, *([f"thin: {thin}"] if thin else [])]),
+        loc="left",
+        fontsize=SMALL + 0.5,
+        color=NEUTRAL,
+    )

@@ -1,0 +1,185 @@
+"""Panels of what quality costs: the Pareto front, and speed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lm_eval_bh.analysis.compare.paired import PERPLEXITIES
+from lm_eval_bh.analysis.show.plots.against_alpha import multiples, title
+from lm_eval_bh.analysis.show.plots.data import Experiments, NoDataError
+from lm_eval_bh.analysis.show.plots.labels import Labels
+from lm_eval_bh.analysis.show.plots.style import (
+    BASELINE_LINE,
+    FRONT,
+    NEUTRAL,
+    Floats,
+    Style,
+    beyond,
+    fit_scale,
+    focus,
+    interval,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
+
+
+def pareto(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
+    """Draw perplexity against mean experts, with every baseline and what none is better than.
+
+    Beside each adaptive point stands static top-k at the same number of experts, as the table has
+    it: measured, or interpolated between two k that were.
+    """
+    missing = (
+        "No perplexity with a number of experts yet. Run lm_eval --model hf-bh on bh_wikitext, "
+        "with rule=topk too."
+    )
+    for axes, rows, column in _perplexity_axes(figure, data, "mean_experts_model", missing):
+        matched = rows[rows["matched_by"].notna() & (rows["matched_metric"] == column)]
+        beside = matched["matched_perplexity"]
+        _scatter(axes, rows, "mean_experts_model", column, style, labels, list(beside))
+        front = pareto_front(rows["mean_experts_model"].to_numpy(), rows[column].to_numpy())
+        axes.step(
+            *rows.iloc[front][["mean_experts_model", column]].to_numpy().T,
+            where="post",
+            zorder=1,
+            solid_capstyle="butt",
+            **FRONT,
+        )
+        for _, row in matched.iterrows():
+            x, ours, theirs = row["mean_experts_model"], row[column], row["matched_perplexity"]
+            axes.plot([x, x], [ours, theirs], color=NEUTRAL, linewidth=0.6, zorder=1)
+            face = NEUTRAL if row["matched_by"] == "measured" else "white"
+            axes.plot(x, theirs, "d", color=NEUTRAL, markerfacecolor=face, markersize=3.5, zorder=2)
+    axes.set_xlabel("mean experts per token" + _unmatched(data))
+    figure.supylabel("perplexity", fontsize="medium")
+
+
+def _unmatched(data: Experiments) -> str:
+    """Say which static top-k should be run, if some points have none beside them."""
+    scored = data.adaptive[list(PERPLEXITIES)].notna().any(axis=1)
+    alone = data.adaptive[scored & data.adaptive["matched_by"].isna()]
+    if not len(alone):
+        return ""
+    low, high = alone["mean_experts_model"].min(), alone["mean_experts_model"].max()
+    wanted = sorted({max(1, math.floor(low)), math.ceil(high)})
+    return "\n(static top-k to compare with: run " + " and ".join(f"k={k}" for k in wanted) + ")"
+
+
+def speed(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
+    """Draw perplexity against tokens a second of forward passes."""
+    missing = (
+        "No perplexity with a speed yet. Run lm_eval --model hf-bh on bh_wikitext with "
+        "log_routing=summary; the stock model logs no forward times."
+    )
+    for axes, rows, column in _perplexity_axes(figure, data, "tokens_per_second", missing):
+        _scatter(axes, rows, "tokens_per_second", column, style, labels)
+    axes.set_xlabel("tokens per second, forward passes")
+    figure.supylabel("perplexity", fontsize="medium")
+
+
+def _perplexity_axes(
+    figure: SubFigure, data: Experiments, along: str, missing: str
+) -> list[tuple[Axes, pd.DataFrame, str]]:
+    """Return axes for every task with a perplexity, the rows to draw there, and its column."""
+    columns, rows_of = {}, {}
+    for task in data.tasks:
+        column = data.perplexity_of(task)
+        if column is None:
+            continue
+        rows = data.of(task, data.rows).dropna(subset=[column, along])
+        if len(rows):
+            columns[task], rows_of[task] = column, rows.sort_values(along, kind="stable")
+    if not columns:
+        raise NoDataError(missing)
+    titles = {task: title(data, task, column) for task, column in columns.items()}
+    shown = multiples(figure, titles)
+    together = [value for task in shown for value in rows_of[task][along]]
+    for axes in shown.values():
+        fit_scale(axes, "x", together)
+    return [(axes, rows_of[task], columns[task]) for task, axes in shown.items()]
+
+
+def _bars(rows: pd.DataFrame, y: str) -> list[float]:
+    """Return both ends of all error bars."""
+    low, high = interval(rows[y], rows[f"{y}_stderr"])
+    return [*low, *high]
+
+
+def _scatter(
+    axes: Axes,
+    rows: pd.DataFrame,
+    x: str,
+    y: str,
+    style: Style,
+    labels: Labels,
+    further: Sequence[float] = (),
+) -> None:
+    """Draw adaptive rules filled, static top-k hollow and named on a dashed line.
+
+    The y axis shows all adaptive rules, the model's own top-k and what is drawn ``further``; what
+    would flatten them is at its edge.
+    """
+    adaptive, static = rows[rows["adaptive"]], rows[rows["baseline"]].sort_values("max_k")
+    own = static["max_k"] == static["native_top_k"]
+    core = [*_bars(adaptive, y), *_bars(static[own], y), *further]
+    fit_scale(axes, "y", focus(core, list(rows[y])) if len(adaptive) else rows[y])
+    for (variant, max_k), line in adaptive.groupby(["variant", "max_k"]):
+        line = line.sort_values(["alpha", "target_experts"])
+        axes.plot(
+            line[x],
+            line[y],
+            linestyle=style.line(variant),
+            linewidth=0.7,
+            zorder=3,
+            **style.point(max_k),
+        )
+        _error_bars(axes, line, x, y, style.colour(max_k))
+    axes.plot(static[x], static[y], color=NEUTRAL, linestyle=BASELINE_LINE, linewidth=0.9, zorder=2)
+    _error_bars(axes, static, x, y, NEUTRAL)
+    for _, row in rows[~rows["adaptive"]].iterrows():
+        colour = style.colour(row["max_k"])
+        how = style.hollow(row["max_k"]) if row["baseline"] else {"color": colour, "marker": "x"}
+        at, value = beyond(axes, row[y])
+        axes.plot(row[x], at, zorder=4, clip_on=False, **how)
+        labels.at_point(axes, row[x], at, row["strategy"] + value, colour)
+
+
+def _error_bars(axes: Axes, rows: pd.DataFrame, x: str, y: str, colour: str) -> None:
+    known = rows[rows[f"{y}_stderr"] > 0]
+    low, high = interval(known[y], known[f"{y}_stderr"])
+    axes.errorbar(
+        known[x],
+        known[y],
+        (known[y] - low, high - known[y]),
+        fmt="none",
+        ecolor=colour,
+        elinewidth=0.7,
+        zorder=2,
+    )
+
+
+def pareto_front(cost: Floats, loss: Floats) -> NDArray[np.intp]:
+    """Return the points that no other point is at least as good as in both and better in one.
+
+    Parameters
+    ----------
+    cost, loss : float64 [points]
+        Both better where smaller.
+
+    Returns
+    -------
+    intp [front]
+        Positions, by ascending cost; of equal points the first.
+    """
+    order = np.lexsort((loss, cost))
+    best = np.minimum.accumulate(loss[order])
+    improves = np.concatenate(([True], best[1:] < best[:-1])) if len(order) else np.array([], bool)
+    return np.asarray(order[improves])

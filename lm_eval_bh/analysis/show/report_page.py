@@ -1,0 +1,347 @@
+"""The report: what was measured and what to make of it, as Markdown and as one HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import shlex
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from lm_eval_bh.analysis.compare.paired import compare
+from lm_eval_bh.analysis.compare.recommendation import Recommendation, recommend
+from lm_eval_bh.analysis.show.health_figure import draw_distances
+from lm_eval_bh.analysis.show.lm_eval_command import lm_eval_command
+from lm_eval_bh.analysis.show.report_tables import (
+    Table,
+    comparison_table,
+    health_table,
+    layer_table,
+    results_table,
+    verdict_table,
+)
+from lm_eval_bh.files import replacing
+from lm_eval_bh.schema import read_json
+
+if TYPE_CHECKING:
+    from lm_eval_bh.analysis.table.experiments import Loaded
+
+REPORT = "bh_routing_report"
+FIGURE = "visualizations/bh_comprehensive_comparison"
+HEALTH = "visualizations/null_model_health"
+
+# What Markdown would take for markup. Names are full of underscores, which are safe within words.
+_MARKUP = re.compile(r"([\\`*\[\]<>|&~])")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """The nine panels of one group.
+
+    Attributes
+    ----------
+    file : str
+        PNG, relative to the report.
+    source : str
+        The same as SVG, in a data URI.
+    """
+
+    file: str
+    source: str
+
+
+@dataclass(frozen=True)
+class NullInfo:
+    """A null model that runs used, as its header describes it.
+
+    Attributes
+    ----------
+    facts : list of (str, str)
+        Name and value.
+    health, figure : Table and Figure, or None
+        Per layer, on held-out text; None where it was not recorded.
+    command : str
+        How to calibrate it again, which measures its health.
+    """
+
+    facts: list[tuple[str, str]]
+    health: Table | None
+    figure: Figure | None
+    command: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the templates show.
+
+    Attributes
+    ----------
+    summary : list of str
+        Sentences.
+    recommendations : list of (Recommendation, Table)
+        One a group, each with its verdicts.
+    results, comparisons, layers : Table
+        The rows of ``results`` carry the anchors of their commands.
+    figures : list of Figure
+        One a group.
+    nulls : list of NullInfo
+        The null models that were used.
+    commands : list of (str, str, str)
+        Anchor, name and ``lm_eval`` command of every row.
+    problems, notes : list of str
+        Sentences about files.
+    settings : dict of str to str
+        What the comparisons were made with.
+    """
+
+    summary: list[str]
+    recommendations: list[tuple[Recommendation, Table]]
+    results: Table
+    comparisons: Table
+    layers: Table
+    figures: list[Figure]
+    nulls: list[NullInfo]
+    commands: list[tuple[str, str, str]]
+    problems: list[str]
+    notes: list[str]
+    settings: dict[str, str]
+
+
+def write_report(
+    loaded: Loaded,
+    folder: Path | str,
+    *,
+    margin: float = 0.01,
+    accuracy_margin: float = 0.01,
+    confidence: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> list[Path]:
+    """Write ``bh_routing_report.md`` and ``.html``, and the nine panels that they show.
+
+    The HTML page is one file: it loads nothing, and works without scripts but for sorting and
+    filtering.
+
+    Parameters
+    ----------
+    loaded : Loaded
+        From :func:`~lm_eval_bh.analysis.table.experiments.load_experiments`.
+    folder : Path or str
+        Where to write.
+    margin, accuracy_margin, confidence, resamples, seed
+        See :func:`~lm_eval_bh.analysis.compare.paired.compare` and
+        :func:`~lm_eval_bh.analysis.compare.recommendation.recommend`.
+
+    Returns
+    -------
+    list of Path
+        The Markdown file and the HTML file.
+
+    Raises
+    ------
+    ParameterError
+        If an argument is out of range.
+    """
+    comparisons = compare(
+        loaded,
+        margin=margin,
+        accuracy_margin=accuracy_margin,
+        confidence=confidence,
+        resamples=resamples,
+        seed=seed,
+    )
+    recommendations = recommend(loaded.frame, comparisons, margin=margin, confidence=confidence)
+    contents = {file: read_json(Path(file)) for file in loaded.frame["file"].unique()}
+    layers = layer_table(loaded)
+    report = Report(
+        summary=_summary(loaded.frame),
+        recommendations=[(found, verdict_table(found)) for found in recommendations],
+        results=results_table(loaded.frame),
+        comparisons=comparison_table(comparisons),
+        layers=layers,
+        figures=_figures(loaded, Path(folder)),
+        nulls=_nulls(contents, Path(folder)),
+        commands=[
+            (
+                f"run-{number}",
+                f"{row['strategy']}, {row['task']}",
+                lm_eval_command(contents[row["file"]], row["task"]),
+            )
+            for number, (_, row) in enumerate(loaded.frame.iterrows(), start=1)
+        ],
+        # Last: what was read above may have found more of them.
+        problems=[sentence for _, sentence in loaded.problems],
+        notes=[sentence for _, sentence in loaded.notes],
+        settings={
+            "margin": f"{100 * margin:g} %",
+            "accuracy_margin": f"{accuracy_margin:g}",
+            "confidence": f"{100 * confidence:g} %",
+            "resamples": f"{resamples:,}",
+            "seed": str(seed),
+        },
+    )
+    return [_write(report, Path(folder) / f"{REPORT}.{suffix}") for suffix in ("md", "html")]
+
+
+def _write(report: Report, path: Path) -> Path:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    loader = PackageLoader("lm_eval_bh.analysis.show", "templates")
+    environment = Environment(
+        loader=loader,
+        autoescape=path.suffix == ".html",
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"markdown": escape_markdown, "fenced": fenced}
+
+    def asset(name: str) -> str:
+        return Markup(loader.get_source(environment, name)[0])
+
+    template = environment.get_template(f"report{path.suffix}.j2")
+    content = template.render(report=report, version=version("lm-eval-bh"), asset=asset)
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8", newline="\n")
+    return path
+
+
+def escape_markdown(text: str) -> str:
+    r"""Return text that Markdown shows as it is, in a table too.
+
+    Examples
+    --------
+    >>> print(escape_markdown("a|b <c>"))
+    a\|b \<c\>
+    """
+    return _MARKUP.sub(r"\\\1", " ".join(str(text).split()))
+
+
+def fenced(text: str) -> str:
+    """Return text as a block of code, fenced by more backticks than it has in a row."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}bash\n{text}\n{fence}"
+
+
+def _summary(frame: pd.DataFrame) -> list[str]:
+    if not len(frame):
+        return ["No experiment could be read."]
+    models, tasks = sorted(frame["model"].unique()), sorted(frame["task"].unique())
+    found = [
+        f"{len(frame)} experiments: {frame['configuration'].nunique()} configurations of "
+        f"{', '.join(models)} on {', '.join(tasks)}."
+    ]
+    if frame["group"].nunique() > 1:
+        found.append(
+            f"They fall into {frame['group'].nunique()} groups that cannot be compared with each "
+            "other."
+        )
+    adaptive = frame[frame["adaptive"] & (frame["mode"] != "analyze")]
+    for what, better in (("perplexity", "lower"), ("accuracy", "higher")):
+        ours = (
+            adaptive["accuracy"]
+            if what == "accuracy"
+            else adaptive.apply(
+                lambda row: row[row["matched_metric"]] if row["matched_metric"] else None,
+                axis=1,
+                result_type="reduce",
+            )
+        )
+        pairs = pd.DataFrame({"ours": ours, "static": adaptive[f"matched_{what}"]}).dropna()
+        if len(pairs):
+            ahead = pairs["ours"] < pairs["static"]
+            if what == "accuracy":
+                ahead = pairs["ours"] > pairs["static"]
+            found.append(
+                f"Of {len(pairs)} adaptive experiments with a static top-k at the same mean number "
+                f"of experts beside them, {int(ahead.sum())} have the {better} {what}."
+            )
+    alone = int((adaptive["matched_by"].isna()).sum())
+    if alone:
+        found.append(
+            f"{alone} adaptive experiments have no static top-k at the same mean number of experts "
+            "beside them: run rule=topk with a smaller and a larger max_k."
+        )
+    return found
+
+
+def _figures(loaded: Loaded, folder: Path) -> list[Figure]:
+    """Draw each group, as PNG for the folder and as SVG for the page."""
+    from lm_eval_bh.analysis.show.plots import create_comprehensive_visualization
+
+    found = []
+    for number, rows in loaded.frame.groupby("group"):
+        name = FIGURE if loaded.frame["group"].nunique() == 1 else f"{FIGURE}_group{number}"
+        layers = loaded.layers[loaded.layers["group"] == number]
+        figure = create_comprehensive_visualization(rows, folder / f"{name}.png", layers=layers)
+        found.append(_embedded(figure, f"{name}.png"))
+    return found
+
+
+def _embedded(figure: Any, name: str) -> Figure:
+    """Return a drawing as SVG for the page, beside the name of its file."""
+    import matplotlib
+
+    drawn = io.BytesIO()
+    # No time and no random names: pages of equal runs can be compared.
+    with matplotlib.rc_context({"svg.hashsalt": REPORT}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    encoded = base64.b64encode(drawn.getvalue()).decode("ascii")
+    return Figure(name, f"data:image/svg+xml;base64,{encoded}")
+
+
+def _nulls(contents: dict[str, dict[str, Any]], folder: Path) -> list[NullInfo]:
+    """Describe every null model that a run used, once, and draw its health."""
+    found: dict[str, NullInfo] = {}
+    drawn = 0
+    for content in contents.values():
+        header = (content["config"].get("bh") or {}).get("null_model")
+        if not header:
+            continue
+        facts = [
+            (name.replace("_", " "), _fact(value))
+            for name, value in header.items()
+            if value is not None and name != "health"
+        ]
+        if str(facts) in found:
+            continue
+        health, figure = header.get("health"), None
+        if health:
+            drawn += 1
+            figure = _health_figure(health, folder, f"{HEALTH}{'' if drawn == 1 else drawn}.png")
+        found[str(facts)] = NullInfo(
+            facts, health_table(health) if health else None, figure, _calibration(header)
+        )
+    return list(found.values())
+
+
+def _health_figure(health: list[dict[str, float]], folder: Path, name: str) -> Figure:
+    figure = draw_distances(health)
+    with replacing(folder / name) as temporary:
+        figure.savefig(temporary, format="png", dpi=200)
+    return _embedded(figure, name)
+
+
+def _calibration(header: dict[str, Any]) -> str:
+    """Return the command that fits the same null model, into another file, and checks it."""
+    words = ["lm-eval-bh", "calibrate", "--pretrained", header.get("model") or "MODEL"]
+    for option in ("tokens", "kernel", "trim", "statistic", "null"):
+        if header.get(option) is not None:
+            words += [f"--{option}", header[option]]
+    return shlex.join(map(str, [*words, "--output", "checked.safetensors"]))
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(f"{item:.4g}" if isinstance(item, float) else str(item) for item in value)
+    return str(value)

@@ -1,0 +1,1 @@
+"""From experiments to one tidy table: metrics, rows, what only several runs tell."""

@@ -1,0 +1,168 @@
+"""Reads folders of finished experiments into one tidy table.
+
+An experiment is one run of lm-eval on one task. Its row joins what the harness measured
+(``results_*.json`` and, with ``--log_samples``, ``samples_<task>_*.jsonl``) with what routing did
+(``config.bh`` in the same file, and the log folder of that run id where there is one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from lm_eval_bh.analysis.compare.paired import matched_budget
+from lm_eval_bh.analysis.read.documents import read_documents
+from lm_eval_bh.analysis.read.groups import Group, difference, group_runs
+from lm_eval_bh.analysis.read.results_file import Run, Told, find_files, read_runs
+from lm_eval_bh.analysis.table import joining
+from lm_eval_bh.analysis.table.rows import (
+    COLUMNS,
+    LAYER_COLUMNS,
+    check,
+    layer_rows,
+    row_of,
+    strategy_label,
+    typed,
+)
+from lm_eval_bh.analysis.table.table_files import (
+    COMPARISONS,
+    LAYERS,
+    TABLE,
+    write_records,
+    write_tables,
+)
+from lm_eval_bh.errors import DataError
+
+__all__ = [
+    "COLUMNS",
+    "COMPARISONS",
+    "LAYERS",
+    "LAYER_COLUMNS",
+    "TABLE",
+    "Group",
+    "Loaded",
+    "load_experiments",
+    "read_documents",
+    "strategy_label",
+    "write_records",
+    "write_tables",
+]
+
+
+@dataclass
+class Loaded:
+    """Experiments as tables.
+
+    Attributes
+    ----------
+    frame : DataFrame
+        One row an experiment (run and task), with the columns :data:`COLUMNS`; null where something
+        was not measured.
+    layers : DataFrame
+        One row an experiment and routed layer, with the columns :data:`LAYER_COLUMNS`: mean and
+        standard deviation of the experts per token; ``usage`` and ``histogram`` are lists of int.
+    problems : list of (Path, str)
+        Files that are broken or incomplete and were left out, each with what to do.
+    notes : list of (Path, str)
+        What a reader of the tables should know about files that were not left out.
+    groups : list of Group
+        One, unless files that cannot be compared were kept apart.
+    """
+
+    frame: pd.DataFrame
+    layers: pd.DataFrame
+    problems: Told
+    notes: Told
+    groups: list[Group]
+    _runs: dict[str, Run] = field(default_factory=dict, repr=False)
+    _documents: dict[tuple[str, str], pd.DataFrame | None] = field(default_factory=dict, repr=False)
+
+    def documents(self, run_id: str, task: str) -> pd.DataFrame | None:
+        """Return what the harness logged for each document of an experiment, or None.
+
+        Returns
+        -------
+        DataFrame or None
+            Indexed by ``doc_id``, with the columns ``hash`` (document, prompt and target),
+            ``output`` (the responses as JSON) and, where the task has them, ``loglikelihood``
+            (nats) with ``words``, ``bytes``, ``targets`` and ``tokens`` (scored; only if a routing
+            log tells), ``acc``, ``acc_norm``, ``exact_match``. None without ``--log_samples``.
+        """
+        key = run_id, task
+        if key not in self._documents:
+            self._documents[key] = None
+            path = self._runs[run_id].samples_file(task)
+            if path is not None:
+                try:
+                    self._documents[key] = read_documents(path, self._runs[run_id].documents(task))
+                except DataError as error:
+                    self.problems.append((path, str(error)))
+        return self._documents[key]
+
+    def internal_routing_file(self, run_id: str, task: str) -> Path | None:
+        """Return the path of an experiment's internal routing log; None if there is none."""
+        return self._runs[run_id].internal_routing_file(task)
+
+    def log_folder(self, run_id: str) -> Path | None:
+        """Return the finished log folder of a run, which may hold token logs; None without one."""
+        return self._runs[run_id].log_folder
+
+
+def load_experiments(
+    folders: Iterable[Path | str], *, force: bool = False, context_length: int | None = None
+) -> Loaded:
+    """Read all experiments in and below some folders.
+
+    Parameters
+    ----------
+    folders : iterable of Path or str
+        Where ``lm_eval --output_path`` or a sweep wrote, with ``--model hf-bh`` or, for baselines,
+        ``--model hf``; single results files too.
+    force : bool
+        Keep experiments that cannot be compared apart, in groups, instead of refusing them.
+    context_length : int, optional
+        How many positions a token attends to, for the count of FLOPs. By default the longest window
+        that the run allowed, which rather understates what fewer experts save.
+
+    Raises
+    ------
+    DataError
+        If a folder does not exist, if there are no results, or, without ``force``, if files differ
+        in limit, task version, task hash, model or few-shot settings.
+    """
+    roots = [Path(folder) for folder in folders]
+    files, manifests = find_files(roots)
+    if not files:
+        raise DataError(
+            f"There is no results_*.json below {', '.join(map(str, roots))}: "
+            "run lm_eval with --output_path, or name the folder that it was given."
+        )
+    loaded = Loaded(pd.DataFrame(), pd.DataFrame(), [], [], [])
+    runs = list(read_runs(files, manifests, check, loaded.problems, loaded.notes))
+    loaded._runs = {run.run_id: run for run in runs}
+    loaded.groups = group_runs(runs, loaded.documents)
+    if len(loaded.groups) > 1 and not force:
+        raise DataError(difference(runs, loaded.groups, loaded.documents))
+    group_of = {file: group.number for group in loaded.groups for file in group.files}
+
+    models = {run.model: run.info for run in runs if run.info is not None}
+    rows, layers = [], []
+    for run in runs:
+        for task in run.tasks:
+            common = {"run_id": run.run_id, "task": task, "group": group_of[run.file]}
+            rows.append(row_of(run, task, models.get(run.model), context_length) | common)
+            layers += [common | layer for layer in layer_rows(run.summary(task))]
+    joining.add_token_perplexity(rows, loaded)
+    joining.add_average_accuracy(rows)
+    joining.add_stability(rows, loaded)
+    rows.sort(key=joining.order)
+    loaded.frame = typed(rows)
+    for name, column in matched_budget(loaded.frame).items():
+        loaded.frame[name] = column.astype(COLUMNS[str(name)])
+    number = {(row["run_id"], row["task"]): i for i, row in enumerate(rows)}
+    layers.sort(key=lambda layer: (number[layer["run_id"], layer["task"]], layer["layer"]))
+    loaded.layers = pd.DataFrame(layers, columns=list(LAYER_COLUMNS))
+    return loaded

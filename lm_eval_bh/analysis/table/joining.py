@@ -1,0 +1,135 @@
+"""What only several runs together tell: token perplexity, average accuracy, stability."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lm_eval_bh.analysis.compare.paired import PERPLEXITIES
+from lm_eval_bh.analysis.read.documents import scored_tokens
+from lm_eval_bh.analysis.table import metrics
+from lm_eval_bh.errors import DataError
+from lm_eval_bh.schema import InternalRouting, read_internal_routing
+
+if TYPE_CHECKING:
+    from lm_eval_bh.analysis.table.experiments import Loaded
+
+
+def add_token_perplexity(rows: Sequence[dict[str, Any]], loaded: Loaded) -> None:
+    """Fill in ``perplexity``, where it is known how many tokens were scored.
+
+    The harness logs a document's loglikelihood but not its number of tokens; an internal routing
+    log has the loss per scored token, so their quotient is that number. It depends on the text and
+    the tokenizer alone: one log serves all runs of a group, those of ``--model hf`` too. Unless it
+    is known for every document, there is no token-level perplexity: one of the first documents
+    would stand beside a word-level perplexity of all.
+    """
+    for alike in _alike(rows, "group", "task"):
+        if all(row[name] is None for row in alike for name in PERPLEXITIES):
+            continue
+        logs = [
+            (path, row)
+            for row in alike
+            if (path := loaded.internal_routing_file(row["run_id"], row["task"]))
+            and loaded.documents(row["run_id"], row["task"]) is not None
+        ]
+        scored: dict[int, int] = {}
+        for path, row in sorted(logs, key=lambda log: (log[0].stat().st_size, log[0].as_posix())):
+            if len(scored) < (row["documents"] or math.inf):
+                documents = loaded.documents(row["run_id"], row["task"])
+                assert documents is not None
+                scored |= scored_tokens(path, documents)
+        for row in alike:
+            documents = loaded.documents(row["run_id"], row["task"]) if scored else None
+            if documents is None or "loglikelihood" not in documents:
+                continue
+            tokens = documents.index.map(scored)
+            if not tokens.hasnans:
+                documents["tokens"] = np.asarray(tokens, dtype=np.float64)
+                of_documents = documents["loglikelihood"], documents["tokens"].astype(int)
+                row["perplexity"] = metrics.perplexity(*of_documents)
+                row["perplexity_stderr"] = metrics.perplexity_stderr(*of_documents)
+
+
+def add_average_accuracy(rows: Sequence[dict[str, Any]]) -> None:
+    """Fill in ``avg_task_accuracy`` for configurations that did all tasks with an accuracy."""
+    for group in _alike(rows, "group"):
+        tasks = {row["task"] for row in group if row["accuracy"] is not None}
+        for configured in _alike(group, "configuration"):
+            found = {
+                task: float(np.mean([row["accuracy"] for row in repeats]))
+                for (task,), repeats in _by(configured, "task").items()
+                if all(row["accuracy"] is not None for row in repeats)
+            }
+            if found.keys() == tasks:
+                for row in configured:
+                    row["avg_task_accuracy"] = metrics.avg_task_accuracy(found)
+
+
+def add_stability(rows: Sequence[dict[str, Any]], loaded: Loaded) -> None:
+    """Fill in both stability metrics where a configuration ran more than once: means over pairs."""
+    for repeats in _alike(rows, "group", "task", "configuration"):
+        overlaps, equal = [], []
+        for first, second in combinations(repeats, 2):
+            runs = [(row["run_id"], row["task"]) for row in (first, second)]
+            one, other = (loaded.documents(*run) for run in runs)
+            if one is not None and other is not None:
+                equal.append(
+                    metrics.output_determinism(one["output"].to_dict(), other["output"].to_dict())
+                )
+            logs = [_internal_routing(loaded.internal_routing_file(*run), loaded) for run in runs]
+            if logs[0] and logs[1]:
+                overlaps.append(
+                    metrics.expert_overlap_score(logs[0]["samples"], logs[1]["samples"])
+                )
+        for row in repeats:
+            row["expert_overlap_score"] = _mean(overlaps)
+            row["output_determinism"] = _mean(equal)
+
+
+def _internal_routing(path: Path | None, loaded: Loaded) -> InternalRouting | None:
+    try:
+        return read_internal_routing(path) if path else None
+    except DataError as error:
+        if path is not None and (path, str(error)) not in loaded.problems:
+            loaded.problems.append((path, str(error)))
+        return None
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def _by(
+    rows: Iterable[dict[str, Any]], *columns: str
+) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[column] for column in columns), []).append(row)
+    return found
+
+
+def _alike(rows: Iterable[dict[str, Any]], *columns: str) -> list[list[dict[str, Any]]]:
+    return list(_by(rows, *columns).values())
+
+
+def order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Sort baselines before rules, then by level and size, repeats by their time."""
+    return (
+        row["group"],
+        row["task"],
+        not row["baseline"],
+        row["rule"],
+        row["max_k"] or 0,
+        row["alpha"] or 0.0,
+        row["strategy"],
+        row["configuration"],
+        row["_date"],
+        row["file"],
+    )

@@ -1,1 +1,0 @@
-"""The subcommands of ``lm-eval-bh``: they read arguments and call who does the work."""

@@ -1,0 +1,266 @@
+"""All that one evaluation logs about its routing: what is kept, where, what it amounts to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval_bh.errors import ParameterError, did_you_mean
+from lm_eval_bh.harness.logs.counting import CounterSink
+from lm_eval_bh.harness.logs.log_folder import LogFolder
+from lm_eval_bh.harness.logs.ownership import Owner, Sink
+from lm_eval_bh.harness.logs.recorder import Recorder
+from lm_eval_bh.harness.logs.sample_log import Key, SampleSink, key_of
+from lm_eval_bh.harness.logs.summary import summarize
+from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
+from lm_eval_bh.schema import (
+    INTERNAL_ROUTING,
+    SCHEMA_VERSION,
+    InternalRouting,
+    RoutingSummary,
+    Sample,
+    TaskSummary,
+    experiment_name,
+    read_json,
+)
+
+LEVELS = ("off", "summary", "samples", "full")
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """How much of the routing is kept, and where.
+
+    Attributes
+    ----------
+    log_routing : str
+        "off", "summary" (exact counters, in the harness's results), "samples" (and everything about
+        the first documents, as JSON) or "full" (and every token, as Parquet).
+    log_dir : str or None
+        The folder for samples and full; lm-eval does not tell a model its output path.
+    log_samples : int or None
+        Of how many documents of each task everything is kept as JSON; None is 200 with "samples"
+        and none with "full", which has every token anyway.
+    log_logits : bool
+        Whether "full" keeps the router logits too.
+
+    Raises
+    ------
+    ParameterError
+        If a value is unknown or contradicts another.
+    """
+
+    log_routing: str = "summary"
+    log_dir: str | None = None
+    log_samples: int | None = None
+    log_logits: bool = False
+
+    def __post_init__(self) -> None:
+        if self.log_routing not in LEVELS:
+            raise ParameterError(
+                f"log_routing={self.log_routing!r} is unknown: choose one of {', '.join(LEVELS)}"
+                f"{did_you_mean(str(self.log_routing), LEVELS)}."
+            )
+        if self.log_samples is not None and (
+            isinstance(self.log_samples, bool) or not isinstance(self.log_samples, int)
+        ):
+            raise ParameterError(
+                f"log_samples={self.log_samples!r} is no number of documents: give an integer."
+            )
+        if self.log_samples is not None and self.log_samples < 0:
+            raise ParameterError(
+                f"log_samples={self.log_samples} is negative: give a number of documents, or 0."
+            )
+        if self.log_samples is not None and not self.details:
+            raise ParameterError(
+                f"log_samples={self.log_samples} has no use with log_routing={self.log_routing}: "
+                "choose samples or full, or leave it out."
+            )
+        if not isinstance(self.log_logits, bool):
+            raise ParameterError(f"log_logits={self.log_logits!r} is unknown: give True or False.")
+        if self.log_logits and self.log_routing != "full":
+            raise ParameterError(
+                f"log_logits=True needs log_routing=full, not {self.log_routing}: "
+                "logits are kept token by token."
+            )
+        if self.details and self.log_dir is None:
+            raise ParameterError(
+                f"log_routing={self.log_routing} needs a folder to write to: give log_dir."
+            )
+        if not self.details and self.log_dir is not None:
+            raise ParameterError(
+                f"log_dir={self.log_dir!r} has no use with log_routing={self.log_routing}, which "
+                "writes no files of its own: choose samples or full, or leave log_dir out."
+            )
+
+    @property
+    def samples(self) -> int:
+        """How many documents of each task are kept as JSON."""
+        if self.log_samples is not None:
+            return self.log_samples
+        return 200 if self.log_routing == "samples" else 0
+
+    @property
+    def details(self) -> bool:
+        """Whether files of our own are written."""
+        return self.log_routing in ("samples", "full")
+
+
+class RunLog:
+    """The routing logs of one evaluation on one process.
+
+    Parameters
+    ----------
+    integration : BHRoutingIntegration
+        Whose hooks report to the log from now on, until :meth:`detach`.
+    options : LogOptions
+        What is kept.
+    run_id : str
+        The same on every process.
+    rank : int
+        Of this process.
+
+    Raises
+    ------
+    DataError
+        If the folder cannot be written to.
+    """
+
+    def __init__(
+        self, integration: BHRoutingIntegration, options: LogOptions, run_id: str, rank: int
+    ) -> None:
+        self.run_id = run_id
+        self.options = options
+        self.cached_requests = 0
+        self.finished = False
+        self._integration = integration
+        self._rows_before = integration.rows_computed
+        self._layers = integration.layers
+        self._parts = 0
+        self._states: list[dict[str, Any]] = []
+        self._losses: dict[Key, float] = {}
+        self._folder: LogFolder | None = None
+        self._samples: SampleSink | None = None
+        self._tokens: Any = None
+        self._counters = CounterSink(len(integration.routers), integration.num_experts)
+        sinks: list[Sink] = []
+        if options.details:
+            config, experts = integration.config, integration.num_experts
+            self._folder = LogFolder(Path(str(options.log_dir)), run_id, rank)
+            self._samples = SampleSink(
+                options.samples,
+                experts,
+                config.min_k if config.adaptive else config.max_k,
+                config.max_k,
+            )
+            sinks.append(self._samples)
+            if options.log_routing == "full":
+                from lm_eval_bh.harness.logs.token_log import TokenSink
+
+                self._tokens = TokenSink(self._folder, experts, options.log_logits)
+                sinks.append(self._tokens)
+        logging = options.log_routing != "off"
+        self.recorder = Recorder(self._layers, self._counters if logging else None, sinks)
+        if logging:
+            integration.observers.append(self.recorder.observe)
+
+    def detach(self) -> None:
+        """Stop listening to the hooks."""
+        if self.recorder.observe in self._integration.observers:
+            self._integration.observers.remove(self.recorder.observe)
+
+    def add_loss(self, owner: Owner, loss: float) -> None:
+        """Note the loss, in nats a scored token, of a request that was just served."""
+        if owner.doc_id < self.options.samples:
+            self._losses[key_of(owner)] = loss
+
+    def flush(self) -> None:
+        """Write what a request method has left."""
+        if self._samples is not None and self._folder is not None:
+            samples = self._samples.take(self._losses)
+            name = f".samples-{self._folder.rank}-{self._parts}.json"
+            self._folder.write_json(name, samples)
+            self._parts += 1
+            self._losses.clear()
+        if self._tokens is not None:
+            self._tokens.flush()
+
+    def state(self) -> dict[str, Any]:
+        """Return all that this process has counted, as plain values."""
+        return self._counters.state() | {
+            "cached_requests": self.cached_requests,
+            "expert_rows": self._expert_rows(),
+            "token_parts": self._tokens.parts if self._tokens else [],
+            "token_rows": self._tokens.rows if self._tokens else 0,
+        }
+
+    def collect(self, states: list[dict[str, Any]] | None) -> None:
+        """Take the states of all processes; None on any but the first."""
+        if states is not None:
+            self._states = states
+
+    def _expert_rows(self) -> int | None:
+        rows = self._integration.rows_computed
+        return None if rows is None or self._rows_before is None else rows - self._rows_before
+
+    def summary(self) -> RoutingSummary | None:
+        """Return the routing summary over all processes; None if nothing was to be logged."""
+        if self.options.log_routing == "off":
+            return None
+        states = [self.state(), *self._states[1:]]  # its own is newer than what it collected
+        cached = sum(state["cached_requests"] for state in states)
+        return summarize(states, self._layers, cached)
+
+    def finish(self) -> None:
+        """Put the parts of all processes together and write the manifest; on the first process."""
+        summary = self.summary()
+        if self.finished or self._folder is None or summary is None:
+            self.finished = True
+            return
+        samples: dict[str, list[Sample]] = {}
+        parts = sorted(self._folder.path.glob(".samples-*.json"))
+        for part in parts:
+            for task, some in read_json(part).items():
+                samples.setdefault(task, []).extend(some)
+        files: list[str] = []
+        for task, task_summary in summary["tasks"].items():
+            some = samples.get(task, [])
+            some.sort(key=lambda sample: (sample["sample_id"], sample["request"], sample["repeat"]))
+            content = self._internal_routing(task, task_summary, some)
+            name = f"{content['config']}{INTERNAL_ROUTING}"
+            # wikitext and bh_wikitext have one data set; the later is given its task's name too.
+            files.append(f"{task}_{name}" if name in files else name)
+            self._folder.write_json(files[-1], content)
+        states = [self.state(), *self._states[1:]]
+        files += [part for state in states for part in state["token_parts"]]
+        rows = sum(state["token_rows"] for state in states)
+        self._folder.finish(self.run_id, files, rows)
+        for part in parts:
+            part.unlink()
+        self.finished = True
+
+    def _internal_routing(
+        self, task: str, summary: TaskSummary, samples: list[Sample]
+    ) -> InternalRouting:
+        config = self._integration.config
+        layers = summary["layers"]
+        alpha = self._integration.describe()["alpha"] if config.adaptive else None
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "run_id": self.run_id,
+            "config": experiment_name(config.rule, config.max_k, alpha, task),
+            "strategy": config.rule,
+            "num_experts": self._integration.num_experts,
+            "dataset": task,
+            "samples": samples,
+            "aggregate_stats": {
+                "layers": [layer["layer"] for layer in layers],
+                "total_tokens": summary["tokens"],
+                "avg_experts": summary["mean_experts_per_token"],
+                "std_experts": summary["std_experts_per_token"],
+                "per_layer_avg_experts": [layer["mean_experts"] for layer in layers],
+                "per_layer_std_experts": [layer["std_experts"] for layer in layers],
+                "expert_usage_counts": [layer["usage"] for layer in layers],
+            },
+        }

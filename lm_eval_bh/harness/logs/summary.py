@@ -1,0 +1,92 @@
+"""Turns the recorder's counters, of one process or many, into the numbers of the results file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lm_eval_bh.schema import RoutingSummary, TaskSummary
+
+
+def summarize(
+    states: Sequence[dict[str, Any]], layers: Sequence[int], cached_requests: int
+) -> RoutingSummary:
+    """Merge the states of all processes and describe the experts per token.
+
+    Parameters
+    ----------
+    states : sequence of dict
+        What :meth:`~lm_eval_bh.harness.logs.counting.CounterSink.state` returned on each process.
+    layers : sequence of int
+        The routed layers; the others are not described.
+    cached_requests : int
+        Requests that a cache answered.
+
+    Returns
+    -------
+    RoutingSummary
+        Plain Python values: means and standard deviations over tokens and layers, over all tasks
+        and for each; padding, batch-size probes and repeated requests excluded. What no token was
+        seen of is None.
+    """
+    names = sorted({task for state in states for task in state["tasks"]})
+    tasks = {
+        name: [state["tasks"][name] for state in states if name in state["tasks"]] for name in names
+    }
+    everything = [part for parts in tasks.values() for part in parts]
+    return {
+        **_describe(everything, layers),
+        "computed_tokens": sum(state["computed_tokens"] for state in states),
+        "padding_tokens": sum(state["padding_tokens"] for state in states),
+        "expert_rows_computed": None
+        if any(state["expert_rows"] is None for state in states)
+        else sum(state["expert_rows"] for state in states),
+        "cached_requests": cached_requests,
+        "tasks": {name: _describe(parts, layers) for name, parts in tasks.items()},
+    }
+
+
+def _describe(parts: Sequence[dict[str, Any]], layers: Sequence[int]) -> TaskSummary:
+    chosen = list(layers)
+    if not parts:
+        return {
+            "seconds": 0.0,
+            "tokens": 0,
+            "mean_experts_per_token": None,
+            "std_experts_per_token": None,
+            "layers": [],
+        }
+    histogram = np.sum([part["histogram"] for part in parts], axis=0)[chosen]
+    usage = np.sum([part["usage"] for part in parts], axis=0)[chosen]
+    cross = np.sum([part["cross"] for part in parts], axis=0)[chosen]
+    mean, deviation = moments(histogram.sum(0))
+    return {
+        "tokens": int(histogram[0].sum()),
+        "seconds": float(sum(part["seconds"] for part in parts)),
+        "mean_experts_per_token": mean,
+        "std_experts_per_token": deviation,
+        "layers": [
+            {
+                "layer": layer,
+                "mean_experts": moments(histogram[row])[0],
+                "std_experts": moments(histogram[row])[1],
+                "histogram": histogram[row].tolist(),
+                "usage": usage[row].tolist(),
+                "cross": int(cross[row]),
+            }
+            for row, layer in enumerate(chosen)
+        ],
+    }
+
+
+def moments(histogram: NDArray[np.int64]) -> tuple[float | None, float | None]:
+    """Return (mean, population standard deviation) of a histogram over 0, 1, ...; None if empty."""
+    total = int(histogram.sum())
+    if total == 0:
+        return None, None
+    counts = np.arange(len(histogram))
+    mean = float(histogram @ counts) / total
+    return mean, float(np.sqrt(histogram @ (counts - mean) ** 2 / total))

@@ -1,0 +1,1 @@
+"""How lm-eval gets to know the model and the tasks."""

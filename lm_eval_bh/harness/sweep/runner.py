@@ -1,0 +1,274 @@
+"""Sweeps from plan to table: ``lm-eval-bh sweep`` and the same from Python.
+
+The one place where the harness, which runs experiments, meets the analysis, which reads them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_bh.errors import DataError, ParameterError
+from lm_eval_bh.harness.logs.log_folder import check_writable
+from lm_eval_bh.harness.sweep.local import run_here
+from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig, shard_of
+from lm_eval_bh.harness.sweep.sweep_folder import SweepFolder
+from lm_eval_bh.resources import DEFAULT_MODEL, shipped
+from lm_eval_bh.schema import SCHEMA_VERSION, ExperimentSummary
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep has to do now.
+
+    Attributes
+    ----------
+    folder : SweepFolder
+    config : SweepConfig
+    experiments : list of Experiment
+        All of this shard.
+    missing : list of Experiment
+        Those of them that are still to run.
+    """
+
+    folder: SweepFolder
+    config: SweepConfig
+    experiments: list[Experiment]
+    missing: list[Experiment]
+
+    @property
+    def seconds_left(self) -> float | None:
+        """An estimate from the experiments that are done; None before the first."""
+        done = self.folder.seconds(self.experiments)
+        return statistics.mean(done) * len(self.missing) if done else None
+
+
+def plan(
+    config: SweepConfig, output_dir: Path | str, *, repeat: int = 1, shard: str | None = None
+) -> Plan:
+    """Find out which experiments of a sweep are still to run; nothing is written.
+
+    Raises
+    ------
+    ParameterError
+        If the shard or the number of repeats is none.
+    DataError
+        If the folder holds a sweep with other settings.
+    """
+    folder = SweepFolder(Path(output_dir))
+    folder.check(config)
+    experiments = config.experiments(repeat)
+    if shard is not None:
+        experiments = shard_of(experiments, shard)
+    return Plan(folder, config, experiments, folder.missing(experiments))
+
+
+def run(
+    todo: Plan,
+    *,
+    device: str | None = None,
+    ray: str | None = None,
+    workers: int | None = None,
+    say: Say | None = None,
+) -> None:
+    """Run what is missing of a sweep, with one progress bar and a line an experiment.
+
+    Parameters
+    ----------
+    todo : Plan
+    device : str or None
+        As lm-eval takes it; None for CUDA where there is one.
+    ray : str or None
+        Address of a Ray cluster, or ``local``; None runs in this process.
+    workers : int or None
+        Of the Ray cluster.
+    say : callable or None
+        Takes the lines; None prints them above the bar.
+
+    Raises
+    ------
+    BHError
+        What an experiment raises. Those finished before are kept; the same call runs the others.
+    """
+    from tqdm.auto import tqdm
+
+    if ray is None and workers is not None:
+        raise ParameterError(f"workers={workers} has no meaning without --ray: leave it out.")
+    first = first_process()
+    if first:
+        check_writable(todo.folder.path)
+    total = len(todo.experiments)
+    numbers = itertools.count(total - len(todo.missing) + 1)
+    with tqdm(
+        total=total,
+        initial=total - len(todo.missing),
+        unit="experiment",
+        desc="sweep",
+        disable=None if first else True,  # None: where there is no terminal
+    ) as bar:
+
+        def finished(experiment: Experiment, seconds: float) -> None:
+            summary = summarize(todo.folder.run(experiment), experiment, seconds)
+            todo.folder.claim(todo.config)
+            todo.folder.finish(experiment, summary)
+            (say or bar.write)(f"[{next(numbers)}/{total}] {line(summary)}")
+            bar.update()
+
+        if ray is None:
+            run_here(todo.config, todo.missing, todo.folder, finished, device)
+        else:
+            from lm_eval_bh.harness.sweep.cluster import run_on_ray
+
+            run_on_ray(todo.config, todo.missing, todo.folder, finished, ray, workers, device)
+
+
+def first_process() -> bool:
+    """Whether this is the one of the processes that accelerate or torchrun started who speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def summarize(folder: Path, experiment: Experiment, seconds: float) -> ExperimentSummary:
+    """Return the summary of an experiment from what it wrote.
+
+    Raises
+    ------
+    DataError
+        If its results are not complete.
+    """
+    from lm_eval_bh.analysis.table.experiments import load_experiments
+    from lm_eval_bh.analysis.table.metrics import METRICS
+    from lm_eval_bh.analysis.table.table_files import plain
+
+    loaded = load_experiments([folder])
+    if len(loaded.frame) != 1:
+        found = "; ".join(map(str, loaded.problems)) or f"{len(loaded.frame)} results"
+        raise DataError(
+            f"{folder} should hold one finished experiment ({found}): run the same command again."
+        )
+    row = loaded.frame.iloc[0]
+    quality = ["word_perplexity", "byte_perplexity", "target_perplexity", "accuracy"]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": str(row["run_id"]),
+        "config": experiment.name,
+        "strategy": experiment.rule,
+        "k_or_max_k": experiment.max_k,
+        "alpha": experiment.alpha,
+        "num_experts": int(row["num_experts"]),
+        "dataset": experiment.task,
+        "metrics": {
+            name: plain(row[name]) for name in dict.fromkeys([*METRICS, *quality, "mean_experts"])
+        },
+        "summary": {
+            "total_samples": plain(row["documents"]),
+            "total_tokens": plain(row["tokens"]),
+            "elapsed_time_seconds": round(seconds, 3),
+        },
+    }
+
+
+def line(summary: ExperimentSummary) -> str:
+    """Return what a person wants to know of a finished experiment, in one line."""
+    metrics, seconds = summary["metrics"], summary["summary"]["elapsed_time_seconds"]
+    names = {
+        "word_perplexity": "word perplexity",
+        "target_perplexity": "perplexity",
+        "accuracy": "accuracy",
+        "mean_experts": "mean experts",
+    }
+    shown = [
+        f"{label} {value:,.{3 if abs(value) < 1000 else 0}f}"
+        for name, label in names.items()
+        if (value := metrics.get(name)) is not None
+    ]
+    return f"{summary['config']}: {', '.join(shown)} ({seconds:.1f} s)"
+
+
+class BHRoutingExperimentRunner:
+    """The two-phase experiment from Python: top-k baselines, then BH over alpha and max_k.
+
+    Parameters
+    ----------
+    model_name : str
+        Hub name or folder of the model, or ``tiny-olmoe``.
+    device : str or None
+        As lm-eval takes it; None for CUDA where there is one, else the CPU.
+    output_dir : str or Path
+        Everything is kept there, and what is there is not run again.
+    **settings
+        Further settings of :class:`~lm_eval_bh.harness.sweep.sweep_config.SweepConfig`, such as
+        ``batch_size=8`` or ``seed=1``.
+
+    Examples
+    --------
+    ::
+
+        runner = BHRoutingExperimentRunner("tiny-olmoe", "cpu", "runs/two_phase")
+        frame = runner.run_two_phase_experiment([8], [8], [0.4, 0.5], ["demo_lambada"], 50)
+    """
+
+    def __init__(
+        self,
+        model_name: str = DEFAULT_MODEL,
+        device: str | None = None,
+        output_dir: str | Path = "runs/two_phase",
+        **settings: Any,
+    ) -> None:
+        self.model_name = model_name
+        self.device = device
+        self.output_dir = Path(output_dir)
+        self.settings = settings
+
+    def run_two_phase_experiment(
+        self,
+        baseline_k_values: Sequence[int] = (8, 16, 32, 64),
+        bh_max_k_values: Sequence[int] = (8, 16, 32, 64),
+        bh_alpha_values: Sequence[float] = (0.3, 0.4, 0.5, 0.6),
+        datasets: Sequence[str] = ("wikitext", "lambada", "hellaswag"),
+        max_samples: int | None = 200,
+    ) -> pd.DataFrame:
+        """Run what is missing of the experiments, and return a row for each.
+
+        Parameters
+        ----------
+        baseline_k_values, bh_max_k_values, bh_alpha_values
+            The grid.
+        datasets : sequence of str
+            Data sets that a task of ours evaluates ("wikitext" is ``bh_wikitext``), or tasks.
+        max_samples : int or None
+            Documents of each; None for all.
+
+        Returns
+        -------
+        DataFrame
+            See :func:`~lm_eval_bh.analysis.table.experiments.load_experiments`.
+
+        Raises
+        ------
+        BHError
+            As :func:`run`.
+        """
+        from lm_eval_bh.analysis.table.experiments import load_experiments
+
+        ours = {path.stem for path in shipped("tasks").glob("bh_*.yaml")}
+        config = SweepConfig(
+            pretrained=self.model_name,
+            tasks=tuple(f"bh_{name}" if f"bh_{name}" in ours else name for name in datasets),
+            baselines=tuple(baseline_k_values),
+            max_k=tuple(bh_max_k_values),
+            alphas=tuple(bh_alpha_values),
+            limit=max_samples,
+            **self.settings,
+        )
+        run(plan(config, self.output_dir), device=self.device)
+        return load_experiments([self.output_dir]).frame

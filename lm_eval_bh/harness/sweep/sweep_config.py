@@ -1,0 +1,324 @@
+"""What a sweep consists of: its settings, where they come from, and the experiments they name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_eval_bh.errors import ParameterError, did_you_mean
+from lm_eval_bh.harness.arguments import NAMES, arguments_of, routing_config
+from lm_eval_bh.harness.logs.run_log import LogOptions
+from lm_eval_bh.harness.sweep.task_names import expand_tasks
+from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE
+from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.rules.registry import RULES
+from lm_eval_bh.schema import experiment_name
+
+# What model_args may not hold: it differs between experiments, or has an option of its own.
+SET_BY_THE_SWEEP = (
+    "pretrained",
+    "rule",
+    "alpha",
+    "max_k",
+    "target_experts",
+    "log_routing",
+    "log_dir",
+    "log_samples",
+    "log_logits",
+)
+
+LOGGED = 8  # documents of each task whose routing is kept as JSON, unless another number is given
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {
+        "pretrained": TINY_OLMOE,
+        "tasks": ["bh_demo_lambada"],
+        "baselines": [8],
+        "max_k": [8],
+        "alphas": [0.4, 0.5],
+        "limit": 50,
+    },
+    "full": {
+        "pretrained": DEFAULT_MODEL,
+        "tasks": ["bh_suite"],
+        "baselines": [8, 16, 32, 64],
+        "max_k": [8, 16, 32, 64],
+        "alphas": [0.3, 0.4, 0.5, 0.6],
+        "limit": 200,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One routing configuration on one task; the same again has the next ``repeat``.
+
+    Attributes
+    ----------
+    rule : str
+    max_k : int
+    alpha : float or None
+        None with a rule that has no level.
+    task : str
+        A task of lm-eval.
+    repeat : int
+        1 for the first run.
+    """
+
+    rule: str
+    max_k: int
+    alpha: float | None
+    task: str
+    repeat: int = 1
+
+    @property
+    def name(self) -> str:
+        """The name of its folder and its logs, such as ``8experts_bh_a040_wikitext``."""
+        name = experiment_name(self.rule, self.max_k, self.alpha, self.task)
+        return name if self.repeat == 1 else f"{name}_repeat{self.repeat}"
+
+    @property
+    def routing(self) -> dict[str, Any]:
+        """Its part of ``--model_args``."""
+        if self.alpha is None:
+            return {"rule": self.rule, "max_k": self.max_k}
+        rule = {} if self.rule == "bh" else {"rule": self.rule}
+        return {"alpha": self.alpha, "max_k": self.max_k, **rule}
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """The settings of a sweep; a YAML file has the same keys. All are checked here.
+
+    Attributes
+    ----------
+    pretrained : str
+        Hub name or folder of the model, or ``tiny-olmoe``.
+    tasks : tuple of str
+        Tasks and tags of lm-eval; tags are replaced by their tasks.
+    baselines : tuple of int
+        Every k of phase 1, static top-k.
+    alphas, max_k, rules
+        Phase 2 is their product; ``max_k`` times ``rules`` for a rule that has no level.
+    limit : int or None
+        Documents of each task; None for all.
+    batch_size : int or str
+        As lm-eval takes it.
+    seed : int or None
+        All of lm-eval's seeds; None for lm-eval's own.
+    log_routing, log_samples
+        See ``LogOptions``. Eight documents a task by default: one
+        article of WikiText is thousands of tokens, and 60 experiments add up.
+    model_args : dict
+        Further arguments of ``hf-bh``, the same for all.
+
+    Raises
+    ------
+    ParameterError
+        If a value is out of range, named twice or unknown, or if no experiment is left.
+    """
+
+    pretrained: str = DEFAULT_MODEL
+    tasks: tuple[str, ...] = ()
+    baselines: tuple[int, ...] = ()
+    alphas: tuple[float, ...] = ()
+    max_k: tuple[int, ...] = ()
+    rules: tuple[str, ...] = ("bh",)
+    limit: int | None = None
+    batch_size: int | str = 8
+    seed: int | None = None
+    log_routing: str = "samples"
+    log_samples: int | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "baselines", "alphas", "max_k", "rules"):
+            given = getattr(self, name)
+            given = [given] if isinstance(given, str | int | float) else list(given or ())
+            if wrong := [value for value in given if not isinstance(value, str | int | float)]:
+                raise ParameterError(f"{name} holds {wrong[0]!r}: write a list, as in [8, 16].")
+            if name in ("tasks", "rules"):
+                given = [str(value) for value in given]
+            for value, times in Counter(given).items():
+                if times > 1:
+                    raise ParameterError(f"{name} names {value} {times} times: name it once.")
+            object.__setattr__(self, name, tuple(given))
+        if self.log_samples is None and self.log_routing in ("samples", "full"):
+            object.__setattr__(self, "log_samples", LOGGED)
+        self._check()
+        object.__setattr__(self, "tasks", tuple(expand_tasks(self.tasks)))
+
+    def _check(self) -> None:
+        if self.limit is not None and (not _is_integer(self.limit) or self.limit < 1):
+            raise ParameterError(
+                f"limit={self.limit!r} is no number of documents: give a positive integer, or "
+                "leave it out for all."
+            )
+        if self.batch_size != "auto" and (not _is_integer(self.batch_size) or self.batch_size < 1):  # type: ignore[operator]
+            raise ParameterError(
+                f"batch_size={self.batch_size!r} is unknown: give a positive integer, or auto."
+            )
+        if self.seed is not None and not _is_integer(self.seed):
+            raise ParameterError(f"seed={self.seed!r} is no seed: give an integer.")
+        if not isinstance(self.model_args, Mapping):
+            raise ParameterError(
+                f"model_args={self.model_args!r} are no names with values: "
+                "write, for example, {dtype: float32}."
+            )
+        for name in SET_BY_THE_SWEEP:
+            if name in self.model_args:
+                raise ParameterError(
+                    f"model_args sets {name}, which the sweep sets for each experiment: "
+                    "leave it out, and use the option of its name where there is one."
+                )
+        if not self.tasks:
+            raise ParameterError("The sweep has no task: give --tasks, for example bh_demo.")
+        if not self.configurations:
+            raise ParameterError(
+                "The grid is empty: give --baselines, or --max-k with --alphas, or a --preset."
+            )
+        folder = "." if self.log_routing in ("samples", "full") else None
+        LogOptions(self.log_routing, folder, self.log_samples)
+        for rule, max_k, alpha in self.configurations:
+            self.routing_of(Experiment(rule, max_k, alpha, ""))
+
+    def model_args_of(self, experiment: Experiment, routing: bool = True) -> dict[str, Any]:
+        """Return what ``--model_args`` says for an experiment, logs left out.
+
+        Without ``routing`` it is what all experiments have in common.
+        """
+        common = arguments_of(experiment.rule, self.model_args)
+        if not routing:
+            common = {name: value for name, value in common.items() if name not in NAMES}
+            return {"pretrained": self.pretrained, **common}
+        return {"pretrained": self.pretrained, **experiment.routing, **common}
+
+    def routing_of(self, experiment: Experiment) -> RoutingConfig:
+        """Return how an experiment selects experts."""
+        given = self.model_args_of(experiment).items()
+        return routing_config(**{name: value for name, value in given if name in NAMES})
+
+    @property
+    def configurations(self) -> list[tuple[str, int, float | None]]:
+        """All (rule, max_k, alpha), baselines first."""
+        found: list[tuple[str, int, float | None]] = [("topk", k, None) for k in self.baselines]
+        for rule in self.rules:
+            if rule not in RULES:
+                raise ParameterError(
+                    f"rule {rule!r} is unknown: choose among {', '.join(RULES)}"
+                    f"{did_you_mean(rule, RULES)}."
+                )
+            levels: Sequence[float | None] = self.alphas if RULES[rule].adaptive else [None]
+            found += [(rule, k, level) for k in self.max_k for level in levels]
+        return list(dict.fromkeys(found))
+
+    def experiments(self, repeats: int = 1) -> list[Experiment]:
+        """Return every experiment, in the order in which they run: whole rounds of repeats."""
+        if not _is_integer(repeats) or repeats < 1:
+            raise ParameterError(f"repeat={repeats!r} is no number of runs: give 1 or more.")
+        found = [
+            Experiment(rule, max_k, alpha, task, repeat)
+            for repeat in range(1, repeats + 1)
+            for rule, max_k, alpha in self.configurations
+            for task in self.tasks
+        ]
+        names = Counter(experiment.name for experiment in found)
+        if twice := [name for name, times in names.items() if times > 1]:
+            raise ParameterError(
+                f"Two experiments would be called {twice[0]}: "
+                "run tasks of one data set in sweeps of their own."
+            )
+        return found
+
+    @property
+    def evaluation_options(self) -> dict[str, Any]:
+        """What the ``lm_eval`` command hands on to the evaluation, of the types that it gives."""
+        names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+        seeds = {} if self.seed is None else dict.fromkeys(names, self.seed)
+        return {
+            "limit": None if self.limit is None else float(self.limit),
+            "batch_size": str(self.batch_size),
+            "gen_kwargs": {},
+            "fewshot_as_multiturn": None,
+            **seeds,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values, as they are written to ``sweep.json``."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def gather(
+        cls,
+        preset: str | None = None,
+        file: Path | None = None,
+        flags: Mapping[str, Any] | None = None,
+    ) -> SweepConfig:
+        """Put settings together: a preset, over it a YAML file, over it flags that are not None.
+
+        Raises
+        ------
+        ParameterError
+            If the preset or a key of the file is unknown, or the file cannot be read.
+        """
+        settings: dict[str, Any] = {}
+        from_file = {} if file is None else _read_yaml(file)
+        in_file = from_file.pop("preset", None)
+        preset = preset or in_file
+        if preset is not None:
+            if preset not in PRESETS:
+                raise ParameterError(
+                    f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}"
+                    f"{did_you_mean(str(preset), PRESETS)}."
+                )
+            settings |= PRESETS[preset]
+        settings |= from_file
+        settings |= {name: value for name, value in (flags or {}).items() if value is not None}
+        return cls(**settings)
+
+
+def shard_of(experiments: Sequence[Experiment], shard: str) -> list[Experiment]:
+    """Return the experiments of shard ``i/n``, i from 1 to n: every n-th, so that all mix alike.
+
+    Raises
+    ------
+    ParameterError
+        If it is not of that form, or i is not in 1 to n.
+    """
+    position, _, shards = shard.partition("/")
+    if not (position.isdecimal() and shards.isdecimal() and 1 <= int(position) <= int(shards)):
+        raise ParameterError(
+            f"shard {shard!r} is none: write i/n with i from 1 to n, for example 1/4."
+        )
+    return list(experiments[int(position) - 1 :: int(shards)])
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ParameterError(f"The settings {file} cannot be read ({reason}): mend it.") from error
+    known = [*(setting.name for setting in dataclasses.fields(SweepConfig)), "preset"]
+    if not isinstance(content, dict):
+        raise ParameterError(f"The settings {file} hold no keys: write, for example, limit: 50.")
+    for name in content:
+        if name not in known:
+            raise ParameterError(
+                f"The settings {file} name {name!r}, which is unknown: "
+                f"choose among {', '.join(known)}{did_you_mean(str(name), known)}."
+            )
+    return content
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

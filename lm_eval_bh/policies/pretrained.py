@@ -1,0 +1,195 @@
+"""Calibrates or analyzes a model that is named rather than loaded: what ``lm-eval-bh`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lm_eval_bh.errors import DataError, ModelError, ParameterError
+from lm_eval_bh.policies.preview import GridRow, analyze_grid
+from lm_eval_bh.resources import TINY_OLMOE
+from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.nulls.calibration import (
+    LayerHealth,
+    calibrate_and_check,
+)
+from lm_eval_bh.routing.nulls.find import cached_null, resolve_null
+from lm_eval_bh.routing.nulls.null_model import NullModel
+from lm_eval_bh.routing.nulls.texts import (
+    WIKITEXT,
+    text_batches,
+    wikitext_texts,
+    wikitext_train_texts,
+)
+from lm_eval_bh.routing.routers import find_routers
+from lm_eval_bh.routing.rules.registry import RULES
+
+
+def calibrate_pretrained(
+    pretrained: str,
+    *,
+    name: str,
+    text: Path | None = None,
+    output: Path | None = None,
+    tokens: int = 65536,
+    length: int = 512,
+    batch: int = 8,
+    trim: int = 0,
+    kernel: str = "gaussian",
+    statistic: str = "logit",
+    kind: str = "pooled",
+    dtype: str = "auto",
+    device: str | None = None,
+) -> tuple[NullModel, list[LayerHealth], Path]:
+    """Load a model, fit a null model to its routers, check it on held-out text, and save it.
+
+    Parameters
+    ----------
+    pretrained, name : str
+        Hub name or folder of the model, and what the header calls it.
+    text : Path or None
+        A text file whose paragraphs are documents; None takes WikiText-2's training text.
+    output : Path or None
+        File to write; None takes the cache that ``kde=auto`` reads.
+    tokens, length, batch, trim, kernel, statistic, kind
+        See ``calibrate_and_check``; ``kind`` is its ``null``.
+    dtype, device : str
+        How the model is loaded; device None takes cuda where there is one.
+
+    Returns
+    -------
+    (NullModel, list of LayerHealth, Path)
+        The null model, its health on the held-out text (empty where the text leaves none), and
+        where it was written.
+
+    Raises
+    ------
+    ParameterError, DataError, ModelError, NullModelError
+        If an argument, the text, the model or its logits cannot serve.
+    """
+    texts = wikitext_train_texts() if text is None else _paragraphs(text)
+    model, tokenizer = _load(pretrained, name, dtype, device)
+    routers = find_routers(model)
+    modules = [router.module for router in routers]
+    null, report = calibrate_and_check(
+        model,
+        tokenizer,
+        modules,
+        texts,
+        model_name=name,
+        revision=getattr(model.config, "_commit_hash", None),
+        text_name=WIKITEXT if text is None else text.name,
+        tokens=tokens,
+        length=length,
+        batch=batch,
+        trim=trim,
+        kernel=kernel,
+        statistic=statistic,
+        null=kind,
+        experts=routers[0].num_experts,
+    )
+    path = output or cached_null(null.header.fingerprint or "", statistic, kind, trim)
+    null.save(path)
+    return null, report, path
+
+
+def analyze_pretrained(
+    pretrained: str,
+    configs: Sequence[RoutingConfig],
+    *,
+    name: str,
+    kde: str = "auto",
+    text: Path | None = None,
+    tokens: int = 65536,
+    length: int = 512,
+    batch: int = 8,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> tuple[list[GridRow], int]:
+    """Load a model, run it once over text, and say what every configuration would select.
+
+    Parameters
+    ----------
+    pretrained, name, dtype, device
+        As in :func:`calibrate_pretrained`.
+    configs : sequence of RoutingConfig
+        The grid.
+    kde : str
+        The null model: a path, or "auto".
+    text : Path or None
+        A text file whose paragraphs are documents; None takes WikiText-2's test text.
+    tokens, length, batch : int
+        How much of the text, in windows of what length, and so many at a time.
+
+    Returns
+    -------
+    (list of GridRow, int)
+        In the order of ``configs``; and the number of tokens.
+
+    Raises
+    ------
+    ParameterError, DataError, ModelError, NullModelError
+        If an argument, the text, the model or the null model cannot serve.
+    """
+    texts = wikitext_texts("test") if text is None else _paragraphs(text)
+    model, tokenizer = _load(pretrained, name, dtype, device)
+    routers = find_routers(model)
+    needing = [config for config in configs if config.needs_null]
+    kinds = {  # a test decides: other rules take any null model with output norms
+        (c.statistic, c.null): c for c in sorted(needing, key=lambda c: RULES[c.rule].tests)
+    }
+    nulls = {
+        kind: resolve_null(
+            kde,
+            model,
+            routers,
+            tokenizer,
+            statistic=config.statistic,
+            null=config.null if RULES[config.rule].tests else None,
+            trim=config.trim,
+        )
+        for kind, config in kinds.items()
+    }
+    batches = text_batches(tokenizer, texts, tokens=tokens, length=length, batch=batch)
+    rows = analyze_grid(model, routers, batches, configs, nulls)
+    return rows, sum(ids.numel() for ids in batches)
+
+
+def _load(pretrained: str, name: str, dtype: str, device: str | None) -> tuple[nn.Module, Any]:
+    if not (dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype)):
+        raise ParameterError(
+            f"dtype={dtype!r} is no dtype of torch: give auto, float32, bfloat16 or float16."
+        )
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ParameterError(
+            f"device={device!r} cannot be used ({reason}): give cpu, or leave it out."
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(pretrained)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"The model {name!r} could not be loaded ({str(error).splitlines()[0]}): "
+            "check its name and the network, "
+            f"or use {TINY_OLMOE}, which ships and needs none."
+        ) from error
+    return model.to(place), tokenizer
+
+
+def _paragraphs(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"The text {str(path)!r} cannot be read ({error}): give a UTF-8 text file."
+        ) from error
+    return [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]

@@ -1,0 +1,1 @@
+"""Null models: what scores are tested against, how it is fitted, kept and found."""

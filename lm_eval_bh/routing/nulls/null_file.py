@@ -1,0 +1,87 @@
+"""The file of a null model: safetensors, with the header as JSON in the metadata."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lm_eval_bh.errors import NullModelError
+from lm_eval_bh.files import replacing
+from lm_eval_bh.routing.nulls.null_header import COPY_AGAIN, NullHeader
+
+METADATA_KEY = "lm_eval_bh_null"
+
+Tables = tuple[tuple[NDArray[Any], NDArray[Any]], ...]
+
+
+def write(
+    path: Path | str, tables: Tables, header: NullHeader, norms: NDArray[Any] | None = None
+) -> None:
+    """Write ``layer.<i>.x`` and ``layer.<i>.cdf``, ``norms`` if there are any, and the header.
+
+    ``path`` never holds half of it.
+
+    Raises
+    ------
+    NullModelError
+        If the file cannot be written.
+    """
+    tensors: dict[str, NDArray[Any]] = {}
+    for layer, (x, cdf) in enumerate(tables):
+        tensors |= {f"layer.{layer}.x": x, f"layer.{layer}.cdf": cdf}
+    if norms is not None:
+        tensors["norms"] = norms
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={METADATA_KEY: header.to_json()})
+    except (OSError, SafetensorError) as error:
+        raise NullModelError(
+            f"The null model cannot be written to {path}: {error}; free space or give another path."
+        ) from error
+
+
+def read(path: Path) -> tuple[Tables, NullHeader, NDArray[Any] | None]:
+    """Read what :func:`write` wrote; whether the tables are CDFs is for the caller to check.
+
+    Raises
+    ------
+    NullModelError
+        If the file is missing, damaged, foreign, inconsistent, or of a later format version.
+    """
+    if path.is_dir():
+        raise NullModelError(
+            f"{path} is a folder and not a null model; import pickles with NullModel.from_pickles."
+        )
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = (file.metadata() or {}).get(METADATA_KEY)
+            if metadata is None:
+                raise NullModelError(
+                    f"its metadata have no {METADATA_KEY!r}, so it is no null model; give one"
+                )
+            header = NullHeader.from_json(metadata)
+            norms = file.get_tensor("norms") if "norms" in file.keys() else None  # noqa: SIM118
+            if len(file.keys()) - (norms is not None) != 2 * header.num_layers:
+                raise NullModelError(
+                    f"its header says {header.num_layers} layers, but it has "
+                    f"{len(file.keys())} arrays; {COPY_AGAIN}"
+                )
+            tables = tuple(
+                (file.get_tensor(f"layer.{layer}.x"), file.get_tensor(f"layer.{layer}.cdf"))
+                for layer in range(header.num_layers)
+            )
+            return tables, header, norms
+    except FileNotFoundError as error:
+        raise NullModelError(
+            f"There is no null model {path}; check the path, or calibrate one."
+        ) from error
+    except NullModelError as error:
+        raise NullModelError(f"The null model {path} cannot be read: {error}.") from error
+    except (SafetensorError, OSError, TypeError) as error:
+        raise NullModelError(
+            f"The null model {path} cannot be read: {str(error).rstrip('.')}; {COPY_AGAIN}."
+        ) from error

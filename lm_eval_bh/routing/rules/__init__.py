@@ -1,0 +1,1 @@
+"""Selection rules: how many of a token's experts are taken."""

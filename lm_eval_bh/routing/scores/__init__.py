@@ -1,0 +1,1 @@
+"""What is tested and ranked: router logits, or the experts' log contributions."""
