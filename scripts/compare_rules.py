@@ -126,7 +126,7 @@ class Bench:
 
     def measure(self, row: Configuration) -> Measured:
         options: dict[str, Any] = {"max_k": self.max_k, "target_experts": row.target}
-        if not RULES[row.rule].adaptive:
+        if RULES[row.rule].fixed_count:
             options = {"max_k": int(row.target)}
         tests = RULES[row.rule].tests
         if tests or row.statistic != "logit":

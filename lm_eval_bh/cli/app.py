@@ -193,7 +193,7 @@ def analyze(
     if output is not None:
         plain = [dataclasses.asdict(row) for row in rows]
         for values in plain:
-            if not RULES[values["config"]["rule"]].adaptive:
+            if RULES[values["config"]["rule"]].fixed_count:
                 values["config"]["alpha"] = None  # it has none
         content = {"tokens": seen, "rows": plain}
         with replacing(output) as temporary:

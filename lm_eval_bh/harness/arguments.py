@@ -91,7 +91,7 @@ def arguments_of(rule: str, common: Mapping[str, Any]) -> dict[str, Any]:
     """
     this = RULES[rule]
     foreign = set() if this.random else {"seed"}
-    if not this.adaptive:
+    if this.fixed_count:
         foreign |= {"min_k", "statistic", "null", "trim", "kde", "target_experts", "budget"}
     elif not this.tests:
         foreign |= {"null", "trim"}
@@ -104,7 +104,7 @@ def _check_contradictions(
     rule: str, *, alpha: Any, min_k: Any, max_k: Any, kde: Any, statistic: str
 ) -> None:
     meaningless = {}
-    if not RULES[rule].adaptive:
+    if RULES[rule].fixed_count:
         meaningless["alpha"] = alpha
     if not RULES[rule].tests and statistic == "logit":
         meaningless["kde"] = kde
@@ -114,7 +114,7 @@ def _check_contradictions(
                 f"{name}={value!r} has no meaning with rule={rule}, which tests nothing: "
                 "leave it out."
             )
-    if not RULES[rule].adaptive and min_k not in (None, max_k):
+    if RULES[rule].fixed_count and min_k not in (None, max_k):
         raise ParameterError(
             f"min_k={min_k} contradicts rule={rule}, which always takes max_k={max_k}: "
             "leave it out."

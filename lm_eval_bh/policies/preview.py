@@ -18,7 +18,9 @@ from lm_eval_bh.routing.nulls.calibration import listen
 from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.routers import Router
 from lm_eval_bh.routing.rules.registry import RULES
-from lm_eval_bh.routing.selector import Ranking, Selector, limits_of
+from lm_eval_bh.routing.rules.sorted_scores import SortedScores
+from lm_eval_bh.routing.rules.thresholds import thresholds_of
+from lm_eval_bh.routing.selector import Selector, sort_scores
 
 Kind = tuple[str, str]  # (statistic, null)
 
@@ -163,9 +165,9 @@ class _LayerGrid:
             some = {_rule_of(c): c for c in configs if (c.statistic, c.null) == kind}
             rules = [(RULES[c.rule], c.alpha) for c in some.values()]
             null, experts = nulls.get(kind), router.num_experts
-            found = limits_of(rules, null, layer, experts)
-            for (key, config), limits in zip(some.items(), found, strict=True):
-                self._selectors[key] = Selector(config, null, layer, experts, limits=limits)
+            found = thresholds_of(rules, null, layer, experts)
+            for (key, config), thresholds in zip(some.items(), found, strict=True):
+                self._selectors[key] = Selector(config, null, layer, experts, thresholds=thresholds)
 
     def add(self, router_logits: Tensor) -> None:
         """Count what each configuration selects for ``[tokens, experts]``."""
@@ -180,37 +182,37 @@ class _LayerGrid:
                 view_key = (config.seed, config.max_k)
             if view_key not in views:
                 order = None
-                ranking = Ranking(router_logits, null, self._layer, config.null)
+                scores = sort_scores(router_logits, null, self._layer, config.null)
                 if selector.rule.random:
                     order = selector.draw(router_logits, config.max_k)
-                views[view_key] = _View(router_logits, ranking, order, self._router.top_k)
+                views[view_key] = _View(router_logits, scores, order, self._router.top_k)
             view = views[view_key]
-            if not selector.rule.adaptive:
+            if selector.rule.fixed_count:
                 count = torch.full(
                     router_logits.shape[:1], config.max_k, device=router_logits.device
                 )
             else:
                 if key not in called_for:
-                    called_for[key] = selector.rejections(view.ranking)
+                    called_for[key] = selector.count(view.scores)
                 count = called_for[key].clamp(config.min_k, config.max_k)
             self.histogram[at] += torch.bincount(count, minlength=self.histogram.shape[1])
             self.sums[at] += view.sums(count)
 
 
 class _View:
-    """The experts of a batch of tokens in the order of one ranking."""
+    """The experts of a batch of tokens in one order."""
 
     def __init__(
-        self, router_logits: Tensor, ranking: Ranking, order: Tensor | None, top_k: int
+        self, router_logits: Tensor, scores: SortedScores, order: Tensor | None, top_k: int
     ) -> None:
-        self.ranking = ranking
-        order = ranking.order if order is None else order
+        self.scores = scores
+        order = scores.experts if order is None else order
         taken = torch.arange(1, router_logits.shape[-1] + 1, device=router_logits.device)
         if order is None:  # that of the logits
-            self._mass = ranking.held
+            self._mass = scores.cumulative_weights
             common = taken.clamp(max=top_k)
         else:
-            weights = torch.softmax(router_logits.to(self.ranking.ascending.dtype), dim=-1)
+            weights = torch.softmax(router_logits.to(scores.ascending.dtype), dim=-1)
             self._mass = weights.gather(-1, order).cumsum(-1)
             own = torch.zeros_like(weights, dtype=torch.int64)
             own.scatter_(-1, router_logits.topk(top_k, dim=-1).indices, 1)

@@ -162,7 +162,12 @@ class RoutingConfig:
     @property
     def adaptive(self) -> bool:
         """Whether the number of experts depends on the token."""
-        return RULES[self.rule].adaptive
+        return not RULES[self.rule].fixed_count
+
+    @property
+    def fixed_count(self) -> bool:
+        """Whether every token gets ``max_k`` experts: by its rule, or as the bounds are equal."""
+        return not self.adaptive or self.min_k == self.max_k
 
     @property
     def needs_null(self) -> bool:
@@ -178,7 +183,7 @@ class RoutingConfig:
     def needs_softmax(self) -> bool:
         """Whether it is only defined for routers whose weights are a softmax of the logits."""
         rule = RULES[self.rule]
-        return not self.ranks_by_logit or (rule.adaptive and not rule.tests)
+        return not self.ranks_by_logit or not (rule.fixed_count or rule.tests)
 
     def check_experts(self, num_experts: int) -> None:
         """Raise :class:`ParameterError` if a layer has too few experts for ``max_k``."""

@@ -1,19 +1,21 @@
-"""Which experts serve a token: router logits in, :class:`Selection` out. No per-token Python."""
+"""Which experts serve a token: router logits in, :class:`Selection` out. No per-token Python.
+
+The router hooks and :func:`select_experts` both call :func:`select`; there is no other way.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lm_eval_bh.errors import ParameterError, RoutingError
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.rules.registry import RULES, Evidence, Ordered
+from lm_eval_bh.routing.nulls.null_model import NullModel
+from lm_eval_bh.routing.rules.registry import RULES
+from lm_eval_bh.routing.rules.sorted_scores import SortedScores
 from lm_eval_bh.routing.selector import Selector
-
-if TYPE_CHECKING:
-    from lm_eval_bh.routing.nulls.null_model import NullModel
 
 
 class Selection(NamedTuple):
@@ -35,39 +37,59 @@ class Selection(NamedTuple):
     counts: Tensor
 
 
-def reject(p_values: Tensor, alpha: float, rule: str = "bh") -> Tensor:
-    """Decide every hypothesis from its p-value: the direct form of the procedure.
+def select(
+    router_logits: Tensor,
+    selector: Selector,
+    own: tuple[Tensor, Tensor] | None = None,
+    *,
+    softmax: bool = True,
+    normalizes: bool = False,
+) -> Selection:
+    """Select the experts of every token.
 
     Parameters
     ----------
-    p_values : Tensor
-        float ``[tokens, N]`` in any order; compared in float64.
-    alpha : float
-        Level, in (0, 1).
-    rule : str
-        A multiple-testing rule of :data:`~lm_eval_bh.routing.rules.registry.RULES`.
-
-    Returns
-    -------
-    Tensor
-        bool ``[tokens, N]``, True where the null hypothesis is rejected.
-
-    Raises
-    ------
-    ParameterError
-        If the rule is not a test or alpha is not a level.
+    router_logits : Tensor
+        float ``[tokens, experts]``, finite.
+    selector : Selector
+        The layer's rule.
+    own : (weights, indices) or None
+        What the router selected itself, both ``[tokens, top_k]``. Its weights are kept wherever it
+        has given any, bit for bit, and its dtype; without, weights are float32 or better.
+    softmax : bool
+        Whether weights are a float32 softmax over all experts of the logits. Where they are not,
+        only experts that the router selected itself can be kept.
+    normalizes : bool
+        Whether the router rescales the weights of its top-k to a fixed sum.
     """
-    test = RULES[RoutingConfig(alpha=alpha, rule=rule).rule]
-    if test.count is None or test.critical_values is None:
-        raise ParameterError(
-            f"rule={rule!r} tests nothing: choose a multiple-testing rule such as 'bh'."
-        )
-    critical = torch.from_numpy(test.critical_values(alpha, p_values.shape[-1]))
-    ordered, order = p_values.double().sort(dim=-1)
-    count = test.count(Evidence(alpha, Ordered(ordered), critical.to(p_values.device)))
-    rank = torch.arange(p_values.shape[-1], device=p_values.device)
-    decisions = rank < count.unsqueeze(-1)
-    return torch.zeros_like(decisions).scatter(-1, order, decisions)
+    config = selector.config
+    counts, ranked = selector(router_logits)
+    own_serves = (
+        own is not None
+        and ranked is None
+        and own[1].shape[-1] == config.max_k
+        and config.temperature == 1.0
+    )
+    rescales = config.renormalize is True or (config.renormalize == "auto" and normalizes)
+    if own is not None and own_serves and config.fixed_count and (normalizes or not rescales):
+        return Selection(own[1], own[0], counts)
+    if own is not None and not softmax:
+        weights, indices = own
+        order = router_logits.gather(-1, indices).argsort(dim=-1, descending=True, stable=True)
+        order = order[:, : config.max_k]
+        weights, indices = weights.gather(-1, order), indices.gather(-1, order)
+    elif own is not None and own_serves:
+        weights, indices = own
+    else:
+        weights, indices = _softmax_top(router_logits, ranked, config.max_k, config.temperature)
+        if normalizes:
+            weights = weights / weights.sum(-1, keepdim=True)
+        if own is not None:
+            weights = weights.to(own[0].dtype)
+    selection = keep(indices, weights, counts, selector.num_experts)
+    if not rescales:
+        return selection
+    return selection._replace(weights=_rescaled(selection.weights, weights if normalizes else None))
 
 
 def keep(indices: Tensor, weights: Tensor, counts: Tensor, num_experts: int) -> Selection:
@@ -78,30 +100,36 @@ def keep(indices: Tensor, weights: Tensor, counts: Tensor, num_experts: int) -> 
     )
 
 
-def softmax_top(router_logits: Tensor, max_k: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the ``max_k`` largest experts and their softmax weights over all experts, in float32.
+def _softmax_top(
+    router_logits: Tensor, ranked: Tensor | None, max_k: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return softmax weights over all experts, float32 or better, of the ``max_k`` first experts.
 
-    The experts are taken by the very call that OLMoE's router makes, so that ties fall the same
-    way.
+    These are ``ranked``, or else those with the largest logits, taken by the very call that OLMoE's
+    router makes, so that ties fall the same way.
     """
-    probabilities = torch.softmax(
-        router_logits, dim=-1, dtype=_at_least_float32(router_logits.dtype)
-    )
-    weights, indices = torch.topk(probabilities, max_k, dim=-1)
-    if temperature != 1.0:
-        weights = softmax_of(router_logits, indices, temperature)
-    return indices, weights
+    dtype = torch.promote_types(router_logits.dtype, torch.float32)
+    if ranked is None:
+        plain = torch.softmax(router_logits, dim=-1, dtype=dtype)
+        weights, ranked = torch.topk(plain, max_k, dim=-1)
+        if temperature == 1.0:
+            return weights, ranked
+    logits = router_logits.to(dtype)
+    return torch.softmax(logits / temperature, dim=-1).gather(-1, ranked), ranked
 
 
-def softmax_of(router_logits: Tensor, indices: Tensor, temperature: float) -> Tensor:
-    """Return the softmax weights, over all experts and in float32, of the experts ``indices``."""
-    logits = router_logits.to(_at_least_float32(router_logits.dtype))
-    return torch.softmax(logits / temperature, dim=-1).gather(-1, indices)
+def _rescaled(kept: Tensor, before: Tensor | None) -> Tensor:
+    """Rescale the weights kept to the sum that the router gave them, or to one."""
+    exact = kept.to(torch.promote_types(kept.dtype, torch.float32))
+    wanted: Tensor | float = 1.0
+    if before is not None:
+        wanted = before.to(exact.dtype).sum(-1, keepdim=True)
+    return (exact * (wanted / exact.sum(-1, keepdim=True))).to(kept.dtype)
 
 
 def select_experts(
     router_logits: Tensor,
-    null: NullModel | None,
+    null_model: NullModel | None = None,
     layer: int = 0,
     alpha: float = 0.4,
     rule: str = "bh",
@@ -110,6 +138,7 @@ def select_experts(
     temperature: float = 1.0,
     renormalize: bool | Literal["auto"] = False,
     seed: int = 0,
+    **alias: Any,
 ) -> Selection:
     """Select the experts of every token by a rule that looks at its router logits.
 
@@ -117,11 +146,12 @@ def select_experts(
     ----------
     router_logits : Tensor
         float ``[tokens, experts]``.
-    null : NullModel or None
-        Null distribution of the layer's logits; the rules that test nothing do without. What the
-        statistic is, and whether each expert has a distribution of its own, is the null model's.
+    null_model : NullModel or None
+        Null distribution of the layer's logits; rules that test nothing do without. What the
+        score is, and whether each expert has a distribution of its own, is the null model's.
+        ``null=`` is its earlier name.
     layer : int
-        The layer of ``null`` that the logits come from.
+        The layer of ``null_model`` that the logits come from.
     alpha : float
         The rule's parameter, in (0, 1); for a test its level. That bounds the expected share of
         false rejections if the logits of the null hypotheses follow F and are independent or
@@ -149,6 +179,11 @@ def select_experts(
     Benjamini and Hochberg (1995), "Controlling the false discovery rate", J. R. Stat. Soc. B
     57:289.
     """
+    null_model = alias.pop("null", null_model)
+    if alias:
+        raise TypeError(
+            f"select_experts() got an unexpected keyword argument {next(iter(alias))!r}"
+        )
     tests = rule in RULES and RULES[rule].tests
     config = RoutingConfig(
         alpha=alpha,
@@ -158,13 +193,13 @@ def select_experts(
         temperature=temperature,
         renormalize=renormalize,
         seed=seed,
-        statistic="logit" if null is None else null.header.statistic,
-        null="pooled" if null is None or not tests else null.header.null,
+        statistic="logit" if null_model is None else null_model.header.statistic,
+        null=null_model.header.null if null_model is not None and tests else "pooled",
     )
     if router_logits.ndim != 2 or not router_logits.is_floating_point():
         raise ParameterError(
-            f"router_logits has shape {tuple(router_logits.shape)} and dtype "
-            f"{router_logits.dtype}: give floating-point logits [tokens, experts]."
+            "router_logits must be floating-point [tokens, experts]: found shape "
+            f"{tuple(router_logits.shape)} and dtype {router_logits.dtype}; give a layer's logits."
         )
     if not torch.isfinite(router_logits).all():
         raise RoutingError(
@@ -173,25 +208,46 @@ def select_experts(
         )
     num_experts = router_logits.shape[-1]
     config.check_experts(num_experts)
-    if null is not None:
-        null.cdf(layer)  # says so if there is no such layer
-        if null.header.num_experts not in (None, num_experts):
+    if null_model is not None:
+        null_model.cdf(layer)  # raises if there is no such layer
+        if null_model.header.num_experts not in (None, num_experts):
             raise ParameterError(
-                f"The null model is of {null.header.num_experts} experts a layer, and the router "
-                f"logits are of {num_experts}: give the null model of this router."
+                f"The null model is of {null_model.header.num_experts} experts a layer, and the "
+                f"router logits are of {num_experts}: give the null model of this router."
             )
-    counts, order = Selector(config, null, layer, num_experts)(router_logits)
-    if order is None:
-        indices, weights = softmax_top(router_logits, max_k, temperature)
-    else:
-        indices, weights = order, softmax_of(router_logits, order, temperature)
-    selection = keep(indices, weights, counts, num_experts)
-    if renormalize is True:
-        return selection._replace(
-            weights=selection.weights / selection.weights.sum(-1, keepdim=True)
+    return select(router_logits, Selector(config, null_model, layer, num_experts))
+
+
+def reject(p_values: Tensor, alpha: float, rule: str = "bh") -> Tensor:
+    """Decide every hypothesis from its p-value: the direct form of the procedure.
+
+    Parameters
+    ----------
+    p_values : Tensor
+        float ``[tokens, N]`` in any order; compared in float64.
+    alpha : float
+        Level, in (0, 1).
+    rule : str
+        A multiple-testing rule of :data:`~lm_eval_bh.routing.rules.registry.RULES`.
+
+    Returns
+    -------
+    Tensor
+        bool ``[tokens, N]``, True where the null hypothesis is rejected.
+
+    Raises
+    ------
+    ParameterError
+        If the rule is not a test or alpha is not a level.
+    """
+    test = RULES[RoutingConfig(alpha=alpha, rule=rule).rule]
+    if test.count is None or test.critical_values is None:
+        raise ParameterError(
+            f"rule={rule!r} is not a test: use a multiple-testing rule such as 'bh'."
         )
-    return selection
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
+    critical = torch.from_numpy(test.critical_values(alpha, p_values.shape[-1]))
+    ascending, order = p_values.double().sort(dim=-1)
+    count = test.count(SortedScores(ascending), alpha, critical.to(p_values.device))
+    rank = torch.arange(p_values.shape[-1], device=p_values.device)
+    decisions = rank < count.unsqueeze(-1)
+    return torch.zeros_like(decisions).scatter(-1, order, decisions)

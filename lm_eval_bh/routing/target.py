@@ -7,18 +7,21 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lm_eval_bh.errors import ParameterError, UnreachableError
+from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.nulls.calibration import collect_router_logits
+from lm_eval_bh.routing.nulls.find import tokenizer_of
+from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.nulls.texts import WIKITEXT, text_batches, wikitext_texts
-from lm_eval_bh.routing.rules.registry import RULES, Evidence, Ordered
-from lm_eval_bh.routing.selector import Ranking
-
-if TYPE_CHECKING:
-    from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
+from lm_eval_bh.routing.routers import Router
+from lm_eval_bh.routing.rules.registry import RULES
+from lm_eval_bh.routing.rules.sorted_scores import SortedScores
+from lm_eval_bh.routing.selector import sort_scores
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +79,27 @@ class Solution:
         return content
 
 
+class Routed(Protocol):
+    """What a target is solved for: a model that can be run with the rule at work and without."""
+
+    model: nn.Module
+    routers: list[Router]
+    num_experts: int
+    config: RoutingConfig
+    null: NullModel | None
+    solution: Solution | None
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that the rule applies to."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *error: Any) -> Any: ...
+
+
 def solve(
-    integration: BHRoutingIntegration, tokenizer: Any = None, texts: Sequence[str] | None = None
+    integration: Routed, tokenizer: Any = None, texts: Sequence[str] | None = None
 ) -> Solution:
     """Solve the parameter of the integration's rule for its ``target_experts``.
 
@@ -88,7 +110,7 @@ def solve(
 
     Parameters
     ----------
-    integration : BHRoutingIntegration
+    integration : Routed
         Not patched; its configuration names the target.
     tokenizer : optional
         Of the model; by default the one that belongs to it is loaded.
@@ -102,9 +124,6 @@ def solve(
     DataError, ModelError
         If the text or the tokenizer cannot be loaded.
     """
-    from lm_eval_bh.routing.nulls.calibration import collect_router_logits
-    from lm_eval_bh.routing.nulls.find import tokenizer_of
-
     config = integration.config
     assert config.target_experts is not None
     batches = text_batches(
@@ -146,7 +165,7 @@ def solve(
 
 
 def _give_up(
-    integration: BHRoutingIntegration, logits: Mapping[int, Tensor], best: Solution, rounds: int
+    integration: Routed, logits: Mapping[int, Tensor], best: Solution, rounds: int
 ) -> NoReturn:
     """Say of the first budget that is not met whether any parameter could have met it."""
     target, rule = best.target_experts, integration.config.rule
@@ -169,7 +188,7 @@ def _give_up(
     raise AssertionError("a solution that misses its target misses one of its budgets")
 
 
-def _solve_on(integration: BHRoutingIntegration, logits: Mapping[int, Tensor]) -> dict[int, float]:
+def _solve_on(integration: Routed, logits: Mapping[int, Tensor]) -> dict[int, float]:
     """Return every layer's parameter, solved on logits as they are, or the one that is nearest."""
     target = float(integration.config.target_experts or 0)
     alphas: dict[int, float] = {}
@@ -178,9 +197,7 @@ def _solve_on(integration: BHRoutingIntegration, logits: Mapping[int, Tensor]) -
     return alphas
 
 
-def _budgets(
-    integration: BHRoutingIntegration, logits: Mapping[int, Tensor]
-) -> dict[tuple[int, ...], Mean]:
+def _budgets(integration: Routed, logits: Mapping[int, Tensor]) -> dict[tuple[int, ...], Mean]:
     """Return the layers that share a parameter, and their mean as a function of it."""
     means = {layer: _mean(integration, layer, logits) for layer in integration.layers}
     if integration.config.budget == "layer":
@@ -192,20 +209,20 @@ def _budgets(
     return {tuple(means): over_layers}
 
 
-def _mean(integration: BHRoutingIntegration, layer: int, logits: Mapping[int, Tensor]) -> Mean:
+def _mean(integration: Routed, layer: int, logits: Mapping[int, Tensor]) -> Mean:
     """Return the function from the parameter to a layer's mean number of experts."""
     config, null = integration.config, integration.null
     rule, experts = RULES[config.rule], integration.num_experts
     if rule.tests and null is not None:  # many levels: p-values once are cheaper than thresholds
-        ordered = Ordered(null.p_values(layer, logits[layer]).sort(dim=-1).values)
+        scores = SortedScores(null.p_values(layer, logits[layer]).sort(dim=-1).values)
     else:
-        ordered = Ranking(logits[layer], null, layer)
+        scores = sort_scores(logits[layer], null, layer)
 
     def mean(alpha: float) -> float:
         levels = None if rule.critical_values is None else rule.critical_values(alpha, experts)
-        limits = None if levels is None else torch.from_numpy(levels)
+        critical = None if levels is None else torch.from_numpy(levels)
         assert rule.count is not None
-        counts = rule.count(Evidence(alpha, ordered, limits))
+        counts = rule.count(scores, alpha, critical)
         return float(counts.clamp_(config.min_k, config.max_k).double().mean())
 
     return mean

@@ -325,7 +325,7 @@ def test_routing_is_spelt_out_where_the_model_was_given_as_an_object():
     ids=str,
 )
 def test_routing_that_is_spelt_out_is_accepted_and_the_same(wanted):
-    if "target_experts" not in wanted and RULES[wanted["rule"]].adaptive:
+    if "target_experts" not in wanted and not RULES[wanted["rule"]].fixed_count:
         wanted = wanted | {"alpha": 0.3}
     config = routing_config(**wanted, max_k=6)
     written = config.as_dict()

@@ -250,7 +250,7 @@ def test_solved_levels_and_trimmed_nulls_are_told_apart(write):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_files_know_what_kind_of_rule_it_is(rule):
-    assert rule.adaptive == (rule.name not in FIXED_COUNT)
+    assert rule.fixed_count == (rule.name in FIXED_COUNT)
     assert rule.tests == (rule.name not in UNTESTED)
 
 

@@ -60,7 +60,7 @@ def test_every_row_is_what_the_configuration_alone_would_select(tiny, nulls, bat
         counts = torch.cat([selection.counts for _, _, selection in seen]).double()
         assert row.mean_experts == pytest.approx(float(counts.mean()))
         assert row.ceiling_share == pytest.approx(float((counts == config.max_k).double().mean()))
-        adaptive = RULES[config.rule].adaptive
+        adaptive = not RULES[config.rule].fixed_count
         floor = float((counts == config.min_k).double().mean()) if adaptive else 0
         assert row.floor_share == pytest.approx(floor)
         overlaps, masses = [], []

@@ -16,7 +16,8 @@ from statsmodels.stats.multitest import multipletests
 from transformers.generation.logits_process import MinPLogitsWarper, TopPLogitsWarper
 
 from lm_eval_bh import NullModel, ParameterError, RoutingError, select_experts
-from lm_eval_bh.routing.rules.registry import RULES, storey_null_share
+from lm_eval_bh.routing.rules.adaptive_levels import storey_null_share
+from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.routing.selection import reject
 
 STATSMODELS = {
@@ -187,7 +188,7 @@ def test_a_selection_is_what_it_says(logits, alpha, rule, data):
     if RULES[rule].tests:
         rejected = reject(null.p_values(0, logits), alpha, rule).sum(-1)
         assert counts.tolist() == rejected.clamp(min_k, max_k).tolist()
-    elif RULES[rule].adaptive:
+    elif not RULES[rule].fixed_count:
         assert counts.min() >= min_k
         assert counts.max() <= max_k
     else:

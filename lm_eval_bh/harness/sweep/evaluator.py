@@ -48,7 +48,7 @@ class Evaluator:
     ) -> None:
         self.config, self.device = config, device
         # What tests needs most: a null model. The others only take something away.
-        first = max(experiments, key=lambda e: (RULES[e.rule].tests, RULES[e.rule].adaptive))
+        first = max(experiments, key=lambda e: (RULES[e.rule].tests, not RULES[e.rule].fixed_count))
         options = {"batch_size": config.batch_size, "device": device}
         self.lm = BHLM.create_from_arg_obj(config.model_args_of(first), options)
         for experiment in experiments:

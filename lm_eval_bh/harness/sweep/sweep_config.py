@@ -212,7 +212,7 @@ class SweepConfig:
                     f"rule {rule!r} is unknown: choose among {', '.join(RULES)}"
                     f"{did_you_mean(rule, RULES)}."
                 )
-            levels: Sequence[float | None] = self.alphas if RULES[rule].adaptive else [None]
+            levels: Sequence[float | None] = [None] if RULES[rule].fixed_count else self.alphas
             found += [(rule, k, level) for k in self.max_k for level in levels]
         return list(dict.fromkeys(found))
 

@@ -20,7 +20,7 @@ from lm_eval_bh.routing.patching.counters import RoutingCounters
 from lm_eval_bh.routing.patching.experts import EXPERTS, ExpertsSwitch
 from lm_eval_bh.routing.routers import Router, find_routers, transformers_model
 from lm_eval_bh.routing.rules.registry import RULES
-from lm_eval_bh.routing.selection import Selection, keep, softmax_of, softmax_top
+from lm_eval_bh.routing.selection import Selection, select
 from lm_eval_bh.routing.selector import Selector
 from lm_eval_bh.routing.target import Solution, solve
 
@@ -51,50 +51,18 @@ class RouterHook:
             )
         router_logits, weights, indices = output
         self._check_finite(router_logits)
-        selection = self.select(router_logits, weights, indices)
+        selection = select(
+            router_logits,
+            self.selector,
+            (weights, indices),
+            softmax=self.router.softmax,
+            normalizes=self.router.normalizes,
+        )
         for observe in self.owner.observers:
             observe(self.layer, router_logits, selection)
         if self.owner.config.mode == "analyze":
             return None
         return router_logits, selection.weights, self.owner.without_padding(selection.indices)
-
-    def select(self, router_logits: Tensor, weights: Tensor, indices: Tensor) -> Selection:
-        """Select from the router's logits; keep its own weights wherever it has given any."""
-        config, router = self.owner.config, self.router
-        counts, ranked = self.selector(router_logits)
-        own = ranked is None and config.max_k == router.top_k and config.temperature == 1.0
-        if own and (config.min_k == config.max_k or not config.adaptive) and not self._rescales:
-            return Selection(indices, weights, counts)
-        if router.softmax:
-            if not own:
-                dtype = weights.dtype
-                if ranked is None:
-                    indices, weights = softmax_top(router_logits, config.max_k, config.temperature)
-                else:
-                    indices = ranked
-                    weights = softmax_of(router_logits, ranked, config.temperature)
-                if router.normalizes:
-                    weights = weights / weights.sum(-1, keepdim=True)
-                weights = weights.to(dtype)
-        else:
-            order = router_logits.gather(-1, indices).argsort(dim=-1, descending=True, stable=True)
-            order = order[:, : config.max_k]
-            indices, weights = indices.gather(-1, order), weights.gather(-1, order)
-        selection = keep(indices, weights, counts, router.num_experts)
-        return selection._replace(weights=self._rescale(selection.weights, weights))
-
-    @property
-    def _rescales(self) -> bool:
-        """Whether weights must sum to one although the router would not make them."""
-        return self.owner.config.renormalize is True and not self.router.normalizes
-
-    def _rescale(self, kept: Tensor, before: Tensor) -> Tensor:
-        """Rescale the weights kept, to sum to one or to the sum that the router gave them."""
-        normalize = self.owner.config.renormalize
-        if normalize is False or (normalize == "auto" and not self.router.normalizes):
-            return kept
-        wanted = before.float().sum(-1, keepdim=True) if self.router.normalizes else 1.0
-        return (kept.float() * (wanted / kept.float().sum(-1, keepdim=True))).to(kept.dtype)
 
     def _check_finite(self, router_logits: Tensor) -> None:
         """Note the extreme logits; the end of the forward pass asks all layers at once.

@@ -1,4 +1,4 @@
-"""The control ``random_k``: experts drawn at random, the same for the same token.
+"""The random baseline ``random_k``: experts drawn at random, the same for the same token.
 
 A generator's state would make a token's experts depend on which tokens came before it, and so on
 the batch size; so the draw is a hash of the seed, the layer, and the order of the token's largest
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-HASHED = 8  # of so many of its largest logits' experts is a token's identity made
+HASHED = 8  # a token is identified by the experts of its 8 largest logits
 
 
 def random_experts(router_logits: Tensor, k: int, seed: int, layer: int) -> Tensor:

@@ -1,0 +1,54 @@
+"""Stepwise multiple-testing procedures: step-up and step-down, and their critical values.
+
+The arithmetic is statsmodels' own where it has the procedure, to the last bit, so that no decision
+can differ.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lm_eval_bh.routing.rules.sorted_scores import SortedScores
+
+
+def last_rank(rejected: Tensor) -> Tensor:
+    """Return the last True rank of bool ``[tokens, N]``, 0 if there is none: int64 ``[tokens]``."""
+    # int16 is the fastest to reduce
+    rank = torch.arange(1, rejected.shape[-1] + 1, dtype=torch.int16, device=rejected.device)
+    return (rejected * rank).amax(-1).long()
+
+
+def step_up(scores: SortedScores, alpha: float, thresholds: Tensor) -> Tensor:
+    """Reject everything up to the last p-value that is at most its critical value."""
+    return last_rank(scores.at_most(thresholds[0]))
+
+
+def step_down(scores: SortedScores, alpha: float, thresholds: Tensor) -> Tensor:
+    """Reject everything before the first p-value that exceeds its critical value."""
+    rejected = scores.at_most(thresholds[0])
+    rank = torch.arange(rejected.shape[-1] + 1, dtype=torch.int16, device=rejected.device)
+    return torch.where(rejected, rank[-1], rank[:-1]).amin(-1).long()
+
+
+def bh_critical_values(alpha: float, n: int) -> NDArray[np.float64]:
+    """Return ``k alpha / n``: float64 ``[1, n]``."""
+    return np.arange(1, n + 1)[None] / float(n) * alpha
+
+
+def by_critical_values(alpha: float, n: int) -> NDArray[np.float64]:
+    """Return BH's critical values over the n-th harmonic number: float64 ``[1, n]``."""
+    harmonic = np.sum(1.0 / np.arange(1, n + 1))
+    return np.arange(1, n + 1)[None] / float(n) / harmonic * alpha
+
+
+def holm_critical_values(alpha: float, n: int) -> NDArray[np.float64]:
+    """Return ``alpha / (n - k + 1)``: float64 ``[1, n]``."""
+    return alpha / np.arange(n, 0, -1)[None]
+
+
+def bonferroni_critical_values(alpha: float, n: int) -> NDArray[np.float64]:
+    """Return ``alpha / n`` for every rank: float64 ``[1, n]``."""
+    return np.full((1, n), alpha / float(n))
