@@ -19,12 +19,12 @@ from PIL import Image
 from scipy.optimize import minimize
 
 from lm_eval_bh import create_comprehensive_visualization, create_single_panel
-from lm_eval_bh.analysis.compare.paired import matched_budget
 from lm_eval_bh.analysis.show.plots import PANELS
 from lm_eval_bh.analysis.show.plots.data import Experiments, NoDataError
 from lm_eval_bh.analysis.show.plots.labels import spread
 from lm_eval_bh.analysis.show.plots.style import PALETTE, STRETCH, focus, interval, log_ticks
 from lm_eval_bh.analysis.show.plots.tradeoffs import pareto_front
+from lm_eval_bh.analysis.table.matched_budget import matched_budget
 from lm_eval_bh.errors import DataError, ParameterError
 
 SIZES, ALPHAS = (8, 16, 32, 64), (0.3, 0.4, 0.5, 0.6)

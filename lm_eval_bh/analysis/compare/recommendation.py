@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from lm_eval_bh.analysis.compare.paired import PERPLEXITIES
+from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 from lm_eval_bh.errors import ParameterError
 
 # Means of experts this close, relatively, count as equal; matched_budget has the same tolerance.

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lm_eval_bh.analysis.compare.paired import PERPLEXITIES
 from lm_eval_bh.analysis.patterns.clusters import Clusters, cluster
 from lm_eval_bh.analysis.patterns.complexity import complexity
 from lm_eval_bh.analysis.patterns.counts import Counts
@@ -25,7 +24,8 @@ from lm_eval_bh.analysis.patterns.logs import (
 )
 from lm_eval_bh.analysis.patterns.specialisation import lift, specialisation
 from lm_eval_bh.analysis.patterns.token_classes import CLASSES, UNKNOWN, class_numbers, vocabulary
-from lm_eval_bh.analysis.table.experiments import Loaded
+from lm_eval_bh.analysis.read.loaded import Loaded
+from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 from lm_eval_bh.errors import DataError
 
 DOCUMENTS = 5000  # of each task, whose use of the experts is kept and clustered

@@ -23,7 +23,7 @@ from lm_eval_bh.schema import (
     read_run_info,
 )
 
-Told = list[tuple[Path, str]]  # files, each with a sentence about it
+Notices = list[tuple[Path, str]]  # files, each with a sentence about it
 
 # What reading a JSON file of another shape than expected raises.
 _MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
@@ -202,8 +202,8 @@ def read_runs(
     files: Iterable[Path],
     manifests: Mapping[str, Path],
     check: Callable[[Run], object],
-    problems: Told,
-    notes: Told,
+    problems: Notices,
+    notes: Notices,
 ) -> Iterator[Run]:
     """Yield the runs that are complete.
 

@@ -8,16 +8,16 @@ An experiment is one run of lm-eval on one task. Its row joins what the harness 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
-from lm_eval_bh.analysis.compare.paired import matched_budget
 from lm_eval_bh.analysis.read.documents import read_documents
 from lm_eval_bh.analysis.read.groups import Group, difference, group_runs
-from lm_eval_bh.analysis.read.results_file import Run, Told, find_files, read_runs
+from lm_eval_bh.analysis.read.loaded import Loaded
+from lm_eval_bh.analysis.read.results_file import find_files, read_runs
 from lm_eval_bh.analysis.table import joining
+from lm_eval_bh.analysis.table.matched_budget import matched_budget
 from lm_eval_bh.analysis.table.rows import (
     COLUMNS,
     LAYER_COLUMNS,
@@ -50,65 +50,6 @@ __all__ = [
     "write_records",
     "write_tables",
 ]
-
-
-@dataclass
-class Loaded:
-    """Experiments as tables.
-
-    Attributes
-    ----------
-    frame : DataFrame
-        One row an experiment (run and task), with the columns :data:`COLUMNS`; null where something
-        was not measured.
-    layers : DataFrame
-        One row an experiment and routed layer, with the columns :data:`LAYER_COLUMNS`: mean and
-        standard deviation of the experts per token; ``usage`` and ``histogram`` are lists of int.
-    problems : list of (Path, str)
-        Files that are broken or incomplete and were left out, each with what to do.
-    notes : list of (Path, str)
-        What a reader of the tables should know about files that were not left out.
-    groups : list of Group
-        One, unless files that cannot be compared were kept apart.
-    """
-
-    frame: pd.DataFrame
-    layers: pd.DataFrame
-    problems: Told
-    notes: Told
-    groups: list[Group]
-    _runs: dict[str, Run] = field(default_factory=dict, repr=False)
-    _documents: dict[tuple[str, str], pd.DataFrame | None] = field(default_factory=dict, repr=False)
-
-    def documents(self, run_id: str, task: str) -> pd.DataFrame | None:
-        """Return what the harness logged for each document of an experiment, or None.
-
-        Returns
-        -------
-        DataFrame or None
-            Indexed by ``doc_id``, with the columns ``hash`` (document, prompt and target),
-            ``output`` (the responses as JSON) and, where the task has them, ``loglikelihood``
-            (nats) with ``words``, ``bytes``, ``targets`` and ``tokens`` (scored; only if a routing
-            log tells), ``acc``, ``acc_norm``, ``exact_match``. None without ``--log_samples``.
-        """
-        key = run_id, task
-        if key not in self._documents:
-            self._documents[key] = None
-            path = self._runs[run_id].samples_file(task)
-            if path is not None:
-                try:
-                    self._documents[key] = read_documents(path, self._runs[run_id].documents(task))
-                except DataError as error:
-                    self.problems.append((path, str(error)))
-        return self._documents[key]
-
-    def internal_routing_file(self, run_id: str, task: str) -> Path | None:
-        """Return the path of an experiment's internal routing log; None if there is none."""
-        return self._runs[run_id].internal_routing_file(task)
-
-    def log_folder(self, run_id: str) -> Path | None:
-        """Return the finished log folder of a run, which may hold token logs; None without one."""
-        return self._runs[run_id].log_folder
 
 
 def load_experiments(

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lm_eval_bh.analysis.compare.paired import PERPLEXITIES
 from lm_eval_bh.analysis.read.documents import scored_tokens
 from lm_eval_bh.analysis.table import metrics
+from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.schema import InternalRouting, read_internal_routing
 
 if TYPE_CHECKING:
-    from lm_eval_bh.analysis.table.experiments import Loaded
+    from lm_eval_bh.analysis.read.loaded import Loaded
 
 
 def add_token_perplexity(rows: Sequence[dict[str, Any]], loaded: Loaded) -> None:
