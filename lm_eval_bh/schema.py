@@ -34,8 +34,6 @@ SCHEMA_VERSION = 1
 MANIFEST = "routing.json"
 TOKENS = "tokens"
 INTERNAL_ROUTING = "_internal_routing.json"
-FIXED_COUNT = ("topk", "random_k")  # rules that give every token max_k experts, whatever its logits
-UNTESTED = (*FIXED_COUNT, "top_p", "min_p")  # rules that are no multiple-testing procedure
 UNUSED = -1  # pads selected_experts in JSON; in the model the sentinel is the number of experts
 
 
@@ -71,12 +69,28 @@ class RoutingSummary(TaskSummary):
     tasks: dict[str, TaskSummary]
 
 
-class RunInfo(TypedDict):
+class RuleInfo(TypedDict):
+    """``results["config"]["bh"]["rule"]``: all that a reader must know of a selection rule."""
+
+    name: str
+    label: str  # for tables and figures; in "top-k" the k stands for the number of experts
+    source: str
+    fixed_count: bool  # every token gets max_k experts, whatever its logits
+    tests: bool  # a multiple-testing procedure
+    random: bool
+    alpha: str  # what alpha means
+
+
+class _OfThisRelease(TypedDict, total=False):
+    rule: RuleInfo  # the first release did not write it
+
+
+class RunInfo(_OfThisRelease):
     """``results["config"]["bh"]``."""
 
     schema_version: int
     run_id: str
-    config: dict[str, Any]  # alpha, rule, min_k, max_k, temperature, renormalize, mode, layers
+    config: dict[str, Any]  # the parameters of routing, by name
     experts: str  # the experts= that was asked for
     log_routing: str
     log_dir: str | None
@@ -231,7 +245,7 @@ def read_internal_routing(path: Path) -> InternalRouting:
     content = read_json(path)
     check_version(content, str(path))
     if missing := sorted(InternalRouting.__required_keys__ - set(content)):
-        raise DataError(f"{path} lacks {', '.join(missing)}: it is no internal routing log.")
+        raise DataError(f"{path} lacks {', '.join(missing)}: not an internal routing log.")
     return cast(InternalRouting, content)
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lm_eval_bh.analysis.read.earlier_release import upgraded
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.schema import (
-    FIXED_COUNT,
     INTERNAL_ROUTING,
     MANIFEST,
     RunInfo,
@@ -67,6 +67,7 @@ class Run:
             raise DataError(f"{file} holds no configuration: run the evaluation again.")
         fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
         info = read_run_info(content, str(file))
+        info = info and upgraded(info, str(file))
         run_id = info["run_id"] if info else f"hf-{fingerprint[:12]}"
         return cls(file, content, info, run_id, fingerprint)
 
@@ -116,7 +117,7 @@ class Run:
         if self.log_folder is None or self.info is None:
             return None
         config = self.info["config"]
-        alpha = None if config["rule"] in FIXED_COUNT else config["alpha"]
+        alpha = None if self.info["rule"]["fixed_count"] else config["alpha"]
         name = experiment_name(config["rule"], config["max_k"], alpha, task) + INTERNAL_ROUTING
         # With its task's name in front where two tasks of the run have one data set.
         names = (f"{task}_{name}", name)

@@ -17,16 +17,10 @@ from lm_eval_bh.analysis.read.groups import Group, difference, group_runs
 from lm_eval_bh.analysis.read.loaded import Loaded
 from lm_eval_bh.analysis.read.results_file import find_files, read_runs
 from lm_eval_bh.analysis.table import joining
+from lm_eval_bh.analysis.table.columns import COLUMNS, LAYER_COLUMNS, typed
 from lm_eval_bh.analysis.table.matched_budget import matched_budget
-from lm_eval_bh.analysis.table.rows import (
-    COLUMNS,
-    LAYER_COLUMNS,
-    check,
-    layer_rows,
-    row_of,
-    strategy_label,
-    typed,
-)
+from lm_eval_bh.analysis.table.rows import check, layer_rows, row_of
+from lm_eval_bh.analysis.table.strategy_names import strategy_label
 from lm_eval_bh.analysis.table.table_files import (
     COMPARISONS,
     LAYERS,
