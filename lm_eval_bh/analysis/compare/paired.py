@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lm_eval_bh.analysis.compare.bootstrap import bootstrap_interval
-from lm_eval_bh.analysis.compare.paired_tests import mcnemar_exact, t_test, tost
+from lm_eval_bh.analysis.compare.paired_tests import bootstrap_interval, mcnemar_exact, t_test, tost
 from lm_eval_bh.analysis.read.loaded import Loaded
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 from lm_eval_bh.errors import ParameterError
@@ -122,10 +122,7 @@ def compare(
     if resamples < 1:
         raise ParameterError(f"resamples={resamples} is too few: give a number of at least 1.")
 
-    def interval(statistic: Callable[..., Floats], *samples: Floats) -> tuple[Floats, Floats]:
-        return bootstrap_interval(
-            statistic, *samples, confidence=confidence, resamples=resamples, seed=seed
-        )
+    interval = partial(bootstrap_interval, confidence=confidence, resamples=resamples, seed=seed)
 
     found = []
     for row, reference in _pairs(loaded, baseline):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,6 @@ from lm_eval_bh.schema import read_internal_routing
 
 # An accuracy of the harness, the one to speak of first: acc_norm allows for the endings' lengths.
 ACCURACIES = ("acc_norm", "acc", "exact_match")
-
-# The head of a sample in an internal routing log, as hf-bh writes it.
-_SAMPLE_HEAD = re.compile(
-    rb'"sample_id": (\d+), "request": (\d+), "repeat": \d+, "num_tokens": \d+, '
-    rb'"token_ids": \[[^\]]*\], '
-    rb'"loss": ([^,]+),'
-)
 
 
 def read_documents(path: Path, expected: int | None = None) -> pd.DataFrame:
@@ -76,7 +67,7 @@ def _document(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scored_tokens(path: Path, documents: pd.DataFrame) -> dict[int, int]:
-    """Return how many tokens of each document were scored, as an internal routing log tells.
+    """Return how many tokens of each document were scored, by an internal routing log.
 
     A document's loglikelihood over its loss per scored token is that number.
 
@@ -91,32 +82,19 @@ def scored_tokens(path: Path, documents: pd.DataFrame) -> dict[int, int]:
     -------
     dict of int to int
         Document -> scored tokens, for documents of a single request.
-    """
-    found = {}
-    for document, (loss, *others) in _losses(path).items():
-        if loss and not others and document in documents.index:
-            count = -documents["loglikelihood"][document] / loss
-            if (
-                math.isfinite(count)
-                and round(count) >= 1
-                and abs(count - round(count)) < 1e-6 * count
-            ):
-                found[document] = round(count)
-    return found
 
-
-def _losses(path: Path) -> dict[int, list[float | None]]:
-    """Return document -> losses of its requests.
-
-    They are a few kilobytes among many megabytes, so the log is searched; one that somebody else
-    wrote, with other spaces or another order of keys, is parsed.
+    Raises
+    ------
+    DataError
+        If the log is damaged.
     """
     losses: dict[int, list[float | None]] = {}
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        heads = _SAMPLE_HEAD.findall(content)
-        complete = len(heads) == len(re.findall(rb'"sample_id"\s*:', content))
-    for document, _, loss in heads if complete else ():
-        losses.setdefault(int(document), []).append(None if loss == b"null" else float(loss))
-    for sample in () if complete else read_internal_routing(path)["samples"]:
+    for sample in read_internal_routing(path)["samples"]:
         losses.setdefault(sample["sample_id"], []).append(sample["loss"])
-    return losses
+    found = {}
+    for document, (loss, *others) in losses.items():
+        if loss and not others and document in documents.index:
+            count = -documents["loglikelihood"][document] / loss
+            if math.isfinite(count) and abs(count - round(count)) < 1e-6 * count:
+                found[document] = round(count)
+    return found
