@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lm_eval_bh.analysis.show.layout import settle
 from lm_eval_bh.files import figure_format, replacing
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def draw_health(health: Sequence[Health], title: str, path: Path) -> None:
 
     _draw_distances(bars, health)
     figure.suptitle(f"{title}: {health[0]['tokens']} held-out tokens")
+    settle(figure)
     with replacing(path) as temporary:
         figure.savefig(temporary, format=figure_format(path), dpi=200)
 
@@ -75,6 +77,7 @@ def draw_distances(layers: Sequence[Health]) -> Figure:
 
     figure = Figure(figsize=(10, 3), layout="constrained")
     _draw_distances(figure.subplots(), layers)
+    settle(figure)
     return figure
 
 
