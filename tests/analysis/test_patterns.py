@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from lm_eval_bh.analysis.patterns import write_patterns
 from lm_eval_bh.analysis.patterns.clusters import cluster
 from lm_eval_bh.analysis.patterns.complexity import complexity, spearman
-from lm_eval_bh.analysis.patterns.counts import Counts
 from lm_eval_bh.analysis.patterns.findings import find_patterns, usage_of
-from lm_eval_bh.analysis.patterns.logs import Piece, pieces_of, read_samples, read_token_log
+from lm_eval_bh.analysis.patterns.log_counts import Counts
+from lm_eval_bh.analysis.patterns.log_reader import Piece, pieces_of, read_samples, read_token_log
 from lm_eval_bh.analysis.patterns.specialisation import (
     entropy,
     independent_tokens,

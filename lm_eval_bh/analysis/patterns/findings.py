@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from lm_eval_bh.analysis.patterns.clusters import Clusters, cluster
 from lm_eval_bh.analysis.patterns.complexity import complexity
-from lm_eval_bh.analysis.patterns.counts import Counts
-from lm_eval_bh.analysis.patterns.logs import (
+from lm_eval_bh.analysis.patterns.log_counts import Counts
+from lm_eval_bh.analysis.patterns.log_reader import (
     Ints,
     Piece,
     pieces_of,
@@ -167,7 +167,8 @@ def find_patterns(
                 for piece in _read(loaded, run_id, some, tasks, losses):
                     counts.add(piece)
         except DataError as error:
-            loaded.problems.append((Path(rows["file"].iloc[0]), str(error)))
+            if str(error) not in (sentence for _, sentence in loaded.problems):
+                loaded.leave_out(Path(rows["file"].iloc[0]), error)
             continue
         strategy = str(rows["strategy"].iloc[0])
         name = _file_name(strategy, taken)

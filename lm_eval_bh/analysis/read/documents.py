@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from lm_eval_bh.errors import DataError
-from lm_eval_bh.schema import read_internal_routing
+from lm_eval_bh.schema import Sample
 
 # An accuracy of the harness, the one to speak of first: acc_norm allows for the endings' lengths.
 ACCURACIES = ("acc_norm", "acc", "exact_match")
@@ -66,15 +66,15 @@ def _document(sample: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def scored_tokens(path: Path, documents: pd.DataFrame) -> dict[int, int]:
+def scored_tokens(samples: Iterable[Sample], documents: pd.DataFrame) -> dict[int, int]:
     """Return how many tokens of each document were scored, by an internal routing log.
 
     A document's loglikelihood over its loss per scored token is that number.
 
     Parameters
     ----------
-    path : Path
-        The log.
+    samples : iterable of Sample
+        Those of the log.
     documents : DataFrame
         Of the same run, see :func:`read_documents`.
 
@@ -82,14 +82,9 @@ def scored_tokens(path: Path, documents: pd.DataFrame) -> dict[int, int]:
     -------
     dict of int to int
         Document -> scored tokens, for documents of a single request.
-
-    Raises
-    ------
-    DataError
-        If the log is damaged.
     """
     losses: dict[int, list[float | None]] = {}
-    for sample in read_internal_routing(path)["samples"]:
+    for sample in samples:
         losses.setdefault(sample["sample_id"], []).append(sample["loss"])
     found = {}
     for document, (loss, *others) in losses.items():

@@ -11,6 +11,7 @@ from lm_eval_bh.analysis.read.documents import read_documents
 from lm_eval_bh.analysis.read.groups import Group
 from lm_eval_bh.analysis.read.results_file import Notices, Run
 from lm_eval_bh.errors import DataError
+from lm_eval_bh.schema import InternalRouting, read_internal_routing
 
 
 @dataclass
@@ -60,8 +61,23 @@ class Loaded:
                 try:
                     self._documents[key] = read_documents(path, self._runs[run_id].documents(task))
                 except DataError as error:
-                    self.problems.append((path, str(error)))
+                    self.leave_out(path, error)
         return self._documents[key]
+
+    def internal_routing(self, run_id: str, task: str) -> InternalRouting | None:
+        """Return an experiment's internal routing log; None if there is none, or it is damaged."""
+        path = self.internal_routing_file(run_id, task)
+        try:
+            return read_internal_routing(path) if path else None
+        except DataError as error:
+            assert path is not None
+            self.leave_out(path, error)
+            return None
+
+    def leave_out(self, path: Path, error: DataError) -> None:
+        """Add a file to the problems, once."""
+        if (path, str(error)) not in self.problems:
+            self.problems.append((path, str(error)))
 
     def internal_routing_file(self, run_id: str, task: str) -> Path | None:
         """Return the path of an experiment's internal routing log; None if there is none."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +12,6 @@ import numpy as np
 from lm_eval_bh.analysis.read.documents import scored_tokens
 from lm_eval_bh.analysis.table import metrics
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
-from lm_eval_bh.errors import DataError
-from lm_eval_bh.schema import InternalRouting, read_internal_routing
 
 if TYPE_CHECKING:
     from lm_eval_bh.analysis.read.loaded import Loaded
@@ -39,11 +36,12 @@ def add_token_perplexity(rows: Sequence[dict[str, Any]], loaded: Loaded) -> None
             and loaded.documents(row["run_id"], row["task"]) is not None
         ]
         scored: dict[int, int] = {}
-        for path, row in sorted(logs, key=lambda log: (log[0].stat().st_size, log[0].as_posix())):
+        for _, row in sorted(logs, key=lambda log: (log[0].stat().st_size, log[0].as_posix())):
             if len(scored) < (row["documents"] or math.inf):
                 documents = loaded.documents(row["run_id"], row["task"])
                 assert documents is not None
-                scored |= scored_tokens(path, documents)
+                log = loaded.internal_routing(row["run_id"], row["task"])
+                scored |= scored_tokens(log["samples"] if log else (), documents)
         for row in alike:
             documents = loaded.documents(row["run_id"], row["task"]) if scored else None
             if documents is None or "loglikelihood" not in documents:
@@ -82,7 +80,7 @@ def add_stability(rows: Sequence[dict[str, Any]], loaded: Loaded) -> None:
                 equal.append(
                     metrics.output_determinism(one["output"].to_dict(), other["output"].to_dict())
                 )
-            logs = [_internal_routing(loaded.internal_routing_file(*run), loaded) for run in runs]
+            logs = [loaded.internal_routing(*run) for run in runs]
             if logs[0] and logs[1]:
                 overlaps.append(
                     metrics.expert_overlap_score(logs[0]["samples"], logs[1]["samples"])
@@ -90,15 +88,6 @@ def add_stability(rows: Sequence[dict[str, Any]], loaded: Loaded) -> None:
         for row in repeats:
             row["expert_overlap_score"] = _mean(overlaps)
             row["output_determinism"] = _mean(equal)
-
-
-def _internal_routing(path: Path | None, loaded: Loaded) -> InternalRouting | None:
-    try:
-        return read_internal_routing(path) if path else None
-    except DataError as error:
-        if path is not None and (path, str(error)) not in loaded.problems:
-            loaded.problems.append((path, str(error)))
-        return None
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
