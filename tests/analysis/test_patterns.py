@@ -283,7 +283,7 @@ def test_vocabulary_of_the_demo_model():
 
 def test_no_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match=r"tokenizer\.json cannot be read"):
+    with pytest.raises(DataError, match=r"tokenizer\.json could not be read"):
         vocabulary(tmp_path / "tokenizer.json")
 
 

@@ -424,11 +424,11 @@ def damage(content):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda content: content.pop("results"), "holds no results"),
-        (lambda content: content.pop("config"), "holds no configuration"),
+        (lambda content: content.pop("results"), "it has no results"),
+        (lambda content: content.pop("config"), "it has no configuration"),
         (lambda content: content["config"]["bh"].pop("run_id"), "lacks run_id"),
         (lambda content: content["config"]["bh"].update(schema_version=99), "upgrade lm-eval-bh"),
-        (lambda content: content.update(results=[1]), "holds no results"),
+        (lambda content: content.update(results=[1]), "it has no results"),
         (damage, "KeyError('histogram')"),
     ],
 )

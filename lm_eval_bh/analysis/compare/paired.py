@@ -1,4 +1,4 @@
-"""Whether one configuration is really worse than another: paired comparisons, document by document.
+"""Is one configuration really worse than another? Paired comparisons, document by document.
 
 Two runs over the same documents are paired, which takes the documents' own difficulty out of the
 comparison. scipy and statsmodels are loaded on use: tables need neither.
@@ -73,7 +73,7 @@ def compare(
 
     Equivalence: two one-sided t tests (TOST). Their null hypothesis is a difference of at least the
     margin, so that a small p-value says "no more different than that", which a large p-value of the
-    other test never says. Without a single flip the t test has no variance to go by; then the
+    other test never says. Without a single flip the t test has no variance; then the
     p-value is the chance of no flip in as many documents if the margin's share of them flipped.
 
     P-values are adjusted for multiplicity by Benjamini-Hochberg over all comparisons of the table,
@@ -111,16 +111,16 @@ def compare(
     Benjamini and Hochberg 1995, J. R. Stat. Soc. B 57:289.
     """
     if baseline not in BASELINES:
-        raise ParameterError(f"baseline={baseline!r} is unknown: choose one of native, max_k.")
+        raise ParameterError(f"baseline must be native or max_k, not {baseline!r}.")
     for name, value in (
         ("margin", margin),
         ("accuracy_margin", accuracy_margin),
         ("confidence", confidence),
     ):
         if not 0 < value < 1:
-            raise ParameterError(f"{name}={value} is out of range: give a number between 0 and 1.")
+            raise ParameterError(f"{name} must be a number between 0 and 1, not {value}.")
     if resamples < 1:
-        raise ParameterError(f"resamples={resamples} is too few: give a number of at least 1.")
+        raise ParameterError(f"resamples must be at least 1, not {resamples}.")
 
     interval = partial(bootstrap_interval, confidence=confidence, resamples=resamples, seed=seed)
 

@@ -1,4 +1,4 @@
-"""Which configuration to use, by a rule that is stated beside the answer."""
+"""Which configuration to use, by a criterion that is stated beside the answer."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def recommend(
     """
     for name, value in (("margin", margin), ("confidence", confidence)):
         if not 0 < value < 1:
-            raise ParameterError(f"{name}={value} is out of range: give a number between 0 and 1.")
+            raise ParameterError(f"{name} must be a number between 0 and 1, not {value}.")
     return [
         _recommend(int(group), rows, comparisons[comparisons["group"] == group], margin, confidence)
         for group, rows in frame.groupby("group", sort=True)

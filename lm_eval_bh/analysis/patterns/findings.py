@@ -176,7 +176,7 @@ def find_patterns(
     if nothing:
         raise DataError(
             "No run has a routing log: evaluate with log_routing=samples or full and a log_dir, "
-            "and name the folder of the logs too if they were moved."
+            "and give the folder of the logs too if they were moved."
         )
 
 

@@ -90,7 +90,7 @@ def read_token_log(
                     )
         except (pa.ArrowException, OSError, KeyError) as error:
             raise DataError(
-                f"{file} could not be read ({error}): run the evaluation again."
+                f"{file} could not be read: {error}; run the evaluation again."
             ) from error
 
 

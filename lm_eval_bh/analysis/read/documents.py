@@ -1,4 +1,4 @@
-"""Reads what is known about single documents: the harness's samples, and their scored tokens."""
+"""Reads single documents: lm-eval's samples, and how many of their tokens were scored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pandas as pd
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.schema import Sample
 
-# An accuracy of the harness, the one to speak of first: acc_norm allows for the endings' lengths.
+# lm-eval's accuracies, the preferred one first: acc_norm allows for the endings' lengths.
 ACCURACIES = ("acc_norm", "acc", "exact_match")
 
 
@@ -25,28 +25,28 @@ def read_documents(path: Path, expected: int | None = None) -> pd.DataFrame:
     path : Path
         ``samples_<task>_<time>.jsonl``.
     expected : int, optional
-        How many documents the file must have.
+        How many documents the file must contain.
 
     Raises
     ------
     DataError
         If a line is damaged or a document is missing.
     """
-    mend = "run the evaluation again with --log_samples"
+    remedy = "run the evaluation again with --log_samples"
     rows: dict[int, dict[str, Any]] = {}
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 sample = json.loads(line)
-                # A task with several filters has a line for each; the first is the harness's first.
+                # A task with several filters has a line for each; lm-eval's first filter counts.
                 if sample["doc_id"] not in rows:
                     rows[sample["doc_id"]] = _document(sample)
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
-                    f"Line {number} of {path} is damaged ({error!r}): {mend}."
+                    f"Line {number} of {path} is damaged ({error!r}): {remedy}."
                 ) from error
     if expected is not None and len(rows) != expected:
-        raise DataError(f"{path} has {len(rows)} of {expected} documents: {mend}.")
+        raise DataError(f"{path} is incomplete: {len(rows)} of {expected} documents; {remedy}.")
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("doc_id").sort_index()
 
 

@@ -1,4 +1,4 @@
-"""What was read: experiments as tables, and the way to their documents and logs."""
+"""What was read: experiments as tables, with access to their documents and logs."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Loaded:
     Attributes
     ----------
     frame : DataFrame
-        One row an experiment (run and task), with the columns :data:`COLUMNS`; null where something
-        was not measured.
+        One row per experiment (run and task), with the columns of
+        :data:`~lm_eval_bh.analysis.table.columns.COLUMNS`; null where not measured.
     layers : DataFrame
-        One row an experiment and routed layer, with the columns :data:`LAYER_COLUMNS`: mean and
+        One row per experiment and routed layer, with the columns ``LAYER_COLUMNS``: mean and
         standard deviation of the experts per token; ``usage`` and ``histogram`` are lists of int.
     problems : list of (Path, str)
-        Files that are broken or incomplete and were left out, each with what to do.
+        Files left out because they are broken or incomplete, each with what to do.
     notes : list of (Path, str)
-        What a reader of the tables should know about files that were not left out.
+        Remarks on files that were read.
     groups : list of Group
-        One, unless files that cannot be compared were kept apart.
+        One, unless files that cannot be compared were kept in separate groups.
     """
 
     frame: pd.DataFrame
@@ -43,15 +43,15 @@ class Loaded:
     _documents: dict[tuple[str, str], pd.DataFrame | None] = field(default_factory=dict, repr=False)
 
     def documents(self, run_id: str, task: str) -> pd.DataFrame | None:
-        """Return what the harness logged for each document of an experiment, or None.
+        """Return lm-eval's samples of an experiment, one row per document, or None.
 
         Returns
         -------
         DataFrame or None
             Indexed by ``doc_id``, with the columns ``hash`` (document, prompt and target),
             ``output`` (the responses as JSON) and, where the task has them, ``loglikelihood``
-            (nats) with ``words``, ``bytes``, ``targets`` and ``tokens`` (scored; only if a routing
-            log tells), ``acc``, ``acc_norm``, ``exact_match``. None without ``--log_samples``.
+            (nats) with ``words``, ``bytes``, ``targets`` and ``tokens`` (scored; only with a
+            routing log), ``acc``, ``acc_norm``, ``exact_match``. None without ``--log_samples``.
         """
         key = run_id, task
         if key not in self._documents:
@@ -80,9 +80,9 @@ class Loaded:
             self.problems.append((path, str(error)))
 
     def internal_routing_file(self, run_id: str, task: str) -> Path | None:
-        """Return the path of an experiment's internal routing log; None if there is none."""
+        """Return the path of an experiment's internal routing log, or None."""
         return self._runs[run_id].internal_routing_file(task)
 
     def log_folder(self, run_id: str) -> Path | None:
-        """Return the finished log folder of a run, which may hold token logs; None without one."""
+        """Return the finished log folder of a run, which may contain token logs, or None."""
         return self._runs[run_id].log_folder

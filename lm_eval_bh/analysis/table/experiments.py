@@ -1,8 +1,8 @@
 """Reads folders of finished experiments into one tidy table.
 
-An experiment is one run of lm-eval on one task. Its row joins what the harness measured
-(``results_*.json`` and, with ``--log_samples``, ``samples_<task>_*.jsonl``) with what routing did
-(``config.bh`` in the same file, and the log folder of that run id where there is one).
+An experiment is one run of lm-eval on one task. Its row joins what lm-eval measured
+(``results_*.json`` and, with ``--log_samples``, ``samples_<task>_*.jsonl``) with the routing
+summary (``config.bh`` in the same file) and the log folder of that run id, if any.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def load_experiments(
         Where ``lm_eval --output_path`` or a sweep wrote, with ``--model hf-bh`` or, for baselines,
         ``--model hf``; single results files too.
     force : bool
-        Keep experiments that cannot be compared apart, in groups, instead of refusing them.
+        Keep experiments that cannot be compared in separate groups instead of raising an error.
     context_length : int, optional
-        How many positions a token attends to, for the count of FLOPs. By default the longest window
-        that the run allowed, which rather understates what fewer experts save.
+        How many positions a token attends to, for counting FLOPs. By default the longest window
+        that the run allowed, which tends to understate what fewer experts save.
 
     Raises
     ------
@@ -73,7 +73,7 @@ def load_experiments(
     if not files:
         raise DataError(
             f"There is no results_*.json below {', '.join(map(str, roots))}: "
-            "run lm_eval with --output_path, or name the folder that it was given."
+            "run lm_eval with --output_path, or use the folder that it was given."
         )
     loaded = Loaded(pd.DataFrame(), pd.DataFrame(), [], [], [])
     runs = list(read_runs(files, manifests, check, loaded.problems, loaded.notes))

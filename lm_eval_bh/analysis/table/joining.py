@@ -1,4 +1,4 @@
-"""What only several runs together tell: token perplexity, average accuracy, stability."""
+"""Columns that need several runs: token perplexity, average accuracy, stability."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm_eval_bh.analysis.read.documents import scored_tokens
-from lm_eval_bh.analysis.table import metrics
+from lm_eval_bh.analysis.table import metrics, stability
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def add_token_perplexity(rows: Sequence[dict[str, Any]], loaded: Loaded) -> None:
-    """Fill in ``perplexity``, where it is known how many tokens were scored.
+    """Fill in ``perplexity`` where it is known how many tokens were scored.
 
-    The harness logs a document's loglikelihood but not its number of tokens; an internal routing
+    lm-eval logs a document's loglikelihood but not its number of tokens; an internal routing
     log has the loss per scored token, so their quotient is that number. It depends on the text and
     the tokenizer alone: one log serves all runs of a group, those of ``--model hf`` too. Unless it
     is known for every document, there is no token-level perplexity: one of the first documents
@@ -55,7 +55,7 @@ def add_token_perplexity(rows: Sequence[dict[str, Any]], loaded: Loaded) -> None
 
 
 def add_average_accuracy(rows: Sequence[dict[str, Any]]) -> None:
-    """Fill in ``avg_task_accuracy`` for configurations that did all tasks with an accuracy."""
+    """Fill in ``avg_task_accuracy`` for configurations that ran all tasks with an accuracy."""
     for group in _alike(rows, "group"):
         tasks = {row["task"] for row in group if row["accuracy"] is not None}
         for configured in _alike(group, "configuration"):
@@ -78,12 +78,12 @@ def add_stability(rows: Sequence[dict[str, Any]], loaded: Loaded) -> None:
             one, other = (loaded.documents(*run) for run in runs)
             if one is not None and other is not None:
                 equal.append(
-                    metrics.output_determinism(one["output"].to_dict(), other["output"].to_dict())
+                    stability.output_determinism(one["output"].to_dict(), other["output"].to_dict())
                 )
             logs = [loaded.internal_routing(*run) for run in runs]
             if logs[0] and logs[1]:
                 overlaps.append(
-                    metrics.expert_overlap_score(logs[0]["samples"], logs[1]["samples"])
+                    stability.expert_overlap_score(logs[0]["samples"], logs[1]["samples"])
                 )
         for row in repeats:
             row["expert_overlap_score"] = _mean(overlaps)

@@ -14,18 +14,18 @@ MATCHED = ("metric", "perplexity", "accuracy", "by", "k_low", "k_high")
 
 
 def matched_budget(frame: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFrame:
-    """Return, beside every row that is no baseline, static top-k at the same number of experts.
+    """Return, for every row but the baselines, static top-k at the same number of experts.
 
-    An adaptive rule has earned its keep only if it beats the plain top-k that computes as many
-    experts. Where a top-k with that mean was measured (within ``tolerance``) it is taken as it is.
-    Else it is interpolated between the next smaller and the next larger k that were measured,
+    An adaptive rule is worth its cost only if it beats the plain top-k that computes as many
+    experts. A top-k measured at that mean (within ``tolerance``) is taken as it is.
+    Otherwise it is interpolated between the next smaller and the next larger k that were measured,
     linearly in k: the logarithm of the perplexity, and the accuracy. Outside the range of the
     measured k nothing is claimed.
 
     Parameters
     ----------
     frame : DataFrame
-        Experiments, one a row; compared within a group and task.
+        One row per experiment; compared within a group and task.
     tolerance : float
         Relative; how far k may be from the mean number of experts over all layers.
 

@@ -1,17 +1,17 @@
-"""Which perplexity the runs of a task are compared by: the harness has several."""
+"""Which perplexity the runs of a task are compared by: lm-eval has several."""
 
 from __future__ import annotations
 
 import pandas as pd
 
-# Perplexities, the first one known is the one to speak of -> what of a document they divide by.
+# Perplexity -> what a document's loss is divided by. The first one known is preferred.
 PERPLEXITIES = {
     "perplexity": "tokens",
     "word_perplexity": "words",
     "target_perplexity": "targets",
     "byte_perplexity": "bytes",
 }
-# What each of them is counted per, in words.
+# The unit of each, in words.
 PERPLEXITY_UNITS = {
     "perplexity": "token",
     "word_perplexity": "word",
@@ -23,7 +23,7 @@ PERPLEXITY_UNITS = {
 def perplexity_column(frame: pd.DataFrame) -> str | None:
     """Return the perplexity to compare the rows of one task by.
 
-    The first of :data:`PERPLEXITIES` that all rows have that have any; None if there is none.
+    The first of :data:`PERPLEXITIES` known for every row with a perplexity, or None.
     """
     known = frame[frame[list(PERPLEXITIES)].notna().any(axis=1)]
     return next((name for name in PERPLEXITIES if len(known) and known[name].notna().all()), None)

@@ -1,4 +1,4 @@
-"""One row an experiment: what a single results file tells about one of its tasks."""
+"""One row per experiment: what a single results file says about one of its tasks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lm_eval_bh.schema import RunInfo, TaskSummary, dataset_name
 
 
 def check(run: Run) -> None:
-    """Raise whatever reading a run will raise, if it lacks something or has it wrong."""
+    """Raise what reading a run will raise if something in it is missing or wrong."""
     run.settings()
     for task in run.tasks:
         run.task_settings(task)
@@ -31,12 +31,12 @@ def check(run: Run) -> None:
 def row_of(
     run: Run, task: str, model: RunInfo | None, context_length: int | None
 ) -> dict[str, Any]:
-    """Return what one file tells about one of its tasks.
+    """Return the row of one file and one of its tasks.
 
     Parameters
     ----------
     model : RunInfo or None
-        Of any run of the same model: a baseline of ``--model hf`` does not say how many experts its
+        Of any run of the same model: results of ``--model hf`` do not say how many experts the
         model has.
     """
     context_length = context_length or run.content.get("max_length")
@@ -94,7 +94,7 @@ def _number(value: Any) -> float | None:
 
 
 def _routing_of(run: Run) -> dict[str, Any]:
-    """Describe the routing of a run of hf-bh."""
+    """Return the columns that describe the routing of a run of hf-bh."""
     assert run.info is not None
     config, rule = run.info["config"], run.info["rule"]
     min_k = config["max_k"] if rule["fixed_count"] else config["min_k"]
@@ -135,7 +135,7 @@ def _routing_of(run: Run) -> dict[str, Any]:
 
 
 def _routing_of_baseline(run: Run, model: RunInfo | None) -> dict[str, Any]:
-    """Describe a run of the unmodified model, whose routers give every token the native top-k."""
+    """Return the same for the unmodified model, whose routers select the native top-k."""
     k = model["native_top_k"] if model else None
     return {
         "rule": "topk",
@@ -149,7 +149,7 @@ def _routing_of_baseline(run: Run, model: RunInfo | None) -> dict[str, Any]:
         "configuration": _digest({"model": "hf"}),
         "native_top_k": k,
         "num_experts": model["num_experts"] if model else None,
-        # By construction; whatever depends on the experts' use stays null.
+        # By construction; metrics of the experts' use stay null.
         "mean_experts": k,
         "std_experts": 0.0 if k else None,
         "mean_experts_model": k,
@@ -161,10 +161,10 @@ def _digest(content: Any) -> str:
 
 
 def _routing_metrics(info: RunInfo, summary: TaskSummary, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics of what routing did for one task.
+    """Return the routing metrics of one task.
 
-    With ``mode=analyze`` they describe the selection that was looked at while the model's own top-k
-    served the tokens; so nothing was saved, and the efficiency metrics stay null.
+    With ``mode=analyze`` they describe the selection that was observed while the model's own top-k
+    served the tokens: nothing was saved, and the efficiency metrics stay null.
     """
     histogram = np.array([layer["histogram"] for layer in summary["layers"]], dtype=np.int64)
     usage = np.array([layer["usage"] for layer in summary["layers"]], dtype=np.int64)
@@ -204,7 +204,7 @@ def _routing_metrics(info: RunInfo, summary: TaskSummary, row: Mapping[str, Any]
 
 
 def layer_rows(summary: TaskSummary | None) -> list[dict[str, Any]]:
-    """Return what the table of layers has of one task, besides whose it is."""
+    """Return the rows of one task in the table of layers, without run and task."""
     return [
         {
             "layer": layer["layer"],

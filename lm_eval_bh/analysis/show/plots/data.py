@@ -70,7 +70,7 @@ class Experiments:
         if missing := [name for name in REQUIRED if name not in frame]:
             raise DataError(
                 f"The table has no column {', '.join(missing)}: "
-                "give the frame of load_experiments, or a bh_routing_results.csv."
+                "use the frame of load_experiments, or a bh_routing_results.csv."
             )
         if "group" in frame and frame["group"].nunique() > 1:
             raise DataError(

@@ -125,7 +125,7 @@ def create_single_panel(
     """
     if panel not in PANELS:
         raise ParameterError(
-            f"panel={panel!r} is none of the figure: choose one of {', '.join(PANELS)}"
+            f"There is no panel {panel!r}: use one of {', '.join(PANELS)}"
             f"{did_you_mean(panel, PANELS)}."
         )
     return _create(results_df, [panel], output_path, layers, SINGLE_SIZE)
