@@ -1,20 +1,19 @@
 """The files that experiments leave behind: their names, their fields, their version.
 
-Whoever writes such a file and whoever reads one uses this module, which needs neither torch nor
-lm-eval.
+Every module that writes or reads such a file uses this one, which needs neither torch nor lm-eval.
 
 Files
 -----
 ``results_*.json``
-    The harness's own. ``config.bh`` is a :class:`RunInfo`: the whole routing configuration, the run
-    id and the routing summary.
+    Written by lm-eval. ``config.bh`` is a :class:`RunInfo`: routing configuration, run id and
+    routing summary.
 ``<log_dir>/<run id>/<experiment>_internal_routing.json``
-    One a task, with ``log_routing=samples`` or ``full``: an :class:`InternalRouting`.
+    One per task, with ``log_routing=samples`` or ``full``: an :class:`InternalRouting`.
 ``<log_dir>/<run id>/tokens/part-*.parquet``
-    With ``log_routing=full``: one row a token, layer and request that owns it, see
+    With ``log_routing=full``: one row per token, layer and owning request, see
     :func:`token_schema`.
 ``<log_dir>/<run id>/routing.json``
-    The :class:`Manifest`, written last: a folder without it is of a run that did not finish.
+    The :class:`Manifest`, written last: without it the run did not finish.
 ``logs/<experiment>.json``
     Written by sweeps: an :class:`ExperimentSummary`.
 """
@@ -34,8 +33,6 @@ SCHEMA_VERSION = 1
 MANIFEST = "routing.json"
 TOKENS = "tokens"
 INTERNAL_ROUTING = "_internal_routing.json"
-FIXED_COUNT = ("topk", "random_k")  # rules that give every token max_k experts, whatever its logits
-UNTESTED = (*FIXED_COUNT, "top_p", "min_p")  # rules that are no multiple-testing procedure
 UNUSED = -1  # pads selected_experts in JSON; in the model the sentinel is the number of experts
 
 
@@ -71,12 +68,28 @@ class RoutingSummary(TaskSummary):
     tasks: dict[str, TaskSummary]
 
 
-class RunInfo(TypedDict):
+class RuleInfo(TypedDict):
+    """``results["config"]["bh"]["rule"]``: all that a reader must know of a selection rule."""
+
+    name: str
+    label: str  # for tables and figures; in "top-k" the k stands for the number of experts
+    source: str
+    fixed_count: bool  # every token gets max_k experts, whatever its logits
+    tests: bool  # a multiple-testing procedure
+    random: bool
+    alpha: str  # what alpha means
+
+
+class _OfThisRelease(TypedDict, total=False):
+    rule: RuleInfo  # the first release did not write it
+
+
+class RunInfo(_OfThisRelease):
     """``results["config"]["bh"]``."""
 
     schema_version: int
     run_id: str
-    config: dict[str, Any]  # alpha, rule, min_k, max_k, temperature, renormalize, mode, layers
+    config: dict[str, Any]  # the parameters of routing, by name
     experts: str  # the experts= that was asked for
     log_routing: str
     log_dir: str | None
@@ -160,7 +173,7 @@ class ExperimentSummary(TypedDict):
 
 
 def dataset_name(task: str) -> str:
-    """Return the data set that a task of ours evaluates: ``bh_wikitext`` -> ``wikitext``."""
+    """Return the data set of one of our tasks: ``bh_wikitext`` -> ``wikitext``."""
     return task.removeprefix("bh_")
 
 
@@ -181,7 +194,7 @@ def experiment_name(rule: str, max_k: int, alpha: float | None, task: str) -> st
 
 
 def token_schema(with_logits: bool, num_experts: int) -> pa.Schema:
-    """Return the Arrow schema of the token log: one row a token, layer and owning request."""
+    """Return the Arrow schema of the token log: one row per token, layer and owning request."""
     import pyarrow as pa
 
     fields = [
@@ -202,12 +215,12 @@ def token_schema(with_logits: bool, num_experts: int) -> pa.Schema:
 
 
 def read_run_info(results: dict[str, Any], name: str) -> RunInfo | None:
-    """Return ``config.bh`` of a harness results file, or None if it was not made by hf-bh.
+    """Return ``config.bh`` of an lm-eval results file, or None if hf-bh did not write it.
 
     Raises
     ------
     DataError
-        If it is of a later schema or lacks a field.
+        If its schema is newer than this release, or a field is missing.
     """
     info = results.get("config", {}).get("bh")
     if info is None:
@@ -215,7 +228,7 @@ def read_run_info(results: dict[str, Any], name: str) -> RunInfo | None:
     check_version(info, name)
     if missing := sorted(RunInfo.__required_keys__ - set(info)):
         raise DataError(
-            f"{name} lacks {', '.join(missing)} in config.bh: run the evaluation again."
+            f"{name} is incomplete: config.bh lacks {', '.join(missing)}; run the evaluation again."
         )
     return cast(RunInfo, info)
 
@@ -226,12 +239,15 @@ def read_internal_routing(path: Path) -> InternalRouting:
     Raises
     ------
     DataError
-        If it is missing, damaged, or of a later schema.
+        If it is missing or damaged, or its schema is newer than this release.
     """
     content = read_json(path)
     check_version(content, str(path))
     if missing := sorted(InternalRouting.__required_keys__ - set(content)):
-        raise DataError(f"{path} lacks {', '.join(missing)}: it is no internal routing log.")
+        raise DataError(
+            f"{path} is not an internal routing log: it lacks {', '.join(missing)}; "
+            "run the evaluation again."
+        )
     return cast(InternalRouting, content)
 
 
@@ -241,19 +257,17 @@ def read_manifest(folder: Path) -> Manifest:
     Raises
     ------
     DataError
-        If there is none, which is so while a run goes on and after one was killed.
+        If there is none, because the run is going on or was killed, or if a file is missing.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(
-            f"{folder} has no {MANIFEST}: the run that wrote it did not finish, so run it again."
+            f"{folder} has no {MANIFEST}: the run that wrote it did not finish; run it again."
         )
     content = read_json(path)
     check_version(content, str(path))
     if missing := [name for name in content["files"] if not (folder / name).is_file()]:
-        raise DataError(
-            f"{folder} lacks {missing[0]}, which its {MANIFEST} names: run the evaluation again."
-        )
+        raise DataError(f"{folder} is incomplete: it lacks {missing[0]}; run the evaluation again.")
     return cast(Manifest, content)
 
 
@@ -263,26 +277,29 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises
     ------
     DataError
-        If the file cannot be read or holds something else.
+        If the file cannot be read or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}): write it again.") from error
+        raise DataError(f"{path} could not be read: {error}; fix or remove the file.") from error
     if not isinstance(content, dict):
         raise DataError(
-            f"{path} holds a {type(content).__name__}, not an object: it is no log of ours."
+            f"{path} is not an lm-eval-bh log: found a {type(content).__name__}, not an object; "
+            "fix or remove the file."
         )
     return content
 
 
 def check_version(content: dict[str, Any], name: str) -> None:
-    """Raise :class:`DataError` if the content is of no schema that this release reads."""
+    """Raise :class:`DataError` if this release cannot read the schema of the content."""
     version = content.get("schema_version")
     if not isinstance(version, int):
-        raise DataError(f"{name} names no schema version: it is no log of ours.")
+        raise DataError(
+            f"{name} is not an lm-eval-bh log: it has no schema version; use another file."
+        )
     if version > SCHEMA_VERSION:
         raise DataError(
-            f"{name} has schema version {version} and this release reads up to {SCHEMA_VERSION}: "
-            "upgrade lm-eval-bh."
+            f"{name} is too new: schema version {version}, and this release reads up to "
+            f"{SCHEMA_VERSION}; upgrade lm-eval-bh."
         )

@@ -118,7 +118,8 @@ def calibrate(
     if figure is not None and health:
         from lm_eval_bh.analysis.show.health_figure import draw_health
 
-        draw_health(health, f"Null model of {pretrained}, {statistic}, {null}", figure)
+        rows = [dataclasses.asdict(row) for row in health]
+        draw_health(rows, f"Null model of {pretrained}, {statistic}, {null}", figure)
         typer.echo(f"Drawn to {figure}")
 
 

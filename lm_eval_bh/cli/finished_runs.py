@@ -15,7 +15,7 @@ from lm_eval_bh.schema import read_json
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lm_eval_bh.analysis.read.results_file import Told
+    from lm_eval_bh.analysis.read.results_file import Notices
 
 INCOMPLETE = 3  # exit code where files were left out
 FIGURE = "bh_comprehensive_comparison"
@@ -173,7 +173,7 @@ def patterns(
     _tell(loaded.problems, loaded.notes)
 
 
-def _read(sources: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame | None, Told, Told]:
+def _read(sources: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame | None, Notices, Notices]:
     """Return the experiments and layers of folders, or of a table that was written before."""
     import pandas as pd
 
@@ -222,7 +222,7 @@ def _say_written(paths: list[Path]) -> None:
         typer.echo(f"Written to {path}")
 
 
-def _tell(problems: Told, notes: Told) -> None:
+def _tell(problems: Notices, notes: Notices) -> None:
     """List what a reader should know; end with its exit code if files were left out."""
     for _, sentence in notes:
         typer.echo(f"note: {sentence}", err=True)

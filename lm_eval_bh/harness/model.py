@@ -35,6 +35,7 @@ from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.patching.experts import EXPERTS
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
+from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.schema import SCHEMA_VERSION, RunInfo
 
 eval_logger = logging.getLogger(__name__)
@@ -487,6 +488,7 @@ class BHLM(HFLM):
         return {
             "schema_version": SCHEMA_VERSION,
             "run_id": self.log.run_id,
+            "rule": RULES[integration.config.rule].describe(),
             "config": integration.describe(),
             "experts": integration.experts,
             "log_routing": options.log_routing,

@@ -16,6 +16,7 @@ from lm_eval_bh.schema import (
     INTERNAL_ROUTING,
     MANIFEST,
     SCHEMA_VERSION,
+    RuleInfo,
     RunInfo,
     TaskSummary,
     experiment_name,
@@ -102,6 +103,22 @@ def internal_routing(run_id: str, name: str, task: str, selected: np.ndarray, lo
     }
 
 
+def rule_info(name: str) -> RuleInfo:
+    """Return what a results file of this release says of a rule."""
+    fixed_count = name in ("topk", "random_k")
+    labels = {"topk": "top-k", "top_p": "top-p", "min_p": "min-p", "random_k": "random-k"}
+    labels |= {"bh": "BH", "by": "BY"} | {n: n.title() for n in ("holm", "hochberg", "bonferroni")}
+    return {
+        "name": name,
+        "label": labels.get(name, name),
+        "source": "a paper",
+        "fixed_count": fixed_count,
+        "tests": not fixed_count and name not in ("top_p", "min_p"),
+        "random": name == "random_k",
+        "alpha": "level",
+    }
+
+
 class Writer:
     """Writes runs as lm-eval and hf-bh do: every document is scored on all of its tokens."""
 
@@ -110,8 +127,9 @@ class Writer:
     model_config = MODEL_CONFIG
     select = staticmethod(select)
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first_release: bool = False) -> None:
         self.folder = folder
+        self.first_release = first_release  # which neither described rules nor named null_scope
         self.runs = 0
 
     def __call__(
@@ -130,14 +148,17 @@ class Writer:
         log: bool = False,
         model: str = "hf-bh",
         pretrained: str = "some/model",
+        run_id: str | None = None,
         change: Callable[[dict[str, Any]], object] | None = None,
         **config: Any,
     ) -> Path:
         """Write one run and return its results file."""
         self.runs += 1
-        run_id = f"run-{self.runs}"
+        run_id = run_id or f"run-{self.runs}"
         losses = np.broadcast_to(loss, len(LENGTHS)).astype(float)
-        selected = select(np.random.default_rng(seed), max_k if rule == "topk" else min_k, max_k)
+        selected = select(
+            np.random.default_rng(seed), max_k if rule_info(rule)["fixed_count"] else min_k, max_k
+        )
         summary = summarize(selected, seconds=0.5)
         info: RunInfo = {
             "schema_version": SCHEMA_VERSION,
@@ -153,6 +174,7 @@ class Writer:
                 "layers": "all",
             }
             | config,
+            "rule": rule_info(rule),
             "experts": "auto",
             "log_routing": "samples" if log else "summary",
             "log_dir": str(self.folder / "logs") if log else None,
@@ -194,6 +216,10 @@ class Writer:
             "task_hashes": {task: f"hash of {task}" for task in tasks} if samples else {},
             "model_name": pretrained,
         }
+        if self.first_release:
+            del info["rule"]
+            if scope := info["config"].pop("null_scope", None):
+                info["config"]["null"] = {"layer": "pooled"}.get(scope, scope)
         if model == "hf-bh":
             content["config"]["bh"] = info
         if change is not None:
@@ -216,7 +242,7 @@ class Writer:
         config, files = info["config"], []
         assert info["summary"] is not None
         for task in info["summary"]["tasks"]:
-            alpha = None if config["rule"] == "topk" else config["alpha"]
+            alpha = None if rule_info(config["rule"])["fixed_count"] else config["alpha"]
             name = experiment_name(config["rule"], config["max_k"], alpha, task)
             files.append(name + INTERNAL_ROUTING)
             content = internal_routing(run_id, name, task, selected, losses.tolist())

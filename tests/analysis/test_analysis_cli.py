@@ -121,8 +121,14 @@ def test_plot_draws_a_panel_of_folders_or_of_a_table(run, runs, tmp_path):
     ("arguments", "sentence"),
     [
         (("aggregate", "{runs}/nowhere"), "There is no folder"),
-        (("aggregate", "{runs}", "--margin", "2"), "margin=2.0 is out of range"),
-        (("aggregate", "{runs}", "--baseline", "best"), "choose one of native, max_k"),
+        (
+            ("aggregate", "{runs}", "--margin", "2"),
+            "margin must be a number between 0 and 1, not 2.0",
+        ),
+        (
+            ("aggregate", "{runs}", "--baseline", "best"),
+            "baseline must be native or max_k, not 'best'",
+        ),
         (("plot", "{runs}", "--panel", "heat"), "did you mean 'heatmap'"),
         (("plot", "{runs}", "--output", "{runs}/figure.gif"), "ends in png, pdf, svg"),
         (("plot", "{runs}", "--task", "arc"), "No run did the task arc"),

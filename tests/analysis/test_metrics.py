@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from lm_eval_bh.analysis.table import metrics
+from lm_eval_bh.analysis.table import metrics, stability
 
 # Two layers, four experts, ten tokens; max_k = 3, min_k = 1.
 HISTOGRAM = np.array([[0, 5, 3, 2, 0], [0, 8, 0, 2, 0]])
@@ -143,7 +143,6 @@ def test_gini_is_half_the_relative_mean_difference(usage):
 
 def test_behaviour_by_hand():
     # Pooled: 13 tokens with one expert, 3 with two, 4 with three.
-    assert metrics.mean_experts(HISTOGRAM) == (13 + 6 + 12) / 20
     assert metrics.adaptive_range(HISTOGRAM) == 2
     entropy = -sum(p * math.log(p) for p in (0.65, 0.15, 0.2))
     assert metrics.selection_entropy(HISTOGRAM) == pytest.approx(entropy)
@@ -171,7 +170,6 @@ def test_fixed_counts_are_ceiling_hits_and_never_floor_hits():
 
 
 def test_nothing_is_measured_without_tokens():
-    assert metrics.mean_experts(EMPTY) is None
     assert metrics.adaptive_range(EMPTY) is None
     assert metrics.selection_entropy(EMPTY) is None
     assert metrics.normalized_selection_entropy(EMPTY, 1, 3) is None
@@ -193,7 +191,6 @@ def test_ranges(drawn):
     )
     assert sum(rates) == pytest.approx(100)
     assert all(0 <= rate <= 100 for rate in rates)
-    assert metrics.mean_experts(histogram) == pytest.approx(values.mean())
     assert metrics.adaptive_range(histogram) == np.ptp(values) <= max_k - min_k
     assert 0 <= metrics.selection_entropy(histogram) <= math.log(max_k - min_k + 1) + 1e-12
     normalized = metrics.normalized_selection_entropy(histogram, min_k, max_k)
@@ -249,18 +246,18 @@ def test_overlap_by_hand():
     first = [sample(0, [[1, 2, -1], [3, -1, -1]]), sample(1, [[0, 1, 2]])]
     second = [sample(0, [[2, 1, -1], [3, 4, -1]]), sample(1, [[3, 4, -1]])]
     # 2/2, 1/2 and 0/5
-    assert metrics.expert_overlap_score(first, second) == pytest.approx(1.5 / 3)
-    assert metrics.expert_overlap_score(second, first) == pytest.approx(1.5 / 3)
-    assert metrics.expert_overlap_score(first, first) == 1
-    assert metrics.expert_overlap_score(first, []) is None
-    assert metrics.expert_overlap_score(first, [sample(0, [[1, 2, -1]], layer=5)]) is None
+    assert stability.expert_overlap_score(first, second) == pytest.approx(1.5 / 3)
+    assert stability.expert_overlap_score(second, first) == pytest.approx(1.5 / 3)
+    assert stability.expert_overlap_score(first, first) == 1
+    assert stability.expert_overlap_score(first, []) is None
+    assert stability.expert_overlap_score(first, [sample(0, [[1, 2, -1]], layer=5)]) is None
 
 
 def test_overlap_counts_tokens_up_to_the_first_difference_of_the_text():
     first = [sample(0, [[1], [2], [3]], tokens=[7, 8, 9])]
     second = [sample(0, [[1], [4], [3]], tokens=[7, 5, 9])]
-    assert metrics.expert_overlap_score(first, second) == 1
-    assert metrics.expert_overlap_score(first, [sample(0, [[1]], tokens=[6])]) is None
+    assert stability.expert_overlap_score(first, second) == 1
+    assert stability.expert_overlap_score(first, [sample(0, [[1]], tokens=[6])]) is None
 
 
 @given(st.lists(st.tuples(*[st.sets(st.integers(0, 7), max_size=5)] * 2), min_size=1))
@@ -268,11 +265,11 @@ def test_jaccard_of_sets(pairs):
     def padded(sets, width):
         return np.array([sorted(s) + [-1] * (width - len(s)) for s in sets])
 
-    found = metrics.jaccard(padded([a for a, _ in pairs], 5), padded([b for _, b in pairs], 6))
+    found = stability.jaccard(padded([a for a, _ in pairs], 5), padded([b for _, b in pairs], 6))
     assert found.tolist() == [len(a & b) / len(a | b) if a | b else 1.0 for a, b in pairs]
 
 
 def test_determinism_is_the_percentage_of_equal_outputs():
-    assert metrics.output_determinism({0: "a", 1: "b"}, {0: "a", 1: "c"}) == 50
-    assert metrics.output_determinism({0: "a", 1: "b"}, {1: "b", 2: "c"}) == 100
-    assert metrics.output_determinism({0: "a"}, {1: "a"}) is None
+    assert stability.output_determinism({0: "a", 1: "b"}, {0: "a", 1: "c"}) == 50
+    assert stability.output_determinism({0: "a", 1: "b"}, {1: "b", 2: "c"}) == 100
+    assert stability.output_determinism({0: "a"}, {1: "a"}) is None

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from lm_eval_bh.analysis.patterns import write_patterns
 from lm_eval_bh.analysis.patterns.clusters import cluster
 from lm_eval_bh.analysis.patterns.complexity import complexity, spearman
-from lm_eval_bh.analysis.patterns.counts import Counts
 from lm_eval_bh.analysis.patterns.findings import find_patterns, usage_of
-from lm_eval_bh.analysis.patterns.logs import Piece, pieces_of, read_samples, read_token_log
+from lm_eval_bh.analysis.patterns.log_counts import Counts
+from lm_eval_bh.analysis.patterns.log_reader import Piece, pieces_of, read_samples, read_token_log
 from lm_eval_bh.analysis.patterns.specialisation import (
     entropy,
     independent_tokens,
@@ -283,7 +283,7 @@ def test_vocabulary_of_the_demo_model():
 
 def test_no_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match=r"tokenizer\.json cannot be read"):
+    with pytest.raises(DataError, match=r"tokenizer\.json could not be read"):
         vocabulary(tmp_path / "tokenizer.json")
 
 

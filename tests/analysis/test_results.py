@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lm_eval_bh.analysis.read.earlier_release import upgraded
 from lm_eval_bh.analysis.table import experiments as results
 from lm_eval_bh.analysis.table.experiments import (
     COLUMNS,
@@ -23,7 +24,6 @@ from lm_eval_bh.analysis.table.flops import Architecture
 from lm_eval_bh.analysis.table.metrics import METRICS
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.routing.rules.registry import RULES
-from lm_eval_bh.schema import FIXED_COUNT, UNTESTED
 
 WIKITEXT, LAMBADA, HELLASWAG = "bh_wikitext", "bh_lambada", "bh_hellaswag"
 TOKENS, DOCUMENTS = 25, 4  # of every task that the fixture writes
@@ -121,7 +121,7 @@ def test_no_routing_log_no_routing_metrics(write):
     [
         ({}, True, "top-4"),
         ({"statistic": "contribution"}, False, "top-4, contribution"),
-        ({"statistic": "contribution", "null": "expert"}, False, None),
+        ({"statistic": "contribution", "null_scope": "expert"}, False, None),
         ({"temperature": 2.0}, False, "top-4, T=2"),
         ({"mode": "analyze"}, False, "top-4, analyze only"),
     ],
@@ -131,6 +131,50 @@ def test_only_plain_static_top_k_is_a_baseline(write, how, baseline, strategy):
     row = load_experiments([write.folder]).frame.iloc[0]
     assert row["baseline"] == baseline
     assert row["strategy"] == (strategy or "top-4, contribution, null of each expert")
+
+
+@pytest.mark.parametrize("scope", ["layer", "expert"])
+@pytest.mark.parametrize("rule", RULES)
+def test_results_of_the_first_release_give_the_same_rows(new_writer, tmp_path, rule, scope):
+    """They neither describe the rule nor name the scope of the null model; the digest is equal."""
+    frames = []
+    for form in ("first", "this"):
+        write = new_writer(tmp_path / form, first_release=form == "first")
+        write("a", rule=rule, null_scope=scope, log=True, run_id="one")
+        frames.append(load_experiments([write.folder]).frame.drop(columns="file"))
+    pd.testing.assert_frame_equal(*frames)
+    assert frames[0]["ceiling_hit_rate"].notna().all()
+    assert frames[0]["strategy"].str.contains("null of each expert").eq(scope == "expert").all()
+
+
+def test_the_digest_of_a_configuration_stays(write):
+    """Tables of different releases are joined by it."""
+    write("bh", null_scope="layer", statistic="logit", trim=None, seed=0)
+    assert set(load_experiments([write.folder]).frame["configuration"]) == {"039b8032870e"}
+
+
+def test_a_rule_that_no_file_describes_is_refused(new_writer, tmp_path):
+    write = new_writer(tmp_path, first_release=True)
+    write("new", rule="later")
+    write("bh")
+    ((_, problem),) = load_experiments([tmp_path]).problems
+    assert "does not describe its rule 'later'" in problem
+
+
+@pytest.mark.parametrize(
+    ("label", "fixed_count", "strategy"),
+    [("toy", True, "toy 4"), ("toy-k", True, "toy-4"), ("toy", False, "toy a=0.40, max 4")],
+)
+def test_a_new_rule_is_what_its_file_says(write, label, fixed_count, strategy):
+    rule = {"name": "toy_rule", "label": label, "fixed_count": fixed_count, "tests": False}
+    write("toy", rule="toy_rule", change=lambda c: c["config"]["bh"].update(rule=rule))
+    row = load_experiments([write.folder]).frame.iloc[0]
+    assert (row["rule"], row["strategy"], row["adaptive"]) == (
+        "toy_rule",
+        strategy,
+        not fixed_count,
+    )
+    assert pd.isna(row["trim"])
 
 
 def test_a_stock_baseline_learns_its_k_from_other_runs_of_the_model(write):
@@ -208,7 +252,8 @@ def test_the_layers_table(write):
     ],
 )
 def test_strategy_label(config, label):
-    assert strategy_label({"rule": "bh", "max_k": 8} | config) == label
+    config = {"rule": "bh", "max_k": 8} | config
+    assert strategy_label(config, upgraded({"config": config}, "it")["rule"]) == label
 
 
 def test_runs_that_differ_in_level_and_size_only_are_one_variant(write):
@@ -249,9 +294,10 @@ def test_solved_levels_and_trimmed_nulls_are_told_apart(write):
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_files_know_what_kind_of_rule_it_is(rule):
-    assert rule.fixed_count == (rule.name in FIXED_COUNT)
-    assert rule.tests == (rule.name not in UNTESTED)
+def test_rules_of_the_first_release_are_what_they_were(rule):
+    info = upgraded({"config": {"rule": rule.name}}, "it")["rule"]
+    assert rule.fixed_count == info["fixed_count"]
+    assert (rule.tests, rule.random) == (info["tests"], info["random"])
 
 
 # What must be alike
@@ -378,11 +424,11 @@ def damage(content):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda content: content.pop("results"), "holds no results"),
-        (lambda content: content.pop("config"), "holds no configuration"),
+        (lambda content: content.pop("results"), "it has no results"),
+        (lambda content: content.pop("config"), "it has no configuration"),
         (lambda content: content["config"]["bh"].pop("run_id"), "lacks run_id"),
         (lambda content: content["config"]["bh"].update(schema_version=99), "upgrade lm-eval-bh"),
-        (lambda content: content.update(results=[1]), "holds no results"),
+        (lambda content: content.update(results=[1]), "it has no results"),
         (damage, "KeyError('histogram')"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Whether one configuration is really worse than another: paired comparisons, document by document.
+"""Is one configuration really worse than another? Paired comparisons, document by document.
 
 Two runs over the same documents are paired, which takes the documents' own difficulty out of the
 comparison. scipy and statsmodels are loaded on use: tables need neither.
@@ -8,38 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from lm_eval_bh.analysis.compare.paired_tests import bootstrap_interval, mcnemar_exact, t_test, tost
+from lm_eval_bh.analysis.read.loaded import Loaded
+from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 from lm_eval_bh.errors import ParameterError
-
-if TYPE_CHECKING:
-    from lm_eval_bh.analysis.table.experiments import Loaded
 
 Floats = NDArray[np.float64]
 Interval = Callable[..., tuple[Floats, Floats]]
 
-# Perplexities, the first one known is the one to speak of -> what of a document they divide by.
-PERPLEXITIES = {
-    "perplexity": "tokens",
-    "word_perplexity": "words",
-    "target_perplexity": "targets",
-    "byte_perplexity": "bytes",
-}
-# What each of them is counted per, in words.
-PERPLEXITY_UNITS = {
-    "perplexity": "token",
-    "word_perplexity": "word",
-    "target_perplexity": "target word",
-    "byte_perplexity": "byte",
-}
-DRAWS_AT_ONCE = 2_000_000  # of documents: keeps a bootstrap below 100 MB
 BASELINES = ("native", "max_k")
-MATCHED = ("metric", "perplexity", "accuracy", "by", "k_low", "k_high")
 COMPARISON: dict[str, str] = {
     "group": "int64",
     "task": "object",
@@ -70,80 +54,6 @@ COMPARISON: dict[str, str] = {
 }
 
 
-def perplexity_column(frame: pd.DataFrame) -> str | None:
-    """Return the perplexity to compare the rows of one task by.
-
-    The first of :data:`PERPLEXITIES` that all rows have that have any; None if there is none.
-    """
-    known = frame[frame[list(PERPLEXITIES)].notna().any(axis=1)]
-    return next((name for name in PERPLEXITIES if len(known) and known[name].notna().all()), None)
-
-
-def matched_budget(frame: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFrame:
-    """Return, beside every row that is no baseline, static top-k at the same number of experts.
-
-    An adaptive rule has earned its keep only if it beats the plain top-k that computes as many
-    experts. Where a top-k with that mean was measured (within ``tolerance``) it is taken as it is.
-    Else it is interpolated between the next smaller and the next larger k that were measured,
-    linearly in k: the logarithm of the perplexity, and the accuracy. Outside the range of the
-    measured k nothing is claimed.
-
-    Parameters
-    ----------
-    frame : DataFrame
-        Experiments, one a row; compared within a group and task.
-    tolerance : float
-        Relative; how far k may be from the mean number of experts over all layers.
-
-    Returns
-    -------
-    DataFrame
-        With the index of ``frame``: ``matched_metric`` (which perplexity), ``matched_perplexity``,
-        ``matched_accuracy``, ``matched_by`` ("measured", "interpolated" or None), ``matched_k_low``
-        and ``matched_k_high``, which are equal where it was measured.
-    """
-    matched: dict[Any, dict[str, Any]] = {}
-    for _, rows in frame.groupby(["group", "task"], sort=False):
-        metric = perplexity_column(rows)
-        static = rows[rows["baseline"] & rows["max_k"].notna()]
-        of_k = static.groupby(static["max_k"].astype("int64"))  # repeats of a k are averaged
-        log_perplexity = of_k[metric].apply(lambda p: float(np.log(p).mean())) if metric else None
-        accuracy = of_k["accuracy"].mean()
-        known = accuracy if log_perplexity is None else log_perplexity
-        measured = [int(k) for k in known.index[known.notna()]]
-        for index, experts in rows.loc[~rows["baseline"], "mean_experts_model"].dropna().items():
-            bounds = _neighbours(measured, float(experts), tolerance)
-            if bounds is None:
-                continue
-            at = min(max(float(experts), bounds[0]), bounds[1])
-            matched[index] = {
-                "metric": metric,
-                "perplexity": None
-                if log_perplexity is None
-                else math.exp(_between(log_perplexity, bounds, at)),
-                "accuracy": _between(accuracy, bounds, at),
-                "by": "measured" if bounds[0] == bounds[1] else "interpolated",
-                "k_low": bounds[0],
-                "k_high": bounds[1],
-            }
-    table = pd.DataFrame.from_dict(matched, orient="index", columns=list(MATCHED))
-    table = table.reindex(frame.index).astype(object)
-    return table.where(table.notna(), None).add_prefix("matched_")
-
-
-def _neighbours(measured: list[int], experts: float, tolerance: float) -> tuple[int, int] | None:
-    near = [k for k in measured if abs(k - experts) <= tolerance * experts]
-    if near:
-        nearest = min(near, key=lambda k: abs(k - experts))
-        return nearest, nearest
-    below, above = [k for k in measured if k < experts], [k for k in measured if k > experts]
-    return (max(below), min(above)) if below and above else None
-
-
-def _between(values: pd.Series, bounds: tuple[int, int], at: float) -> float:
-    return float(np.interp(at, bounds, [values[k] for k in bounds]))
-
-
 def compare(
     loaded: Loaded,
     *,
@@ -163,7 +73,7 @@ def compare(
 
     Equivalence: two one-sided t tests (TOST). Their null hypothesis is a difference of at least the
     margin, so that a small p-value says "no more different than that", which a large p-value of the
-    other test never says. Without a single flip the t test has no variance to go by; then the
+    other test never says. Without a single flip the t test has no variance; then the
     p-value is the chance of no flip in as many documents if the margin's share of them flipped.
 
     P-values are adjusted for multiplicity by Benjamini-Hochberg over all comparisons of the table,
@@ -201,21 +111,18 @@ def compare(
     Benjamini and Hochberg 1995, J. R. Stat. Soc. B 57:289.
     """
     if baseline not in BASELINES:
-        raise ParameterError(f"baseline={baseline!r} is unknown: choose one of native, max_k.")
+        raise ParameterError(f"baseline must be native or max_k, not {baseline!r}.")
     for name, value in (
         ("margin", margin),
         ("accuracy_margin", accuracy_margin),
         ("confidence", confidence),
     ):
         if not 0 < value < 1:
-            raise ParameterError(f"{name}={value} is out of range: give a number between 0 and 1.")
+            raise ParameterError(f"{name} must be a number between 0 and 1, not {value}.")
     if resamples < 1:
-        raise ParameterError(f"resamples={resamples} is too few: give a number of at least 1.")
+        raise ParameterError(f"resamples must be at least 1, not {resamples}.")
 
-    def interval(statistic: Callable[..., Floats], *samples: Floats) -> tuple[Floats, Floats]:
-        return bootstrap_interval(
-            statistic, *samples, confidence=confidence, resamples=resamples, seed=seed
-        )
+    interval = partial(bootstrap_interval, confidence=confidence, resamples=resamples, seed=seed)
 
     found = []
     for row, reference in _pairs(loaded, baseline):
@@ -360,89 +267,6 @@ def _ratio_and_difference(one: Floats, other: Floats, weight: Floats) -> Floats:
     """Return the ratio of two perplexities and their difference, stacked in front."""
     ours, theirs = perplexity(one, weight), perplexity(other, weight)
     return np.stack([perplexity(one - other, weight), ours - theirs])
-
-
-def bootstrap_interval(
-    statistic: Callable[..., Floats],
-    *samples: Floats,
-    confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
-) -> tuple[Floats, Floats]:
-    """Return a percentile bootstrap interval of a function of means of paired samples.
-
-    The draws and the interval are those of :func:`scipy.stats.bootstrap` with ``paired=True`` and
-    ``method="percentile"``. But the means of a resample need only how many times each document was
-    drawn: they are one matrix product for all samples.
-
-    Parameters
-    ----------
-    statistic : callable
-        Of as many arrays ``[resamples]`` as there are samples, the means of each resample; it may
-        return several numbers, stacked in front.
-    *samples : float64 [documents]
-        The same documents in all, which are drawn together.
-    confidence : float
-        Between 0 and 1.
-    resamples, seed : int
-        How many times the documents are drawn with replacement, and from where.
-
-    References
-    ----------
-    Efron 1979, Ann. Stat. 7:1.
-    """
-    values = np.stack(samples, axis=1)
-    size = len(values)
-    drawn = _kept if resamples * size <= DRAWS_AT_ONCE else _drawn
-    means = [times @ values / size for times in drawn(size, resamples, seed)]
-    found = statistic(*np.concatenate(means).T)
-    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2], axis=-1)
-    return low, high
-
-
-def _drawn(size: int, resamples: int, seed: int) -> Iterator[Floats]:
-    """Yield how many times each document is drawn in each resample, [some resamples, documents]."""
-    rng = np.random.default_rng(seed)
-    batch = max(1, DRAWS_AT_ONCE // size)
-    for start in range(0, resamples, batch):
-        drawn = rng.integers(0, size, (min(batch, resamples - start), size))
-        cells = drawn + size * np.arange(len(drawn))[:, None]
-        times = np.bincount(cells.ravel(), minlength=drawn.size)
-        yield times.reshape(drawn.shape).astype(np.float64)
-
-
-@lru_cache(maxsize=1)
-def _kept(size: int, resamples: int, seed: int) -> tuple[Floats, ...]:
-    """Keep the draws: those of all comparisons over as many documents are the same."""
-    return tuple(_drawn(size, resamples, seed))
-
-
-def t_test(differences: Floats) -> float:
-    """Return the two-sided p-value of a mean of 0; without variance it is 1 or 0."""
-    if not np.ptp(differences):
-        return float(differences[0] == 0)
-    from statsmodels.stats.weightstats import DescrStatsW
-
-    return float(DescrStatsW(differences).ttest_mean(0)[1])
-
-
-def tost(differences: Floats, low: float, high: float) -> float:
-    """Return the p-value of a mean outside ``(low, high)``: small means equivalent.
-
-    The larger of two one-sided t tests; without variance it is 0 inside and 1 outside.
-    """
-    if not np.ptp(differences):
-        return float(not low < differences[0] < high)
-    from statsmodels.stats.weightstats import DescrStatsW
-
-    return float(DescrStatsW(differences).ttost_mean(low, high)[0])
-
-
-def mcnemar_exact(better: int, worse: int) -> float:
-    """Return the two-sided p-value of flips being as likely in either direction."""
-    from statsmodels.stats.contingency_tables import mcnemar
-
-    return min(1.0, float(mcnemar([[0, better], [worse, 0]], exact=True).pvalue))
 
 
 def _adjusted(found: list[dict[str, Any]], level: float) -> pd.DataFrame:

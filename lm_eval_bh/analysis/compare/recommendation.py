@@ -1,4 +1,4 @@
-"""Which configuration to use, by a rule that is stated beside the answer."""
+"""Which configuration to use, by a criterion that is stated beside the answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from lm_eval_bh.analysis.compare.paired import PERPLEXITIES
+from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 from lm_eval_bh.errors import ParameterError
 
 # Means of experts this close, relatively, count as equal; matched_budget has the same tolerance.
@@ -111,7 +111,7 @@ def recommend(
     """
     for name, value in (("margin", margin), ("confidence", confidence)):
         if not 0 < value < 1:
-            raise ParameterError(f"{name}={value} is out of range: give a number between 0 and 1.")
+            raise ParameterError(f"{name} must be a number between 0 and 1, not {value}.")
     return [
         _recommend(int(group), rows, comparisons[comparisons["group"] == group], margin, confidence)
         for group, rows in frame.groupby("group", sort=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lm_eval_bh.analysis.patterns.logs import Ints
+from lm_eval_bh.analysis.patterns.log_reader import Ints
 
 MOST = 8  # clusters that are tried
 ENOUGH = 10  # documents that are clustered

@@ -11,11 +11,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lm_eval_bh.analysis.compare.paired import PERPLEXITIES
 from lm_eval_bh.analysis.patterns.clusters import Clusters, cluster
 from lm_eval_bh.analysis.patterns.complexity import complexity
-from lm_eval_bh.analysis.patterns.counts import Counts
-from lm_eval_bh.analysis.patterns.logs import (
+from lm_eval_bh.analysis.patterns.log_counts import Counts
+from lm_eval_bh.analysis.patterns.log_reader import (
     Ints,
     Piece,
     pieces_of,
@@ -25,7 +24,8 @@ from lm_eval_bh.analysis.patterns.logs import (
 )
 from lm_eval_bh.analysis.patterns.specialisation import lift, specialisation
 from lm_eval_bh.analysis.patterns.token_classes import CLASSES, UNKNOWN, class_numbers, vocabulary
-from lm_eval_bh.analysis.table.experiments import Loaded
+from lm_eval_bh.analysis.read.loaded import Loaded
+from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 from lm_eval_bh.errors import DataError
 
 DOCUMENTS = 5000  # of each task, whose use of the experts is kept and clustered
@@ -167,7 +167,8 @@ def find_patterns(
                 for piece in _read(loaded, run_id, some, tasks, losses):
                     counts.add(piece)
         except DataError as error:
-            loaded.problems.append((Path(rows["file"].iloc[0]), str(error)))
+            if str(error) not in (sentence for _, sentence in loaded.problems):
+                loaded.leave_out(Path(rows["file"].iloc[0]), error)
             continue
         strategy = str(rows["strategy"].iloc[0])
         name = _file_name(strategy, taken)
@@ -175,7 +176,7 @@ def find_patterns(
     if nothing:
         raise DataError(
             "No run has a routing log: evaluate with log_routing=samples or full and a log_dir, "
-            "and name the folder of the logs too if they were moved."
+            "and give the folder of the logs too if they were moved."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from lm_eval_bh.analysis.patterns.complexity import OFTEN
 from lm_eval_bh.analysis.patterns.findings import Patterns
@@ -174,12 +175,11 @@ def _say(axes: Any, words: str) -> None:
     axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes)
 
 
-def _binned(x: Any, y: Any, bins: int = 8) -> tuple[Any, Any, Any, Any]:
+def _binned(x: pd.Series, y: pd.Series, bins: int = 8) -> tuple[Any, Any, Any, Any]:
     """Return middle, lower quartile, median and upper quartile of bins that are equally wide."""
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     edges = np.geomspace(x.min(), x.max(), bins + 1)
     place = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, bins - 1)
-    filled = [number for number in range(bins) if (place == number).sum() >= 3]
-    quartiles = [np.quantile(y[place == number], (0.25, 0.5, 0.75)) for number in filled]
-    low, mid, high = np.array(quartiles).reshape(-1, 3).T
+    of_bin = y.groupby(place)
+    filled = np.flatnonzero(np.bincount(place, minlength=bins) >= 3)
+    low, mid, high = (of_bin.quantile(level)[filled] for level in (0.25, 0.5, 0.75))
     return np.sqrt(edges[:-1] * edges[1:])[filled], low, mid, high

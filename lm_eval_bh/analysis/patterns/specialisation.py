@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lm_eval_bh.analysis.patterns.counts import Counts
-from lm_eval_bh.analysis.patterns.logs import Ints
+from lm_eval_bh.analysis.patterns.log_counts import Counts
+from lm_eval_bh.analysis.patterns.log_reader import Ints
 
 Floats = NDArray[np.float64]
 Names = NDArray[np.str_]

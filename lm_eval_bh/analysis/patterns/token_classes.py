@@ -72,7 +72,7 @@ def vocabulary(tokenizer: Path) -> tuple[list[str], list[str]]:
         loaded = Tokenizer.from_file(str(tokenizer))
     except Exception as error:  # the library raises nothing more specific
         raise DataError(
-            f"The tokenizer {tokenizer} cannot be read ({error}): give a tokenizer.json."
+            f"The tokenizer {tokenizer} could not be read: {error}; use a tokenizer.json."
         ) from error
     special = {i for i, token in loaded.get_added_tokens_decoder().items() if token.special}
     texts, classes = [], []

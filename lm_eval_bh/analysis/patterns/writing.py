@@ -12,7 +12,7 @@ from lm_eval_bh.analysis.patterns.pictures import (
     complexity_picture,
     specialisation_picture,
 )
-from lm_eval_bh.analysis.table.experiments import Loaded
+from lm_eval_bh.analysis.read.loaded import Loaded
 from lm_eval_bh.files import replacing
 
 FOLDER = "patterns"

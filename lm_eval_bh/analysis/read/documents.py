@@ -1,29 +1,20 @@
-"""Reads what is known about single documents: the harness's samples, and their scored tokens."""
+"""Reads single documents: lm-eval's samples, and how many of their tokens were scored."""
 
 from __future__ import annotations
 
 import json
 import math
-import mmap
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from lm_eval_bh.errors import DataError
-from lm_eval_bh.schema import read_internal_routing
+from lm_eval_bh.schema import Sample
 
-# An accuracy of the harness, the one to speak of first: acc_norm allows for the endings' lengths.
+# lm-eval's accuracies, the preferred one first: acc_norm allows for the endings' lengths.
 ACCURACIES = ("acc_norm", "acc", "exact_match")
-
-# The head of a sample in an internal routing log, as hf-bh writes it.
-_SAMPLE_HEAD = re.compile(
-    rb'"sample_id": (\d+), "request": (\d+), "repeat": \d+, "num_tokens": \d+, '
-    rb'"token_ids": \[[^\]]*\], '
-    rb'"loss": ([^,]+),'
-)
 
 
 def read_documents(path: Path, expected: int | None = None) -> pd.DataFrame:
@@ -34,28 +25,28 @@ def read_documents(path: Path, expected: int | None = None) -> pd.DataFrame:
     path : Path
         ``samples_<task>_<time>.jsonl``.
     expected : int, optional
-        How many documents the file must have.
+        How many documents the file must contain.
 
     Raises
     ------
     DataError
         If a line is damaged or a document is missing.
     """
-    mend = "run the evaluation again with --log_samples"
+    remedy = "run the evaluation again with --log_samples"
     rows: dict[int, dict[str, Any]] = {}
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 sample = json.loads(line)
-                # A task with several filters has a line for each; the first is the harness's first.
+                # A task with several filters has a line for each; lm-eval's first filter counts.
                 if sample["doc_id"] not in rows:
                     rows[sample["doc_id"]] = _document(sample)
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
-                    f"Line {number} of {path} is damaged ({error!r}): {mend}."
+                    f"Line {number} of {path} is damaged ({error!r}): {remedy}."
                 ) from error
     if expected is not None and len(rows) != expected:
-        raise DataError(f"{path} has {len(rows)} of {expected} documents: {mend}.")
+        raise DataError(f"{path} is incomplete: {len(rows)} of {expected} documents; {remedy}.")
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("doc_id").sort_index()
 
 
@@ -75,15 +66,15 @@ def _document(sample: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def scored_tokens(path: Path, documents: pd.DataFrame) -> dict[int, int]:
-    """Return how many tokens of each document were scored, as an internal routing log tells.
+def scored_tokens(samples: Iterable[Sample], documents: pd.DataFrame) -> dict[int, int]:
+    """Return how many tokens of each document were scored, by an internal routing log.
 
     A document's loglikelihood over its loss per scored token is that number.
 
     Parameters
     ----------
-    path : Path
-        The log.
+    samples : iterable of Sample
+        Those of the log.
     documents : DataFrame
         Of the same run, see :func:`read_documents`.
 
@@ -92,31 +83,13 @@ def scored_tokens(path: Path, documents: pd.DataFrame) -> dict[int, int]:
     dict of int to int
         Document -> scored tokens, for documents of a single request.
     """
+    losses: dict[int, list[float | None]] = {}
+    for sample in samples:
+        losses.setdefault(sample["sample_id"], []).append(sample["loss"])
     found = {}
-    for document, (loss, *others) in _losses(path).items():
+    for document, (loss, *others) in losses.items():
         if loss and not others and document in documents.index:
             count = -documents["loglikelihood"][document] / loss
-            if (
-                math.isfinite(count)
-                and round(count) >= 1
-                and abs(count - round(count)) < 1e-6 * count
-            ):
+            if math.isfinite(count) and abs(count - round(count)) < 1e-6 * count:
                 found[document] = round(count)
     return found
-
-
-def _losses(path: Path) -> dict[int, list[float | None]]:
-    """Return document -> losses of its requests.
-
-    They are a few kilobytes among many megabytes, so the log is searched; one that somebody else
-    wrote, with other spaces or another order of keys, is parsed.
-    """
-    losses: dict[int, list[float | None]] = {}
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        heads = _SAMPLE_HEAD.findall(content)
-        complete = len(heads) == len(re.findall(rb'"sample_id"\s*:', content))
-    for document, _, loss in heads if complete else ():
-        losses.setdefault(int(document), []).append(None if loss == b"null" else float(loss))
-    for sample in () if complete else read_internal_routing(path)["samples"]:
-        losses.setdefault(sample["sample_id"], []).append(sample["loss"])
-    return losses

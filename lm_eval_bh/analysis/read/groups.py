@@ -1,4 +1,4 @@
-"""Which runs may be compared: those that differ in nothing but their routing."""
+"""Which runs can be compared: those that differ only in their routing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 
 from lm_eval_bh.analysis.read.results_file import Run
 
-SHOWN_DIFFERENCES = 5  # files that a refusal names
+SHOWN_DIFFERENCES = 5  # files named in the error
 
 # (run id, task) -> what was logged for each document, or None.
 Documents = Callable[[str, str], "pd.DataFrame | None"]
@@ -19,7 +19,7 @@ Documents = Callable[[str, str], "pd.DataFrame | None"]
 
 @dataclass(frozen=True)
 class Group:
-    """Files that may be compared with each other.
+    """Files that can be compared with each other.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run], documents: Documents) -> list[Group]:
-    """Put each file into the first group that it differs from in nothing."""
+    """Put each file into the first group that it does not conflict with."""
     members: list[list[Run]] = []
     for run in runs:
         for group in members:
@@ -57,7 +57,7 @@ def group_runs(runs: Sequence[Run], documents: Documents) -> list[Group]:
 
 
 def _conflicts(first: Run, second: Run, documents: Documents) -> list[str]:
-    """Say in what two files differ; what one of them does not tell is no difference."""
+    """Return how two files conflict; a setting that one of them lacks is not a conflict."""
     found = _differing(first.settings(), second.settings())
     for task in sorted(set(first.tasks) & set(second.tasks)):
         differing = _differing(first.task_settings(task), second.task_settings(task))
@@ -76,7 +76,7 @@ def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str,
 
 
 def _same_documents(first: Run, second: Run, task: str, documents: Documents) -> bool:
-    """Say whether two runs saw the same documents in another order, as several processes do.
+    """Return whether two runs saw the same documents in another order, as several processes do.
 
     lm-eval's hash of a task is over the order in which its processes gather the documents.
     """
@@ -87,7 +87,7 @@ def _same_documents(first: Run, second: Run, task: str, documents: Documents) ->
 
 
 def difference(runs: Sequence[Run], groups: Sequence[Group], documents: Documents) -> str:
-    """Say which files keep the others from being compared."""
+    """Return an error message that names the conflicting files."""
     of_file = {run.file: run for run in runs}
     reference = [of_file[file] for file in groups[0].files]
     lines = []

@@ -1,4 +1,4 @@
-"""Finds and reads the files of runs: the harness's results, and where their routing logs lie."""
+"""Finds and reads the files of runs: lm-eval's results, and where their routing logs are."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lm_eval_bh.analysis.read.earlier_release import upgraded
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.schema import (
-    FIXED_COUNT,
     INTERNAL_ROUTING,
     MANIFEST,
     RunInfo,
@@ -23,12 +23,12 @@ from lm_eval_bh.schema import (
     read_run_info,
 )
 
-Told = list[tuple[Path, str]]  # files, each with a sentence about it
+Notices = list[tuple[Path, str]]  # files, each with a sentence about it
 
 # What reading a JSON file of another shape than expected raises.
 _MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
-# How lm-eval ends the names of its files: with the time.
+# lm-eval ends the names of its files with the time.
 _DATED = re.compile(r"_(\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?)\.json$")
 
 
@@ -39,7 +39,7 @@ def pretrained_of(content: Mapping[str, Any]) -> str:
     if isinstance(arguments, str):
         pairs = (part.partition("=") for part in arguments.split(","))
         arguments = {name.strip(): value for name, _, value in pairs}
-    # Where the model was given as an object, lm-eval draws model_name at random.
+    # Where the model was given as an object, lm-eval makes up a random model_name.
     drawn = content.get("model_source") == "CUSTOM"
     named = None if drawn else content.get("model_name")
     return str(arguments.get("pretrained") or named or config.get("model"))
@@ -47,7 +47,7 @@ def pretrained_of(content: Mapping[str, Any]) -> str:
 
 @dataclass
 class Run:
-    """One results file of the harness."""
+    """One results file of lm-eval."""
 
     file: Path
     content: dict[str, Any]
@@ -59,20 +59,23 @@ class Run:
 
     @classmethod
     def read(cls, file: Path) -> Run:
-        """Read a results file; raise :class:`DataError` if it is none."""
+        """Read a results file; raise :class:`DataError` if it is not one."""
         content = read_json(file)
         if not isinstance(content.get("results"), dict) or not content["results"]:
-            raise DataError(f"{file} holds no results: run the evaluation again.")
+            raise DataError(f"{file} is incomplete: it has no results; run the evaluation again.")
         if not isinstance(content.get("config"), dict):
-            raise DataError(f"{file} holds no configuration: run the evaluation again.")
+            raise DataError(
+                f"{file} is incomplete: it has no configuration; run the evaluation again."
+            )
         fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
         info = read_run_info(content, str(file))
+        info = info and upgraded(info, str(file))
         run_id = info["run_id"] if info else f"hf-{fingerprint[:12]}"
         return cls(file, content, info, run_id, fingerprint)
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks evaluated; the sums of groups of tasks are no experiments."""
+        """The tasks evaluated, without the totals of groups of tasks."""
         known = self.content.get("configs") or self.content["results"]
         return sorted(task for task in self.content["results"] if task in known)
 
@@ -83,7 +86,7 @@ class Run:
         return Path(name).name if name.startswith(("/", ".", "~")) else name
 
     def of_task(self, table: str, task: str) -> Any:
-        """Return what one of the harness's tables has for a task, or None."""
+        """Return the entry of one of lm-eval's tables for a task, or None."""
         return (self.content.get(table) or {}).get(task)
 
     def documents(self, task: str) -> int | None:
@@ -94,19 +97,19 @@ class Run:
         return None if counted is None else int(counted)
 
     def summary(self, task: str) -> TaskSummary | None:
-        """Return what routing did for a task; None if that was not logged."""
+        """Return the routing summary of a task; None if it was not logged."""
         summary = self.info["summary"] if self.info else None
         found = summary["tasks"].get(task) if summary else None
         return found if found and found["tokens"] else None
 
     @property
     def cached_requests(self) -> int | None:
-        """How many requests left no trace in the routing summary; None without one."""
+        """How many requests the routing summary does not count; None without a summary."""
         summary = self.info["summary"] if self.info else None
         return summary["cached_requests"] if summary else None
 
     def samples_file(self, task: str) -> Path | None:
-        """Return the file of what the harness logged for each document, if it exists."""
+        """Return the file of lm-eval's samples of a task, if it exists."""
         dated = _DATED.search(self.file.name)
         path = self.file.with_name(f"samples_{task}_{dated[1]}.jsonl") if dated else None
         return path if path and path.is_file() else None
@@ -116,14 +119,14 @@ class Run:
         if self.log_folder is None or self.info is None:
             return None
         config = self.info["config"]
-        alpha = None if config["rule"] in FIXED_COUNT else config["alpha"]
+        alpha = None if self.info["rule"]["fixed_count"] else config["alpha"]
         name = experiment_name(config["rule"], config["max_k"], alpha, task) + INTERNAL_ROUTING
         # With its task's name in front where two tasks of the run have one data set.
         names = (f"{task}_{name}", name)
         return next((self.log_folder / name for name in names if name in self.log_files), None)
 
     def find_log(self, manifests: Mapping[str, Path]) -> DataError | None:
-        """Look for the log folder; return an error if it is there but incomplete."""
+        """Find the log folder; return an error if it is incomplete."""
         if self.info is None or not self.info["log_dir"]:
             return None
         places = [self.file.parent, *self.file.parent.parents, Path()]
@@ -141,7 +144,7 @@ class Run:
         return None
 
     def settings(self) -> dict[str, Any]:
-        """Return what must be equal for the model's sake."""
+        """Return the settings of the model that must be equal in comparable runs."""
         config, info = self.content["config"], self.info
         null = (info["null_model"] if info else None) or {}
         return {
@@ -160,12 +163,12 @@ class Run:
         }
 
     def task_settings(self, task: str) -> dict[str, Any]:
-        """Return what must be equal for a task's sake."""
+        """Return the settings of a task that must be equal in comparable runs."""
         config = self.content["config"]
         counted = self.of_task("n-samples", task)
         shots = self.of_task("n-shot", task)
         return {
-            # What came of it, where that is told: a limit above the number of documents is none.
+            # The outcome, where known: a limit above the number of documents has no effect.
             "limit": f"{counted['effective']} of {counted['original']} documents"
             if counted
             else str(config.get("limit")),
@@ -185,7 +188,7 @@ def find_files(folders: Sequence[Path]) -> tuple[list[Path], dict[str, Path]]:
         if folder.is_file():
             files.add(folder)
         elif not folder.is_dir():
-            raise DataError(f"There is no folder {folder}: name one that lm_eval has written to.")
+            raise DataError(f"There is no folder {folder}: use one that lm_eval wrote to.")
         for parent, children, names in os.walk(folder):
             children.sort()
             for name in names:
@@ -202,20 +205,19 @@ def read_runs(
     files: Iterable[Path],
     manifests: Mapping[str, Path],
     check: Callable[[Run], object],
-    problems: Told,
-    notes: Told,
+    problems: Notices,
+    notes: Notices,
 ) -> Iterator[Run]:
-    """Yield the runs that are complete.
+    """Yield the complete runs.
 
     Parameters
     ----------
     files, manifests
-        What :func:`find_files` found.
+        From :func:`find_files`.
     check : callable
-        Raises whatever later reading would raise, if the run lacks something or has it wrong.
+        Raises what later reading would raise if something in the run is missing or wrong.
     problems, notes : list of (Path, str)
-        Filled with what is wrong with files that are left out, and what a reader should know about
-        others.
+        Filled with why files are left out, and with remarks on others.
     """
     seen: dict[str, Run] = {}
     for file in files:
@@ -242,7 +244,7 @@ def read_runs(
         if run.info and run.info["log_dir"] and not (problem or run.log_folder):
             sentence = (
                 f"The routing log of {file} is not in {run.info['log_dir']}: "
-                "name the folder that it was moved to as well."
+                "give the folder that it was moved to as well."
             )
             notes.append((file, sentence))
         if cached := run.cached_requests:

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lm_eval_bh.analysis.show.layout import settle
 from lm_eval_bh.files import figure_format, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lm_eval_bh.routing.nulls.calibration import LayerHealth
+# One layer's health, as a calibration measures it and a null model's header keeps it.
+Health = Mapping[str, Any]
 
 
-def draw_health(health: Sequence[LayerHealth], title: str, path: Path) -> None:
+def draw_health(health: Sequence[Health], title: str, path: Path) -> None:
     """Draw the distribution of held-out p-values, and how far each layer's is from uniform.
 
     Parameters
     ----------
-    health : sequence of LayerHealth
-        From :func:`lm_eval_bh.routing.nulls.calibration.health`.
+    health : sequence of mapping
+        One a layer: ``layer``, ``tokens``, ``ks_distance``, ``floor_share``, ``ceiling_share`` and
+        ``quantiles``, as a calibration measures them.
     title : str
         Above the figure.
     path : Path
@@ -39,10 +41,12 @@ def draw_health(health: Sequence[LayerHealth], title: str, path: Path) -> None:
 
     figure = Figure(figsize=(14, 4.6), layout="constrained")
     curves, bars = figure.subplots(1, 2, width_ratios=(1, 2))
-    uniform = np.linspace(0, 1, len(health[0].quantiles))
+    uniform = np.linspace(0, 1, len(health[0]["quantiles"]))
     colours = _colours(len(health))
     for row, colour in zip(health, colours, strict=True):
-        curves.plot(row.quantiles, uniform, color=colour, linewidth=1.5, label=f"layer {row.layer}")
+        curves.plot(
+            row["quantiles"], uniform, color=colour, linewidth=1.5, label=f"layer {row['layer']}"
+        )
     curves.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="uniform")
     curves.set(
         title="Distribution of the p-values",
@@ -54,29 +58,30 @@ def draw_health(health: Sequence[LayerHealth], title: str, path: Path) -> None:
     curves.legend(fontsize=8, ncols=1 + len(health) // 9)
     curves.grid(alpha=0.3)
 
-    _draw_distances(bars, [dataclasses.asdict(row) for row in health])
-    figure.suptitle(f"{title}: {health[0].tokens} held-out tokens")
+    _draw_distances(bars, health)
+    figure.suptitle(f"{title}: {health[0]['tokens']} held-out tokens")
+    settle(figure)
     with replacing(path) as temporary:
         figure.savefig(temporary, format=figure_format(path), dpi=200)
 
 
-def draw_distances(layers: Sequence[Mapping[str, float]]) -> Figure:
+def draw_distances(layers: Sequence[Health]) -> Figure:
     """Draw how far each layer's held-out p-values are from uniform, from a null model's header.
 
     Parameters
     ----------
     layers : sequence of mapping
-        The fields of :class:`~lm_eval_bh.routing.nulls.calibration.LayerHealth`; quantiles are not
-        needed.
+        As for :func:`draw_health`; quantiles are not needed.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3), layout="constrained")
     _draw_distances(figure.subplots(), layers)
+    settle(figure)
     return figure
 
 
-def _draw_distances(axes: Axes, layers: Sequence[Mapping[str, float]]) -> None:
+def _draw_distances(axes: Axes, layers: Sequence[Health]) -> None:
     place = np.arange(len(layers))
     shown = (
         ("Kolmogorov-Smirnov distance", "ks_distance", ""),

@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from lm_eval_bh.analysis.read.earlier_release import upgraded
 from lm_eval_bh.analysis.read.results_file import pretrained_of
-from lm_eval_bh.schema import FIXED_COUNT
 
 DEFAULT_SEEDS = (0, 1234, 1234, 1234)
 SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
@@ -64,9 +64,12 @@ def _model_args(content: Mapping[str, Any]) -> str | Mapping[str, Any]:
     config = content["config"]
     if given := config.get("model_args"):
         return given  # type: ignore[no-any-return]
-    routing = dict((config.get("bh") or {}).get("config") or {})
+    if not config.get("bh"):
+        return {"pretrained": pretrained_of(content)}
+    info = upgraded(config["bh"], "the results file")
+    routing = info["config"]
     foreign = {"solved"}  # what is refused where it has no meaning
-    if routing.get("rule") in FIXED_COUNT:
+    if info["rule"]["fixed_count"]:
         foreign |= {"alpha", "min_k"}
     if routing.get("target_experts") is not None:
         foreign.add("alpha")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lm_eval_bh.analysis.compare.paired import PERPLEXITIES, PERPLEXITY_UNITS, perplexity_column
+from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES, PERPLEXITY_UNITS, perplexity_column
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -29,7 +29,7 @@ from lm_eval_bh.files import replacing
 from lm_eval_bh.schema import read_json
 
 if TYPE_CHECKING:
-    from lm_eval_bh.analysis.table.experiments import Loaded
+    from lm_eval_bh.analysis.read.loaded import Loaded
 
 REPORT = "bh_routing_report"
 FIGURE = "visualizations/bh_comprehensive_comparison"

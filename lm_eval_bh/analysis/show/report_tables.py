@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lm_eval_bh.analysis.compare.paired import perplexity_column
+from lm_eval_bh.analysis.table.perplexities import perplexity_column
 
 if TYPE_CHECKING:
     from lm_eval_bh.analysis.compare.recommendation import Recommendation
-    from lm_eval_bh.analysis.table.experiments import Loaded
+    from lm_eval_bh.analysis.read.loaded import Loaded
 
 PER = {
     "perplexity": "token",
@@ -251,7 +251,7 @@ def health_table(layers: Sequence[Mapping[str, Any]]) -> Table:
     Parameters
     ----------
     layers : sequence of mapping
-        The fields of :class:`~lm_eval_bh.routing.nulls.calibration.LayerHealth`.
+        See :func:`~lm_eval_bh.analysis.show.health_figure.draw_health`.
     """
     columns = (
         Column("layer", True),

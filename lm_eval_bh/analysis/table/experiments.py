@@ -1,32 +1,26 @@
 """Reads folders of finished experiments into one tidy table.
 
-An experiment is one run of lm-eval on one task. Its row joins what the harness measured
-(``results_*.json`` and, with ``--log_samples``, ``samples_<task>_*.jsonl``) with what routing did
-(``config.bh`` in the same file, and the log folder of that run id where there is one).
+An experiment is one run of lm-eval on one task. Its row joins what lm-eval measured
+(``results_*.json`` and, with ``--log_samples``, ``samples_<task>_*.jsonl``) with the routing
+summary (``config.bh`` in the same file) and the log folder of that run id, if any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
-from lm_eval_bh.analysis.compare.paired import matched_budget
 from lm_eval_bh.analysis.read.documents import read_documents
 from lm_eval_bh.analysis.read.groups import Group, difference, group_runs
-from lm_eval_bh.analysis.read.results_file import Run, Told, find_files, read_runs
+from lm_eval_bh.analysis.read.loaded import Loaded
+from lm_eval_bh.analysis.read.results_file import find_files, read_runs
 from lm_eval_bh.analysis.table import joining
-from lm_eval_bh.analysis.table.rows import (
-    COLUMNS,
-    LAYER_COLUMNS,
-    check,
-    layer_rows,
-    row_of,
-    strategy_label,
-    typed,
-)
+from lm_eval_bh.analysis.table.columns import COLUMNS, LAYER_COLUMNS, typed
+from lm_eval_bh.analysis.table.matched_budget import matched_budget
+from lm_eval_bh.analysis.table.rows import check, layer_rows, row_of
+from lm_eval_bh.analysis.table.strategy_names import strategy_label
 from lm_eval_bh.analysis.table.table_files import (
     COMPARISONS,
     LAYERS,
@@ -52,65 +46,6 @@ __all__ = [
 ]
 
 
-@dataclass
-class Loaded:
-    """Experiments as tables.
-
-    Attributes
-    ----------
-    frame : DataFrame
-        One row an experiment (run and task), with the columns :data:`COLUMNS`; null where something
-        was not measured.
-    layers : DataFrame
-        One row an experiment and routed layer, with the columns :data:`LAYER_COLUMNS`: mean and
-        standard deviation of the experts per token; ``usage`` and ``histogram`` are lists of int.
-    problems : list of (Path, str)
-        Files that are broken or incomplete and were left out, each with what to do.
-    notes : list of (Path, str)
-        What a reader of the tables should know about files that were not left out.
-    groups : list of Group
-        One, unless files that cannot be compared were kept apart.
-    """
-
-    frame: pd.DataFrame
-    layers: pd.DataFrame
-    problems: Told
-    notes: Told
-    groups: list[Group]
-    _runs: dict[str, Run] = field(default_factory=dict, repr=False)
-    _documents: dict[tuple[str, str], pd.DataFrame | None] = field(default_factory=dict, repr=False)
-
-    def documents(self, run_id: str, task: str) -> pd.DataFrame | None:
-        """Return what the harness logged for each document of an experiment, or None.
-
-        Returns
-        -------
-        DataFrame or None
-            Indexed by ``doc_id``, with the columns ``hash`` (document, prompt and target),
-            ``output`` (the responses as JSON) and, where the task has them, ``loglikelihood``
-            (nats) with ``words``, ``bytes``, ``targets`` and ``tokens`` (scored; only if a routing
-            log tells), ``acc``, ``acc_norm``, ``exact_match``. None without ``--log_samples``.
-        """
-        key = run_id, task
-        if key not in self._documents:
-            self._documents[key] = None
-            path = self._runs[run_id].samples_file(task)
-            if path is not None:
-                try:
-                    self._documents[key] = read_documents(path, self._runs[run_id].documents(task))
-                except DataError as error:
-                    self.problems.append((path, str(error)))
-        return self._documents[key]
-
-    def internal_routing_file(self, run_id: str, task: str) -> Path | None:
-        """Return the path of an experiment's internal routing log; None if there is none."""
-        return self._runs[run_id].internal_routing_file(task)
-
-    def log_folder(self, run_id: str) -> Path | None:
-        """Return the finished log folder of a run, which may hold token logs; None without one."""
-        return self._runs[run_id].log_folder
-
-
 def load_experiments(
     folders: Iterable[Path | str], *, force: bool = False, context_length: int | None = None
 ) -> Loaded:
@@ -122,10 +57,10 @@ def load_experiments(
         Where ``lm_eval --output_path`` or a sweep wrote, with ``--model hf-bh`` or, for baselines,
         ``--model hf``; single results files too.
     force : bool
-        Keep experiments that cannot be compared apart, in groups, instead of refusing them.
+        Keep experiments that cannot be compared in separate groups instead of raising an error.
     context_length : int, optional
-        How many positions a token attends to, for the count of FLOPs. By default the longest window
-        that the run allowed, which rather understates what fewer experts save.
+        How many positions a token attends to, for counting FLOPs. By default the longest window
+        that the run allowed, which tends to understate what fewer experts save.
 
     Raises
     ------
@@ -138,7 +73,7 @@ def load_experiments(
     if not files:
         raise DataError(
             f"There is no results_*.json below {', '.join(map(str, roots))}: "
-            "run lm_eval with --output_path, or name the folder that it was given."
+            "run lm_eval with --output_path, or use the folder that it was given."
         )
     loaded = Loaded(pd.DataFrame(), pd.DataFrame(), [], [], [])
     runs = list(read_runs(files, manifests, check, loaded.problems, loaded.notes))

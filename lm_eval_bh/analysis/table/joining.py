@@ -1,29 +1,26 @@
-"""What only several runs together tell: token perplexity, average accuracy, stability."""
+"""Columns that need several runs: token perplexity, average accuracy, stability."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lm_eval_bh.analysis.compare.paired import PERPLEXITIES
 from lm_eval_bh.analysis.read.documents import scored_tokens
-from lm_eval_bh.analysis.table import metrics
-from lm_eval_bh.errors import DataError
-from lm_eval_bh.schema import InternalRouting, read_internal_routing
+from lm_eval_bh.analysis.table import metrics, stability
+from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 
 if TYPE_CHECKING:
-    from lm_eval_bh.analysis.table.experiments import Loaded
+    from lm_eval_bh.analysis.read.loaded import Loaded
 
 
 def add_token_perplexity(rows: Sequence[dict[str, Any]], loaded: Loaded) -> None:
-    """Fill in ``perplexity``, where it is known how many tokens were scored.
+    """Fill in ``perplexity`` where it is known how many tokens were scored.
 
-    The harness logs a document's loglikelihood but not its number of tokens; an internal routing
+    lm-eval logs a document's loglikelihood but not its number of tokens; an internal routing
     log has the loss per scored token, so their quotient is that number. It depends on the text and
     the tokenizer alone: one log serves all runs of a group, those of ``--model hf`` too. Unless it
     is known for every document, there is no token-level perplexity: one of the first documents
@@ -39,11 +36,12 @@ def add_token_perplexity(rows: Sequence[dict[str, Any]], loaded: Loaded) -> None
             and loaded.documents(row["run_id"], row["task"]) is not None
         ]
         scored: dict[int, int] = {}
-        for path, row in sorted(logs, key=lambda log: (log[0].stat().st_size, log[0].as_posix())):
+        for _, row in sorted(logs, key=lambda log: (log[0].stat().st_size, log[0].as_posix())):
             if len(scored) < (row["documents"] or math.inf):
                 documents = loaded.documents(row["run_id"], row["task"])
                 assert documents is not None
-                scored |= scored_tokens(path, documents)
+                log = loaded.internal_routing(row["run_id"], row["task"])
+                scored |= scored_tokens(log["samples"] if log else (), documents)
         for row in alike:
             documents = loaded.documents(row["run_id"], row["task"]) if scored else None
             if documents is None or "loglikelihood" not in documents:
@@ -57,7 +55,7 @@ def add_token_perplexity(rows: Sequence[dict[str, Any]], loaded: Loaded) -> None
 
 
 def add_average_accuracy(rows: Sequence[dict[str, Any]]) -> None:
-    """Fill in ``avg_task_accuracy`` for configurations that did all tasks with an accuracy."""
+    """Fill in ``avg_task_accuracy`` for configurations that ran all tasks with an accuracy."""
     for group in _alike(rows, "group"):
         tasks = {row["task"] for row in group if row["accuracy"] is not None}
         for configured in _alike(group, "configuration"):
@@ -80,25 +78,16 @@ def add_stability(rows: Sequence[dict[str, Any]], loaded: Loaded) -> None:
             one, other = (loaded.documents(*run) for run in runs)
             if one is not None and other is not None:
                 equal.append(
-                    metrics.output_determinism(one["output"].to_dict(), other["output"].to_dict())
+                    stability.output_determinism(one["output"].to_dict(), other["output"].to_dict())
                 )
-            logs = [_internal_routing(loaded.internal_routing_file(*run), loaded) for run in runs]
+            logs = [loaded.internal_routing(*run) for run in runs]
             if logs[0] and logs[1]:
                 overlaps.append(
-                    metrics.expert_overlap_score(logs[0]["samples"], logs[1]["samples"])
+                    stability.expert_overlap_score(logs[0]["samples"], logs[1]["samples"])
                 )
         for row in repeats:
             row["expert_overlap_score"] = _mean(overlaps)
             row["output_determinism"] = _mean(equal)
-
-
-def _internal_routing(path: Path | None, loaded: Loaded) -> InternalRouting | None:
-    try:
-        return read_internal_routing(path) if path else None
-    except DataError as error:
-        if path is not None and (path, str(error)) not in loaded.problems:
-            loaded.problems.append((path, str(error)))
-        return None
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

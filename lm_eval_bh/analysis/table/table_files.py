@@ -17,10 +17,10 @@ TABLE = "bh_routing_results"
 LAYERS = "bh_routing_layers"
 COMPARISONS = "bh_routing_comparisons"
 
-# Stands beside adaptive rows even where it is empty: nobody shall forget to ask.
+# Shown beside adaptive rows even where empty: a reader should notice what is missing.
 STATIC = ("matched_perplexity", "matched_accuracy", "matched_by")
 
-# What Markdown and LaTeX show; CSV and JSON hold everything.
+# What Markdown and LaTeX show; CSV and JSON contain everything.
 READABLE = {
     "group": "group",
     "task": "task",
@@ -44,7 +44,7 @@ READABLE = {
 def write_tables(frame: pd.DataFrame, folder: Path | str) -> list[Path]:
     """Write ``bh_routing_results`` as CSV, JSON, Markdown and LaTeX, each whole or not at all.
 
-    CSV and JSON hold every column at full precision, empty or null where something was not
+    CSV and JSON contain every column at full precision, empty or null where something was not
     measured; Markdown and LaTeX the columns that people compare. Rows keep the order of the
     frame.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lm_eval_bh.routing.rules import adaptive_levels, controls, stepwise
 from lm_eval_bh.routing.rules.sorted_scores import SortedScores
+from lm_eval_bh.schema import RuleInfo
 
 # (sorted scores, alpha, thresholds: float [rows, experts] or None) -> int64 [tokens]
 Count = Callable[[SortedScores, float, Any], Tensor]
@@ -67,7 +68,7 @@ class Rule:
         """Whether it is a multiple-testing procedure, so that it needs a null distribution."""
         return self.critical_values is not None
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> RuleInfo:
         """Return what results say about the rule, see :class:`lm_eval_bh.schema.RuleInfo`."""
         return {
             "name": self.name,

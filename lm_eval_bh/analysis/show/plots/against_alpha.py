@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lm_eval_bh.analysis.compare.paired import PERPLEXITY_UNITS
 from lm_eval_bh.analysis.show.plots.data import Experiments, NoDataError
 from lm_eval_bh.analysis.show.plots.labels import Labels
 from lm_eval_bh.analysis.show.plots.style import (
@@ -21,6 +20,7 @@ from lm_eval_bh.analysis.show.plots.style import (
     focus,
     interval,
 )
+from lm_eval_bh.analysis.table.perplexities import PERPLEXITY_UNITS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

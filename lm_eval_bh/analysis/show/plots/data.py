@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lm_eval_bh.analysis.compare.paired import PERPLEXITIES, matched_budget, perplexity_column
+from lm_eval_bh.analysis.table.matched_budget import matched_budget
+from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES, perplexity_column
 from lm_eval_bh.errors import DataError
 
 REQUIRED = ("task", "strategy", "rule", "max_k", "baseline", "adaptive")
@@ -69,7 +70,7 @@ class Experiments:
         if missing := [name for name in REQUIRED if name not in frame]:
             raise DataError(
                 f"The table has no column {', '.join(missing)}: "
-                "give the frame of load_experiments, or a bh_routing_results.csv."
+                "use the frame of load_experiments, or a bh_routing_results.csv."
             )
         if "group" in frame and frame["group"].nunique() > 1:
             raise DataError(

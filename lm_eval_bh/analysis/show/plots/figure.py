@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lm_eval_bh.analysis.show.plots import against_alpha, selection, tradeoffs
+from lm_eval_bh.analysis.show.plots import against_alpha, expert_use, tradeoffs
 from lm_eval_bh.analysis.show.plots.data import Experiments, NoDataError
 from lm_eval_bh.analysis.show.plots.labels import Labels
 from lm_eval_bh.analysis.show.plots.style import (
@@ -60,9 +60,9 @@ PANELS: dict[str, Panel] = {
     "experts": Panel("Mean experts", against_alpha.experts, LINES),
     "heatmap": Panel(f"Mean experts by {ALPHA} and max_k", against_alpha.heat_map),
     "pareto": Panel("Perplexity against experts", tradeoffs.pareto, (*LINES, "front", "matched")),
-    "constraints": Panel("Floor, mid-range, ceiling", selection.constraints),
-    "utilization": Panel("Expert utilisation", selection.utilization),
-    "layers": Panel("Mean experts of each layer", selection.layers, LINES),
+    "constraints": Panel("Floor, mid-range, ceiling", expert_use.constraints),
+    "utilization": Panel("Expert utilisation", expert_use.utilization),
+    "layers": Panel("Mean experts of each layer", expert_use.layers, LINES),
     "speed": Panel("Perplexity against speed", tradeoffs.speed, LINES),
 }
 
@@ -125,7 +125,7 @@ def create_single_panel(
     """
     if panel not in PANELS:
         raise ParameterError(
-            f"panel={panel!r} is none of the figure: choose one of {', '.join(PANELS)}"
+            f"There is no panel {panel!r}: use one of {', '.join(PANELS)}"
             f"{did_you_mean(panel, PANELS)}."
         )
     return _create(results_df, [panel], output_path, layers, SINGLE_SIZE)

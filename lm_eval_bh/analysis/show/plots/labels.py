@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lm_eval_bh.analysis.show.layout import settle
 from lm_eval_bh.analysis.show.plots.style import SMALL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
+    from matplotlib.transforms import BboxBase
 
 GAP = 1.15  # of the height of a line
 # Where a label may stand: on which side of its point, and how far off in points; best places first.
@@ -69,10 +70,7 @@ class Labels:
 
     def place(self, figure: Figure) -> None:
         """Move every label to where it lies on nothing else; the layout stays as it is then."""
-        engine = figure.get_layout_engine()
-        if engine is not None:
-            engine.execute(figure)
-        figure.set_layout_engine("none")
+        settle(figure)
         points = figure.dpi / 72
         for axes, labels in self._at_lines.items():
             labels.sort(key=lambda label: label[0])
@@ -81,65 +79,36 @@ class Labels:
                 lines, spread(lines, GAP * SMALL), labels, strict=True
             ):
                 label.set_position((3, middle - line))
+        placed: dict[Axes, list[BboxBase]] = {}
         for axes, label in self._at_points:
-            self._put(axes, label, points)
-
-    def _put(self, axes: Axes, label: Annotation, points: float) -> None:
-        """Choose the place that overlaps least with the points of the axes and other labels."""
-        number = self._at_points.index((axes, label))
-        boxes = [other.get_window_extent() for at, other in self._at_points[:number] if at is axes]
-        marks = drawn_points(axes)
-        reach = 2 * points
-
-        half = np.array([label.get_window_extent().width, label.get_window_extent().height]) / 2
-
-        def put(place: tuple[int, int, int]) -> None:
-            x, y, distance = place
-            width, height = half / points
-            label.set_position((x * (width + distance), y * (height + distance)))
-
-        def overlap(place: tuple[int, int, int]) -> float:
-            put(place)
-            box = label.get_window_extent()
-            inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
-            covered = (
-                (marks[:, 0] > box.x0 - reach)
-                & (marks[:, 0] < box.x1 + reach)
-                & (marks[:, 1] > box.y0 - reach)
-                & (marks[:, 1] < box.y1 + reach)
-            )
-            others = sum(box.overlaps(other) for other in boxes)
-            return 100.0 * (not inside) + 100 * others + float(covered.sum())
-
-        put(min(PLACES, key=overlap))
+            _put(axes, label, placed.setdefault(axes, []), points)
 
 
-def drawn_points(axes: Axes, step: float = 4.0) -> NDArray[np.float64]:
-    """Return what the markers and lines of axes cover, in pixels.
+def _put(axes: Axes, label: Annotation, placed: list[BboxBase], points: float) -> None:
+    """Choose the place that overlaps least with the lines of the axes and with other labels."""
+    # Lines across the axes have their labels at their end.
+    paths = [
+        line.get_path().transformed(axes.transData)
+        for line in axes.lines
+        if line.get_transform() == axes.transData
+    ]
+    marks = np.concatenate([path.vertices for path in paths])
+    half = np.array(label.get_window_extent().size) / 2 / points
 
-    Parameters
-    ----------
-    step : float
-        How far apart the points of a line are, in pixels.
+    def put(place: tuple[int, int, int]) -> BboxBase:
+        x, y, distance = place
+        label.set_position((x * (half[0] + distance), y * (half[1] + distance)))
+        return label.get_window_extent()
 
-    Returns
-    -------
-    float64 [points, 2]
-        Every marker, and points along every line.
-    """
-    found = [np.empty((0, 2))]
-    for line in axes.lines:
-        if line.get_transform() != axes.transData:
-            continue  # lines across the axes, which have their labels at their end
-        data = np.asarray(line.get_xydata(), dtype=float)
-        pixels = axes.transData.transform(data[np.isfinite(data).all(axis=1)])
-        found.append(pixels)
-        if line.get_linestyle() == "None":
-            continue
-        for start, end in pairwise(pixels):
-            count = int(np.hypot(*(end - start)) // step)
-            found.append(np.linspace(start, end, count, endpoint=False))
-    return np.concatenate(found)
+    def overlap(place: tuple[int, int, int]) -> int:
+        box = put(place)
+        inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
+        around = box.padded(2 * points)
+        crossed = sum(path.intersects_bbox(around, filled=False) for path in paths)
+        covered = crossed + around.count_contains(marks)
+        return 100 * (not inside) + 100 * box.count_overlaps(placed) + covered
+
+    placed.append(put(min(PLACES, key=overlap)))
 
 
 def spread(wanted: Sequence[float], gap: float) -> NDArray[np.float64]:

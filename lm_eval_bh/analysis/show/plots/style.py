@@ -188,8 +188,9 @@ def fit_scale(axes: Axes, which: str, values: Iterable[float], log: bool = True)
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     room = (high / low) ** 0.08
     set_limits(low / room, high * room)
-    axis.set_major_locator(ticker.FixedLocator(log_ticks(low / room, high * room)))
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    dense = (1, 1.5, 2, 3, 4, 6, 8) if high / low < 10 else (1, 2, 5)
+    axis.set_major_locator(ticker.LogLocator(subs=dense if high / low < 100 else (1,)))
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
     axis.set_minor_locator(ticker.NullLocator())
 
 
@@ -203,29 +204,6 @@ def beyond(axes: Axes, value: float) -> tuple[float, str]:
         return value, ""
     arrow = "\N{UPWARDS ARROW}" if value > high else "\N{DOWNWARDS ARROW}"
     return (high if value > high else low), f" {value:.3g} {arrow}"
-
-
-def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Return round numbers between two positive ones, evenly spread on a logarithmic axis.
-
-    The finest of several series that gives at most ``most`` of them; never fewer than two.
-    """
-    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    for series in (
-        (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8),
-        (1, 1.5, 2, 3, 4, 6, 8),
-        (1, 2, 3, 5),
-        (1, 2, 5),
-        (1, 3),
-        (1,),
-    ):
-        ticks = [step * 10.0**decade for decade in decades for step in series]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) <= most:
-            break
-    else:
-        ticks = ticks[:: -(-len(ticks) // most)]
-    return ticks if len(ticks) >= 2 else [low, high]
 
 
 def wrapped(figure: SubFigure, sentence: str, size: float) -> str:

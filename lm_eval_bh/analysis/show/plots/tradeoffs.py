@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lm_eval_bh.analysis.compare.paired import PERPLEXITIES
 from lm_eval_bh.analysis.show.plots.against_alpha import multiples, title
 from lm_eval_bh.analysis.show.plots.data import Experiments, NoDataError
 from lm_eval_bh.analysis.show.plots.labels import Labels
@@ -25,6 +24,7 @@ from lm_eval_bh.analysis.show.plots.style import (
     focus,
     interval,
 )
+from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

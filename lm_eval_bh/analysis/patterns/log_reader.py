@@ -62,6 +62,7 @@ def read_token_log(
     import pyarrow.parquet as pq
     from tqdm import tqdm
 
+    # Not pyarrow.dataset, which filters by itself: the memory of its scanner grows with the rows.
     known, wanted = pa.array(tasks), pa.array(some)
     for file in files:
         try:
@@ -89,7 +90,7 @@ def read_token_log(
                     )
         except (pa.ArrowException, OSError, KeyError) as error:
             raise DataError(
-                f"{file} cannot be read ({error}): run the evaluation again."
+                f"{file} could not be read: {error}; run the evaluation again."
             ) from error
 
 

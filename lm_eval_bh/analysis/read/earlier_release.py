@@ -1,0 +1,59 @@
+"""Reads the results of the first release, which neither described its rules nor named the scope.
+
+That release had eleven rules, and results name only which one they used. The table here is frozen:
+later releases describe the rule in the file.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from lm_eval_bh.errors import DataError
+from lm_eval_bh.schema import RuleInfo, RunInfo
+
+# Name -> label, whether every token gets max_k experts, whether it is a multiple-testing procedure.
+_RULES = {
+    "bh": ("BH", False, True),
+    "by": ("BY", False, True),
+    "holm": ("Holm", False, True),
+    "hochberg": ("Hochberg", False, True),
+    "bonferroni": ("Bonferroni", False, True),
+    "fdr_tsbh": ("fdr_tsbh", False, True),
+    "storey": ("storey", False, True),
+    "topk": ("top-k", True, False),
+    "top_p": ("top-p", False, False),
+    "min_p": ("min-p", False, False),
+    "random_k": ("random-k", True, False),
+}
+_SCOPES = {"pooled": "layer"}
+
+
+def upgraded(info: RunInfo, name: str) -> RunInfo:
+    """Return a run's description as this release writes it; one of this release as it is.
+
+    Raises
+    ------
+    DataError
+        If the rule is described neither in the file nor here.
+    """
+    config = dict(info["config"])
+    if "null" in config:
+        null = config.pop("null")
+        config.setdefault("null_scope", _SCOPES.get(null, null))
+    return cast(RunInfo, info | {"config": config, "rule": info.get("rule") or _rule(config, name)})
+
+
+def _rule(config: dict[str, object], name: str) -> RuleInfo:
+    rule = str(config["rule"])
+    if rule not in _RULES:
+        raise DataError(f"{name} does not describe its rule {rule!r}: run the evaluation again.")
+    label, fixed_count, tests = _RULES[rule]
+    return {
+        "name": rule,
+        "label": label,
+        "source": "",
+        "fixed_count": fixed_count,
+        "tests": tests,
+        "random": rule == "random_k",
+        "alpha": "",
+    }

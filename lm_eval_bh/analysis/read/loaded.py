@@ -1,0 +1,88 @@
+"""What was read: experiments as tables, with access to their documents and logs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from lm_eval_bh.analysis.read.documents import read_documents
+from lm_eval_bh.analysis.read.groups import Group
+from lm_eval_bh.analysis.read.results_file import Notices, Run
+from lm_eval_bh.errors import DataError
+from lm_eval_bh.schema import InternalRouting, read_internal_routing
+
+
+@dataclass
+class Loaded:
+    """Experiments as tables.
+
+    Attributes
+    ----------
+    frame : DataFrame
+        One row per experiment (run and task), with the columns of
+        :data:`~lm_eval_bh.analysis.table.columns.COLUMNS`; null where not measured.
+    layers : DataFrame
+        One row per experiment and routed layer, with the columns ``LAYER_COLUMNS``: mean and
+        standard deviation of the experts per token; ``usage`` and ``histogram`` are lists of int.
+    problems : list of (Path, str)
+        Files left out because they are broken or incomplete, each with what to do.
+    notes : list of (Path, str)
+        Remarks on files that were read.
+    groups : list of Group
+        One, unless files that cannot be compared were kept in separate groups.
+    """
+
+    frame: pd.DataFrame
+    layers: pd.DataFrame
+    problems: Notices
+    notes: Notices
+    groups: list[Group]
+    _runs: dict[str, Run] = field(default_factory=dict, repr=False)
+    _documents: dict[tuple[str, str], pd.DataFrame | None] = field(default_factory=dict, repr=False)
+
+    def documents(self, run_id: str, task: str) -> pd.DataFrame | None:
+        """Return lm-eval's samples of an experiment, one row per document, or None.
+
+        Returns
+        -------
+        DataFrame or None
+            Indexed by ``doc_id``, with the columns ``hash`` (document, prompt and target),
+            ``output`` (the responses as JSON) and, where the task has them, ``loglikelihood``
+            (nats) with ``words``, ``bytes``, ``targets`` and ``tokens`` (scored; only with a
+            routing log), ``acc``, ``acc_norm``, ``exact_match``. None without ``--log_samples``.
+        """
+        key = run_id, task
+        if key not in self._documents:
+            self._documents[key] = None
+            path = self._runs[run_id].samples_file(task)
+            if path is not None:
+                try:
+                    self._documents[key] = read_documents(path, self._runs[run_id].documents(task))
+                except DataError as error:
+                    self.leave_out(path, error)
+        return self._documents[key]
+
+    def internal_routing(self, run_id: str, task: str) -> InternalRouting | None:
+        """Return an experiment's internal routing log; None if there is none, or it is damaged."""
+        path = self.internal_routing_file(run_id, task)
+        try:
+            return read_internal_routing(path) if path else None
+        except DataError as error:
+            assert path is not None
+            self.leave_out(path, error)
+            return None
+
+    def leave_out(self, path: Path, error: DataError) -> None:
+        """Add a file to the problems, once."""
+        if (path, str(error)) not in self.problems:
+            self.problems.append((path, str(error)))
+
+    def internal_routing_file(self, run_id: str, task: str) -> Path | None:
+        """Return the path of an experiment's internal routing log, or None."""
+        return self._runs[run_id].internal_routing_file(task)
+
+    def log_folder(self, run_id: str) -> Path | None:
+        """Return the finished log folder of a run, which may contain token logs, or None."""
+        return self._runs[run_id].log_folder

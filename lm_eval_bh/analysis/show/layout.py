@@ -1,0 +1,28 @@
+"""The layout of a figure, the same to the last bit for the same data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def settle(figure: Figure) -> None:
+    """Lay a figure out once and for all, and round where everything is.
+
+    The solver of matplotlib's constrained layout orders its variables by their address in memory:
+    the last bits differ from run to run, and with them the names that an SVG makes of such numbers.
+    """
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+    figure.set_layout_engine("none")
+    parts = list(figure.subfigs)
+    for part in parts:
+        part.bbox_relative.set_points(part.bbox_relative.get_points().round(6))
+        parts += part.subfigs
+    for axes in figure.axes:
+        axes.set_position(np.round(axes.get_position().bounds, 6))

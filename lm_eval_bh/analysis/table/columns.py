@@ -1,0 +1,81 @@
+"""The columns of the table, their types and their order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from lm_eval_bh.analysis.table import metrics
+
+_FLOAT, _INT, _TEXT, _BOOL = "float64", "Int64", "object", "bool"
+COLUMNS: dict[str, str] = {
+    "run_id": _TEXT,
+    "file": _TEXT,
+    "group": "int64",
+    "model": _TEXT,
+    "task": _TEXT,
+    "dataset": _TEXT,
+    "rule": _TEXT,
+    "alpha": _FLOAT,
+    "min_k": _INT,
+    "max_k": _INT,
+    "target_experts": _FLOAT,  # that alpha was solved for
+    "budget": _TEXT,  # of the target: one alpha for the model, or one a layer and alpha their mean
+    "trim": _INT,  # of the null model; empty where nothing is tested
+    "strategy": _TEXT,
+    "variant": _TEXT,  # the strategy without its level and size: what one line of a plot joins
+    "baseline": _BOOL,  # plain static top-k: what adaptive rules are compared with
+    "adaptive": _BOOL,  # whether the number of experts depends on the token
+    "mode": _TEXT,
+    "configuration": _TEXT,  # equal for two runs of the same routing
+    "native_top_k": _INT,
+    "num_experts": _INT,
+    "limit": _FLOAT,
+    "num_fewshot": _INT,
+    "documents": _INT,
+    "tokens": _INT,
+    "seconds": _FLOAT,
+    "cached_requests": _INT,
+    "mean_experts": _FLOAT,  # over the routed layers
+    "std_experts": _FLOAT,
+    "mean_experts_model": _FLOAT,  # over all layers; those that are not routed take the model's k
+    "would_select_mean_experts": _FLOAT,  # with mode=analyze, where the model's own k served
+    "word_perplexity": _FLOAT,
+    "word_perplexity_stderr": _FLOAT,
+    "byte_perplexity": _FLOAT,
+    "byte_perplexity_stderr": _FLOAT,
+    "target_perplexity": _FLOAT,  # the harness's "perplexity" of LAMBADA: a whole word each
+    "target_perplexity_stderr": _FLOAT,
+    "acc": _FLOAT,
+    "acc_stderr": _FLOAT,
+    "acc_norm": _FLOAT,
+    "acc_norm_stderr": _FLOAT,
+    "accuracy": _FLOAT,  # the first of ACCURACIES that the task has
+    "accuracy_stderr": _FLOAT,
+    **dict.fromkeys(metrics.METRICS, _FLOAT),
+    "perplexity_stderr": _FLOAT,
+    "adaptive_range": _INT,
+    "context_length": _INT,  # that FLOPs are counted at
+    "matched_metric": _TEXT,
+    "matched_perplexity": _FLOAT,
+    "matched_accuracy": _FLOAT,
+    "matched_by": _TEXT,
+    "matched_k_low": _INT,
+    "matched_k_high": _INT,
+}
+LAYER_COLUMNS = ("run_id", "task", "group", "layer", "tokens", "mean", "std", "usage", "histogram")
+
+
+def typed(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return rows as a frame, of the types that :data:`COLUMNS` names."""
+    frame = pd.DataFrame([{name: row[name] for name in COLUMNS} for row in rows], columns=COLUMNS)
+    for name, kind in COLUMNS.items():
+        if kind == _FLOAT:
+            frame[name] = pd.to_numeric(frame[name], errors="coerce").astype(_FLOAT)
+        elif kind == _TEXT:
+            frame[name] = frame[name].astype(object).where(frame[name].notna(), None)
+        else:
+            frame[name] = frame[name].astype(kind)
+    return frame

@@ -1,0 +1,74 @@
+"""Names of routing configurations, for tables and legends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lm_eval_bh.schema import RuleInfo
+
+
+def strategy_label(config: Mapping[str, Any], rule: RuleInfo) -> str:
+    """Return a short name of a routing configuration.
+
+    Parameters
+    ----------
+    config : mapping
+        The whole routing configuration.
+    rule : RuleInfo
+        What its rule is. The ``k`` of a label like "top-k" stands for the number of experts.
+
+    Examples
+    --------
+    >>> bh = {"label": "BH", "fixed_count": False}
+    >>> strategy_label({"rule": "bh", "alpha": 0.4, "min_k": 1, "max_k": 8}, bh)
+    'BH a=0.40, max 8'
+    >>> strategy_label({"rule": "topk", "max_k": 8}, {"label": "top-k", "fixed_count": True})
+    'top-8'
+    """
+    label, max_k = rule["label"], config["max_k"]
+    if rule["fixed_count"]:
+        name = f"{label[:-1]}{max_k}" if label.endswith("-k") else f"{label} {max_k}"
+        return name + _further(config, rule)
+    alpha, target = config["alpha"], config.get("target_experts")
+    level = f"a={alpha:.2f}" if round(alpha, 2) == alpha else f"a={alpha:.6g}"
+    if target is not None:
+        level = f"{_target(config)} {target:g}"
+    return f"{label} {level}, max {max_k}{_further(config, rule)}"
+
+
+def variant_label(config: Mapping[str, Any], rule: RuleInfo) -> str:
+    """Return the name of all configurations that differ in nothing but level and ``max_k``.
+
+    Examples
+    --------
+    >>> bh = {"label": "BH", "fixed_count": False}
+    >>> variant_label({"alpha": 0.4, "max_k": 8, "statistic": "contribution"}, bh)
+    'BH, contribution'
+    """
+    solved = "" if config.get("target_experts") is None else f", {_target(config)}"
+    return f"{rule['label']}{solved}{_further(config, rule)}"
+
+
+def _target(config: Mapping[str, Any]) -> str:
+    return "layer target" if config["budget"] == "layer" else "target"
+
+
+def _further(config: Mapping[str, Any], rule: RuleInfo) -> str:
+    """Return what of a configuration is not the default, besides rule, level and ``max_k``."""
+    label = ""
+    if not rule["fixed_count"] and config.get("min_k", 1) != 1:
+        label += f", min {config['min_k']}"
+    if config.get("statistic", "logit") not in ("logit", None):
+        label += f", {config['statistic']}"
+    if config.get("null_scope", "layer") not in ("layer", None):
+        label += f", null of each {config['null_scope']}"
+    if config.get("trim"):
+        label += f", trim {config['trim']}"
+    if config.get("temperature", 1.0) != 1.0:
+        label += f", T={config['temperature']:g}"
+    if config.get("renormalize", "auto") != "auto":
+        label += f", renormalize={str(config['renormalize']).lower()}"
+    if config.get("layers", "all") != "all":
+        label += f", layers {config['layers']}"
+    return label + (", analyze only" if config.get("mode") == "analyze" else "")

@@ -1,0 +1,98 @@
+"""The plan of the house: which room may import which, without circles and without namesakes.
+
+Imports are read from the source, those inside functions and under ``TYPE_CHECKING`` too.
+"""
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "lm_eval_bh"
+
+# Every room may import itself, and the modules that all may import.
+COMMON = {"errors", "files", "resources", "schema"}
+MAY_IMPORT = {
+    "schema": {"errors"},
+    "errors": set(),
+    "files": {"errors"},
+    "resources": {"errors"},
+    "routing": COMMON,
+    "policies": COMMON | {"routing"},
+    "harness": COMMON | {"routing"},
+    "analysis": COMMON,
+    "cli": COMMON | {"analysis", "harness", "policies", "routing"},
+    "__init__": COMMON | {"analysis", "harness", "routing"},
+    "__main__": {"cli"},
+}
+# A sweep reads its own results the way the tables do, so that both have the same numbers.
+BESIDES = {("lm_eval_bh.harness.sweep.runner", "analysis")}
+HEAVY = ("torch", "transformers", "lm_eval")
+
+
+def name_of(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(name: str) -> set[str]:
+    """Return what a module imports: modules of the package by their full name, others too."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in MODULES else node.module)
+    return found
+
+
+ARROWS = {
+    name: {other for other in imported(name) if other in MODULES and other != name}
+    for name in MODULES
+}
+
+
+def room_of(name: str) -> str:
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_arrows_go_one_way(name):
+    room = room_of(name)
+    for other in ARROWS[name]:
+        target = room_of(other)
+        assert target == room or target in MAY_IMPORT[room] or (name, target) in BESIDES, (
+            f"{name} imports {other}"
+        )
+
+
+def test_there_is_no_circle():
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for other in sorted(ARROWS[name]):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in MODULES:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if room_of(name) == "analysis"])
+def test_analysis_needs_no_torch(name):
+    assert not {other.split(".")[0] for other in imported(name)} & set(HEAVY)
+
+
+def test_no_two_modules_have_one_name():
+    times = Counter(file.stem for file in MODULES.values() if file.stem != "__init__")
+    assert [name for name, number in times.items() if number > 1] == []
