@@ -72,8 +72,8 @@ AGGREGATE = """
 import json, resource, sys, time
 start = time.perf_counter()
 from lm_eval_bh.analysis.show.plots import create_comprehensive_visualization
-from lm_eval_bh.analysis.table.experiments import load_experiments, write_tables
-from lm_eval_bh.analysis.compare.paired import compare
+from lm_eval_bh.analysis.results import load_experiments, write_tables
+from lm_eval_bh.analysis.significance import compare
 steps = {"import": time.perf_counter() - start}
 def step(name, work):
     start = time.perf_counter()

@@ -59,10 +59,10 @@ def aggregate(
     """
     from lm_eval_bh.analysis.compare.paired import compare
     from lm_eval_bh.analysis.show.overview import overview
-    from lm_eval_bh.analysis.table.experiments import (
+    from lm_eval_bh.analysis.table.experiments import load_experiments
+    from lm_eval_bh.analysis.table.table_files import (
         COMPARISONS,
         LAYERS,
-        load_experiments,
         write_records,
         write_tables,
     )
@@ -177,7 +177,8 @@ def _read(sources: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame | None, Notic
     """Return the experiments and layers of folders, or of a table that was written before."""
     import pandas as pd
 
-    from lm_eval_bh.analysis.table.experiments import LAYERS, load_experiments
+    from lm_eval_bh.analysis.table.experiments import load_experiments
+    from lm_eval_bh.analysis.table.table_files import LAYERS
 
     tables = [source for source in sources if source.suffix == ".csv"]
     if not tables:

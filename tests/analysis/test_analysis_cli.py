@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from lm_eval_bh.analysis.compare.paired import COMPARISON, compare
-from lm_eval_bh.analysis.table.experiments import COLUMNS, load_experiments
+from lm_eval_bh.analysis.table.columns import COLUMNS
+from lm_eval_bh.analysis.table.experiments import load_experiments
 
 WIKITEXT, LAMBADA = "bh_wikitext", "bh_lambada"
 TABLES = {"bh_routing_results", "bh_routing_layers", "bh_routing_comparisons"}

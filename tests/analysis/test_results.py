@@ -12,16 +12,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lm_eval_bh.analysis.read.documents import read_documents
 from lm_eval_bh.analysis.read.earlier_release import upgraded
-from lm_eval_bh.analysis.table import experiments as results
-from lm_eval_bh.analysis.table.experiments import (
-    COLUMNS,
-    load_experiments,
-    strategy_label,
-    write_tables,
-)
+from lm_eval_bh.analysis.table.columns import COLUMNS, LAYER_COLUMNS
+from lm_eval_bh.analysis.table.experiments import load_experiments
 from lm_eval_bh.analysis.table.flops import Architecture
 from lm_eval_bh.analysis.table.metrics import METRICS
+from lm_eval_bh.analysis.table.strategy_names import strategy_label
+from lm_eval_bh.analysis.table.table_files import write_tables
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.routing.rules.registry import RULES
 
@@ -222,7 +220,7 @@ def test_layers_that_are_not_routed_take_the_models_own_k(write):
 def test_the_layers_table(write):
     write("bh")
     layers = load_experiments([write.folder]).layers
-    assert tuple(layers) == results.LAYER_COLUMNS
+    assert tuple(layers) == LAYER_COLUMNS
     assert len(layers) == 3 * write.layers
     first = layers.iloc[0]
     assert first["tokens"] == sum(first["histogram"]) == TOKENS
@@ -448,7 +446,7 @@ def test_half_a_file_is_listed_and_skipped(write):
     file.with_name("results_2026-02-02T00-00-00.0.json").write_text(file.read_text()[:500])
     loaded = load_experiments([write.folder])
     assert len(loaded.frame) == 3
-    assert "cannot be read" in loaded.problems[0][1]
+    assert "could not be read" in loaded.problems[0][1]
 
 
 def test_only_broken_files_make_an_empty_table(write):
@@ -509,10 +507,10 @@ def test_documents_that_are_missing_are_a_problem_once_they_are_needed(write):
     assert loaded.documents("run-1", LAMBADA) is None
     assert loaded.documents("run-1", LAMBADA) is None
     ((path, sentence),) = loaded.problems
-    assert (path, "has 3 of 4 documents" in sentence) == (samples, True)
+    assert (path, "3 of 4 documents" in sentence) == (samples, True)
     samples.write_text("{")
     with pytest.raises(DataError, match="Line 1 of"):
-        results.read_documents(samples)
+        read_documents(samples)
 
 
 # Routing logs
@@ -571,7 +569,7 @@ def test_a_routing_log_is_found_where_it_was_moved_to(write, tmp_path_factory):
     shutil.move(write.folder / "logs", elsewhere / "moved")
     loaded = load_experiments([write.folder])
     assert loaded.log_folder("run-1") is None
-    assert "name the folder that it was moved to" in loaded.notes[0][1]
+    assert "give the folder that it was moved to" in loaded.notes[0][1]
     loaded = load_experiments([write.folder, elsewhere])
     assert loaded.notes == []
     assert loaded.log_folder("run-1") == elsewhere / "moved" / "run-1"

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from lm_eval_bh.analysis.compare.paired_tests import bootstrap_interval, mcnemar_exact, t_test, tost
 from lm_eval_bh.analysis.read.loaded import Loaded
+from lm_eval_bh.analysis.table.columns import typed
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 from lm_eval_bh.errors import ParameterError
 
@@ -272,12 +273,7 @@ def _ratio_and_difference(one: Floats, other: Floats, weight: Floats) -> Floats:
 def _adjusted(found: list[dict[str, Any]], level: float) -> pd.DataFrame:
     from statsmodels.stats.multitest import multipletests
 
-    table = pd.DataFrame(found, columns=list(COMPARISON))
-    for name, kind in COMPARISON.items():
-        if kind == "object":
-            table[name] = table[name].astype(object).where(table[name].notna(), None)
-        else:
-            table[name] = pd.to_numeric(table[name]).astype(kind)
+    table = typed(found, COMPARISON)
     for name, adjusted in (("p_value", "p_adjusted"), ("equivalence_p", "equivalence_p_adjusted")):
         tested = table[name].notna()
         if tested.any():

@@ -100,8 +100,6 @@ def cluster(usage: NDArray[np.float32], tasks: Ints, seed: int = 0) -> Clusters 
 
 
 def _by_size(labels: Ints) -> Ints:
-    """Return labels that count the clusters from the largest to the smallest."""
+    """Return labels that number the clusters from the largest to the smallest."""
     order = np.argsort(-np.bincount(labels), kind="stable")
-    number = np.empty(len(order), dtype=np.int64)
-    number[order] = np.arange(len(order))
-    return number[labels]
+    return np.argsort(order)[labels]

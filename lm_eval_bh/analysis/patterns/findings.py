@@ -23,7 +23,7 @@ from lm_eval_bh.analysis.patterns.log_reader import (
     token_files,
 )
 from lm_eval_bh.analysis.patterns.specialisation import lift, specialisation
-from lm_eval_bh.analysis.patterns.token_classes import CLASSES, UNKNOWN, class_numbers, vocabulary
+from lm_eval_bh.analysis.patterns.token_classes import CLASSES, UNKNOWN, vocabulary
 from lm_eval_bh.analysis.read.loaded import Loaded
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 from lm_eval_bh.errors import DataError
@@ -143,7 +143,7 @@ def find_patterns(
     """
     texts, classes = vocabulary(tokenizer) if tokenizer else ([], [])
     names = [*CLASSES, UNKNOWN] if tokenizer else [UNKNOWN]
-    class_of = class_numbers(classes, names)
+    class_of = np.array([names.index(name) for name in classes], dtype=np.int64)
     nothing = True
     taken: set[str] = set()
     for (group, _), rows in loaded.frame.groupby(["group", "configuration"], sort=False):
@@ -182,20 +182,17 @@ def find_patterns(
 
 def _runs_with_logs(loaded: Loaded, rows: pd.DataFrame) -> dict[str, list[str]]:
     """Return run id -> tasks to read of it."""
+    routed = set(zip(loaded.layers["run_id"], loaded.layers["task"], strict=True))
     found: dict[str, list[str]] = {}
     for task, repeats in rows.groupby("task", sort=True):
         for run_id in repeats["run_id"]:
-            if _has_log(loaded, run_id, str(task)):
+            logged = token_files(loaded.log_folder(run_id)) or loaded.internal_routing_file(
+                run_id, str(task)
+            )
+            if logged and (run_id, task) in routed:
                 found.setdefault(run_id, []).append(str(task))
                 break
     return found
-
-
-def _has_log(loaded: Loaded, run_id: str, task: str) -> bool:
-    routed = (loaded.layers["run_id"] == run_id) & (loaded.layers["task"] == task)
-    return bool(routed.any()) and bool(
-        token_files(loaded.log_folder(run_id)) or loaded.internal_routing_file(run_id, task)
-    )
 
 
 def _read(

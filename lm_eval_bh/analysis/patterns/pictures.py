@@ -30,7 +30,7 @@ def complexity_picture(found: Patterns) -> Any:
     if len(known):
         loss.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     else:
-        _say(loss, "no loss was logged:\nrun with log_samples=N")
+        _write_message(loss, "no loss was logged:\nrun with log_samples=N")
 
     often = found.tokens[found.tokens["occurrences"] >= OFTEN]
     frequency.scatter(
@@ -49,7 +49,7 @@ def complexity_picture(found: Patterns) -> Any:
         )
         frequency.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     else:
-        _say(frequency, f"no token occurs {OFTEN} times")
+        _write_message(frequency, f"no token occurs {OFTEN} times")
     frequency.set_xscale("log")
     frequency.set(title="Tokens: frequency", xlabel="occurrences of the token in the log")
     frequency.set_ylabel("mean experts per token")
@@ -91,14 +91,14 @@ def specialisation_picture(found: Patterns) -> Any:
     layers.set_xticks(np.arange(len(found.counts.layers)), found.counts.layers)
     layers.grid(axis="y", alpha=0.3)
     if not len(table):
-        _say(layers, "there is one task,\nand one class of tokens")
+        _write_message(layers, "there is one task,\nand one class of tokens")
     else:
         layers.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
 
     of_class = table[table["of"] == "token class"].nlargest(SHOWN, "corrected")
     experts.set_title("The experts that tell most of the token's class")
     if not len(of_class):
-        _say(experts, "no token classes:\nname the tokenizer with --tokenizer")
+        _write_message(experts, "no token classes:\nname the tokenizer with --tokenizer")
         return figure
     names, lifts = found.lift_of(of_class)
     norm = PowerNorm(0.5, vmin=0)  # most are below 3, and a few above 10
@@ -129,7 +129,7 @@ def clusters_picture(found: Patterns) -> Any:
     clustered, tasked, chosen = figure.subplots(1, 3, width_ratios=(3, 3, 2))
     if found.clusters is None:
         for axes in (clustered, tasked, chosen):
-            _say(axes, "too few documents")
+            _write_message(axes, "too few documents")
         return figure
     places = found.clusters.places
     for axes, labels, title in (
@@ -171,7 +171,7 @@ def _mark(number: int) -> dict[str, str]:
     return {"color": COLOURS[number % 8], "marker": MARKERS[number % 8]}
 
 
-def _say(axes: Any, words: str) -> None:
+def _write_message(axes: Any, words: str) -> None:
     axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes)
 
 

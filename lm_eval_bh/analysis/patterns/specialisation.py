@@ -38,10 +38,6 @@ class Tested(NamedTuple):
     corrected: Floats
     p_value: Floats
 
-    def reshaped(self, shape: tuple[int, ...]) -> Tested:
-        """Return the same in another shape."""
-        return Tested(*(part.reshape(shape) for part in self))
-
 
 def entropy(counts: Ints) -> Floats:
     """Return the Shannon entropy of counts along the last axis, in nats; 0 where all are 0."""
@@ -161,7 +157,7 @@ def specialisation(counts: Counts, seed: int = 0) -> pd.DataFrame:
     if len(present) > 1:
         inside = (kinds == np.arange(len(present))[:, None]).astype(np.int64)
         served = (inside @ used).T.reshape(len(counts.layers), counts.experts, len(present))
-        tested = shuffled_documents(used, length, kinds, seed).reshaped(served.shape[:-1])
+        tested = shuffled_documents(used, length, kinds, seed)
         names = np.array(counts.tasks)[present]
         found.append(_described("task", names, served, inside @ length, tested, counts))
     if not found:
@@ -192,6 +188,7 @@ def _described(
     """Return the table of one question; served is ``[layers, experts, kinds]``."""
     tokens = np.broadcast_to(tokens, served.shape)
     raised, spread = lift(served, tokens), entropy(served)
+    information, corrected, p_value = (part.reshape(spread.shape) for part in tested)
     layer, expert = np.indices(spread.shape)
     columns = {
         "layer": np.array(counts.layers)[layer],
@@ -200,10 +197,10 @@ def _described(
         "tokens": served.sum(-1),
         "entropy": spread,
         "normalized_entropy": spread / np.log(len(names)),
-        "information": tested.information,
-        "corrected": tested.corrected,
-        "share": tested.corrected / np.maximum(entropy(tokens), 1e-12),
-        "p_value": tested.p_value,
+        "information": information,
+        "corrected": corrected,
+        "share": corrected / np.maximum(entropy(tokens), 1e-12),
+        "p_value": p_value,
         "most": names[raised.argmax(-1)],
         "lift": raised.max(-1),
     }

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from lm_eval_bh.errors import DataError
 
@@ -80,9 +76,3 @@ def vocabulary(tokenizer: Path) -> tuple[list[str], list[str]]:
         texts.append(loaded.decode([i], skip_special_tokens=False))
         classes.append(classify(loaded.id_to_token(i) or "", texts[-1], i in special))
     return texts, classes
-
-
-def class_numbers(classes: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:
-    """Return the place in ``names`` of every token's class, int64 ``[tokens]``."""
-    place = {name: number for number, name in enumerate(names)}
-    return np.array([place[name] for name in classes], dtype=np.int64)

@@ -113,32 +113,32 @@ def _adjusted(table: pd.DataFrame, family: str) -> pd.DataFrame:
 
 
 def sentences(found: Patterns, tables: dict[str, pd.DataFrame]) -> list[str]:
-    """Say what was found for a configuration."""
-    said = []
+    """Return what was found for a configuration, in sentences."""
+    written = []
     for _, row in tables["complexity"].iterrows():
         what = row["against"] if row["task"] == "all" else f"{row['against']}, {row['task']}"
         if row["reason"]:
-            said.append(f"Experts and {what}: {row['reason']}.")
+            written.append(f"Experts and {what}: {row['reason']}.")
         else:
-            said.append(
+            written.append(
                 f"Experts and {what}: rank correlation {row['spearman']:+.2f} "
                 f"[{row['low']:+.2f}, {row['high']:+.2f}] over {row['n']} ({row['unit']})."
             )
     for of, some in tables["specialisation"].groupby("of"):
         first = some.loc[some["corrected"].idxmax()]
         clear = int((some["p_adjusted"] <= LEVEL).sum())
-        said.append(
+        written.append(
             f"That they serve a token tells something about its {of}: {clear} of {len(some)} "
             f"experts; most of all layer {first['layer']} expert {first['expert']} "
             f"({100 * first['share']:.1f} % of the entropy; {first['lift']:.1f} times as often for "
             f"{first['most']})."
         )
     if found.clusters is None:
-        said.append("Clusters: too few documents, or all use the experts alike.")
+        written.append("Clusters: too few documents, or all use the experts alike.")
     else:
         best = found.clusters
-        said.append(
+        written.append(
             f"Clusters: {int(best.labels.max()) + 1} of documents, silhouette "
             f"{best.silhouette:.2f} ({best.remark}), agreement with the tasks {best.agreement:.2f}."
         )
-    return said
+    return written

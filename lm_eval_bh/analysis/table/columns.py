@@ -68,10 +68,10 @@ COLUMNS: dict[str, str] = {
 LAYER_COLUMNS = ("run_id", "task", "group", "layer", "tokens", "mean", "std", "usage", "histogram")
 
 
-def typed(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return rows as a frame, of the types that :data:`COLUMNS` names."""
-    frame = pd.DataFrame([{name: row[name] for name in COLUMNS} for row in rows], columns=COLUMNS)
-    for name, kind in COLUMNS.items():
+def typed(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> pd.DataFrame:
+    """Return rows as a frame with some columns, each of its type."""
+    frame = pd.DataFrame(rows, columns=list(columns))
+    for name, kind in columns.items():
         if kind == _FLOAT:
             frame[name] = pd.to_numeric(frame[name], errors="coerce").astype(_FLOAT)
         elif kind == _TEXT:

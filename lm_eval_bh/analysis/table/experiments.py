@@ -12,38 +12,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from lm_eval_bh.analysis.read.documents import read_documents
-from lm_eval_bh.analysis.read.groups import Group, difference, group_runs
+from lm_eval_bh.analysis.read.groups import difference, group_runs
 from lm_eval_bh.analysis.read.loaded import Loaded
 from lm_eval_bh.analysis.read.results_file import find_files, read_runs
 from lm_eval_bh.analysis.table import joining
 from lm_eval_bh.analysis.table.columns import COLUMNS, LAYER_COLUMNS, typed
 from lm_eval_bh.analysis.table.matched_budget import matched_budget
 from lm_eval_bh.analysis.table.rows import check, layer_rows, row_of
-from lm_eval_bh.analysis.table.strategy_names import strategy_label
-from lm_eval_bh.analysis.table.table_files import (
-    COMPARISONS,
-    LAYERS,
-    TABLE,
-    write_records,
-    write_tables,
-)
 from lm_eval_bh.errors import DataError
-
-__all__ = [
-    "COLUMNS",
-    "COMPARISONS",
-    "LAYERS",
-    "LAYER_COLUMNS",
-    "TABLE",
-    "Group",
-    "Loaded",
-    "load_experiments",
-    "read_documents",
-    "strategy_label",
-    "write_records",
-    "write_tables",
-]
 
 
 def load_experiments(
@@ -94,7 +70,7 @@ def load_experiments(
     joining.add_average_accuracy(rows)
     joining.add_stability(rows, loaded)
     rows.sort(key=joining.order)
-    loaded.frame = typed(rows)
+    loaded.frame = typed(rows, COLUMNS)
     for name, column in matched_budget(loaded.frame).items():
         loaded.frame[name] = column.astype(COLUMNS[str(name)])
     number = {(row["run_id"], row["task"]): i for i, row in enumerate(rows)}

@@ -79,15 +79,17 @@ def _against_alpha(
         column = columns[task]
         percent = 100 if column == "accuracy" else 1
         rows = data.of(task, with_alpha).dropna(subset=column)
-        drawn = _lines(axes, rows, column, style, percent)
-        static = _baselines(data, task, style).dropna(subset=column)
         log = column != "accuracy"
+        value = percent * rows[column]
+        low, high = interval(value, percent * rows[f"{column}_stderr"], log)
+        _lines(axes, rows.assign(value=value, low=low, high=high), style)
+        static = _baselines(data, task, style).dropna(subset=column)
         values = percent * static[column]
-        core = [*drawn, *values[static["max_k"] == data.native]]
+        core = [*low, *high, *values[static["max_k"] == data.native]]
         fit_scale(axes, "y", focus(core, list(values), log), log)
         if not log:
-            low, high = axes.get_ylim()
-            axes.set_ylim(max(low, -0.05 * high), high)  # no share is negative
+            bottom, top = axes.get_ylim()
+            axes.set_ylim(max(bottom, -0.05 * top), top)  # no share is negative
         for _, row in static.iterrows():
             value, error = percent * row[column], percent * row[f"{column}_stderr"]
             colour = style.colour(row["max_k"])
@@ -101,27 +103,22 @@ def _against_alpha(
     axes.set_xlabel(f"level {ALPHA}")
 
 
-def _lines(axes: Axes, rows: pd.DataFrame, column: str, style: Style, percent: int) -> list[float]:
-    """Draw a line for each rule and ``max_k`` and return all values, error bars included."""
-    drawn: list[float] = []
+def _lines(axes: Axes, rows: pd.DataFrame, style: Style) -> None:
+    """Draw a line for each rule and ``max_k``: ``value`` with bars from ``low`` to ``high``."""
     step = _smallest_step(rows["alpha"])
     for (variant, max_k), line in rows.groupby(["variant", "max_k"], sort=True):
         line = line.sort_values("alpha")
-        values = percent * line[column].to_numpy()
-        errors = percent * line[f"{column}_stderr"].to_numpy()
-        low, high = interval(values, errors, log=column != "accuracy")
+        bars = np.maximum([line["value"] - line["low"], line["high"] - line["value"]], 0)
         # A little apart, or configurations that never reach their max_k would hide each other.
         number = style.sizes.index(int(max_k)) - (len(style.sizes) - 1) / 2
         axes.errorbar(
             line["alpha"] + 0.05 * step * number,
-            values,
-            yerr=None if np.isnan(errors).all() else (values - low, high - values),
+            line["value"],
+            yerr=bars if bars.any() else None,
             linestyle=style.line(variant),
             elinewidth=0.8,
             **style.point(max_k),
         )
-        drawn += [*low, *high]
-    return drawn
 
 
 def _smallest_step(alphas: pd.Series) -> float:
@@ -169,20 +166,7 @@ def experts(figure: SubFigure, data: Experiments, style: Style, labels: Labels) 
     if not len(means):
         raise NoDataError(NO_ADAPTIVE)
     axes = figure.subplots()
-    step = _smallest_step(means["alpha"])
-    for (variant, max_k), line in means.groupby(["variant", "max_k"], sort=True):
-        number = style.sizes.index(int(max_k)) - (len(style.sizes) - 1) / 2
-        values = line["mean_experts"]
-        several = bool((line["count"] > 1).all())
-        spread = np.maximum([values - line["low"], line["high"] - values], 0)  # but for rounding
-        axes.errorbar(
-            line["alpha"] + 0.05 * step * number,
-            values,
-            yerr=spread if several else None,
-            linestyle=style.line(variant),
-            elinewidth=0.8,
-            **style.point(max_k),
-        )
+    _lines(axes, means.assign(value=means["mean_experts"]), style)
     drawn = [*means["low"], *means["high"]]
     if data.native:
         axes.axhline(

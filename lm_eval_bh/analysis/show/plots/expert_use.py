@@ -196,24 +196,10 @@ def layers(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -
     levels = np.unique(data.layers["alpha"].dropna())
     middle = levels[(len(levels) - 1) // 2 :][:1]
     for (max_k, variant, alpha, _), line in data.layers.groupby(CONFIGURATION, dropna=False):
-        if np.isnan(alpha) or alpha in middle:
-            axes.plot(
-                line["layer"],
-                line["mean"],
-                linestyle=style.line(variant),
-                zorder=3,
-                **style.point(max_k),
-            )
-        else:
-            axes.plot(
-                line["layer"],
-                line["mean"],
-                linestyle=style.line(variant),
-                alpha=0.45,
-                linewidth=0.6,
-                color=style.colour(max_k),
-                zorder=2,
-            )
+        faint = {"color": style.colour(max_k), "alpha": 0.45, "linewidth": 0.6, "zorder": 2}
+        full = style.point(max_k) | {"zorder": 3}
+        how = full if np.isnan(alpha) or alpha in middle else faint
+        axes.plot(line["layer"], line["mean"], linestyle=style.line(variant), **how)
     drawn = list(data.layers["mean"])
     if data.native:
         axes.axhline(

@@ -21,7 +21,7 @@ from lm_eval_bh.analysis.show.plots.style import (
     NEUTRAL,
     RC,
     Style,
-    say,
+    write_message,
 )
 from lm_eval_bh.errors import ParameterError, did_you_mean
 from lm_eval_bh.files import figure_format, replacing
@@ -161,7 +161,7 @@ def _create(
             try:
                 panel.draw(part, data, style, labels)
             except NoDataError as missing:
-                say(part, str(missing))
+                write_message(part, str(missing))
         for number, handles in enumerate(rows):
             foot.legend(
                 handles=handles,

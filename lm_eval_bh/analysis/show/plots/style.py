@@ -214,8 +214,8 @@ def wrapped(figure: SubFigure, sentence: str, size: float) -> str:
     )
 
 
-def say(figure: SubFigure, sentence: str) -> None:
-    """Write what is missing where a panel would have been."""
+def write_message(figure: SubFigure, sentence: str) -> None:
+    """Write what is missing in place of a panel."""
     figure.text(
         0.5,
         0.5,
