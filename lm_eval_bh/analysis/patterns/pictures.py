@@ -1,4 +1,4 @@
-"""The pictures of routing patterns, one a question."""
+"""The pictures of routing patterns, one per question."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def _write_message(axes: Any, words: str) -> None:
 
 
 def _binned(x: pd.Series, y: pd.Series, bins: int = 8) -> tuple[Any, Any, Any, Any]:
-    """Return middle, lower quartile, median and upper quartile of bins that are equally wide."""
+    """Return middle, lower quartile, median and upper quartile of bins on a log scale."""
     edges = np.geomspace(x.min(), x.max(), bins + 1)
     place = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, bins - 1)
     of_bin = y.groupby(place)

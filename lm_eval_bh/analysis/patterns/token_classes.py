@@ -1,4 +1,4 @@
-"""What kind of token a token is, by what it looks like."""
+"""Classes of tokens, by what they look like."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def classify(raw: str, decoded: str, special: bool) -> str:
     decoded : str
         What it decodes to on its own.
     special : bool
-        Whether it is no text, like an end of text.
+        Whether it is not text, such as the end of a text.
 
     Examples
     --------

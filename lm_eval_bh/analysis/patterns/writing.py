@@ -1,4 +1,4 @@
-"""Writes what was found: tables as CSV, pictures as PNG, and the sentences that go with them."""
+"""Writes the patterns: tables as CSV, pictures as PNG, a summary as Markdown."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_patterns(
 
     Six tables, each over all configurations (``complexity.csv``, ``classes.csv``, ``tokens.csv``,
     ``specialisation.csv``, ``documents.csv``, ``clusters.csv``), three pictures a configuration,
-    and ``patterns.md``, which says what they show.
+    and ``patterns.md``, which explains them.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ def write_patterns(
 
 
 def _adjusted(table: pd.DataFrame, family: str) -> pd.DataFrame:
-    """Return the table with its p-values corrected, each kind of question as one family."""
+    """Return the table with p-values adjusted within each family."""
     from statsmodels.stats.multitest import multipletests
 
     table = table.copy()
