@@ -129,7 +129,7 @@ def specialisation(counts: Counts, seed: int = 0) -> pd.DataFrame:
     Parameters
     ----------
     counts : Counts
-        Of a log; tasks are told from the documents that it keeps.
+        Of a log; tasks are compared by the documents that it keeps.
     seed : int
         Of the shuffles of the documents.
 

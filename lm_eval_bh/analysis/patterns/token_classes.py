@@ -54,8 +54,8 @@ def classify(raw: str, decoded: str, special: bool) -> str:
 def vocabulary(tokenizer: Path) -> tuple[list[str], list[str]]:
     """Return text and class of every token of a ``tokenizer.json``, by token id.
 
-    Whether a word starts is told from the space before it; the first word of a line counts as a
-    continuation, because its token alone does not tell.
+    A word starts after a space; the first word of a line counts as a continuation, because its
+    token alone does not show it.
 
     Raises
     ------

@@ -24,13 +24,13 @@ CAVEATS = """\
   multiple-choice task's loss is of its ending, its experts are those of the whole text; of its
   requests the first is read, since all of a document repeat its text.
 - Correlations are Spearman's; tokens are correlated as types (each token id once, if it occurs at
-  least five times). A correlation is no cause: long documents, common words and easy texts go
+  least five times). A correlation is not a cause: long documents, common words and easy texts go
   together.
 - Information is corrected for what chance gives, and p-values for the number of experts
   (Benjamini-Hochberg). For tasks, chance is documents shuffled among the tasks. For token classes,
   it is independent tokens, which those of one document are not quite: read small ones with care.
 - Clusters are of documents, by how often each expert serves their tokens; tasks play no part in
-  making them. A silhouette up to 0.25 is no substantial structure.
+  making them. A silhouette up to 0.25 means no substantial structure.
 """
 
 
@@ -128,7 +128,7 @@ def sentences(found: Patterns, tables: dict[str, pd.DataFrame]) -> list[str]:
         first = some.loc[some["corrected"].idxmax()]
         clear = int((some["p_adjusted"] <= LEVEL).sum())
         written.append(
-            f"That they serve a token tells something about its {of}: {clear} of {len(some)} "
+            f"Serving a token is informative about its {of} for {clear} of {len(some)} "
             f"experts; most of all layer {first['layer']} expert {first['expert']} "
             f"({100 * first['share']:.1f} % of the entropy; {first['lift']:.1f} times as often for "
             f"{first['most']})."

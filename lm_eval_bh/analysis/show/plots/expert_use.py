@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-# Column -> name, shade, hatch: told apart without colour, which stands for max_k.
+# Column -> name, shade, hatch: distinct without colour, which stands for max_k.
 SHARES = {
     "floor_hit_rate": ("floor", "#E3E3E3", ""),
     "mid_range_rate": ("between", "#A6A6A6", "////"),
