@@ -1,1 +1,1 @@
-"""Reads what experiments left behind and says what it means; needs no torch."""
+"""Reads finished experiments: tables, comparisons, figures, reports; needs no torch."""

@@ -242,6 +242,9 @@ def test_the_layers_table(write):
             "BH a=0.30, max 8, contribution, renormalize=true",
         ),
         ({"alpha": 0.62, "trim": 8}, "BH a=0.62, max 8, trim 8"),
+        ({"alpha": 0.62, "null_scope": "layer"}, "BH a=0.62, max 8"),
+        ({"alpha": 0.62, "null_scope": "expert"}, "BH a=0.62, max 8, null of each expert"),
+        ({"alpha": 0.62, "null_scope": "model"}, "BH a=0.62, max 8, null of the model"),
         ({"alpha": 0.62, "target_experts": 5.0, "budget": "model"}, "BH target 5, max 8"),
         (
             {"alpha": 0.62, "target_experts": 4.5, "budget": "layer"},

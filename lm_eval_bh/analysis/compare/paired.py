@@ -98,7 +98,7 @@ def compare(
     Returns
     -------
     DataFrame
-        One row a configuration, task and metric, with the columns :data:`COMPARISON`. Where
+        One row per configuration, task and metric, with the columns :data:`COMPARISON`. Where
         something could not be compared, ``reason`` says why and the numbers are null.
 
     Raises
@@ -150,7 +150,7 @@ def compare(
 
 
 def _pairs(loaded: Loaded, baseline: str) -> Iterator[tuple[pd.Series, pd.Series | None]]:
-    """Yield each configuration's first run with its baseline's; runs with samples come first."""
+    """Yield each configuration's run and its baseline's, the first ones with samples."""
     frame = loaded.frame[loaded.frame["mode"] != "analyze"]  # there the model's own k served
     for _, rows in frame.groupby(["group", "task"], sort=False):
         firsts = [
@@ -165,7 +165,7 @@ def _pairs(loaded: Loaded, baseline: str) -> Iterator[tuple[pd.Series, pd.Series
 
 
 def _first(loaded: Loaded, rows: pd.DataFrame) -> pd.Series:
-    """Return the first row with samples, those of hf-bh before those of hf; else the first."""
+    """Return the first row with samples, preferring hf-bh to hf; without samples, the first."""
     ordered = rows.iloc[np.argsort(rows["mode"].eq("native").to_numpy(), kind="stable")]
     for _, row in ordered.iterrows():
         if loaded.documents(row["run_id"], row["task"]) is not None:

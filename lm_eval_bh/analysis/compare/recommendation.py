@@ -17,7 +17,7 @@ SAME_EXPERTS = 0.02
 
 @dataclass(frozen=True)
 class Candidate:
-    """One configuration, judged.
+    """The verdict on one configuration.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What the routing logs say about the experts: difficulty, specialisation, clusters.
+"""Patterns in routing logs: difficulty, specialisation, clusters.
 
 :func:`~lm_eval_bh.analysis.patterns.findings.find_patterns` computes,
 :func:`write_patterns` writes tables and pictures.

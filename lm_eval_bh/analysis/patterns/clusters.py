@@ -1,4 +1,4 @@
-"""Groups of documents that use the experts alike."""
+"""Clusters of documents that use the experts alike."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from lm_eval_bh.analysis.patterns.log_reader import Ints
 
-MOST = 8  # clusters that are tried
-ENOUGH = 10  # documents that are clustered
-MANY = 4000  # documents from which batches of them do
+MOST = 8  # most clusters tried
+ENOUGH = 10  # fewest documents that are clustered
+MANY = 4000  # documents from which mini-batches are used
 SCORED = 2000  # documents that the silhouette is taken over
 
 
@@ -50,7 +50,7 @@ class Clusters:
 
 
 def cluster(usage: NDArray[np.float32], tasks: Ints, seed: int = 0) -> Clusters | None:
-    """Cluster documents by their use of the experts (k-means), their number by the silhouette.
+    """Cluster documents by their use of the experts: k-means, k chosen by the silhouette.
 
     Parameters
     ----------

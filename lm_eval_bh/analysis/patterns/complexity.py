@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-ENOUGH = 10  # pairs that a rank correlation is given for
-OFTEN = 5  # occurrences of a token that its mean is taken over
+ENOUGH = 10  # fewest pairs for a rank correlation
+OFTEN = 5  # fewest occurrences of a token that counts
 COMPLEXITY = ("task", "against", "unit", "n", "spearman", "low", "high", "p_value", "reason")
 
 
@@ -51,10 +51,10 @@ def complexity(documents: pd.DataFrame, tokens: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     documents : DataFrame
-        ``task, mean_experts, loss, loss_unit``, one row a document; loss is NaN where unknown. Logs
-        have a loss for each request, not for each token.
+        ``task, mean_experts, loss, loss_unit``, one row per document; loss is NaN where unknown.
+        Logs have a loss for each request, not for each token.
     tokens : DataFrame
-        ``occurrences, mean_experts``, one row a token id. Those below :data:`OFTEN` do not count.
+        ``occurrences, mean_experts``, one row per token id. Those below :data:`OFTEN` do not count.
 
     Returns
     -------

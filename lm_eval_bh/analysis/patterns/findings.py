@@ -1,4 +1,4 @@
-"""All that is found in the logs of one configuration."""
+"""All patterns in the logs of one configuration."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class Patterns:
     counts : Counts
         What everything was computed from.
     documents : DataFrame
-        ``task, document, tokens, mean_experts, loss, loss_unit, cluster``, one row a document.
+        ``task, document, tokens, mean_experts, loss, loss_unit, cluster``, one row per document.
     tokens : DataFrame
-        ``token_id, text, token_class, occurrences, mean_experts``, one row a token id.
+        ``token_id, text, token_class, occurrences, mean_experts``, one row per token id.
     classes : DataFrame
         ``task, token_class, tokens, mean_experts``.
     complexity, specialisation : DataFrame
@@ -72,7 +72,7 @@ class Patterns:
     clusters: Clusters | None
 
     def cluster_table(self) -> pd.DataFrame:
-        """Return one row a cluster: its documents by task, its experts, what it uses more."""
+        """Return one row per cluster: documents by task, experts, and what it uses more."""
         if self.clusters is None:
             return pd.DataFrame()
         usage = usage_of(self.counts)
@@ -121,7 +121,7 @@ class Patterns:
 def find_patterns(
     loaded: Loaded, *, tokenizer: Path | None = None, seed: int = 0
 ) -> Iterator[Patterns]:
-    """Yield what the routing logs say, one configuration after another.
+    """Yield the patterns in the routing logs, one configuration after another.
 
     Of a configuration, each task's first run with a log is read: its token log where there is one,
     else its internal routing log.
@@ -310,7 +310,7 @@ def _class_table(counts: Counts) -> pd.DataFrame:
 
 
 def _file_name(strategy: str, taken: set[str]) -> str:
-    """Return a name for files that no other configuration has."""
+    """Return a unique name for the files of a configuration."""
     plain = re.sub(r"[^A-Za-z0-9]+", "_", strategy).strip("_").lower()
     name, number = plain, 2
     while name in taken:

@@ -1,4 +1,4 @@
-"""What is counted while a log streams by: tables whose size does not grow with its length."""
+"""Counts over a log that streams by, in tables that do not grow with its length."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Counts:
         self._class_of = np.append(class_of, len(self.classes) - 1)
         self._place = np.full(max(layers, default=0) + 1, -1)
         self._place[list(layers)] = np.arange(len(layers))
-        # The system gives memory only for the documents that there are.
+        # Takes memory only for documents that occur: the system maps pages on demand.
         self._of_document = np.zeros(
             (len(self.tasks), documents, len(self.layers), experts), dtype=np.int32
         )

@@ -14,15 +14,15 @@ from lm_eval_bh.schema import TOKENS, Sample, read_internal_routing, read_manife
 
 Ints = NDArray[np.int64]
 
-ROWS = 65536  # of a token log that are in memory at a time
+ROWS = 65536  # of a token log in memory at a time
 COLUMNS = ["task", "doc_id", "request", "repeat", "layer", "token_id", "experts"]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows of a log: one row a token and layer, of the first request of each document.
+    """Some rows of a log: one row per token and layer, of the first request of each document.
 
-    Further requests repeat its text with another ending, and repetitions all of it.
+    Further requests repeat its text with another ending, and repetitions repeat it all.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""The pictures of routing patterns, one a question."""
+"""The pictures of routing patterns, one per question."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def specialisation_picture(found: Patterns) -> Any:
         for fliers in drawn["fliers"]:
             fliers.set(markeredgecolor=COLOURS[number], markersize=3)
         layers.plot([], [], color=COLOURS[number], linewidth=6, alpha=0.6, label=of)
-    layers.set(title="How much one expert tells", xlabel="layer")
+    layers.set(title="Information of each expert", xlabel="layer")
     layers.set_ylabel("share of the entropy explained (%)")
     layers.set_xticks(np.arange(len(found.counts.layers)), found.counts.layers)
     layers.grid(axis="y", alpha=0.3)
@@ -96,7 +96,7 @@ def specialisation_picture(found: Patterns) -> Any:
         layers.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
 
     of_class = table[table["of"] == "token class"].nlargest(SHOWN, "corrected")
-    experts.set_title("The experts that tell most of the token's class")
+    experts.set_title("The experts most informative about the token's class")
     if not len(of_class):
         _write_message(experts, "no token classes:\nname the tokenizer with --tokenizer")
         return figure
@@ -176,7 +176,7 @@ def _write_message(axes: Any, words: str) -> None:
 
 
 def _binned(x: pd.Series, y: pd.Series, bins: int = 8) -> tuple[Any, Any, Any, Any]:
-    """Return middle, lower quartile, median and upper quartile of bins that are equally wide."""
+    """Return middle, lower quartile, median and upper quartile of bins on a log scale."""
     edges = np.geomspace(x.min(), x.max(), bins + 1)
     place = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, bins - 1)
     of_bin = y.groupby(place)

@@ -32,7 +32,7 @@ SPECIALISATION = (
 
 
 class Tested(NamedTuple):
-    """Information in nats, the same less what chance gives (not below 0), and its p-value."""
+    """Information in nats, the same corrected for chance (at least 0), and its p-value."""
 
     information: Floats
     corrected: Floats
@@ -47,7 +47,7 @@ def entropy(counts: Ints) -> Floats:
 
 
 def information(served: Ints, tokens: Ints) -> Floats:
-    """Return what it tells about a token's kind that an expert serves it, in nats.
+    """Return how much an expert's choice tells about a token's kind, in nats.
 
     The mutual information of "the expert serves the token" and the token's kind.
 
@@ -80,7 +80,7 @@ def independent_tokens(served: Ints, tokens: Ints) -> Tested:
     from scipy import stats
 
     n, found = tokens.sum(-1), information(served, tokens)
-    # An expert that serves no token, or all, tells nothing, and chance cannot make it tell any.
+    # An expert that serves no token, or every token, carries no information, not even by chance.
     varies = (served.sum(-1) > 0) & (served.sum(-1) < n)
     freedom = np.where(varies, np.maximum((tokens > 0).sum(-1) - 1, 0), 0)
     p = np.where(freedom > 0, stats.chi2.sf(2 * n * found, np.maximum(freedom, 1)), 1.0)
@@ -108,7 +108,7 @@ def shuffled_documents(
     """
     rng = np.random.default_rng(seed)
     names = np.arange(kinds.max() + 1)
-    counted = served.astype(np.float64)  # whole numbers still, and a fast product
+    counted = served.astype(np.float64)  # still whole numbers, but a fast product
 
     def of(labels: Ints) -> Floats:
         inside = (labels == names[:, None]).astype(np.float64)
@@ -129,19 +129,19 @@ def specialisation(counts: Counts, seed: int = 0) -> pd.DataFrame:
     Parameters
     ----------
     counts : Counts
-        Of a log; tasks are told from the documents that it keeps.
+        Of a log; tasks are compared by the documents that it keeps.
     seed : int
         Of the shuffles of the documents.
 
     Returns
     -------
     DataFrame
-        With the columns :data:`SPECIALISATION`, one row a layer, expert and ``of`` ("token class",
-        "task"; left out where there is only one): ``tokens`` served; ``entropy`` of their kinds in
-        nats, and divided by its largest value; ``information``, and what is left of it,
-        ``corrected``, less what chance gives; ``share``, that as a share of the entropy of the
-        kinds; the p-value (:func:`independent_tokens` for classes, :func:`shuffled_documents` for
-        tasks); ``most``, the kind that is over-represented most, and ``lift``, by what factor.
+        With the columns :data:`SPECIALISATION`, one row per layer, expert and ``of`` ("token
+        class", "task"; left out where there is only one): ``tokens`` served; ``entropy`` of their
+        kinds in nats, and divided by its largest value; ``information``; ``corrected``, what is
+        left of it after chance; ``share``, that as a share of the entropy of the kinds; the p-value
+        (:func:`independent_tokens` for classes, :func:`shuffled_documents` for tasks); ``most``,
+        the kind that is over-represented most, and ``lift``, by what factor.
     """
     found = []
     tokens, served = counts.tokens.sum(0), counts.served.sum(0).transpose(0, 2, 1)

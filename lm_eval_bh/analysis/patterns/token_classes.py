@@ -1,4 +1,4 @@
-"""What kind of token a token is, by what it looks like."""
+"""Classes of tokens, by what they look like."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def classify(raw: str, decoded: str, special: bool) -> str:
     decoded : str
         What it decodes to on its own.
     special : bool
-        Whether it is no text, like an end of text.
+        Whether it is not text, such as the end of a text.
 
     Examples
     --------
@@ -54,8 +54,8 @@ def classify(raw: str, decoded: str, special: bool) -> str:
 def vocabulary(tokenizer: Path) -> tuple[list[str], list[str]]:
     """Return text and class of every token of a ``tokenizer.json``, by token id.
 
-    Whether a word starts is told from the space before it; the first word of a line counts as a
-    continuation, because its token alone does not tell.
+    A word starts after a space; the first word of a line counts as a continuation, because its
+    token alone does not show it.
 
     Raises
     ------

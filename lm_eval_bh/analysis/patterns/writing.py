@@ -1,4 +1,4 @@
-"""Writes what was found: tables as CSV, pictures as PNG, and the sentences that go with them."""
+"""Writes the patterns: tables as CSV, pictures as PNG, a summary as Markdown."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CAVEATS = """\
   multiple-choice task's loss is of its ending, its experts are those of the whole text; of its
   requests the first is read, since all of a document repeat its text.
 - Correlations are Spearman's; tokens are correlated as types (each token id once, if it occurs at
-  least five times). A correlation is no cause: long documents, common words and easy texts go
+  least five times). A correlation is not a cause: long documents, common words and easy texts go
   together.
 - Information is corrected for what chance gives, and p-values for the number of experts
   (Benjamini-Hochberg). For tasks, chance is documents shuffled among the tasks. For token classes,
   it is independent tokens, which those of one document are not quite: read small ones with care.
 - Clusters are of documents, by how often each expert serves their tokens; tasks play no part in
-  making them. A silhouette up to 0.25 is no substantial structure.
+  making them. A silhouette up to 0.25 means no substantial structure.
 """
 
 
@@ -41,7 +41,7 @@ def write_patterns(
 
     Six tables, each over all configurations (``complexity.csv``, ``classes.csv``, ``tokens.csv``,
     ``specialisation.csv``, ``documents.csv``, ``clusters.csv``), three pictures a configuration,
-    and ``patterns.md``, which says what they show.
+    and ``patterns.md``, which explains them.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ def write_patterns(
 
 
 def _adjusted(table: pd.DataFrame, family: str) -> pd.DataFrame:
-    """Return the table with its p-values corrected, each kind of question as one family."""
+    """Return the table with p-values adjusted within each family."""
     from statsmodels.stats.multitest import multipletests
 
     table = table.copy()
@@ -128,7 +128,7 @@ def sentences(found: Patterns, tables: dict[str, pd.DataFrame]) -> list[str]:
         first = some.loc[some["corrected"].idxmax()]
         clear = int((some["p_adjusted"] <= LEVEL).sum())
         written.append(
-            f"That they serve a token tells something about its {of}: {clear} of {len(some)} "
+            f"Serving a token is informative about its {of} for {clear} of {len(some)} "
             f"experts; most of all layer {first['layer']} expert {first['expert']} "
             f"({100 * first['share']:.1f} % of the entropy; {first['lift']:.1f} times as often for "
             f"{first['most']})."

@@ -30,14 +30,14 @@ def draw_health(health: Sequence[Health], title: str, path: Path) -> None:
     title : str
         Above the figure.
     path : Path
-        Image file; its ending, png, pdf or svg, says of what format.
+        Image file; its suffix is png, pdf or svg.
 
     Raises
     ------
     ParameterError
-        If the ending is another one.
+        If it has another suffix.
     """
-    from matplotlib.figure import Figure  # no pyplot: nobody's backend is touched
+    from matplotlib.figure import Figure  # not pyplot, which would touch the backend
 
     figure = Figure(figsize=(14, 4.6), layout="constrained")
     curves, bars = figure.subplots(1, 2, width_ratios=(1, 2))

@@ -1,4 +1,4 @@
-"""The stock ``lm_eval`` command that an experiment can be run again with."""
+"""The stock ``lm_eval`` command that runs an experiment again."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lm_eval_bh.analysis.read.results_file import pretrained_of
 
 DEFAULT_SEEDS = (0, 1234, 1234, 1234)
 SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
-# What --model_args would split at, or read as something else.
+# Characters with a meaning in --model_args.
 SPECIAL = frozenset(",[](){}'\"")
 
 
 def lm_eval_command(content: Mapping[str, Any], task: str) -> str:
-    """Return the command that evaluates one task as a results file says it was.
+    """Return the command that evaluates one task with the settings of a results file.
 
     Parameters
     ----------
@@ -29,8 +29,8 @@ def lm_eval_command(content: Mapping[str, Any], task: str) -> str:
     Returns
     -------
     str
-        Quoted for a POSIX shell. What the file does not tell (an output path, an ``--include_path``
-        for tasks of one's own) is not in it.
+        Quoted for a POSIX shell, without what the file does not contain: an output path, an
+        ``--include_path`` for custom tasks.
     """
     config = content["config"]
     words = ["lm_eval", "--model", "hf-bh" if config.get("bh") else config.get("model") or "hf-bh"]
@@ -60,7 +60,7 @@ def lm_eval_command(content: Mapping[str, Any], task: str) -> str:
 
 
 def _model_args(content: Mapping[str, Any]) -> str | Mapping[str, Any]:
-    """Return the arguments as they were given; spelt out where the model was given as an object."""
+    """Return the arguments as given; spelt out where the model was given as an object."""
     config = content["config"]
     if given := config.get("model_args"):
         return given  # type: ignore[no-any-return]
@@ -68,7 +68,7 @@ def _model_args(content: Mapping[str, Any]) -> str | Mapping[str, Any]:
         return {"pretrained": pretrained_of(content)}
     info = upgraded(config["bh"], "the results file")
     routing = info["config"]
-    foreign = {"solved"}  # what is refused where it has no meaning
+    foreign = {"solved"}  # parameters that are refused where they have no meaning
     if info["rule"]["fixed_count"]:
         foreign |= {"alpha", "min_k"}
     if routing.get("target_experts") is not None:

@@ -1,4 +1,4 @@
-"""The table on the terminal: a row an experiment, with what a person would ask first."""
+"""The table on the terminal: a row per experiment, with the most important numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def overview(frame: pd.DataFrame, compared: pd.DataFrame, level: float) -> list[Table]:
-    """Return a table of each task, and of each group where there are several.
+    """Return one table per task, and per group where there are several.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ def _number(value: Any, how: str) -> str:
 
 
 def _perplexity(value: Any) -> str:
-    """Return two decimals, or none where they would mean nothing."""
+    """Return a perplexity with two decimals; without any from 1000 on."""
     return _number(value, ",.0f" if pd.notna(value) and value >= 1000 else ".2f")
 
 

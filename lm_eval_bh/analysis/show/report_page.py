@@ -1,4 +1,4 @@
-"""The report: what was measured and what to make of it, as Markdown and as one HTML page."""
+"""The report: measurements and a recommendation, as Markdown and as one HTML page."""
 
 from __future__ import annotations
 
@@ -124,8 +124,7 @@ def write_report(
 ) -> list[Path]:
     """Write ``bh_routing_report.md`` and ``.html``, and the nine panels that they show.
 
-    The HTML page is one file: it loads nothing, and works without scripts but for sorting and
-    filtering.
+    The HTML page is a single file that loads nothing; only sorting and filtering need scripts.
 
     Parameters
     ----------
@@ -174,7 +173,7 @@ def write_report(
             )
             for number, (_, row) in enumerate(loaded.frame.iterrows(), start=1)
         ],
-        # Last: what was read above may have found more of them.
+        # Last: reading above may have added to them.
         problems=[sentence for _, sentence in loaded.problems],
         notes=[sentence for _, sentence in loaded.notes],
         settings={
@@ -214,7 +213,7 @@ def _write(report: Report, path: Path) -> Path:
 
 
 def escape_markdown(text: str) -> str:
-    r"""Return text that Markdown shows as it is, in a table too.
+    r"""Return text escaped for Markdown, also within a table.
 
     Examples
     --------
@@ -291,7 +290,7 @@ def _embedded(figure: Any, name: str) -> Figure:
     import matplotlib
 
     drawn = io.BytesIO()
-    # No time and no random names: pages of equal runs can be compared.
+    # No time and no random names: equal runs give equal pages.
     with matplotlib.rc_context({"svg.hashsalt": REPORT}):
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     encoded = base64.b64encode(drawn.getvalue()).decode("ascii")
@@ -331,7 +330,7 @@ def _health_figure(health: list[dict[str, float]], folder: Path, name: str) -> F
 
 
 def _calibration(header: dict[str, Any]) -> str:
-    """Return the command that fits the same null model, into another file, and checks it."""
+    """Return the command that calibrates the same null model into another file and checks it."""
     words = ["lm-eval-bh", "calibrate", "--pretrained", header.get("model") or "MODEL"]
     for option in ("tokens", "kernel", "trim", "statistic", "null"):
         if header.get(option) is not None:

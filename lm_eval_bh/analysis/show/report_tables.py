@@ -1,4 +1,4 @@
-"""The tables of the report: what each column shows, and how a number is written."""
+"""The tables of the report: their columns, and how numbers are formatted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PER = {
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its title, whether it holds numbers, and what it means."""
+    """A column: its title, whether it contains numbers, and what it means."""
 
     title: str
     numeric: bool = False
@@ -65,12 +65,12 @@ class Table:
 
     @property
     def explained(self) -> list[Column]:
-        """The columns whose title does not say it all."""
+        """The columns that need an explanation."""
         return [column for column in self.columns if column.about]
 
 
 def number(value: Any, form: str = "") -> Cell:
-    """Return a number as a cell; by default with four digits that count. Empty if unknown."""
+    """Return a number as a cell; by default with four significant digits. Empty if unknown."""
     if value is None or pd.isna(value):
         return Cell("")
     value = float(value)
@@ -100,7 +100,7 @@ def interval(value: Any, low: Any, high: Any, form: str = "+.3g") -> Cell:
 
 
 def results_table(frame: pd.DataFrame) -> Table:
-    """Return one row an experiment, each adaptive one with static top-k at the same budget."""
+    """Return one row per experiment, each adaptive one with static top-k at the same budget."""
     columns = (
         Column("configuration"),
         Column("task"),
@@ -246,7 +246,7 @@ def verdict_table(found: Recommendation) -> Table:
 
 
 def health_table(layers: Sequence[Mapping[str, Any]]) -> Table:
-    """Return how well a null model fits held-out text, one row a layer.
+    """Return how well a null model fits held-out text, one row per layer.
 
     Parameters
     ----------
@@ -275,7 +275,7 @@ def health_table(layers: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def layer_table(loaded: Loaded) -> Table:
-    """Return the mean experts of every routed layer, one row an experiment."""
+    """Return the mean experts of every routed layer, one row per experiment."""
     layers = sorted(loaded.layers["layer"].unique())
     columns = (
         Column("configuration"),

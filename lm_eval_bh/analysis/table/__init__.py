@@ -1,1 +1,1 @@
-"""From experiments to one tidy table: metrics, rows, what only several runs tell."""
+"""From experiments to one tidy table: metrics, rows, columns that need several runs."""

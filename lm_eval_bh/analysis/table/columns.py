@@ -46,7 +46,7 @@ COLUMNS: dict[str, str] = {
     "word_perplexity_stderr": _FLOAT,
     "byte_perplexity": _FLOAT,
     "byte_perplexity_stderr": _FLOAT,
-    "target_perplexity": _FLOAT,  # the harness's "perplexity" of LAMBADA: a whole word each
+    "target_perplexity": _FLOAT,  # lm-eval's "perplexity" of LAMBADA: a whole word each
     "target_perplexity_stderr": _FLOAT,
     "acc": _FLOAT,
     "acc_stderr": _FLOAT,

@@ -61,8 +61,8 @@ def _further(config: Mapping[str, Any], rule: RuleInfo) -> str:
         label += f", min {config['min_k']}"
     if config.get("statistic", "logit") not in ("logit", None):
         label += f", {config['statistic']}"
-    if config.get("null_scope", "layer") not in ("layer", None):
-        label += f", null of each {config['null_scope']}"
+    if (scope := config.get("null_scope", "layer")) not in ("layer", None):
+        label += f", null of {'the' if scope == 'model' else 'each'} {scope}"
     if config.get("trim"):
         label += f", trim {config['trim']}"
     if config.get("temperature", 1.0) != 1.0:

@@ -34,7 +34,7 @@ NO_ADAPTIVE = (
 
 
 def perplexity(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
-    """Draw perplexity against alpha, a line a ``max_k``; static top-k of the same K dashed."""
+    """Draw perplexity against alpha, a line per ``max_k``; static top-k of the same k is dashed."""
     tasks = {task: data.perplexity_of(task) for task in data.tasks}
     shown = {task: column for task, column in tasks.items() if column is not None}
     _against_alpha(figure, data, style, labels, shown, "a perplexity", "bh_wikitext")
@@ -134,7 +134,7 @@ def _baselines(data: Experiments, task: str, style: Style) -> pd.DataFrame:
 
 
 def title(data: Experiments, task: str, column: str) -> str:
-    """Return what stands above the axes of a task: its data set, and what its perplexity is of."""
+    """Return the title of a task: its data set, and the unit of its perplexity."""
     unit = PERPLEXITY_UNITS.get(column)
     return f"{data.dataset(task)}, per {unit}" if unit else data.dataset(task)
 
@@ -161,7 +161,7 @@ def alpha_ticks(axes: Axes, alphas: pd.Series) -> None:
 
 
 def experts(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
-    """Draw mean experts against alpha; on the right axis what that saves against native top-k."""
+    """Draw mean experts against alpha; the right axis shows the saving against native top-k."""
     means = data.over_tasks(data.adaptive[data.adaptive["alpha"].notna()], ["mean_experts"])
     if not len(means):
         raise NoDataError(NO_ADAPTIVE)
@@ -193,7 +193,7 @@ def experts(figure: SubFigure, data: Experiments, style: Style, labels: Labels) 
 
 
 def _savings(axes: Axes, native: int) -> None:
-    """Say at the ticks of the right axis how many percent fewer experts that is."""
+    """Label the right axis with how many percent fewer experts that is."""
     right = axes.secondary_yaxis("right")
     low, high = axes.get_ylim()
     ticks = [float(tick) for tick in axes.get_yticks() if low <= tick <= high]

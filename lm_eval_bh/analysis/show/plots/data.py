@@ -36,7 +36,7 @@ TEXTS = ("run_id", "model", "dataset", "variant", "mode", "matched_by", "matched
 
 
 class NoDataError(Exception):
-    """Why a panel has nothing to draw, and which run would change that."""
+    """A panel has nothing to draw; the message says which run would change that."""
 
 
 class Experiments:
@@ -45,11 +45,11 @@ class Experiments:
     Attributes
     ----------
     rows : DataFrame
-        One row a task and configuration.
+        One row per task and configuration.
     adaptive, static, controls : DataFrame
         Those of adaptive rules; of plain static top-k; and of other fixed numbers of experts.
     layers : DataFrame or None
-        One row a task, configuration and layer: ``max_k``, ``alpha``, ``variant``, ``layer``,
+        One row per task, configuration and layer: ``max_k``, ``alpha``, ``variant``, ``layer``,
         ``mean``.
     tasks : list of str
         In the order of the table.
@@ -121,13 +121,13 @@ class Experiments:
 
 
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the columns that panels use, of the types they have before a CSV forgets them."""
+    """Return the columns that panels use, with the types that a CSV loses."""
     rows = frame.reindex(
         columns=list(dict.fromkeys((*REQUIRED, *NUMBERS, *TEXTS, "configuration")))
     )
     for name in NUMBERS:
         rows[name] = pd.to_numeric(rows[name], errors="coerce").astype("float64")
-    # What was solved for a target is an outcome, and no place on the axis of levels.
+    # A level that was solved for a target is a result, not a place on the axis of levels.
     rows["alpha"] = rows["alpha"].where(rows["target_experts"].isna())
     for name in ("baseline", "adaptive"):
         rows[name] = frame[name].astype(bool)

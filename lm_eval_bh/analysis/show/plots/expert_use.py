@@ -1,4 +1,4 @@
-"""Panels of what routing did: shares at the bounds, use of experts, layers."""
+"""Panels of the routing itself: shares at the bounds, use of experts, layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-# Column -> name, shade, hatch: told apart without colour, which stands for max_k.
+# Column -> name, shade, hatch: distinct without colour, which stands for max_k.
 SHARES = {
     "floor_hit_rate": ("floor", "#E3E3E3", ""),
     "mid_range_rate": ("between", "#A6A6A6", "////"),
@@ -135,7 +135,7 @@ def _levels(means: pd.DataFrame, data: Experiments) -> list[str]:
 
 
 def _rows(axes: Axes, means: pd.DataFrame, style: Style, names: list[str]) -> list[float]:
-    """Give every configuration a row, those of a ``max_k`` together; return where, from the top."""
+    """Give every configuration a row, grouped by ``max_k``; return their places from the top."""
     places: list[float] = []
     of_size = dict(list(means.groupby("max_k", sort=False)))
     for rows in of_size.values():
@@ -179,7 +179,7 @@ def _rows(axes: Axes, means: pd.DataFrame, style: Style, names: list[str]) -> li
 
 
 def _size_of(rows: int) -> float:
-    """Return the size of text that so many rows have room for, in points."""
+    """Return the font size in points that fits so many rows."""
     return float(min(SMALL + 0.5, 0.9 * 72 * INCH_OF_ROWS / (rows + 2)))
 
 

@@ -78,7 +78,7 @@ def create_comprehensive_visualization(
     Parameters
     ----------
     results_df : DataFrame
-        One row an experiment: the frame of
+        One row per experiment: the frame of
         ``load_experiments``, or a ``bh_routing_results.csv`` that
         was read again. Of one group.
     output_path : Path or str, optional
@@ -193,12 +193,12 @@ def _figure(size: tuple[float, float]) -> Figure:
 
 
 def _write(figure: Figure, path: Path, suffix: str) -> None:
-    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same data, the same file
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}  # same data, same file
     figure.savefig(path, format=suffix, dpi=DPI, metadata=undated.get(suffix))
 
 
 def _legend_rows(data: Experiments, style: Style, needed: set[str], most: int) -> list[list[Any]]:
-    """Return what the figure's one legend explains: sizes first, at most so many in a row."""
+    """Return the rows of the figure's legend, sizes first, at most ``most`` entries in a row."""
     from matplotlib.lines import Line2D
 
     def entry(label: str, **how: Any) -> Line2D:

@@ -1,7 +1,7 @@
-"""Text that stands beside what it names, moved until nothing lies on anything else.
+"""Labels beside what they name, moved until nothing overlaps.
 
-Where text overlaps is known only once the figure is laid out. So panels ask for labels, and after
-the layout :meth:`Labels.place` puts them.
+Overlaps are known only once the figure is laid out: panels request labels, and
+:meth:`Labels.place` positions them after the layout.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ PLACES = tuple(
 
 @dataclass
 class Labels:
-    """The labels that the panels of one figure asked for."""
+    """The labels that the panels of one figure requested."""
 
     _at_lines: dict[Axes, list[tuple[float, Annotation]]] = field(default_factory=dict)
     _at_points: list[tuple[Axes, Annotation]] = field(default_factory=list)
 
     def at_line(self, axes: Axes, y: float, text: str, colour: str) -> None:
-        """Name a horizontal line at its right end, outside of the data."""
+        """Label a horizontal line at its right end, outside of the data."""
         label = axes.annotate(
             text,
             (1, y),
@@ -54,7 +54,7 @@ class Labels:
         self._at_lines.setdefault(axes, []).append((y, label))
 
     def at_point(self, axes: Axes, x: float, y: float, text: str, colour: str) -> None:
-        """Name a point, on whatever side of it there is room."""
+        """Label a point, on the side where there is room."""
         label = axes.annotate(
             text,
             (x, y),
@@ -69,7 +69,7 @@ class Labels:
         self._at_points.append((axes, label))
 
     def place(self, figure: Figure) -> None:
-        """Move every label to where it lies on nothing else; the layout stays as it is then."""
+        """Lay the figure out, then move every label to where it overlaps with nothing."""
         settle(figure)
         points = figure.dpi / 72
         for axes, labels in self._at_lines.items():
@@ -112,7 +112,7 @@ def _put(axes: Axes, label: Annotation, placed: list[BboxBase], points: float) -
 
 
 def spread(wanted: Sequence[float], gap: float) -> NDArray[np.float64]:
-    """Return places at least ``gap`` apart, in the same order and as near as can be to the wanted.
+    """Return places at least ``gap`` apart, in the same order, as near as possible to the wanted.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""How the figures look: one colour and one marker a ``max_k``, a line style a rule, axes, text."""
+"""How figures look: a colour and a marker per ``max_k``, a line style per rule, axes, text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEUTRAL = "#4D4D4D"
 FAINT = "#BFBFBF"
 LARGEST_ERROR = 3.0  # in values: an interval of a factor of 20 either way
 FRONT: dict[str, Any] = {"color": "#9A9A9A", "linewidth": 2.6, "alpha": 0.5}
-SMALL = 7.0  # points: what is not read first
+SMALL = 7.0  # points
 
 RC: dict[Any, Any] = {
     "font.size": 8.5,
@@ -109,7 +109,7 @@ class Style:
 
 
 def interval(values: Any, errors: Any, log: bool = True) -> tuple[Floats, Floats]:
-    """Return the ends of error bars; a value without an error is its own.
+    """Return the ends of error bars; without an error, both are the value.
 
     Parameters
     ----------
@@ -134,7 +134,7 @@ def interval(values: Any, errors: Any, log: bool = True) -> tuple[Floats, Floats
 
 
 def focus(core: Sequence[float], others: Sequence[float], log: bool = True) -> list[float]:
-    """Return what an axis should show: all of what matters, and what else does not flatten it.
+    """Return the values that an axis should show: the core, and others that do not flatten it.
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ def focus(core: Sequence[float], others: Sequence[float], log: bool = True) -> l
 
 
 def fit_scale(axes: Axes, which: str, values: Iterable[float], log: bool = True) -> None:
-    """Set the limits of an axis and ticks a person can read; logarithmic if the values ask for it.
+    """Set the limits and the ticks of an axis, logarithmic if the values span a wide range.
 
     Parameters
     ----------
@@ -197,7 +197,7 @@ def fit_scale(axes: Axes, which: str, values: Iterable[float], log: bool = True)
 def beyond(axes: Axes, value: float) -> tuple[float, str]:
     """Return where to show a value on the y axis, and what to add to its name: nothing if in range.
 
-    What would flatten all else is shown at the edge, with an arrow and its value.
+    An outlier is shown at the edge, with an arrow and its value.
     """
     low, high = axes.get_ylim()
     if low <= value <= high:

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 
 def pareto(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
-    """Draw perplexity against mean experts, with every baseline and what none is better than.
+    """Draw perplexity against mean experts, with every baseline and the Pareto front.
 
-    Beside each adaptive point stands static top-k at the same number of experts, as the table has
-    it: measured, or interpolated between two k that were.
+    Beside each adaptive point is static top-k at the same number of experts, from the table:
+    measured, or interpolated between two measured k.
     """
     missing = (
         "No perplexity with a number of experts yet. Run lm_eval --model hf-bh on bh_wikitext, "
@@ -63,7 +63,7 @@ def pareto(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -
 
 
 def _unmatched(data: Experiments) -> str:
-    """Say which static top-k should be run, if some points have none beside them."""
+    """Return which static top-k should be run, if some points have none beside them."""
     scored = data.adaptive[list(PERPLEXITIES)].notna().any(axis=1)
     alone = data.adaptive[scored & data.adaptive["matched_by"].isna()]
     if not len(alone):
@@ -74,7 +74,7 @@ def _unmatched(data: Experiments) -> str:
 
 
 def speed(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
-    """Draw perplexity against tokens a second of forward passes."""
+    """Draw perplexity against tokens per second of forward passes."""
     missing = (
         "No perplexity with a speed yet. Run lm_eval --model hf-bh on bh_wikitext with "
         "log_routing=summary; the stock model logs no forward times."
@@ -124,8 +124,8 @@ def _scatter(
 ) -> None:
     """Draw adaptive rules filled, static top-k hollow and named on a dashed line.
 
-    The y axis shows all adaptive rules, the model's own top-k and what is drawn ``further``; what
-    would flatten them is at its edge.
+    The y axis shows all adaptive rules, the model's own top-k and what is drawn ``further``;
+    outliers that would flatten them are drawn at its edge.
     """
     adaptive, static = rows[rows["adaptive"]], rows[rows["baseline"]].sort_values("max_k")
     own = static["max_k"] == static["native_top_k"]
@@ -167,7 +167,7 @@ def _error_bars(axes: Axes, rows: pd.DataFrame, x: str, y: str, colour: str) -> 
 
 
 def pareto_front(cost: Floats, loss: Floats) -> NDArray[np.intp]:
-    """Return the points that no other point is at least as good as in both and better in one.
+    """Return the Pareto-optimal points: no other point is as good in both and better in one.
 
     Parameters
     ----------
