@@ -4,6 +4,8 @@ Imports are read from the source, those inside functions and under ``TYPE_CHECKI
 """
 
 import ast
+import importlib
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -96,3 +98,13 @@ def test_analysis_needs_no_torch(name):
 def test_no_two_modules_have_one_name():
     times = Counter(file.stem for file in MODULES.values() if file.stem != "__init__")
     assert [name for name, number in times.items() if number > 1] == []
+
+
+def test_what_the_readme_imports_is_there():
+    lines = re.findall(
+        r"^ *from (lm_eval_bh[\w.]*) import ([\w, ]+)", (ROOT / "README.md").read_text(), re.M
+    )
+    assert len(lines) >= 6
+    for module, names in lines:
+        for name in names.split(","):
+            assert hasattr(importlib.import_module(module), name.strip()), f"{module}: {name}"

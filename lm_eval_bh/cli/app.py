@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lm_eval_bh.cli import finished_runs as runs
+from lm_eval_bh.cli import finished_runs
 from lm_eval_bh.cli.sweep import sweep
 from lm_eval_bh.cli.word_lists import numbers, words
 from lm_eval_bh.errors import BHError, DataError, ParameterError
@@ -29,7 +29,13 @@ app = typer.Typer(
     ),
 )
 
-for command in (sweep, runs.aggregate, runs.plot, runs.report, runs.patterns):
+for command in (
+    sweep,
+    finished_runs.aggregate,
+    finished_runs.plot,
+    finished_runs.report,
+    finished_runs.patterns,
+):
     app.command()(command)
 
 Pretrained = Annotated[str, typer.Option(help=f"Hub name or folder of the model, or {TINY_OLMOE}.")]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lm_eval_bh.harness.plugin import registration as plugin
+from lm_eval_bh.harness.plugin import registration
 from lm_eval_bh.resources import shipped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,12 +88,12 @@ def test_registering_again_changes_nothing():
     code = """
     import sys
     import lm_eval.models, lm_eval.tasks
-    from lm_eval_bh.harness.plugin import registration as plugin
+    from lm_eval_bh.harness.plugin.activation import activate
     from lm_eval_bh.harness.plugin import startup
     init = lm_eval.tasks.TaskManager.__init__
     finders = len(sys.meta_path)
     for _ in range(3):
-        plugin.register()
+        activate()
     print(lm_eval.tasks.TaskManager.__init__ is init, len(sys.meta_path) == finders)
     """
     assert python(code) == "True True"
@@ -211,7 +211,7 @@ def test_our_own_folder_given_as_include_path():
 
 def test_a_folder_around_ours_given_as_include_path():
     around = str(shipped("tasks").parent)
-    assert plugin._with_our_tasks(around) == around
+    assert registration._with_our_tasks(around) == around
 
 
 def test_without_the_defaults_there_is_only_what_was_asked_for(users_tasks):

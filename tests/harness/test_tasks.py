@@ -12,7 +12,7 @@ from lm_eval.tasks import TaskManager
 
 from lm_eval_bh import resources
 from lm_eval_bh.errors import DataError
-from lm_eval_bh.harness import demo_texts as tasks
+from lm_eval_bh.harness import demo_texts
 from lm_eval_bh.resources import shipped
 
 STOCK = {"bh_wikitext": "wikitext", "bh_lambada": "lambada_openai", "bh_hellaswag": "hellaswag"}
@@ -106,7 +106,7 @@ def copied_tasks(tmp_path, monkeypatch) -> Path:
 
 def test_missing_demo_file(copied_tasks):
     with pytest.raises(DataError, match=r"wikitext\.jsonl cannot be read .*: reinstall"):
-        tasks.load_demo("wikitext")
+        demo_texts.load_demo("wikitext")
 
 
 GOOD = json.dumps({"text": "All is well"})
@@ -125,7 +125,7 @@ GOOD = json.dumps({"text": "All is well"})
 def test_damaged_demo_file(copied_tasks, content, message):
     (copied_tasks / "lambada.jsonl").write_text(content)
     with pytest.raises(DataError, match=message) as caught:
-        tasks.load_demo("lambada")
+        demo_texts.load_demo("lambada")
     assert str(caught.value).endswith("reinstall lm-eval-bh.")
     assert "\n" not in str(caught.value)
 
@@ -133,11 +133,11 @@ def test_damaged_demo_file(copied_tasks, content, message):
 def test_foreign_bytes(copied_tasks):
     (copied_tasks / "lambada.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="cannot be read"):
-        tasks.load_demo("lambada")
+        demo_texts.load_demo("lambada")
 
 
 def test_line_separators_inside_a_text(copied_tasks):
     row = json.dumps({"text": "one\u2028two three"}, ensure_ascii=False)
     (copied_tasks / "lambada.jsonl").write_text(row + "\n", encoding="utf-8")
-    loaded = tasks.load_demo("lambada", pretrained="x", alpha=0.4)
+    loaded = demo_texts.load_demo("lambada", pretrained="x", alpha=0.4)
     assert loaded["test"][0]["text"] == "one\u2028two three"

@@ -15,7 +15,7 @@ import pytest
 
 import lm_eval_bh
 from lm_eval_bh.errors import DataError, ModelError, ParameterError
-from lm_eval_bh.harness.sweep import runner as experiments
+from lm_eval_bh.harness.sweep import runner
 from lm_eval_bh.harness.sweep.sweep_config import SweepConfig
 from lm_eval_bh.harness.sweep.sweep_folder import SweepFolder
 
@@ -41,9 +41,7 @@ def finished(tmp_path_factory):
     """Return the folder of a finished sweep in this process."""
     folder = tmp_path_factory.mktemp("sweep")
     lines = []
-    experiments.run(
-        experiments.plan(SweepConfig(**SETTINGS), folder), device="cpu", say=lines.append
-    )
+    runner.run(runner.plan(SweepConfig(**SETTINGS), folder), device="cpu", say=lines.append)
     assert [line.split("]")[0] for line in lines] == ["[1/3", "[2/3", "[3/3"]
     return folder
 
@@ -138,16 +136,16 @@ def test_every_experiment_has_its_two_logs(finished):
 
 
 def test_the_sweep_is_the_experiment_runner_of_python(finished, tmp_path, monkeypatch):
-    runner = lm_eval_bh.BHRoutingExperimentRunner("tiny-olmoe", "cpu", tmp_path)
-    frame = runner.run_two_phase_experiment([8], [8], [0.4, 0.5], ["demo_lambada"], 4)
+    two_phase = lm_eval_bh.BHRoutingExperimentRunner("tiny-olmoe", "cpu", tmp_path)
+    frame = two_phase.run_two_phase_experiment([8], [8], [0.4, 0.5], ["demo_lambada"], 4)
     assert len(frame) == 3
     assert_same(table(tmp_path), table(finished))
 
     def never(*args, **options):
         raise AssertionError("nothing is left to run")
 
-    monkeypatch.setattr(experiments, "run_here", lambda _, todo, *rest: never() if todo else None)
-    again = runner.run_two_phase_experiment([8], [8], [0.4, 0.5], ["demo_lambada"], 4)
+    monkeypatch.setattr(runner, "run_here", lambda _, todo, *rest: never() if todo else None)
+    again = two_phase.run_two_phase_experiment([8], [8], [0.4, 0.5], ["demo_lambada"], 4)
     assert list(again["run_id"]) == list(frame["run_id"])
 
 
@@ -199,7 +197,7 @@ def test_a_dry_run_plans_and_writes_nothing(tmp_path, finished):
 )
 def test_the_folder_of_another_sweep_is_refused_with_the_difference(finished, change, difference):
     with pytest.raises(DataError, match=difference):
-        experiments.plan(SweepConfig(**SETTINGS | change), finished)
+        runner.plan(SweepConfig(**SETTINGS | change), finished)
 
 
 def test_no_space_left_loses_nothing_that_is_finished(finished, tmp_path):
@@ -262,8 +260,8 @@ def test_ray_gives_the_same_table_though_a_worker_is_killed(finished, tmp_path, 
     monkeypatch.setattr(cluster._Pool, "_give", give_and_kill)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     lines = []
-    todo = experiments.plan(SweepConfig(**SETTINGS), tmp_path)
-    experiments.run(todo, ray="local", workers=2, say=lines.append)
+    todo = runner.plan(SweepConfig(**SETTINGS), tmp_path)
+    runner.run(todo, ray="local", workers=2, say=lines.append)
     assert killed
     assert len(lines) == 3
     assert_same(table(tmp_path), table(finished))
@@ -271,24 +269,24 @@ def test_ray_gives_the_same_table_though_a_worker_is_killed(finished, tmp_path, 
 
 def test_ray_that_is_not_installed_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    todo = experiments.plan(SweepConfig(**SETTINGS), tmp_path)
+    todo = runner.plan(SweepConfig(**SETTINGS), tmp_path)
     with pytest.raises(ParameterError, match=r"pip install 'lm-eval-bh\[ray\]'"):
-        experiments.run(todo, ray="local")
+        runner.run(todo, ray="local")
 
 
 def test_a_max_k_beyond_the_experts_is_refused_before_the_first_experiment(tmp_path):
     config = SweepConfig(**SETTINGS | {"baselines": [8, 65]})
     with pytest.raises(ParameterError, match="64 experts"):
-        experiments.run(experiments.plan(config, tmp_path), device="cpu")
+        runner.run(runner.plan(config, tmp_path), device="cpu")
     assert not (tmp_path / "runs").exists()
-    experiments.plan(SweepConfig(**SETTINGS), tmp_path)  # the corrected settings are welcome
+    runner.plan(SweepConfig(**SETTINGS), tmp_path)  # the corrected settings are welcome
 
 
 @pytest.mark.slow
 def test_two_shards_make_the_whole(finished, tmp_path):
     config = SweepConfig(**SETTINGS)
     for shard in ("2/2", "1/2"):
-        experiments.run(experiments.plan(config, tmp_path, shard=shard), device="cpu", say=str)
+        runner.run(runner.plan(config, tmp_path, shard=shard), device="cpu", say=str)
     assert_same(table(tmp_path), table(finished))
 
 
@@ -297,7 +295,7 @@ def test_common_arguments_reach_the_rules_that_take_them(tmp_path):
     """Also where a baseline has the largest k, and the stock command would refuse them with it."""
     settings = {"baselines": [16], "alphas": [0.4], "model_args": {"min_k": 2}}
     config = SweepConfig(**SETTINGS | settings)
-    experiments.run(experiments.plan(config, tmp_path), device="cpu", say=str)
+    runner.run(runner.plan(config, tmp_path), device="cpu", say=str)
     top, adaptive = (the_results(tmp_path / "runs" / e.name) for e in config.experiments())
     assert "min_k" not in top["config"]["model_args"]
     assert top["config"]["bh"]["config"]["min_k"] == 1
@@ -345,7 +343,7 @@ def test_an_error_on_a_ray_worker_is_the_sentence_it_would_be_here(tmp_path):
     pytest.importorskip("ray", reason="needs the extra ray")
     config = SweepConfig(**SETTINGS | {"pretrained": str(tmp_path / "none")})
     with pytest.raises(ModelError, match="could not be loaded"):
-        experiments.run(experiments.plan(config, tmp_path), ray="local", workers=1)
+        runner.run(runner.plan(config, tmp_path), ray="local", workers=1)
 
 
 def test_what_is_done_is_what_has_a_summary(tmp_path):
@@ -362,9 +360,9 @@ def test_two_rounds_measure_the_stability(tmp_path):
     config = SweepConfig(**SETTINGS | {"baselines": [], "alphas": [0.4]})
     lines = []
     for repeat in (1, 2):  # the second call adds a round to the first
-        todo = experiments.plan(config, tmp_path, repeat=repeat)
+        todo = runner.plan(config, tmp_path, repeat=repeat)
         assert len(todo.missing) == 1
-        experiments.run(todo, device="cpu", say=lines.append)
+        runner.run(todo, device="cpu", say=lines.append)
     assert [line.split(":")[0] for line in lines] == [
         "[1/1] 8experts_bh_a040_demo_lambada",
         "[2/2] 8experts_bh_a040_demo_lambada_repeat2",
