@@ -33,10 +33,11 @@ from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError, Unreacha
 from lm_eval_bh.files import replacing
 from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
 from lm_eval_bh.routing.nulls.find import resolve_null
-from lm_eval_bh.routing.nulls.null_header import STATISTICS
+from lm_eval_bh.routing.nulls.null_kind import NullKind
 from lm_eval_bh.routing.nulls.texts import wikitext_texts
 from lm_eval_bh.routing.routers import find_routers
 from lm_eval_bh.routing.rules.registry import RULES
+from lm_eval_bh.routing.scores.statistic import STATISTICS
 
 LENGTH = 512
 RESAMPLES = 10_000
@@ -73,10 +74,10 @@ class Measured:
 
 def configurations(targets: Sequence[float], most: int) -> list[Configuration]:
     """Return all rows: static top-k, which the others are compared with, then target by target."""
-    rows = [Configuration("topk", "logit", "pooled", k) for k in range(2, most + 1)]
+    rows = [Configuration("topk", "logit", "layer", k) for k in range(2, most + 1)]
     for k in targets:
         for name, rule in RULES.items():
-            kinds = [(s, "pooled") for s in STATISTICS]
+            kinds = [(s, "layer") for s in STATISTICS]
             if name == "bh":
                 kinds += [(s, "expert") for s in STATISTICS]
             if rule.random:
@@ -119,8 +120,7 @@ class Bench:
                 self.model,
                 find_routers(self.model),
                 self.tokenizer,
-                statistic=statistic,
-                null=kind,
+                NullKind(statistic, kind, 0),
             )
         return self.nulls[statistic, kind]
 
@@ -130,13 +130,13 @@ class Bench:
             options = {"max_k": int(row.target)}
         tests = RULES[row.rule].tests
         if tests or row.statistic != "logit":
-            options["kde"] = self.null(row.statistic, row.null)
+            options["null_model"] = self.null(row.statistic, row.null)
         try:
             routing = BHRoutingIntegration(
                 self.model,
                 rule=row.rule,
                 statistic=row.statistic,
-                null=row.null,
+                null_scope=row.null,
                 tokenizer=self.tokenizer,
                 texts=self.train,
                 **options,
@@ -235,7 +235,7 @@ class Table:
         static = [f"{self.perplexity(self.static_at(k)):.2f}" for k in targets]
         print(f"| topk (perplexity) | logit | | {' | '.join(static)} |")
         order = list(RULES)
-        others = {(r.rule, r.statistic, r.null) for r in wanted} - {("topk", "logit", "pooled")}
+        others = {(r.rule, r.statistic, r.null) for r in wanted} - {("topk", "logit", "layer")}
         for kind in sorted(others, key=lambda kind: (order.index(kind[0]), kind[1:])):
             cells = [self.cell(Configuration(*kind, k)) for k in targets]
             null = kind[2] if RULES[kind[0]].tests else ""

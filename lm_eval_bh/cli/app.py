@@ -45,7 +45,8 @@ Pretrained = Annotated[str, typer.Option(help=f"Hub name or folder of the model,
 def calibrate(
     pretrained: Pretrained,
     output: Annotated[
-        Path | None, typer.Option(help="File to write; by default the cache that kde=auto reads.")
+        Path | None,
+        typer.Option(help="File to write; default: the cache that null_model=auto reads."),
     ] = None,
     text: Annotated[
         Path | None,
@@ -65,9 +66,12 @@ def calibrate(
     statistic: Annotated[
         str, typer.Option(help="logit, or contribution: log of weight times output norm.")
     ] = "logit",
-    null: Annotated[
-        str, typer.Option(help="pooled: a distribution a layer, or expert: one an expert.")
-    ] = "pooled",
+    null_scope: Annotated[
+        str,
+        typer.Option(
+            "--null-scope", "--null", help="What one distribution is of: layer, expert or model."
+        ),
+    ] = "layer",
     figure: Annotated[
         Path | None, typer.Option(help="Draw the check too, as an image file.")
     ] = None,
@@ -78,9 +82,9 @@ def calibrate(
 ) -> None:
     """Fit a null model to the router logits of a model, and check it on held-out text."""
     from lm_eval_bh.policies.pretrained import calibrate_pretrained
-    from lm_eval_bh.routing.nulls.null_header import check_kind
+    from lm_eval_bh.routing.nulls.null_kind import NullKind
 
-    check_kind(statistic, null)
+    kind = NullKind(statistic, null_scope, trim)
     if figure is not None:
         figure_format(figure)  # before minutes of work
     fitted, health, path = calibrate_pretrained(
@@ -91,10 +95,8 @@ def calibrate(
         tokens=tokens,
         length=length,
         batch=batch_size,
-        trim=trim,
+        kind=kind,
         kernel=kernel,
-        statistic=statistic,
-        kind=null,
         dtype=dtype,
         device=device,
     )
@@ -125,7 +127,7 @@ def calibrate(
         from lm_eval_bh.analysis.show.health_figure import draw_health
 
         rows = [dataclasses.asdict(row) for row in health]
-        draw_health(rows, f"Null model of {pretrained}, {statistic}, {null}", figure)
+        draw_health(rows, f"Null model of {pretrained}, {statistic}, {kind.null_scope}", figure)
         typer.echo(f"Drawn to {figure}")
 
 
@@ -137,8 +139,12 @@ def analyze(
     max_k: Annotated[str, typer.Option(help="Most experts, joined by commas.")] = "8,16,32,64",
     min_k: int = 1,
     statistic: str = "logit",
-    null: Annotated[str, typer.Option(help="pooled or expert.")] = "pooled",
-    kde: Annotated[str, typer.Option(help="Null model file, or auto.")] = "auto",
+    null_scope: Annotated[
+        str, typer.Option("--null-scope", "--null", help="layer, expert or model.")
+    ] = "layer",
+    null_model: Annotated[
+        str, typer.Option("--null-model", "--kde", help="Null model file, or auto.")
+    ] = "auto",
     text: Annotated[
         Path | None,
         typer.Option(help="Plain text, a document a paragraph; default: WikiText-2 test."),
@@ -163,13 +169,13 @@ def analyze(
         numbers("max-k", max_k, int),
         min_k=min_k,
         statistic=statistic,
-        null=null,
+        null_scope=null_scope,
     )
     rows, seen = analyze_pretrained(
         str(tiny_olmoe()) if pretrained == TINY_OLMOE else pretrained,
         configs,
         name=pretrained,
-        kde=kde,
+        null_model=null_model,
         text=text,
         tokens=tokens,
         length=length,
@@ -221,9 +227,9 @@ def import_kde(
     """Convert the earlier prototype's pickles, without executing anything in them."""
     from lm_eval_bh.routing.nulls.null_model import NullModel
 
-    null = NullModel.from_pickles(folder, model=model)
-    null.save(output)
-    typer.echo(f"{null.num_layers} layers written to {output}")
+    null_model = NullModel.from_pickles(folder, model=model)
+    null_model.save(output)
+    typer.echo(f"{null_model.num_layers} layers written to {output}")
 
 
 @app.command()

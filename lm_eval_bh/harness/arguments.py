@@ -2,78 +2,62 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from lm_eval_bh.errors import ParameterError
-from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.config import PARAMETERS, RoutingConfig, serves
+from lm_eval_bh.routing.parameters import ALIASES, canonical
 from lm_eval_bh.routing.rules.registry import RULES
 
 DEFAULT_ALPHA = 0.4
 
+# Every argument of hf-bh that decides about routing: a null model matters, but is no number.
+ROUTING_ARGUMENTS = frozenset(PARAMETERS) | {"null_model"}
+ROUTING_NAMES = ROUTING_ARGUMENTS | {
+    alias for alias, name in ALIASES.items() if name in ROUTING_ARGUMENTS
+}
 
-def routing_config(
-    *,
-    alpha: float | None = None,
-    max_k: int = 8,
-    min_k: int | None = None,
-    temperature: float = 1.0,
-    rule: str = "bh",
-    mode: str = "patch",
-    renormalize: Any = "auto",
-    layers: str | int = "all",
-    statistic: str = "logit",
-    null: str = "pooled",
-    trim: int | None = None,
-    seed: int | None = None,
-    target_experts: float | None = None,
-    budget: str | None = None,
-    kde: str | None = None,
-) -> RoutingConfig:
+
+def routing_config(arguments: Mapping[str, Any]) -> RoutingConfig:
     """Return the configuration that the arguments of ``hf-bh`` ask for.
 
     Parameters
     ----------
-    alpha, max_k, min_k, temperature, rule, mode, renormalize, layers, statistic, null, trim, seed,
-    target_experts, budget
-        See :class:`~lm_eval_bh.routing.config.RoutingConfig`; None for what was not given.
-    kde : str or None
-        Only looked at: whether a null model was given.
+    arguments : mapping
+        Parameters of :class:`~lm_eval_bh.routing.config.RoutingConfig` by name or alias, None for
+        what was not given; and ``null_model``, which is only looked at: whether one was given.
 
     Raises
     ------
     ParameterError
         If a value is out of range, or has no meaning beside another.
     """
-    if target_experts is not None and alpha is not None:
+    given = {name: value for name, value in canonical(arguments).items() if value is not None}
+    if "alpha" in given and "target_experts" in given:
         raise ParameterError(
-            f"alpha={alpha!r} contradicts target_experts={target_experts!r}, for which alpha "
-            "is solved: give one of them."
+            f"alpha={given['alpha']!r} contradicts target_experts={given['target_experts']!r}, "
+            "for which alpha is solved: give one of them."
         )
-    if rule in RULES:
-        _check_contradictions(
-            rule, alpha=alpha, min_k=min_k, max_k=max_k, kde=kde, statistic=statistic
+    null_model = given.pop("null_model", None)
+    config = RoutingConfig.of({"alpha": DEFAULT_ALPHA} | given)
+    meaningless = {}
+    if not config.adaptive:
+        meaningless["alpha"] = given.get("alpha")
+    if not config.needs_null:
+        meaningless["null_model"] = null_model
+    for name, value in meaningless.items():
+        if value is not None:
+            raise ParameterError(
+                f"{name}={value!r} has no meaning with rule={config.rule}, which tests nothing: "
+                "leave it out."
+            )
+    if not config.adaptive and given.get("min_k", config.max_k) != config.max_k:
+        raise ParameterError(
+            f"min_k={config.min_k} contradicts rule={config.rule}, "
+            f"which always takes max_k={config.max_k}: leave it out."
         )
-    return RoutingConfig(
-        alpha=DEFAULT_ALPHA if alpha is None else alpha,
-        rule=rule,
-        min_k=1 if min_k is None else min_k,
-        max_k=max_k,
-        temperature=temperature,
-        renormalize=renormalize,
-        mode=mode,
-        layers=str(layers),
-        statistic=statistic,
-        null=null,
-        trim=trim,
-        seed=0 if seed is None else seed,
-        target_experts=target_experts,
-        budget=budget or "model",
-    )
-
-
-NAMES = frozenset(inspect.signature(routing_config).parameters)
+    return config
 
 
 def arguments_of(rule: str, common: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,32 +74,8 @@ def arguments_of(rule: str, common: Mapping[str, Any]) -> dict[str, Any]:
         ``--model_args``.
     """
     this = RULES[rule]
-    foreign = set() if this.random else {"seed"}
-    if this.fixed_count:
-        foreign |= {"min_k", "statistic", "null", "trim", "kde", "target_experts", "budget"}
-    elif not this.tests:
-        foreign |= {"null", "trim"}
-        if common.get("statistic", "logit") == "logit":
-            foreign.add("kde")
-    return {name: value for name, value in common.items() if name not in foreign}
-
-
-def _check_contradictions(
-    rule: str, *, alpha: Any, min_k: Any, max_k: Any, kde: Any, statistic: str
-) -> None:
-    meaningless = {}
-    if RULES[rule].fixed_count:
-        meaningless["alpha"] = alpha
-    if not RULES[rule].tests and statistic == "logit":
-        meaningless["kde"] = kde
-    for name, value in meaningless.items():
-        if value is not None:
-            raise ParameterError(
-                f"{name}={value!r} has no meaning with rule={rule}, which tests nothing: "
-                "leave it out."
-            )
-    if RULES[rule].fixed_count and min_k not in (None, max_k):
-        raise ParameterError(
-            f"min_k={min_k} contradicts rule={rule}, which always takes max_k={max_k}: "
-            "leave it out."
-        )
+    given = {name: value for name, value in canonical(common).items() if serves(name, this)}
+    foreign = {"min_k", "statistic"} if this.fixed_count else set()
+    if (not this.tests and given.get("statistic", "logit") == "logit") or this.fixed_count:
+        foreign.add("null_model")
+    return {name: value for name, value in given.items() if name not in foreign}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import logging
 import uuid
@@ -31,9 +30,10 @@ from lm_eval_bh.harness.logs.ownership import Owner
 from lm_eval_bh.harness.logs.recorder import Expected, TokenIds
 from lm_eval_bh.harness.logs.run_log import LogOptions, RunLog
 from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE, tiny_olmoe
-from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.config import PARAMETERS, RoutingConfig
 from lm_eval_bh.routing.nulls.null_model import NullModel
-from lm_eval_bh.routing.patching.experts import EXPERTS
+from lm_eval_bh.routing.parameters import ALIASES, accepts
+from lm_eval_bh.routing.patching.experts import check_implementation
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.schema import SCHEMA_VERSION, RunInfo
@@ -88,17 +88,17 @@ class BHLM(HFLM):
     ----------
     pretrained : str
         A hub name, a folder, or ``tiny-olmoe``, the model that ships.
-    alpha, max_k, min_k, temperature, rule, mode, renormalize, layers, statistic, null, trim, seed
-        See :class:`~lm_eval_bh.routing.config.RoutingConfig`. ``alpha`` is 0.4 unless given.
-    target_experts, budget
-        See there too: alpha is solved for this mean number of experts, and written to the results.
-    kde : str
-        ``auto``, or the path of a null model.
-    experts : str
+    null_model : str
+        ``auto``, or the path of a null model; ``kde=`` is an alias.
+    experts_implementation : str
         What computes the experts, see
-        :class:`~lm_eval_bh.routing.patching.integration.BHRoutingIntegration`.
+        :class:`~lm_eval_bh.routing.patching.integration.BHRoutingIntegration`; ``experts=`` is an
+        alias.
     log_routing, log_dir, log_samples, log_logits
         See :class:`~lm_eval_bh.harness.logs.run_log.LogOptions`.
+    **kwargs
+        The parameters of :class:`~lm_eval_bh.routing.config.RoutingConfig`, where ``alpha`` is 0.4
+        unless given; all else is HFLM's.
 
     Raises
     ------
@@ -112,26 +112,13 @@ class BHLM(HFLM):
         If no null model serves it.
     """
 
+    @accepts(ALIASES)
     def __init__(
         self,
         pretrained: str | Any = DEFAULT_MODEL,
         *,
-        alpha: float | None = None,
-        max_k: int = 8,
-        min_k: int | None = None,
-        temperature: float = 1.0,
-        rule: str = "bh",
-        mode: str = "patch",
-        kde: str | None = None,
-        renormalize: str | bool = "auto",
-        layers: str | int = "all",
-        statistic: str = "logit",
-        null: str = "pooled",
-        trim: int | None = None,
-        seed: int | None = None,
-        target_experts: float | None = None,
-        budget: str | None = None,
-        experts: str = "auto",
+        null_model: str | None = None,
+        experts_implementation: str = "auto",
         log_routing: str = "summary",
         log_dir: str | Path | None = None,
         log_samples: int | None = None,
@@ -139,35 +126,17 @@ class BHLM(HFLM):
         **kwargs: Any,
     ) -> None:
         _check_names(kwargs)
-        self.routing_config = routing_config(
-            alpha=alpha,
-            max_k=max_k,
-            min_k=min_k,
-            temperature=temperature,
-            rule=rule,
-            mode=mode,
-            renormalize=renormalize,
-            layers=layers,
-            statistic=statistic,
-            null=null,
-            trim=trim,
-            seed=seed,
-            target_experts=target_experts,
-            budget=budget,
-            kde=kde,
-        )
-        if kde not in (None, "auto") and not Path(str(kde)).exists():
+        parameters = {name: kwargs.pop(name) for name in PARAMETERS if name in kwargs}
+        self.routing_config = routing_config(parameters | {"null_model": null_model})
+        if null_model not in (None, "auto") and not Path(str(null_model)).exists():
             raise ParameterError(
-                f"kde={str(kde)!r} is no file or folder: "
-                "give the path of a null model, or kde=auto."
+                f"null_model={str(null_model)!r} is not a file or folder: "
+                "use the path of a null model, or null_model=auto."
             )
-        null_model: str | NullModel = kde or "auto"
-        if Path(str(kde)).is_file():
-            null_model = NullModel.load(str(kde))  # damaged files are found before weights load
-        if experts not in EXPERTS:
-            raise ParameterError(
-                f"experts={experts!r} is unknown: choose one of {', '.join(EXPERTS)}."
-            )
+        given_null: str | NullModel = null_model or "auto"
+        if Path(str(null_model)).is_file():
+            given_null = NullModel.load(str(null_model))  # damage is found before weights load
+        check_implementation(experts_implementation)
         options = LogOptions(
             log_routing, None if log_dir is None else str(log_dir), log_samples, log_logits
         )
@@ -201,11 +170,11 @@ class BHLM(HFLM):
             self._device = self.accelerator.device
         self.integration = BHRoutingIntegration(
             self.model,
+            self.routing_config,
             collect_stats=False,
-            kde=null_model,
-            experts=experts,
+            null_model=given_null,
+            experts_implementation=experts_implementation,
             tokenizer=self.tokenizer,
-            **self.routing_config.as_dict(),
         )
         self.integration.patch_model()
         self.log = RunLog(self.integration, options, self._new_run_id(), self.rank)
@@ -457,7 +426,7 @@ class BHLM(HFLM):
         """Take lm-eval's request cache, unless it was filled under another routing."""
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is not None:
-            null = self.integration.null
+            null = self.integration.null_model
             routing = self.integration.describe() | {
                 "pretrained": self._name,
                 "revision": self.revision,
@@ -490,7 +459,7 @@ class BHLM(HFLM):
             "run_id": self.log.run_id,
             "rule": RULES[integration.config.rule].describe(),
             "config": integration.describe(),
-            "experts": integration.experts,
+            "experts": integration.experts_implementation,
             "log_routing": options.log_routing,
             "log_dir": options.log_dir,
             "routed_layers": integration.layers,
@@ -499,8 +468,8 @@ class BHLM(HFLM):
             "native_top_k": integration.routers[0].top_k,
             "model_config": {name: model_config.get(name) for name in FLOPS_FIELDS},
             "null_model": None
-            if integration.null is None
-            else dataclasses.asdict(integration.null.header),
+            if integration.null_model is None
+            else integration.null_model.header.as_dict(),
             "summary": self.log.summary(),
         }
 
@@ -516,10 +485,11 @@ def _check_names(given: dict[str, Any]) -> None:
         for name in inspect.signature(BHLM.__init__).parameters
         if name not in ("self", "kwargs")
     }
+    known |= FROM_PRETRAINED | set(PARAMETERS)
     for name in given:
-        if name not in known | FROM_PRETRAINED:
+        if name not in known:
             raise ParameterError(
                 f"The model argument {name!r} is unknown to hf-bh"
-                f"{did_you_mean(name, known | FROM_PRETRAINED)}; "
+                f"{did_you_mean(name, known | set(ALIASES))}; "
                 "README lists what --model_args takes."
             )

@@ -19,6 +19,7 @@ from lm_eval_bh.routing.nulls.calibration import (
     calibrate_and_check,
 )
 from lm_eval_bh.routing.nulls.find import cached_null, resolve_null
+from lm_eval_bh.routing.nulls.null_kind import LOGITS_OF_A_LAYER, NullKind
 from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.nulls.texts import (
     WIKITEXT,
@@ -27,7 +28,6 @@ from lm_eval_bh.routing.nulls.texts import (
     wikitext_train_texts,
 )
 from lm_eval_bh.routing.routers import find_routers
-from lm_eval_bh.routing.rules.registry import RULES
 
 
 def calibrate_pretrained(
@@ -39,10 +39,8 @@ def calibrate_pretrained(
     tokens: int = 65536,
     length: int = 512,
     batch: int = 8,
-    trim: int = 0,
+    kind: NullKind = LOGITS_OF_A_LAYER,
     kernel: str = "gaussian",
-    statistic: str = "logit",
-    kind: str = "pooled",
     dtype: str = "auto",
     device: str | None = None,
 ) -> tuple[NullModel, list[LayerHealth], Path]:
@@ -55,9 +53,9 @@ def calibrate_pretrained(
     text : Path or None
         A text file whose paragraphs are documents; None takes WikiText-2's training text.
     output : Path or None
-        File to write; None takes the cache that ``kde=auto`` reads.
-    tokens, length, batch, trim, kernel, statistic, kind
-        See ``calibrate_and_check``; ``kind`` is its ``null``.
+        File to write; None takes the cache that ``null_model=auto`` reads.
+    tokens, length, batch, kind, kernel
+        See ``calibrate_and_check``.
     dtype, device : str
         How the model is loaded; device None takes cuda where there is one.
 
@@ -87,13 +85,11 @@ def calibrate_pretrained(
         tokens=tokens,
         length=length,
         batch=batch,
-        trim=trim,
+        kind=kind,
         kernel=kernel,
-        statistic=statistic,
-        null=kind,
         experts=routers[0].num_experts,
     )
-    path = output or cached_null(null.header.fingerprint or "", statistic, kind, trim)
+    path = output or cached_null(null.header.fingerprint or "", kind)
     null.save(path)
     return null, report, path
 
@@ -103,7 +99,7 @@ def analyze_pretrained(
     configs: Sequence[RoutingConfig],
     *,
     name: str,
-    kde: str = "auto",
+    null_model: str = "auto",
     text: Path | None = None,
     tokens: int = 65536,
     length: int = 512,
@@ -119,7 +115,7 @@ def analyze_pretrained(
         As in :func:`calibrate_pretrained`.
     configs : sequence of RoutingConfig
         The grid.
-    kde : str
+    null_model : str
         The null model: a path, or "auto".
     text : Path or None
         A text file whose paragraphs are documents; None takes WikiText-2's test text.
@@ -139,21 +135,10 @@ def analyze_pretrained(
     texts = wikitext_texts("test") if text is None else _paragraphs(text)
     model, tokenizer = _load(pretrained, name, dtype, device)
     routers = find_routers(model)
-    needing = [config for config in configs if config.needs_null]
-    kinds = {  # a test decides: other rules take any null model with output norms
-        (c.statistic, c.null): c for c in sorted(needing, key=lambda c: RULES[c.rule].tests)
-    }
-    nulls = {
-        kind: resolve_null(
-            kde,
-            model,
-            routers,
-            tokenizer,
-            statistic=config.statistic,
-            null=config.null if RULES[config.rule].tests else None,
-            trim=config.trim,
-        )
-        for kind, config in kinds.items()
+    kinds = {config.null_kind for config in configs if config.needs_null}
+    nulls = {  # first what a test needs: other rules take any null model with output norms
+        kind: resolve_null(null_model, model, routers, tokenizer, kind)
+        for kind in sorted(kinds, key=lambda kind: kind.null_scope is None)
     }
     batches = text_batches(tokenizer, texts, tokens=tokens, length=length, batch=batch)
     rows = analyze_grid(model, routers, batches, configs, nulls)

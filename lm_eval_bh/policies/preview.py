@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.nulls.calibration import listen
+from lm_eval_bh.routing.nulls.null_kind import NullKind
 from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.routers import Router
 from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.routing.rules.sorted_scores import SortedScores
 from lm_eval_bh.routing.rules.thresholds import thresholds_of
 from lm_eval_bh.routing.selector import Selector, sort_scores
-
-Kind = tuple[str, str]  # (statistic, null)
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def analyze_grid(
     routers: Sequence[Router],
     batches: Iterable[Tensor],
     configs: Sequence[RoutingConfig],
-    nulls: Mapping[Kind, NullModel],
+    nulls: Mapping[NullKind, NullModel],
     progress: bool = True,
 ) -> list[GridRow]:
     """Run the unchanged model once, and say what every configuration would have selected.
@@ -73,7 +72,7 @@ def analyze_grid(
         Token ids without padding.
     configs : sequence of RoutingConfig
         The grid.
-    nulls : mapping of (statistic, null) to NullModel
+    nulls : mapping of NullKind to NullModel
         A null model for every configuration that needs one.
     progress : bool
         Whether to show a progress bar.
@@ -151,18 +150,15 @@ class _LayerGrid:
         layer: int,
         router: Router,
         configs: Sequence[RoutingConfig],
-        nulls: Mapping[Kind, NullModel],
+        nulls: Mapping[NullKind, NullModel],
     ) -> None:
         self.histogram = torch.zeros(len(configs), router.num_experts + 1, dtype=torch.int64)
         self.sums = torch.zeros(len(configs), 2, dtype=torch.float64)
         self._layer, self._router, self._configs = layer, router, configs
-        self._nulls = [
-            nulls[config.statistic, config.null] if config.needs_null else None
-            for config in configs
-        ]
+        self._nulls = [nulls[config.null_kind] if config.needs_null else None for config in configs]
         self._selectors: dict[object, Selector] = {}
-        for kind in {(config.statistic, config.null) for config in configs}:
-            some = {_rule_of(c): c for c in configs if (c.statistic, c.null) == kind}
+        for kind in {config.null_kind for config in configs}:
+            some = {_rule_of(c): c for c in configs if c.null_kind == kind}
             rules = [(RULES[c.rule], c.alpha) for c in some.values()]
             null, experts = nulls.get(kind), router.num_experts
             found = thresholds_of(rules, null, layer, experts)
@@ -177,12 +173,12 @@ class _LayerGrid:
         called_for: dict[object, Tensor] = {}
         for at, (config, null) in enumerate(zip(self._configs, self._nulls, strict=True)):
             key, selector = _rule_of(config), self._selectors[_rule_of(config)]
-            view_key: object = (config.statistic, config.null)
+            view_key: object = config.null_kind
             if selector.rule.random:
                 view_key = (config.seed, config.max_k)
             if view_key not in views:
                 order = None
-                scores = sort_scores(router_logits, null, self._layer, config.null)
+                scores = sort_scores(router_logits, null, self._layer, config.null_scope)
                 if selector.rule.random:
                     order = selector.draw(router_logits, config.max_k)
                 views[view_key] = _View(router_logits, scores, order, self._router.top_k)
@@ -229,4 +225,4 @@ class _View:
 
 def _rule_of(config: RoutingConfig) -> tuple[object, ...]:
     """Return what the number of rejections depends on; the bounds are not in it."""
-    return config.rule, config.alpha, config.statistic, config.null, config.seed
+    return config.rule, config.alpha, config.null_kind, config.seed

@@ -1,163 +1,188 @@
-"""The parameters of routing, checked in one place."""
+"""The parameters of routing, declared and checked in one place."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lm_eval_bh.errors import ParameterError, did_you_mean
-from lm_eval_bh.routing.nulls.null_header import check_kind
-from lm_eval_bh.routing.rules.registry import RULES
+from lm_eval_bh.routing.nulls.null_kind import NULL_SCOPES, NullKind
+from lm_eval_bh.routing.parameters import (
+    Parameter,
+    canonical,
+    choice,
+    integer,
+    number,
+    or_none,
+    parameter,
+    parameters_of,
+)
+from lm_eval_bh.routing.rules.registry import RULES, Rule
+from lm_eval_bh.routing.scores.statistic import STATISTICS
 
-MODES = ("patch", "analyze")
+_LAYERS = r"(all|(first|last)[1-9]\d*|\d+(-\d+)?)"
+_SEEDS = f"an integer from 0 to {2**32 - 1}"
+
+
+def _layers(value: Any) -> str:
+    if isinstance(value, bool) or not re.fullmatch(rf"{_LAYERS}(\+{_LAYERS})*", str(value)):
+        raise ValueError
+    return str(value)
+
+
+def _tests(rule: Rule) -> bool:
+    return rule.tests
 
 
 @dataclass(frozen=True)
 class RoutingConfig:
     """How the experts of a token are selected; every value is checked when the object is made.
 
-    Attributes
-    ----------
-    alpha : float
-        The rule's one parameter, in (0, 1): the level of a multiple-testing procedure; for
-        ``top_p`` the share of the weight to hold, for ``min_p`` the share of the largest weight to
-        reach. One name for all, so that sweeps, logs and tables have one column for it.
-    rule : str
-        Name of a selection rule, see :data:`lm_eval_bh.routing.rules.registry.RULES`.
-    min_k, max_k : int
-        Fewest and most experts of a token; ``1 <= min_k <= max_k``.
-    temperature : float
-        Divides the router logits before the softmax of the weights; it never touches p-values.
-    renormalize : "auto" or bool
-        Whether the selected weights are rescaled to sum to one; "auto" follows the model.
-    mode : "patch" or "analyze"
-        Whether the selection replaces the model's own or is only counted beside it.
-    layers : str
-        Which MoE layers: "all", "last4", "first2", "0-7", "3", or a "+"-joined list of these.
-    statistic : "logit" or "contribution"
-        What is tested, shared out and ranked: router logits, or the log of softmax weight times the
-        expert's calibrated output norm.
-    null : "pooled" or "expert"
-        Whether all experts of a layer share one null distribution, or each has its own; then the
-        experts with the smallest p-values serve, which need not be those with the largest logits.
-    trim : int or None
-        How many of each token's largest and smallest statistics the null model leaves out; None
-        takes any null model that is given, and 0 where one is looked for.
-    seed : int
-        Of the rule ``random_k``.
-    target_experts : float or None
-        The mean number of experts a token, for which alpha is then solved on calibration text.
-    budget : "model" or "layer"
-        Whether the target is met by one alpha on the mean over layers, or in every layer by its
-        own.
+    The help of each field says what it means. Everything that takes parameters of routing (the
+    integration, ``hf-bh``, sweeps, the command line) takes these, by these names or by their
+    :data:`~lm_eval_bh.routing.parameters.ALIASES`, see :meth:`of`.
 
     Raises
     ------
     ParameterError
-        If a value is out of range or of the wrong type.
+        If a value is out of range or of the wrong type, or has no meaning beside another one.
     """
 
-    alpha: float = 0.05
-    rule: str = "bh"
-    min_k: int = 1
-    max_k: int = 8
-    temperature: float = 1.0
-    renormalize: Literal["auto"] | bool = "auto"
-    mode: str = "patch"
-    layers: str = "all"
-    statistic: str = "logit"
-    null: str = "pooled"
-    trim: int | None = None
-    seed: int = 0
-    target_experts: float | None = None
-    budget: str = "model"
+    alpha: float = parameter(
+        0.05,
+        "the rule's one parameter, between 0 and 1: the level of a test; the share of the weight "
+        "for `top_p`, and of the largest weight for `min_p`",
+        number("a number strictly between 0 and 1", lambda value: 0 < value < 1),
+    )
+    rule: str = parameter("bh", "the selection rule, see *Selection rules*", choice(list(RULES)))
+    min_k: int = parameter(
+        1, "fewest experts of a token", integer("an integer number of experts, 1 or more", 1)
+    )
+    max_k: int = parameter(
+        8,
+        "most experts of a token; equal to `min_k` it is exactly the model with that top-k",
+        integer("an integer number of experts, 1 or more", 1),
+    )
+    temperature: float = parameter(
+        1.0,
+        "divides the router logits in the softmax of the weights; never touches p-values",
+        number("a positive number", lambda value: value > 0),
+    )
+    renormalize: Literal["auto"] | bool = parameter(
+        "auto",
+        "whether the selected weights are rescaled to sum to one; `auto` follows the model "
+        "(OLMoE: no)",
+        choice(["auto", True, False]),
+    )
+    mode: str = parameter(
+        "patch",
+        "`patch` routes by the selection; `analyze` leaves the model as it is and only counts",
+        choice(["patch", "analyze"]),
+    )
+    layers: str = parameter(
+        "all",
+        "which MoE layers: `all`, `last4`, `first2`, `0-7`, `3`, or several joined by `+`",
+        (_layers, "all, last4, first2, 0-7, 3, or several of these joined by '+'"),
+    )
+    statistic: str = parameter(
+        "logit",
+        "what is tested, shared out and ranked: the router `logit`, or the `contribution` "
+        "log(softmax weight x output norm)",
+        choice(list(STATISTICS)),
+        serves=lambda rule: not rule.random,
+        why_not="which draws experts",
+    )
+    null_scope: str = parameter(
+        "layer",
+        "what one null distribution is fitted to: each `layer`, each `expert` (then the smallest "
+        "p-values serve), or the whole `model`",
+        choice(NULL_SCOPES, {"pooled": "layer"}),
+        serves=_tests,
+        why_not="which tests nothing",
+    )
+    trim: int | None = parameter(
+        None,
+        "how many of each token's largest, and as many of its smallest, scores the null "
+        "distribution leaves out; default: any of a given file, else 0",
+        or_none(integer(_SEEDS, 0, 2**32 - 1)),
+        serves=_tests,
+        why_not="which tests nothing",
+    )
+    seed: int = parameter(
+        0,
+        "seed of `random_k`",
+        integer(_SEEDS, 0, 2**32 - 1),
+        serves=lambda rule: rule.random,
+        why_not="which draws nothing",
+    )
+    target_experts: float | None = parameter(
+        None,
+        "the mean number of experts of a token that alpha is solved for, on calibration text",
+        or_none(number("a number of experts", lambda value: value > 0)),
+        serves=lambda rule: not rule.fixed_count,
+        why_not="which always takes max_k experts: give max_k instead",
+    )
+    budget: str = parameter(
+        "model",
+        "whether `target_experts` is met on the mean over the `model`, or in every `layer` by an "
+        "alpha of its own",
+        choice(["model", "layer"]),
+        serves=lambda rule: not rule.fixed_count,
+        why_not="which always takes max_k experts",
+    )
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise ParameterError(
-                f"rule={self.rule!r} is not a selection rule: choose one of {', '.join(RULES)}"
-                f"{did_you_mean(str(self.rule), RULES)}."
-            )
-        if self.mode not in MODES:
-            raise ParameterError(f"mode={self.mode!r} is unknown: choose 'patch' or 'analyze'.")
-        if not _is_number(self.alpha) or not 0 < self.alpha < 1:
-            raise ParameterError(
-                f"alpha={self.alpha!r} is not a level: give a number strictly between 0 and 1."
-            )
-        for name in ("min_k", "max_k"):
+        for name, declared in PARAMETERS.items():
+            object.__setattr__(self, name, declared.checked(name, getattr(self, name)))
+        rule = RULES[self.rule]
+        for name, declared in PARAMETERS.items():
             value = getattr(self, name)
-            if not _is_integer(value) or value < 1:
+            if value != _DEFAULTS[name] and not declared.serves(rule):
+                advice = "" if ":" in declared.why_not else ": leave it out"
                 raise ParameterError(
-                    f"{name}={value!r} is not a number of experts: give an integer of at least 1."
+                    f"{name}={value!r} has no meaning with rule={self.rule}, "
+                    f"{declared.why_not}{advice}."
                 )
         if self.max_k < self.min_k:
             raise ParameterError(
                 f"max_k={self.max_k} is less than min_k={self.min_k}: raise max_k or lower min_k."
             )
-        if not _is_number(self.temperature) or self.temperature <= 0:
-            raise ParameterError(
-                f"temperature={self.temperature!r} is not a temperature: give a positive number."
-            )
-        if self.renormalize != "auto" and not isinstance(self.renormalize, bool):
-            raise ParameterError(
-                f"renormalize={self.renormalize!r} is unknown: choose 'auto', True or False."
-            )
-        part = r"(all|(first|last)[1-9]\d*|\d+(-\d+)?)"
-        if not re.fullmatch(rf"{part}(\+{part})*", str(self.layers)):
-            raise ParameterError(
-                f"layers={self.layers!r} names no layers: write all, last4, first2, 0-7, 3, "
-                "or several of these joined by '+'."
-            )
-        self._check_statistic()
-        self._check_target()
-
-    def _check_statistic(self) -> None:
-        check_kind(self.statistic, self.null)
-        for name in ("trim", "seed"):
-            value = getattr(self, name)
-            if value is not None and not (_is_integer(value) and 0 <= value < 2**32):
-                raise ParameterError(
-                    f"{name}={value!r} is out of range: give an integer from 0 to {2**32 - 1}."
-                )
-        rule = RULES[self.rule]
-        for name, meaningless, why in (
-            ("null", self.null != "pooled" and not rule.tests, "which tests nothing"),
-            ("trim", self.trim is not None and not rule.tests, "which tests nothing"),
-            ("statistic", self.statistic != "logit" and rule.random, "which draws experts"),
-            ("seed", self.seed != 0 and not rule.random, "which draws nothing"),
-        ):
-            if meaningless:
-                raise ParameterError(
-                    f"{name}={getattr(self, name)!r} has no meaning with rule={self.rule}, {why}: "
-                    "leave it out."
-                )
-
-    def _check_target(self) -> None:
-        if self.budget not in ("model", "layer"):
-            raise ParameterError(f"budget={self.budget!r} is unknown: choose 'model' or 'layer'.")
         target = self.target_experts
-        if target is None:
-            if self.budget == "layer":
-                raise ParameterError(
-                    "budget='layer' has no meaning without target_experts: "
-                    "give the mean number of experts that every layer shall have."
-                )
-            return
-        if not self.adaptive:
+        if target is None and self.budget == "layer":
             raise ParameterError(
-                f"target_experts={target!r} has no meaning with rule={self.rule}, which always "
-                "takes max_k experts: give max_k instead."
+                "budget='layer' has no meaning without target_experts: "
+                "give the mean number of experts that every layer shall have."
             )
-        if not _is_number(target) or not self.min_k < target < self.max_k:
+        if target is not None and not self.min_k < target < self.max_k:
             raise ParameterError(
-                f"target_experts={target!r} is no mean number of experts between "
-                f"min_k={self.min_k} and max_k={self.max_k}: give one that is."
+                f"target_experts must lie between min_k={self.min_k} and max_k={self.max_k}: "
+                f"found {target!r}."
             )
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> RoutingConfig:
+        """Return the configuration of some parameters, by their names or aliases.
+
+        Raises
+        ------
+        ParameterError
+            If one is unknown, given twice, or out of range.
+        """
+        named = canonical(given)
+        if unknown := [name for name in named if name not in PARAMETERS]:
+            raise ParameterError(unknown_name(unknown[0]))
+        return cls(**named)
+
+    @property
+    def null_kind(self) -> NullKind:
+        """What null model it needs; what may be anything is None."""
+        return NullKind(
+            self.statistic, self.null_scope if RULES[self.rule].tests else None, self.trim
+        )
 
     @property
     def adaptive(self) -> bool:
@@ -177,7 +202,11 @@ class RoutingConfig:
     @property
     def ranks_by_logit(self) -> bool:
         """Whether the experts that serve are those with the largest router logits."""
-        return self.statistic == "logit" and self.null == "pooled" and not RULES[self.rule].random
+        return (
+            self.statistic == "logit"
+            and self.null_scope != "expert"
+            and not RULES[self.rule].random
+        )
 
     @property
     def needs_softmax(self) -> bool:
@@ -216,41 +245,49 @@ class RoutingConfig:
         return dataclasses.asdict(self)
 
 
+PARAMETERS: dict[str, Parameter] = parameters_of(RoutingConfig)
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(RoutingConfig)}
+
+
+def unknown_name(name: str) -> str:
+    """Return the sentence about a parameter that does not exist."""
+    return (
+        f"{name!r} is not a parameter of routing{did_you_mean(name, PARAMETERS)}: "
+        f"use one of {', '.join(PARAMETERS)}."
+    )
+
+
 def grid_of(
     rules: Iterable[str], alphas: Iterable[float], max_ks: Iterable[int], **others: Any
 ) -> list[RoutingConfig]:
     """Return every combination, each with what has a meaning for its rule.
 
-    Rules without a parameter take neither alpha nor ``others``; rules without a test take no
-    ``null`` and no ``trim``.
+    Rules without a parameter take neither alpha nor ``others``.
 
     Raises
     ------
     ParameterError
         If a value is out of range, or there is no combination.
     """
-    alphas, max_ks = list(alphas), list(max_ks)
+    alphas, max_ks, others = list(alphas), list(max_ks), canonical(others)
     configs = []
     for name in rules:
-        adaptive = RoutingConfig(rule=name).adaptive
-        foreign = () if RULES[name].tests else ("null", "trim")
-        fitting = {key: value for key, value in others.items() if key not in foreign}
-        if not adaptive:
+        if not RoutingConfig(rule=name).adaptive:
             configs += [RoutingConfig(rule=name, max_k=max_k) for max_k in max_ks]
             continue
+        fitting = {key: value for key, value in others.items() if serves(key, RULES[name])}
         for alpha, max_k in itertools.product(alphas, max_ks):
-            configs.append(RoutingConfig(alpha=alpha, rule=name, max_k=max_k, **fitting))
+            configs.append(
+                RoutingConfig.of({"alpha": alpha, "rule": name, "max_k": max_k, **fitting})
+            )
     if not configs:
         raise ParameterError("The grid is empty: give at least one rule, level and max_k.")
     return configs
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def serves(name: str, rule: Rule) -> bool:
+    """Return whether a parameter has a meaning for a rule; one that is not of routing has."""
+    return name not in PARAMETERS or PARAMETERS[name].serves(rule)
 
 
 def _check_layer(layer: int, num_layers: int, pattern: str) -> None:

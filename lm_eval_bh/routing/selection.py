@@ -5,7 +5,7 @@ The router hooks and :func:`select_experts` both call :func:`select`; there is n
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from lm_eval_bh.errors import ParameterError, RoutingError
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.nulls.null_model import NullModel
+from lm_eval_bh.routing.parameters import accepts
 from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.routing.rules.sorted_scores import SortedScores
 from lm_eval_bh.routing.selector import Selector
@@ -127,6 +128,7 @@ def _rescaled(kept: Tensor, before: Tensor | None) -> Tensor:
     return (exact * (wanted / exact.sum(-1, keepdim=True))).to(kept.dtype)
 
 
+@accepts({"null": "null_model"})
 def select_experts(
     router_logits: Tensor,
     null_model: NullModel | None = None,
@@ -138,7 +140,6 @@ def select_experts(
     temperature: float = 1.0,
     renormalize: bool | Literal["auto"] = False,
     seed: int = 0,
-    **alias: Any,
 ) -> Selection:
     """Select the experts of every token by a rule that looks at its router logits.
 
@@ -179,11 +180,6 @@ def select_experts(
     Benjamini and Hochberg (1995), "Controlling the false discovery rate", J. R. Stat. Soc. B
     57:289.
     """
-    null_model = alias.pop("null", null_model)
-    if alias:
-        raise TypeError(
-            f"select_experts() got an unexpected keyword argument {next(iter(alias))!r}"
-        )
     tests = rule in RULES and RULES[rule].tests
     config = RoutingConfig(
         alpha=alpha,
@@ -194,7 +190,7 @@ def select_experts(
         renormalize=renormalize,
         seed=seed,
         statistic="logit" if null_model is None else null_model.header.statistic,
-        null=null_model.header.null if null_model is not None and tests else "pooled",
+        null_scope="layer" if null_model is None or not tests else null_model.header.null_scope,
     )
     if router_logits.ndim != 2 or not router_logits.is_floating_point():
         raise ParameterError(

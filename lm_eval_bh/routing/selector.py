@@ -18,7 +18,7 @@ def sort_scores(
     router_logits: Tensor,
     null_model: NullModel | None,
     layer: int,
-    kind: str = "pooled",
+    null_scope: str = "layer",
 ) -> SortedScores:
     """Score and sort one layer's tokens; all rules with this null model can share the result.
 
@@ -30,15 +30,15 @@ def sort_scores(
         What the score is; None for the logits.
     layer : int
         The layer.
-    kind : str
+    null_scope : str
         With "expert", p-values rank the experts, each under its own distribution; else scores do.
     """
     logits = router_logits.detach()
     if null_model is None or null_model.header.statistic == "logit":
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     else:
-        scores = null_model.statistic(layer, logits)
-    if null_model is not None and kind == "expert":
+        scores = null_model.scores(layer, logits)
+    if null_model is not None and null_scope == "expert":
         by_score = scores.argsort(dim=-1, descending=True, stable=True)  # for equal p-values
         p_values = null_model.p_values(layer, logits).gather(-1, by_score)
         ascending, by_p = p_values.sort(dim=-1, stable=True)
@@ -116,7 +116,7 @@ class Selector:
             return self._full(router_logits), self.draw(router_logits, config.max_k)
         if config.fixed_count and config.ranks_by_logit:
             return self._full(router_logits), None
-        scores = sort_scores(router_logits, self._null_model, self.layer, config.null)
+        scores = sort_scores(router_logits, self._null_model, self.layer, config.null_scope)
         experts = None if scores.experts is None else scores.experts[:, : config.max_k]
         if config.fixed_count:
             return self._full(router_logits), experts

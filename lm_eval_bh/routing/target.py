@@ -86,7 +86,7 @@ class Routed(Protocol):
     routers: list[Router]
     num_experts: int
     config: RoutingConfig
-    null: NullModel | None
+    null_model: NullModel | None
     solution: Solution | None
 
     @property
@@ -211,12 +211,14 @@ def _budgets(integration: Routed, logits: Mapping[int, Tensor]) -> dict[tuple[in
 
 def _mean(integration: Routed, layer: int, logits: Mapping[int, Tensor]) -> Mean:
     """Return the function from the parameter to a layer's mean number of experts."""
-    config, null = integration.config, integration.null
+    config, null_model = integration.config, integration.null_model
     rule, experts = RULES[config.rule], integration.num_experts
-    if rule.tests and null is not None:  # many levels: p-values once are cheaper than thresholds
-        scores = SortedScores(null.p_values(layer, logits[layer]).sort(dim=-1).values)
+    if (
+        rule.tests and null_model is not None
+    ):  # many levels: p-values once are cheaper than thresholds
+        scores = SortedScores(null_model.p_values(layer, logits[layer]).sort(dim=-1).values)
     else:
-        scores = sort_scores(logits[layer], null, layer)
+        scores = sort_scores(logits[layer], null_model, layer)
 
     def mean(alpha: float) -> float:
         levels = None if rule.critical_values is None else rule.critical_values(alpha, experts)

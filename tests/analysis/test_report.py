@@ -316,7 +316,7 @@ def test_routing_is_spelt_out_where_the_model_was_given_as_an_object():
     "wanted",
     [
         *({"rule": rule} for rule in RULES),
-        {"rule": "bh", "trim": 2, "null": "expert", "statistic": "contribution"},
+        {"rule": "bh", "trim": 2, "null_scope": "expert", "statistic": "contribution"},
         {"rule": "top_p", "statistic": "contribution"},
         {"rule": "random_k", "seed": 7},
         {"rule": "bh", "target_experts": 4.5},
@@ -327,7 +327,7 @@ def test_routing_is_spelt_out_where_the_model_was_given_as_an_object():
 def test_routing_that_is_spelt_out_is_accepted_and_the_same(wanted):
     if "target_experts" not in wanted and not RULES[wanted["rule"]].fixed_count:
         wanted = wanted | {"alpha": 0.3}
-    config = routing_config(**wanted, max_k=6)
+    config = routing_config(wanted | {"max_k": 6})
     written = config.as_dict()
     if config.target_experts is not None:  # as BHRoutingIntegration.describe() has it
         written |= {"alpha": 0.62, "solved": {"alphas": {"0": 0.6, "1": 0.64}}}
@@ -340,9 +340,7 @@ def test_routing_that_is_spelt_out_is_accepted_and_the_same(wanted):
     assert words[words.index("--model") + 1] == "hf-bh"
     given = simple_parse_args_string(words[words.index("--model_args") + 1])
     assert given.pop("pretrained") == "some/model"
-    if hasattr(config, "null"):  # as the first release named the scope
-        given["null"] = {"layer": "pooled"}.get(given.pop("null_scope"), "expert")
-    assert routing_config(**given) == config
+    assert routing_config(given) == config
 
 
 def test_command_line(write, tmp_path, no_figures):

@@ -132,7 +132,7 @@ def test_padding_does_not_count(evaluate):
         ("rule=topk,max_k=8,min_k=2", "min_k=2 contradicts rule=topk"),
         ("rule=random_k,alpha=0.4", "alpha=0.4 has no meaning with rule=random_k"),
         ("rule=top_p,kde=auto", "kde='auto' has no meaning with rule=top_p"),
-        ("rule=top_p,null=expert", "null='expert' has no meaning with rule=top_p"),
+        ("rule=top_p,null=expert", "null_scope='expert' has no meaning with rule=top_p"),
         ("rule=bh,seed=3", "seed=3 has no meaning with rule=bh"),
         ("alpha=0.4,target_experts=5", "alpha=0.4 contradicts target_experts=5"),
         ("target_experts=9", "between min_k=1 and max_k=8"),

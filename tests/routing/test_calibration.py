@@ -19,7 +19,8 @@ from lm_eval_bh.routing.nulls.calibration import (
     text_batches,
     wikitext_train_texts,
 )
-from lm_eval_bh.routing.nulls.null_model import NullModel, router_fingerprint
+from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
+from lm_eval_bh.routing.nulls.null_model import NullModel
 
 SHARED = Path(
     os.environ.get("LM_EVAL_BH_SHARED", Path(__file__).resolve().parents[2].parent / "shared")
@@ -269,7 +270,7 @@ class TestHealth:
         assert layer.ks_distance == kstest(p.numpy(), "uniform").statistic
 
     def test_experts_with_distributions_of_their_own_do_not_make_up_for_each_other(self):
-        null = NullModel.fit({0: self.LOGITS}, null="expert")
+        null = NullModel.fit({0: self.LOGITS}, null_scope="expert")
         shift = torch.ones(16)
         shift[::2] = -1
         (layer,) = health(null, {0: self.OTHERS + shift})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -10,10 +12,11 @@ from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError, RoutingC
 from lm_eval_bh.policies.preview import analyze_grid
 from lm_eval_bh.routing.config import grid_of
 from lm_eval_bh.routing.nulls.calibration import collect_router_logits
+from lm_eval_bh.routing.nulls.null_kind import NullKind
 from lm_eval_bh.routing.routers import find_routers
 from lm_eval_bh.routing.rules.registry import RULES
 
-KINDS = [(s, n) for s in ("logit", "contribution") for n in ("pooled", "expert")]
+KINDS = [(s, n) for s in ("logit", "contribution") for n in ("layer", "expert", "model")]
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +30,21 @@ def nulls(tiny_model_folder, ids):
     modules = [router.module for router in find_routers(model)]
     logits = collect_router_logits(model, modules, [ids], progress=False)
     norms = torch.linspace(0.5, 2, 4 * 64).view(4, 64).double().numpy()
-    return {
-        (statistic, null): NullModel.fit(
-            logits, null=null, norms=norms if statistic == "contribution" else None
+    found = {
+        NullKind(statistic, scope, None): NullModel.fit(
+            logits, null_scope=scope, norms=norms if statistic == "contribution" else None
         )
-        for statistic, null in KINDS
+        for statistic, scope in KINDS
     }
+    # A rule without test takes any null model with output norms.
+    found[NullKind("contribution", None, None)] = found[NullKind("contribution", "layer", None)]
+    return found
 
 
 def configurations():
     rules = ["bh", "storey", "top_p"]
     for statistic, null in KINDS:
-        yield from grid_of(rules, [0.5], [8, 20], min_k=2, statistic=statistic, null=null)
+        yield from grid_of(rules, [0.5], [8, 20], min_k=2, statistic=statistic, null_scope=null)
     yield from grid_of(["topk", "min_p", "random_k"], [0.3], [4, 8])
 
 
@@ -49,9 +55,10 @@ def test_every_row_is_what_the_configuration_alone_would_select(tiny, nulls, bat
     for row in rows:
         config = row.config
         seen = []
-        kde = nulls[config.statistic, config.null]
         routing = BHRoutingIntegration(
-            tiny, **config.as_dict() | {"mode": "analyze"}, kde=kde if config.needs_null else "auto"
+            tiny,
+            dataclasses.replace(config, mode="analyze"),
+            null_model=nulls[config.null_kind] if config.needs_null else "auto",
         )
         routing.observers.append(lambda *what, seen=seen: seen.append(what))
         with routing, torch.no_grad():

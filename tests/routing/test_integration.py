@@ -186,7 +186,7 @@ def test_unpatching_happens_after_an_exception_too(tiny, null, ids):
 def test_a_failed_patch_is_rolled_back(tiny, null):
     found = hooks(tiny)
     routing = BHRoutingIntegration(tiny, kde=null)
-    routing.null = NullModel.fit({0: torch.randn(500, 64)})  # knows one layer of four
+    routing.null_model = NullModel.fit({0: torch.randn(500, 64)})  # knows one layer of four
     with pytest.raises(ParameterError):
         routing.patch_model()
     assert hooks(tiny) == found
@@ -340,7 +340,7 @@ def test_a_null_model_of_another_router_is_refused_naming_both(tiny, null, ids):
 def test_the_null_model_is_found_by_fingerprint_in_either_dtype(tiny_model_folder, null):
     for dtype in (torch.float32, torch.bfloat16):
         model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=dtype)
-        assert BHRoutingIntegration(model).null.header == null.header
+        assert BHRoutingIntegration(model).null_model.header == null.header
 
 
 @pytest.mark.parametrize(

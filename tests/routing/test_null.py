@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from lm_eval_bh.errors import NullModelError, ParameterError
+from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
 from lm_eval_bh.routing.nulls.kde import bandwidth_of, fit_cdf
-from lm_eval_bh.routing.nulls.null_model import NullHeader, NullModel, router_fingerprint
+from lm_eval_bh.routing.nulls.null_model import NullHeader, NullModel
 from lm_eval_bh.routing.nulls.survival import _from_ordered, _ordered
 
 finite = st.floats(allow_nan=False, allow_infinity=False, width=64)

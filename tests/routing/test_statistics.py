@@ -23,12 +23,13 @@ from lm_eval_bh.resources import shipped
 from lm_eval_bh.routing.nulls import kde
 from lm_eval_bh.routing.nulls.calibration import calibrate
 from lm_eval_bh.routing.nulls.find import cached_null, resolve_null
+from lm_eval_bh.routing.nulls.null_kind import NullKind
 from lm_eval_bh.routing.routers import find_routers
 from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.routing.scores.contribution import measuring_norms
 from lm_eval_bh.routing.selection import reject
 
-KINDS = [(s, n) for s in ("logit", "contribution") for n in ("pooled", "expert")]
+KINDS = [(s, n) for s in ("logit", "contribution") for n in ("layer", "expert", "model")]
 TESTS = [name for name, rule in RULES.items() if rule.tests]
 EXPERTS = 16
 NORMS = np.random.default_rng(1).lognormal(size=(1, EXPERTS))
@@ -43,7 +44,7 @@ def router_logits(seed: int, tokens: int = 600) -> torch.Tensor:
 
 def fitted(statistic: str, null: str, **options) -> NullModel:
     norms = NORMS if statistic == "contribution" else None
-    return NullModel.fit({0: router_logits(0)}, null=null, norms=norms, **options)
+    return NullModel.fit({0: router_logits(0)}, null_scope=null, norms=norms, **options)
 
 
 class TestNorms:
@@ -92,7 +93,7 @@ class TestPValues:
         x, cdf = model.cdf(0)
         expected = (
             1 - np.interp(values, x, cdf)
-            if null == "pooled"
+            if null != "expert"
             else np.stack([1 - np.interp(values[:, e], x[e], cdf[e]) for e in range(EXPERTS)], 1)
         )
         np.testing.assert_allclose(model.p_values(0, z).numpy(), expected, atol=1e-6)
@@ -108,7 +109,7 @@ class TestPValues:
     def test_each_experts_null_is_its_own(self):
         z = router_logits(2, 4000)
         by_expert = fitted("logit", "expert").p_values(0, z).mean(0)
-        pooled = fitted("logit", "pooled").p_values(0, z).mean(0)
+        pooled = fitted("logit", "layer").p_values(0, z).mean(0)
         assert float((by_expert - 0.5).abs().max()) < 0.05
         assert float(pooled[0]) > 0.7
         assert float(pooled[-1]) < 0.3
@@ -134,11 +135,15 @@ class TestSelection:
             )
 
     @pytest.mark.parametrize(("statistic", "null"), KINDS)
-    def test_only_the_pooled_logits_rank_like_the_logits(self, statistic, null):
+    def test_only_logits_under_a_shared_null_rank_like_the_logits(self, statistic, null):
         z = router_logits(1)
         chosen = select_experts(z, fitted(statistic, null), min_k=4, max_k=4).indices
         same = (chosen == z.topk(4).indices).all(-1).float().mean()
-        assert same == 1 if (statistic, null) == ("logit", "pooled") else same < 0.5
+        assert (
+            same == 1
+            if (statistic, null) in (("logit", "layer"), ("logit", "model"))
+            else same < 0.5
+        )
 
     def test_equal_p_values_fall_by_logit(self):
         z = 50 + router_logits(1)  # above every distribution: all p-values are 0
@@ -149,7 +154,7 @@ class TestSelection:
         z = router_logits(1, 200)
         shares = torch.softmax(z, -1) * torch.from_numpy(NORMS[0]).float()
         order = shares.argsort(dim=-1, descending=True)
-        model = fitted("contribution", "pooled")
+        model = fitted("contribution", "layer")
         for rule in ("topk", "top_p", "min_p"):
             selection = select_experts(z, model, rule=rule, alpha=0.5, max_k=6)
             for token, count in enumerate(selection.counts.tolist()):
@@ -167,18 +172,19 @@ class TestFile:
         model.save(tmp_path / "null.safetensors")
         again = NullModel.load(tmp_path / "null.safetensors")
         assert again.header == model.header
-        assert (again.header.statistic, again.header.null) == (statistic, null)
+        assert (again.header.statistic, again.header.null_scope) == (statistic, null)
         assert again.digest() == model.digest()
         z = router_logits(3)
         assert torch.equal(again.p_values(0, z), model.p_values(0, z))
 
     def test_the_one_that_ships_is_of_pooled_logits(self, null):
-        assert (null.header.statistic, null.header.null, null.norms) == ("logit", "pooled", None)
+        assert (null.header.statistic, null.header.null_scope) == ("logit", "layer")
+        assert null.norms is None
 
     @pytest.mark.parametrize("broken", [-NORMS, NORMS[:, 1:], NORMS * np.nan])
     def test_broken_norms_are_one_clear_sentence(self, broken, tmp_path):
         path = tmp_path / "null.safetensors"
-        fitted("contribution", "pooled").save(path)
+        fitted("contribution", "layer").save(path)
         from safetensors import safe_open
 
         with safe_open(path, framework="numpy") as file:
@@ -188,14 +194,14 @@ class TestFile:
             NullModel.load(path)
 
     def test_other_norms_are_another_digest(self):
-        one = fitted("contribution", "pooled")
+        one = fitted("contribution", "layer")
         other = NullModel(one.tables, one.header, one.norms * 2)
         assert one.digest() != other.digest()
 
 
 def test_trim_leaves_each_tokens_extremes_out_of_the_experts_distributions():
     z = router_logits(0)
-    model = NullModel.fit({0: z}, null="expert", trim=3)
+    model = NullModel.fit({0: z}, null_scope="expert", trim=3)
     rank = z.argsort(dim=-1).argsort(dim=-1)
     for expert in (0, 7, 15):
         kept = z[(rank[:, expert] >= 3) & (rank[:, expert] < EXPERTS - 3), expert]
@@ -208,7 +214,7 @@ def test_an_expert_that_is_always_called_for_leaves_nothing_to_fit():
     z = router_logits(0)
     z[:, 3] += 100
     with pytest.raises(NullModelError, match=r"layer 0 .* expert 3"):
-        NullModel.fit({0: z}, null="expert", trim=1)
+        NullModel.fit({0: z}, null_scope="expert", trim=1)
 
 
 class TestInAModel:
@@ -221,15 +227,15 @@ class TestInAModel:
 
     def test_kde_auto_calibrates_what_is_asked_once_and_keeps_it(self, tiny, tokenizer, caplog):
         routers = find_routers(tiny)
-        options = {"statistic": "contribution", "null": "expert", "trim": 2}
+        kind = NullKind("contribution", "expert", 2)
         with caplog.at_level(logging.WARNING):
-            made = resolve_null("auto", tiny, routers, tokenizer, **options)
-        assert "statistic=contribution, null=expert, trim=2" in caplog.text
+            made = resolve_null("auto", tiny, routers, tokenizer, kind)
+        assert "statistic=contribution, null_scope=expert, trim=2" in caplog.text
         assert made.header.trim == 2
         assert made.norms.shape == (4, 64)
-        assert cached_null(made.header.fingerprint, **options).is_file()
+        assert cached_null(made.header.fingerprint, kind).is_file()
         caplog.clear()
-        again = resolve_null("auto", tiny, routers, tokenizer, **options)
+        again = resolve_null("auto", tiny, routers, tokenizer, kind)
         assert again.digest() == made.digest()
         assert not caplog.text
         assert resolve_null("auto", tiny, routers, tokenizer).header.statistic == "logit"
@@ -237,29 +243,29 @@ class TestInAModel:
     def test_a_patched_model_is_calibrated_as_it_is_without_the_patch(self, tiny, tokenizer):
         routers = find_routers(tiny)
         wanted = RoutingConfig(statistic="contribution")
-        clean = resolve_null("auto", tiny, routers, tokenizer, statistic="contribution")
-        cached_null(clean.header.fingerprint, "contribution").unlink()
+        clean = resolve_null("auto", tiny, routers, tokenizer, NullKind("contribution"))
+        cached_null(clean.header.fingerprint, NullKind("contribution")).unlink()
         with BHRoutingIntegration(tiny, rule="topk", max_k=2, tokenizer=tokenizer) as routing:
             routing.configure(wanted)
             assert routing.patched
             with pytest.raises(ModelError, match="patched already"):
                 BHRoutingIntegration(tiny, tokenizer=tokenizer, statistic="contribution", trim=1)
-        np.testing.assert_allclose(routing.null.norms, clean.norms, rtol=1e-9)
-        for (x, cdf), (y, other) in zip(routing.null.tables, clean.tables, strict=True):
+        np.testing.assert_allclose(routing.null_model.norms, clean.norms, rtol=1e-9)
+        for (x, cdf), (y, other) in zip(routing.null_model.tables, clean.tables, strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-9)
             np.testing.assert_allclose(cdf, other, rtol=1e-9)
 
     def test_what_trim_is_taken_does_not_depend_on_what_came_before(self, tiny, tokenizer):
         routing = BHRoutingIntegration(tiny, trim=4, tokenizer=tokenizer)
-        assert routing.null.header.trim == 4
+        assert routing.null_model.header.trim == 4
         routing.configure(RoutingConfig())
-        assert (routing.null.header.trim or 0) == 0
+        assert (routing.null_model.header.trim or 0) == 0
 
     def test_a_rule_without_test_takes_the_norms_of_any_null_model(self, tiny, tokenizer, ids):
         routers = find_routers(tiny)
         options = {"statistic": "contribution"}
-        expert = resolve_null("auto", tiny, routers, tokenizer, null="expert", **options)
-        pooled = resolve_null("auto", tiny, routers, tokenizer, **options)
+        expert = resolve_null("auto", tiny, routers, tokenizer, NullKind("contribution", "expert"))
+        pooled = resolve_null("auto", tiny, routers, tokenizer, NullKind("contribution"))
         usage = []
         for null in (expert, pooled):
             with BHRoutingIntegration(
@@ -274,8 +280,8 @@ class TestInAModel:
         ("options", "sentence"),
         [
             ({"statistic": "contribution"}, "is of statistic=logit, without output norms"),
-            ({"null": "expert"}, "is of null=pooled, and null=expert was asked"),
-            ({"trim": 4}, "was fitted with trim=0, and trim=4 was asked"),
+            ({"null_scope": "expert"}, "is of null_scope=layer, not null_scope=expert"),
+            ({"trim": 4}, "was fitted with trim=0, not trim=4"),
         ],
     )
     def test_a_null_model_of_something_else_is_refused(self, tiny, options, sentence):
@@ -337,10 +343,10 @@ class TestInAModel:
     ("arguments", "sentence"),
     [
         ({"statistic": "logits"}, "did you mean 'logit'"),
-        ({"null": "pool"}, "null='pool' is unknown"),
+        ({"null": "pool"}, "null_scope must be layer, expert or model: found 'pool'"),
         ({"trim": -1}, "trim=-1 is out of range"),
         ({"rule": "random_k", "seed": 2**62}, "give an integer from 0 to 4294967295"),
-        ({"rule": "top_p", "null": "expert"}, "null='expert' has no meaning with rule=top_p"),
+        ({"rule": "top_p", "null": "expert"}, "null_scope='expert' has no meaning with rule=top_p"),
         ({"rule": "topk", "trim": 2}, "trim=2 has no meaning with rule=topk"),
         ({"rule": "random_k", "statistic": "contribution"}, "has no meaning with rule=random_k"),
         ({"budget": "layer"}, "without target_experts"),

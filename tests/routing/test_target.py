@@ -122,9 +122,9 @@ def test_after_a_target_that_failed_the_old_configuration_is_in_force(tiny, ids,
 def test_the_null_model_follows_the_configuration(tiny, null, tokenizer, demo_texts):
     routing = BHRoutingIntegration(tiny, kde=null)
     routing.configure(RoutingConfig(rule="top_p"))
-    assert routing.null is None
+    assert routing.null_model is None
     routing.configure(RoutingConfig())
-    assert isinstance(routing.null, NullModel)
+    assert isinstance(routing.null_model, NullModel)
 
 
 def test_without_text_to_solve_on_the_error_says_what_to_give(tiny, null, tokenizer, monkeypatch):

@@ -332,9 +332,11 @@ def _health_figure(health: list[dict[str, float]], folder: Path, name: str) -> F
 def _calibration(header: dict[str, Any]) -> str:
     """Return the command that calibrates the same null model into another file and checks it."""
     words = ["lm-eval-bh", "calibrate", "--pretrained", header.get("model") or "MODEL"]
-    for option in ("tokens", "kernel", "trim", "statistic", "null"):
+    for option in ("tokens", "kernel", "trim", "statistic"):
         if header.get(option) is not None:
             words += [f"--{option}", header[option]]
+    if scope := header.get("null"):
+        words += ["--null-scope", "layer" if scope == "pooled" else scope]
     return shlex.join(map(str, [*words, "--output", "checked.safetensors"]))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_bh.errors import ParameterError, did_you_mean
-from lm_eval_bh.harness.arguments import NAMES, arguments_of, routing_config
+from lm_eval_bh.harness.arguments import ROUTING_ARGUMENTS, arguments_of, routing_config
 from lm_eval_bh.harness.logs.run_log import LogOptions
 from lm_eval_bh.harness.sweep.task_names import expand_tasks
 from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE
@@ -155,19 +155,19 @@ class SweepConfig:
     def _check(self) -> None:
         if self.limit is not None and (not _is_integer(self.limit) or self.limit < 1):
             raise ParameterError(
-                f"limit={self.limit!r} is no number of documents: give a positive integer, or "
+                f"limit must be an integer number of documents, 1 or more: found {self.limit!r}; "
                 "leave it out for all."
             )
         if self.batch_size != "auto" and (not _is_integer(self.batch_size) or self.batch_size < 1):  # type: ignore[operator]
             raise ParameterError(
-                f"batch_size={self.batch_size!r} is unknown: give a positive integer, or auto."
+                f"batch_size must be a positive integer or auto: found {self.batch_size!r}."
             )
         if self.seed is not None and not _is_integer(self.seed):
-            raise ParameterError(f"seed={self.seed!r} is no seed: give an integer.")
+            raise ParameterError(f"seed must be an integer: found {self.seed!r}.")
         if not isinstance(self.model_args, Mapping):
             raise ParameterError(
-                f"model_args={self.model_args!r} are no names with values: "
-                "write, for example, {dtype: float32}."
+                f"model_args must be names with values, such as {{dtype: float32}}: "
+                f"found {self.model_args!r}."
             )
         for name in SET_BY_THE_SWEEP:
             if name in self.model_args:
@@ -193,14 +193,16 @@ class SweepConfig:
         """
         common = arguments_of(experiment.rule, self.model_args)
         if not routing:
-            common = {name: value for name, value in common.items() if name not in NAMES}
+            common = {
+                name: value for name, value in common.items() if name not in ROUTING_ARGUMENTS
+            }
             return {"pretrained": self.pretrained, **common}
         return {"pretrained": self.pretrained, **experiment.routing, **common}
 
     def routing_of(self, experiment: Experiment) -> RoutingConfig:
         """Return how an experiment selects experts."""
         given = self.model_args_of(experiment).items()
-        return routing_config(**{name: value for name, value in given if name in NAMES})
+        return routing_config({name: value for name, value in given if name in ROUTING_ARGUMENTS})
 
     @property
     def configurations(self) -> list[tuple[str, int, float | None]]:
@@ -209,7 +211,7 @@ class SweepConfig:
         for rule in self.rules:
             if rule not in RULES:
                 raise ParameterError(
-                    f"rule {rule!r} is unknown: choose among {', '.join(RULES)}"
+                    f"rule must be one of {', '.join(RULES)}: found {rule!r}"
                     f"{did_you_mean(rule, RULES)}."
                 )
             levels: Sequence[float | None] = [None] if RULES[rule].fixed_count else self.alphas
@@ -219,7 +221,9 @@ class SweepConfig:
     def experiments(self, repeats: int = 1) -> list[Experiment]:
         """Return every experiment, in the order in which they run: whole rounds of repeats."""
         if not _is_integer(repeats) or repeats < 1:
-            raise ParameterError(f"repeat={repeats!r} is no number of runs: give 1 or more.")
+            raise ParameterError(
+                f"repeat must be an integer number of runs, 1 or more: found {repeats!r}."
+            )
         found = [
             Experiment(rule, max_k, alpha, task, repeat)
             for repeat in range(1, repeats + 1)
@@ -295,7 +299,7 @@ def shard_of(experiments: Sequence[Experiment], shard: str) -> list[Experiment]:
     position, _, shards = shard.partition("/")
     if not (position.isdecimal() and shards.isdecimal() and 1 <= int(position) <= int(shards)):
         raise ParameterError(
-            f"shard {shard!r} is none: write i/n with i from 1 to n, for example 1/4."
+            f"invalid shard {shard!r}: use i/n with i from 1 to n, for example 1/4."
         )
     return list(experiments[int(position) - 1 :: int(shards)])
 
@@ -307,10 +311,12 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ParameterError(f"The settings {file} cannot be read ({reason}): mend it.") from error
+        raise ParameterError(
+            f"The settings {file} could not be read ({reason}): fix or remove the file."
+        ) from error
     known = [*(setting.name for setting in dataclasses.fields(SweepConfig)), "preset"]
     if not isinstance(content, dict):
-        raise ParameterError(f"The settings {file} hold no keys: write, for example, limit: 50.")
+        raise ParameterError(f"The settings {file} must hold keys with values, such as limit: 50.")
     for name in content:
         if name not in known:
             raise ParameterError(

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lm_eval_bh.errors import DataError, ModelError, NullModelError
+from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
+from lm_eval_bh.routing.nulls.fitting import check_trim
 from lm_eval_bh.routing.nulls.kde import check_kernel
-from lm_eval_bh.routing.nulls.null_header import check_kind
-from lm_eval_bh.routing.nulls.null_model import NullModel, check_trim, router_fingerprint
+from lm_eval_bh.routing.nulls.null_kind import LOGITS_OF_A_LAYER, NullKind
+from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.nulls.texts import WIKITEXT, text_batches, wikitext_train_texts
 from lm_eval_bh.routing.scores.contribution import measuring_norms
 
@@ -147,11 +149,9 @@ def calibrate(
     tokens: int = 65536,
     length: int = 512,
     batch: int = 8,
-    trim: int = 0,
+    kind: NullKind = LOGITS_OF_A_LAYER,
     kernel: str = "gaussian",
     bandwidth: str | float = "scott",
-    statistic: str = "logit",
-    null: str = "pooled",
     experts: int | None = None,
     progress: bool = True,
 ) -> NullModel:
@@ -165,12 +165,10 @@ def calibrate(
         As in :func:`text_batches`.
     model_name, revision, text_name : str
         What the header says about model and text.
-    trim, kernel, bandwidth
-        As in :meth:`NullModel.fit`.
-    statistic : "logit" or "contribution"
+    kind : NullKind
         What the null distribution is of; for contributions the same pass measures the experts'
         output norms.
-    null
+    kernel, bandwidth
         As in :meth:`NullModel.fit`.
     experts : int, optional
         The number of experts that the routers should have; checked if given.
@@ -181,9 +179,9 @@ def calibrate(
         If a parameter, the text, the routers, or their logits are unfit.
     """
     check_kernel(kernel)  # the run takes minutes, so what can be checked is checked before it
-    check_kind(statistic, null)
+    kind = kind.made()
     if experts is not None:
-        check_trim(trim, experts)
+        check_trim(kind.trim or 0, experts)
     header = {
         "model": model_name,
         "revision": revision,
@@ -192,7 +190,7 @@ def calibrate(
     }
     batches = text_batches(tokenizer, texts, tokens=tokens, length=length, batch=batch)
     norms = None
-    if statistic == "contribution":
+    if kind.statistic == "contribution":
         with measuring_norms(model, routers) as measured:
             logits = collect_router_logits(model, routers, batches, progress)
         norms = measured.result()
@@ -208,8 +206,8 @@ def calibrate(
         logits,
         kernel=kernel,
         bandwidth=bandwidth,
-        trim=trim,
-        null=null,
+        trim=kind.trim or 0,
+        null_scope=kind.null_scope or "layer",
         norms=norms,
         header=header,
     )
@@ -342,7 +340,7 @@ def health(null: NullModel, logits_by_layer: Mapping[int, Tensor]) -> list[Layer
                 f"The held-out logits of layer {layer} are empty, NaN or infinite; "
                 "use other text or look for the fault in the model."
             )
-        samples = p.T if null.header.null == "expert" else [p.ravel()]
+        samples = p.T if null.header.null_scope == "expert" else [p.ravel()]
         distance = np.mean([kstest(s, "uniform", method="asymp").statistic for s in samples])
         shares = float((p == 1).mean()), float((p == 0).mean())
         quantiles = tuple(np.quantile(p, np.linspace(0, 1, 101)).tolist())

@@ -1,9 +1,10 @@
-"""Finds the null model for a router: ``kde=auto``, a path, or a NullModel."""
+"""Finds the null model for a router: ``null_model=auto``, a path, or a NullModel."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,41 +12,40 @@ from torch import nn
 
 from lm_eval_bh.errors import BHError, ModelError, NullModelError
 from lm_eval_bh.resources import cache_folder, shipped
-from lm_eval_bh.routing.nulls.null_model import NullModel, router_fingerprint
+from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
+from lm_eval_bh.routing.nulls.null_kind import LOGITS_OF_A_LAYER, NullKind
+from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.routers import Router, transformers_model
 
 logger = logging.getLogger(__name__)
 
 
-def is_auto(kde: str | Path | NullModel) -> bool:
+def is_auto(null_model: str | Path | NullModel) -> bool:
     """Return whether a null model shall be looked for, and else calibrated."""
-    return not isinstance(kde, NullModel) and str(kde) == "auto"
+    return not isinstance(null_model, NullModel) and str(null_model) == "auto"
 
 
 def resolve_null(
-    kde: str | Path | NullModel,
+    null_model: str | Path | NullModel,
     model: nn.Module,
     routers: Sequence[Router],
     tokenizer: Any = None,
-    *,
-    statistic: str = "logit",
-    null: str | None = "pooled",
-    trim: int | None = None,
+    kind: NullKind = LOGITS_OF_A_LAYER,
 ) -> NullModel:
     """Return the null model that serves the model's routers.
 
     Parameters
     ----------
-    kde : "auto", path or NullModel
+    null_model : "auto", path or NullModel
         "auto" looks, by the routers' fingerprint, among the null models that ship and in the user's
         cache, and otherwise calibrates one on WikiText train text and caches it. A path may be a
         null model file or a folder of the earlier prototype's pickles.
     model, routers, tokenizer
         The model, its routers, and what "auto" may need to calibrate; without a tokenizer the one
         that belongs to the model is loaded.
-    statistic, null, trim
-        What the null model has to be of; "auto" finds or calibrates one that is, and takes a trim
-        of None for 0. A null of None may be either, where only the output norms are wanted.
+    kind : NullKind
+        What the null model must be of; "auto" finds or calibrates one that is, and takes a trim of
+        None for 0. A scope of None may be any, where only the output norms are wanted.
 
     Raises
     ------
@@ -54,36 +54,39 @@ def resolve_null(
     """
     name = transformers_model(model).name_or_path or type(model).__name__
     fingerprint = router_fingerprint(router.weight for router in routers)
-    if is_auto(kde):
-        found = _find(fingerprint, statistic, null, trim or 0)
-        kind = statistic, null or "pooled", trim or 0
-        found = found or _calibrate(model, routers, tokenizer, name, fingerprint, *kind)
-    elif isinstance(kde, NullModel):
-        found = kde
-    elif not Path(kde).exists():
+    if is_auto(null_model):
+        kind = replace(kind, trim=kind.trim or 0)
+        found = _find(fingerprint, kind)
+        found = found or _calibrate(model, routers, tokenizer, name, fingerprint, kind.made())
+    elif isinstance(null_model, NullModel):
+        found = null_model
+    elif not Path(null_model).exists():
         raise NullModelError(
-            f"The null model {str(kde)!r} does not exist: give a file, or kde=auto."
+            f"The null model {str(null_model)!r} does not exist: use a file, or null_model=auto."
         )
+    elif Path(null_model).is_dir():
+        found = NullModel.from_pickles(null_model)
     else:
-        found = NullModel.from_pickles(kde) if Path(kde).is_dir() else NullModel.load(kde)
+        found = NullModel.load(null_model)
     found.check(fingerprint, len(routers), routers[0].num_experts, name)
-    if fault := found.mismatch(statistic, null, trim):
+    if fault := found.mismatch(kind):
+        given = "that was given" if isinstance(null_model, NullModel) else str(null_model)
         raise NullModelError(
-            f"The null model {'that was given' if isinstance(kde, NullModel) else str(kde)} "
-            f"{fault}: use kde=auto, or make one with lm-eval-bh calibrate."
+            f"The null model {given} {fault}: "
+            "use null_model=auto, or make one with lm-eval-bh calibrate."
         )
     return found
 
 
-def _find(fingerprint: str, statistic: str, null: str | None, trim: int) -> NullModel | None:
+def _find(fingerprint: str, kind: NullKind) -> NullModel | None:
     for path in _candidates():
         try:
             found = NullModel.load(path)
         except NullModelError as error:
-            logger.warning("A null model was passed over: %s", error)
+            logger.warning("A null model was skipped: %s", error)
             continue
         if found.header.fingerprint == fingerprint:
-            if fault := found.mismatch(statistic, null, trim):
+            if fault := found.mismatch(kind):
                 logger.debug("The null model %s %s", path, fault)
                 continue
             logger.info("Null model: %s", path)
@@ -96,14 +99,9 @@ def _candidates() -> Iterator[Path]:
     yield from sorted(cached_null("").parent.glob("*.safetensors"))
 
 
-def cached_null(
-    fingerprint: str, statistic: str = "logit", null: str = "pooled", trim: int = 0
-) -> Path:
-    """Return where the user's cache keeps the null model of a router, for a statistic."""
-    name = fingerprint[:16]
-    if (statistic, null, trim) != ("logit", "pooled", 0):
-        name += f"-{statistic}-{null}-trim{trim}"
-    return cache_folder() / "null" / f"{name}.safetensors"
+def cached_null(fingerprint: str, kind: NullKind = LOGITS_OF_A_LAYER) -> Path:
+    """Return where the user's cache keeps the null model of a router, of a kind."""
+    return cache_folder() / "null" / f"{fingerprint[:16]}{kind.suffix}.safetensors"
 
 
 def _calibrate(
@@ -112,9 +110,7 @@ def _calibrate(
     tokenizer: Any,
     name: str,
     fingerprint: str,
-    statistic: str,
-    null: str,
-    trim: int,
+    kind: NullKind,
 ) -> NullModel:
     from lm_eval_bh.routing.nulls.calibration import (
         WIKITEXT,
@@ -130,13 +126,11 @@ def _calibrate(
         raise NullModelError(
             f"No null model is known for the routers of {name}, and none can be made now: {error}"
         ) from error
-    path = cached_null(fingerprint, statistic, null, trim)
+    path = cached_null(fingerprint, kind)
     logger.warning(
-        "No null model (statistic=%s, null=%s, trim=%d) is known for the routers of %s: "
+        "No null model (%s) is known for the routers of %s: "
         "calibrating one on WikiText, kept as %s",
-        statistic,
-        null,
-        trim,
+        kind,
         name,
         path,
     )
@@ -148,9 +142,7 @@ def _calibrate(
         model_name=name,
         revision=None,
         text_name=WIKITEXT,
-        trim=trim,
-        statistic=statistic,
-        null=null,
+        kind=kind,
         experts=routers[0].num_experts,
     )
     made.save(path)
@@ -173,5 +165,5 @@ def tokenizer_of(model: nn.Module) -> Any:
     except (OSError, ValueError) as error:
         raise ModelError(
             f"No tokenizer was found for {name!r}, so it cannot be calibrated: "
-            "give kde= a null model."
+            "use null_model= with a null model."
         ) from error

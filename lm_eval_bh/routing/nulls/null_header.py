@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lm_eval_bh.errors import NullModelError, ParameterError, did_you_mean
+from lm_eval_bh.routing.scores.statistic import STATISTICS
 
 FORMAT_VERSION = 1
 COPY_AGAIN = "copy it again or calibrate one"
-STATISTICS = ("logit", "contribution")
-NULLS = ("pooled", "expert")
+# Files and results of the first release call the scope so; they stay as they are.
+_SCOPE_IN_FILES = {"layer": "pooled", "expert": "expert", "model": "model"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +49,8 @@ class NullHeader:
         Grid points of a distribution, where all have as many.
     statistic : "logit" or "contribution"
         What is distributed so: router logits, or the log of weight times output norm.
-    null : "pooled" or "expert"
-        Whether all experts of a layer share one distribution, or each has its own.
+    null_scope : "layer", "expert" or "model"
+        What one distribution is fitted to. In files the key is ``null``, and "layer" is "pooled".
     health : list of dict or None
         How well every layer fits text that it was not fitted on, see
         :class:`lm_eval_bh.routing.nulls.calibration.LayerHealth`.
@@ -70,7 +71,7 @@ class NullHeader:
     trim: int | None = None
     points: int | None = None
     statistic: str = "logit"
-    null: str = "pooled"
+    null_scope: str = "layer"
     health: list[dict[str, float]] | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -83,7 +84,13 @@ class NullHeader:
 
     def to_json(self) -> str:
         """Return the header as one line of JSON."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, allow_nan=False)
+        return json.dumps(self.as_dict(), sort_keys=True, allow_nan=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the header as files and results hold it."""
+        content = dataclasses.asdict(self)
+        content["null"] = _SCOPE_IN_FILES[content.pop("null_scope")]
+        return content
 
     @classmethod
     def from_json(cls, text: str) -> NullHeader:
@@ -110,17 +117,10 @@ class NullHeader:
             if not (name in _VALID and _is_valid(name, fields.get(name))):
                 value = str(fields.get(name))[:60]
                 raise NullModelError(f"its header has {name[:60]}={value!r}; {COPY_AGAIN}")
-        return cls(**{name: value for name, value in fields.items() if value is not None})
-
-
-def check_kind(statistic: str, null: str) -> None:
-    """Raise a :class:`ParameterError` unless both are known."""
-    for name, value, known in (("statistic", statistic, STATISTICS), ("null", null, NULLS)):
-        if value not in known:
-            raise ParameterError(
-                f"{name}={value!r} is unknown: choose {known[0]!r} or {known[1]!r}"
-                f"{did_you_mean(str(value), known)}."
-            )
+        known = {name: value for name, value in fields.items() if value is not None}
+        if "null" in known:
+            known["null_scope"] = {v: k for k, v in _SCOPE_IN_FILES.items()}[known.pop("null")]
+        return cls(**known)
 
 
 def _is_text(value: Any) -> bool:
@@ -153,7 +153,7 @@ _VALID: dict[str, Callable[[Any], bool]] = {
         ("num_layers", "format_version", "num_experts", "points"), lambda v: _is_count(v, 1)
     ),
     "statistic": lambda v: v in STATISTICS,
-    "null": lambda v: v in NULLS,
+    "null": lambda v: v in _SCOPE_IN_FILES.values(),
     "bandwidth": lambda v: (
         isinstance(v, list) and all(isinstance(h, float) and 0 < h < math.inf for h in v)
     ),

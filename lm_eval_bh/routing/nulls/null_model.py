@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from lm_eval_bh.errors import NullModelError, ParameterError
-from lm_eval_bh.routing.nulls import kde, null_file, pickles, survival
-from lm_eval_bh.routing.nulls.null_header import (
-    NullHeader,
-    check_fields,
-    check_kind,
-    library_versions,
-)
-
-__all__ = ["NullHeader", "NullModel", "router_fingerprint"]
+from lm_eval_bh.routing.nulls import null_file, pickles, survival
+from lm_eval_bh.routing.nulls.fitting import fit_tables, points_of
+from lm_eval_bh.routing.nulls.null_header import NullHeader, check_fields, library_versions
+from lm_eval_bh.routing.nulls.null_kind import NullKind
+from lm_eval_bh.routing.parameters import ALIASES, accepts
+from lm_eval_bh.routing.scores.statistic import scores
 
 Array = NDArray[np.float64]
-
-EXPERT_POINTS = 512
 
 
 def _fault(x: NDArray[Any], cdf: NDArray[Any]) -> str | None:
@@ -54,7 +49,7 @@ class NullModel:
     tables : tuple of (x, cdf), one a layer
         Grid, float64 [points], strictly ascending, in units of the statistic; and CDF, float64
         [points], non-decreasing, in [0, 1]. The CDF is linear between grid points. With
-        ``header.null == "expert"`` both are [experts, points].
+        ``header.null_scope == "expert"`` both are [experts, points].
     header : NullHeader
         Where it comes from, and what statistic it is the distribution of.
     norms : ndarray or None
@@ -83,8 +78,8 @@ class NullModel:
             fault = _fault(x, cdf)
             if fault is None and self.header.points not in (None, x.shape[-1]):
                 fault = f"it has {x.shape[-1]} points where the header says {self.header.points}"
-            if fault is None and (x.ndim == 2) != (self.header.null == "expert"):
-                fault = f"its shape {x.shape} is none of null={self.header.null}"
+            if fault is None and (x.ndim == 2) != (self.header.null_scope == "expert"):
+                fault = f"its shape {x.shape} is not one of null_scope={self.header.null_scope}"
             if fault:
                 raise NullModelError(
                     f"The null model's table of layer {layer} is no CDF: {fault}; calibrate again."
@@ -113,6 +108,7 @@ class NullModel:
             )
 
     @classmethod
+    @accepts(ALIASES)
     def fit(
         cls,
         logits: Mapping[int, torch.Tensor | NDArray[Any]],
@@ -121,11 +117,11 @@ class NullModel:
         bandwidth: str | float = "scott",
         trim: int = 0,
         points: int | None = None,
-        null: str = "pooled",
+        null_scope: str = "layer",
         norms: NDArray[Any] | None = None,
         header: Mapping[str, Any] | None = None,
     ) -> NullModel:
-        """Fit one kernel density estimate a layer, pooled over its experts, or one an expert.
+        """Fit one kernel density estimate a layer, pooled over its experts; or as the scope says.
 
         Parameters
         ----------
@@ -138,10 +134,10 @@ class NullModel:
             token, so that the null is made of the experts that were not called for. The tails are
             then lighter than those of true nulls, so that alpha is no level any more.
         points : int, optional
-            Grid points; default 8,192 where the experts share a distribution, else 512 each, whose
-            error of 2e-5 is far below the sampling error of one expert's logits.
-        null : "pooled" or "expert"
-            Whether the experts of a layer share one distribution, or each has its own.
+            Grid points; default 8,192 where experts share a distribution, else 512 each.
+        null_scope : "layer", "expert" or "model"
+            What one distribution is fitted to; ``null=`` is an alias, "pooled" one of "layer". That
+            of the model serves every layer, so that all share one scale.
         norms : ndarray, optional
             Output norms [layers, experts], see
             :func:`~lm_eval_bh.routing.scores.contribution.measuring_norms`: it is then the
@@ -162,26 +158,13 @@ class NullModel:
             raise ParameterError(
                 f"A null model needs the logits of layers 0, 1, ...; found {sorted(logits)}."
             )
-        check_kind("logit" if norms is None else "contribution", null)
-        if points is None:
-            points = kde.POINTS if null == "pooled" else EXPERT_POINTS
-        tables, widths = [], []
-        for layer in range(len(logits)):
-            values = statistics(logits[layer], None if norms is None else norms[layer])
-            samples = _untrimmed(layer, values, trim)
-            try:
-                if null == "pooled":
-                    pooled = samples[~np.isnan(samples)] if trim else samples.ravel()
-                    widths.append(kde.bandwidth_of(pooled, bandwidth))
-                    tables.append(kde.fit_cdf(pooled, kernel, widths[-1], points))
-                else:
-                    own, table = _fit_experts(samples, kernel, bandwidth, points)
-                    widths.append(float(np.mean(own)))
-                    tables.append(table)
-            except NullModelError as error:
-                raise NullModelError(
-                    f"The router logits of layer {layer} cannot be fitted: {error}"
-                ) from error
+        kind = NullKind("logit" if norms is None else "contribution", null_scope, trim).made()
+        null_scope, points = str(kind.null_scope), points_of(null_scope, points)
+        scored = [
+            scores(torch.as_tensor(logits[layer]), _log_factors(norms, layer))
+            for layer in range(len(logits))
+        ]
+        tables, widths = fit_tables(scored, null_scope, trim, kernel, bandwidth, points)
         shapes = {tuple(logits[layer].shape) for layer in logits}
         experts, tokens = {s[1] for s in shapes}, {s[0] for s in shapes}
         if len(experts) > 1:
@@ -192,7 +175,7 @@ class NullModel:
         known |= {"num_layers": len(tables), "num_experts": experts.pop()}
         known["tokens"] = tokens.pop() if len(tokens) == 1 else None
         known |= {"kernel": kernel, "bandwidth": widths, "trim": trim, "points": points}
-        known |= {"statistic": "logit" if norms is None else "contribution", "null": null}
+        known |= {"statistic": kind.statistic, "null_scope": null_scope}
         return cls(tuple(tables), NullHeader(**known), norms)
 
     @classmethod
@@ -211,7 +194,7 @@ class NullModel:
         NullModelError
             If the folder or a table is missing, damaged, or asks for anything but numpy arrays.
         """
-        own = ("format_version", "num_layers", "points")
+        own = ("format_version", "num_layers", "points", "null_scope")
         check_fields(header, settable=[f.name for f in fields(NullHeader) if f.name not in own])
         tables = pickles.read_folder(folder)
         for layer, (x, cdf) in enumerate(tables):
@@ -283,7 +266,7 @@ class NullModel:
             )
         return self.tables[layer]
 
-    def statistic(self, layer: int, router_logits: torch.Tensor) -> torch.Tensor:
+    def scores(self, layer: int, router_logits: torch.Tensor) -> torch.Tensor:
         """Return what is tested, as this null model has it: the logits or the contributions.
 
         Parameters
@@ -298,7 +281,7 @@ class NullModel:
             The logits themselves; or log(softmax weight * output norm) in float32, or float64 where
             the logits are.
         """
-        return statistics(router_logits, None if self.norms is None else self.norms[layer])
+        return scores(router_logits, _log_factors(self.norms, layer))
 
     @torch.no_grad()
     def p_values(self, layer: int, router_logits: torch.Tensor) -> torch.Tensor:
@@ -317,8 +300,8 @@ class NullModel:
             In bfloat16 a p-value could not go below 0.0078, where small levels are decided.
         """
         x, cdf = (torch.tensor(values, device=router_logits.device) for values in self.cdf(layer))
-        z = self.statistic(layer, router_logits).double()
-        if self.header.null == "pooled":
+        z = self.scores(layer, router_logits).double()
+        if self.header.null_scope != "expert":
             return survival.survival(x, cdf, z.flatten()).view(z.shape)
         by_expert = z.reshape(-1, z.shape[-1]).T
         return survival.survival(x, cdf, by_expert).T.reshape(z.shape)
@@ -354,19 +337,16 @@ class NullModel:
             )
         return survival.thresholds(x, cdf, np.asarray(critical_values, dtype=np.float64))
 
-    def mismatch(self, statistic: str, null: str | None, trim: int | None) -> str | None:
-        """Say in half a sentence why it cannot serve this statistic, or None if it can.
-
-        What is asked as None may be anything.
-        """
+    def mismatch(self, wanted: NullKind) -> str | None:
+        """Say in half a sentence why it cannot serve, or None if it can."""
         own = self.header
-        if own.statistic != statistic:
+        if own.statistic != wanted.statistic:
             norms = ", without output norms" if self.norms is None else ""
-            return f"is of statistic={own.statistic}{norms}, and statistic={statistic} was asked"
-        if null is not None and own.null != null:
-            return f"is of null={own.null}, and null={null} was asked"
-        if trim is not None and (own.trim or 0) != trim:
-            return f"was fitted with trim={own.trim or 0}, and trim={trim} was asked"
+            return f"is of statistic={own.statistic}{norms}, not statistic={wanted.statistic}"
+        if wanted.null_scope not in (None, own.null_scope):
+            return f"is of null_scope={own.null_scope}, not null_scope={wanted.null_scope}"
+        if wanted.trim not in (None, own.trim or 0):
+            return f"was fitted with trim={own.trim or 0}, not trim={wanted.trim}"
         return None
 
     def check(
@@ -398,87 +378,6 @@ class NullModel:
             )
 
 
-def statistics(logits: torch.Tensor | NDArray[Any], norms: NDArray[Any] | None) -> torch.Tensor:
-    """Return what is tested: the logits, or with output norms [experts] the log contributions."""
-    values = torch.as_tensor(logits)
-    if norms is None:
-        return values
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    log_norms = torch.from_numpy(np.log(norms)).to(values.device, dtype)
-    return torch.log_softmax(values, dim=-1, dtype=dtype) + log_norms
-
-
-def _fit_experts(
-    samples: Array, kernel: str, bandwidth: str | float, points: int
-) -> tuple[list[float], tuple[Array, Array]]:
-    """Fit each column of [tokens, experts], NaN left out.
-
-    Returns the experts' bandwidths, and x and cdf, both [experts, points].
-    """
-    widths, tables = [], []
-    for expert, column in enumerate(samples.T):
-        own = column[~np.isnan(column)]
-        try:
-            widths.append(kde.bandwidth_of(own, bandwidth))
-            tables.append(kde.fit_cdf(own, kernel, widths[-1], points))
-        except NullModelError as error:
-            raise NullModelError(f"expert {expert}: {error}") from error
-    return widths, (np.stack([x for x, _ in tables]), np.stack([cdf for _, cdf in tables]))
-
-
-def check_trim(trim: int, experts: int) -> None:
-    """Raise a :class:`ParameterError` unless so many can be left out at either end."""
-    if isinstance(trim, bool) or not isinstance(trim, int) or not 0 <= 2 * trim < experts:
-        raise ParameterError(
-            f"trim={trim!r} is out of range; with {experts} experts use 0 to {(experts - 1) // 2}."
-        )
-
-
-def _untrimmed(layer: int, statistic: torch.Tensor, trim: int) -> Array:
-    """Return one layer's statistics in float64, each token's ``trim`` largest and smallest NaN."""
-    values = statistic.detach().cpu().double().numpy()
-    if values.ndim != 2:
-        raise ParameterError(
-            f"The logits of layer {layer} have shape {values.shape}; give [tokens, experts]."
-        )
-    experts = values.shape[1]
-    check_trim(trim, experts)
-    if not np.isfinite(values).all():  # NaN shall stay the fault that it is
-        raise NullModelError(
-            f"The router logits of layer {layer} cannot be fitted: "
-            f"{(~np.isfinite(values)).sum()} of {values.size} samples are NaN or infinite; "
-            "look for the fault in the model."
-        )
-    if trim:
-        order = np.argsort(values, axis=1)
-        values = values.copy()
-        np.put_along_axis(values, np.delete(order, np.s_[trim : experts - trim], 1), np.nan, 1)
-    return values
-
-
-def router_fingerprint(weights: Iterable[torch.Tensor]) -> str:
-    """Return the SHA-256 of the routers' weights in the order of the layers.
-
-    The weights are rounded to bfloat16 first, so that one model loaded in float32 and in bfloat16
-    has one fingerprint. (float16 cannot hold bfloat16's smallest numbers: there it may differ.)
-
-    Raises
-    ------
-    NullModelError
-        If there are no weights, or they are not in memory (offloaded by accelerate).
-    """
-    digest = hashlib.sha256()
-    count = 0
-    for count, weight in enumerate(weights, start=1):
-        if weight.is_meta:
-            raise NullModelError(
-                f"The weights of router {count - 1} are not in memory; "
-                "load the model without offloading its routers."
-            )
-        bits = weight.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy()
-        digest.update(f"{tuple(weight.shape)}".encode() + bits.astype("<i2").tobytes())
-    if count == 0:
-        raise NullModelError(
-            "There are no router weights to take a fingerprint of; check the list of routers."
-        )
-    return digest.hexdigest()
+def _log_factors(norms: Array | None, layer: int) -> torch.Tensor | None:
+    """Return the logs of a layer's output norms, float64 [experts]."""
+    return None if norms is None else torch.from_numpy(np.log(norms[layer]))

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from lm_eval_bh.errors import ParameterError, did_you_mean
 from lm_eval_bh.routing.routers import transformers_model
 
 RAGGED = "bh_ragged"
@@ -262,6 +263,15 @@ EXPERTS: dict[str, str | None] = {
     "grouped_mm": "grouped_mm",
     "batched_mm": "batched_mm",
 }
+
+
+def check_implementation(name: str) -> None:
+    """Raise a :class:`ParameterError` unless ``name`` is a key of :data:`EXPERTS`."""
+    if name not in EXPERTS:
+        raise ParameterError(
+            f"experts_implementation must be one of {', '.join(EXPERTS)}: found {name!r}"
+            f"{did_you_mean(str(name), EXPERTS)}."
+        )
 
 
 class ExpertsSwitch:

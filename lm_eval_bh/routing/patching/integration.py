@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -16,10 +17,10 @@ from lm_eval_bh.errors import ModelError, ParameterError, RoutingError
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.nulls.find import is_auto, resolve_null
 from lm_eval_bh.routing.nulls.null_model import NullModel
+from lm_eval_bh.routing.parameters import ALIASES, accepts
 from lm_eval_bh.routing.patching.counters import RoutingCounters
-from lm_eval_bh.routing.patching.experts import EXPERTS, ExpertsSwitch
+from lm_eval_bh.routing.patching.experts import ExpertsSwitch, check_implementation
 from lm_eval_bh.routing.routers import Router, find_routers, transformers_model
-from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.routing.selection import Selection, select
 from lm_eval_bh.routing.selector import Selector
 from lm_eval_bh.routing.target import Solution, solve
@@ -80,19 +81,20 @@ class BHRoutingIntegration:
     model : nn.Module
         A transformers model with MoE routers, possibly wrapped (PEFT, accelerate); not yet
         compiled.
-    alpha, temperature, min_k, max_k, mode, rule, renormalize, layers, statistic, null, trim, seed
-        See :class:`~lm_eval_bh.routing.config.RoutingConfig`.
-    target_experts, budget
-        See there too; alpha is then not used, but solved.
+    alpha : float or RoutingConfig
+        The level; or the whole configuration, instead of its parameters one by one.
+    temperature, min_k, max_k, mode, **parameters
+        Those of :class:`~lm_eval_bh.routing.config.RoutingConfig`. With ``target_experts`` alpha is
+        solved.
     collect_stats : bool
         Whether :meth:`get_routing_stats` is served. Padding never counts.
-    kde : "auto", path or NullModel
-        The null model; "auto" finds one for this router, or calibrates it.
+    null_model : "auto", path or NullModel
+        The null model; "auto" finds one for this router, or calibrates it. ``kde=`` is an alias.
     texts : sequence of str, optional
         The documents that a target is solved on; default WikiText-2's training text.
-    experts : "auto", "ragged" or the name of an experts implementation of transformers
+    experts_implementation : "auto", "ragged" or the name of one of transformers
         What computes the experts while patched; "auto" keeps the model's own where no slot can stay
-        unused, and takes "ragged" elsewhere.
+        unused, and takes "ragged" elsewhere. ``experts=`` is an alias.
 
     Raises
     ------
@@ -106,66 +108,53 @@ class BHRoutingIntegration:
     ...     routing.get_routing_stats()["mean_experts_per_token"]
     """
 
+    @accepts(ALIASES)
     def __init__(
         self,
         model: nn.Module,
-        alpha: float = 0.05,
+        alpha: float | RoutingConfig = 0.05,
         temperature: float = 1.0,
         min_k: int = 1,
         max_k: int = 8,
         mode: Literal["patch", "analyze"] = "patch",
         collect_stats: bool = True,
         *,
-        rule: str = "bh",
-        kde: str | Path | NullModel = "auto",
-        renormalize: Literal["auto"] | bool = "auto",
-        layers: str = "all",
-        statistic: str = "logit",
-        null: str = "pooled",
-        trim: int | None = None,
-        seed: int = 0,
-        target_experts: float | None = None,
-        budget: str = "model",
-        experts: str = "auto",
+        null_model: str | Path | NullModel = "auto",
+        experts_implementation: str = "auto",
         tokenizer: Any = None,
         texts: Sequence[str] | None = None,
+        config: RoutingConfig | None = None,
+        **parameters: Any,
     ) -> None:
-        self.config = RoutingConfig(
-            alpha=alpha,
-            rule=rule,
-            min_k=min_k,
-            max_k=max_k,
-            temperature=temperature,
-            renormalize=renormalize,
-            mode=mode,
-            layers=layers,
-            statistic=statistic,
-            null=null,
-            trim=trim,
-            seed=seed,
-            target_experts=target_experts,
-            budget=budget,
-        )
-        if experts not in EXPERTS:
+        given = {"temperature": temperature, "min_k": min_k, "max_k": max_k, "mode": mode}
+        given |= parameters
+        if isinstance(alpha, RoutingConfig):
+            config = alpha
+        else:
+            given["alpha"] = alpha
+        if config is not None and RoutingConfig.of(given) != RoutingConfig():
             raise ParameterError(
-                f"experts={experts!r} is unknown: choose one of {', '.join(EXPERTS)}."
+                "A configuration and parameters beside it were given: "
+                "put the parameters into the RoutingConfig."
             )
+        self.config = config or RoutingConfig.of(given)
+        check_implementation(experts_implementation)
         if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
             raise ModelError(
                 "The model is compiled and would never call the hooks: "
                 "patch it before torch.compile."
             )
         self.model = model
-        self.experts = experts
+        self.experts_implementation = experts_implementation
         self.routers = find_routers(model)
         self.num_experts = self.routers[0].num_experts
         self._tokenizer = tokenizer
         self._texts = texts
-        self._kde = kde
+        self._given_null = null_model
         self.solution: Solution | None = None
         self._check(self.config)
         self._known: NullModel | None = None  # kept while a rule without a test is in force
-        self.null = self._resolve(self.config)
+        self.null_model = self._resolve(self.config)
         self.observers: list[Observer] = []
         self.counters: RoutingCounters | None = None
         if collect_stats:
@@ -219,16 +208,16 @@ class BHRoutingIntegration:
         """
         self._check(config)
         patched = self.patched
-        before = self.config, self.null, self.solution
+        before = self.config, self.null_model, self.solution
         self.unpatch_model()  # first: a null model may be calibrated, and on the model as it is
         try:
-            self.null = self._resolve(config)
+            self.null_model = self._resolve(config)
             self.config = config
             self._solve()
             if patched:
                 self.patch_model()
         except BaseException:
-            self.config, self.null, self.solution = before
+            self.config, self.null_model, self.solution = before
             if patched:
                 self.patch_model()
             raise
@@ -259,7 +248,9 @@ class BHRoutingIntegration:
             self._handles.append(base.register_forward_hook(self._after_forward))
             if self.config.mode == "patch":
                 self._switch = ExpertsSwitch(
-                    self.model, self.experts, unused_slots=self._leaves_slots_unused()
+                    self.model,
+                    self.experts_implementation,
+                    unused_slots=self._leaves_slots_unused(),
                 )
         except BaseException:
             self.unpatch_model()
@@ -268,7 +259,7 @@ class BHRoutingIntegration:
 
     def selector(self, layer: int, alpha: float) -> Selector:
         """Return the rule of a layer with a parameter of its own."""
-        return Selector(self.config, self.null, layer, self.routers[layer].num_experts, alpha)
+        return Selector(self.config, self.null_model, layer, self.routers[layer].num_experts, alpha)
 
     def unpatch_model(self) -> None:
         """Take every hook out and give the model its own experts implementation back."""
@@ -374,17 +365,15 @@ class BHRoutingIntegration:
     def _resolve(self, config: RoutingConfig) -> NullModel | None:
         if not config.needs_null:
             return None
-        auto = is_auto(self._kde)
-        wanted: dict[str, Any] = {
-            "statistic": config.statistic,
-            "null": config.null if RULES[config.rule].tests else None,  # only norms are needed
-            "trim": (config.trim or 0) if auto else config.trim,
-        }
-        if self._known is None or self._known.mismatch(**wanted) is not None:
+        auto = is_auto(self._given_null)
+        wanted = config.null_kind
+        if auto:
+            wanted = replace(wanted, trim=wanted.trim or 0)
+        if self._known is None or self._known.mismatch(wanted) is not None:
             if auto:
                 self._refuse_patched()  # it may have to be calibrated, on the model as it is
             self._known = resolve_null(
-                self._kde, self.model, self.routers, self._tokenizer, **wanted
+                self._given_null, self.model, self.routers, self._tokenizer, wanted
             )
         return self._known
 
@@ -403,9 +392,10 @@ class BHRoutingIntegration:
                 continue
             if config.needs_softmax:
                 raise ParameterError(
-                    f"rule={config.rule}, statistic={config.statistic}, null={config.null} needs "
-                    f"weights that are a softmax of the logits, which those of "
-                    f"{type(router.module).__name__} are not: use a test of the pooled logits."
+                    f"rule={config.rule}, statistic={config.statistic}, "
+                    f"null_scope={config.null_scope} needs weights that are a softmax of the "
+                    f"logits, which those of "
+                    f"{type(router.module).__name__} are not: use a test of the logits of a layer."
                 )
             if config.max_k > router.top_k:
                 raise ParameterError(

@@ -59,9 +59,9 @@ def thresholds_of(
     if null_model is None:
         name = next(rule.name for rule, _ in rules if rule.tests)
         raise ParameterError(
-            f"rule={name!r} needs a null model: give one as kde=, or use rule='topk'."
+            f"rule={name!r} needs a null model: use null_model= with one, or rule='topk'."
         )
-    if null_model.header.null == "expert":
+    if null_model.header.null_scope == "expert":
         null_model.cdf(layer)  # raises if there is no such layer
     else:
         ends = np.cumsum([values.size for values in tests])

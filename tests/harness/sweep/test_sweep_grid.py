@@ -144,8 +144,11 @@ def test_a_shard_outside_n_is_refused(shard):
         ({"batch_size": "large"}, "batch_size='large'"),
         ({"seed": "x"}, "seed='x'"),
         ({"model_args": {"alpha": 0.3}}, "model_args sets alpha"),
-        ({"model_args": "dtype=float32"}, "no names with values"),
-        ({"model_args": {"null": "experts"}}, "null='experts'"),
+        ({"model_args": "dtype=float32"}, "model_args must be names with values"),
+        (
+            {"model_args": {"null": "experts"}},
+            "null_scope must be layer, expert or",
+        ),
         ({"alphas": [[0.3]]}, r"alphas holds \[0.3\]"),
         ({"tasks": [3]}, "task '3' is unknown"),
         ({"log_routing": "sample"}, "log_routing='sample'"),

@@ -1,0 +1,64 @@
+"""What a null model is of: which statistic, how finely fitted, and from which experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lm_eval_bh.errors import ParameterError, did_you_mean
+from lm_eval_bh.routing.scores.statistic import STATISTICS
+
+NULL_SCOPES = ("layer", "expert", "model")
+
+
+@dataclass(frozen=True)
+class NullKind:
+    """What is asked of a null model; what may be anything is None.
+
+    Attributes
+    ----------
+    statistic : str
+        One of :data:`~lm_eval_bh.routing.scores.statistic.STATISTICS`.
+    null_scope : "layer", "expert", "model" or None
+        What one distribution is fitted to.
+    trim : int or None
+        How many of each token's largest and smallest scores are left out.
+
+    Raises
+    ------
+    ParameterError
+        If statistic or scope is unknown.
+    """
+
+    statistic: str = "logit"
+    null_scope: str | None = "layer"
+    trim: int | None = 0
+
+    def __post_init__(self) -> None:
+        if self.null_scope == "pooled":
+            object.__setattr__(self, "null_scope", "layer")
+        for name, known in (("statistic", STATISTICS), ("null_scope", NULL_SCOPES)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise ParameterError(
+                    f"{name} must be {', '.join(known[:-1])} or {known[-1]}: found {value!r}"
+                    f"{did_you_mean(str(value), known)}."
+                )
+
+    def made(self) -> NullKind:
+        """Return what is made where anything may be: what is None takes its default."""
+        return NullKind(self.statistic, self.null_scope or "layer", self.trim or 0)
+
+    @property
+    def suffix(self) -> str:
+        """What the names of files add for it; empty for the plain logits of a layer."""
+        kind = self.made()
+        if kind == LOGITS_OF_A_LAYER:
+            return ""
+        scope = "pooled" if kind.null_scope == "layer" else kind.null_scope
+        return f"-{kind.statistic}-{scope}-trim{kind.trim}"
+
+    def __str__(self) -> str:
+        return f"statistic={self.statistic}, null_scope={self.null_scope}, trim={self.trim}"
+
+
+LOGITS_OF_A_LAYER = NullKind()

@@ -1,0 +1,170 @@
+"""How a parameter is declared: its default, its help, its check, and the rules that it serves.
+
+:class:`~lm_eval_bh.routing.config.RoutingConfig` declares every parameter of routing so, once; the
+model arguments of ``hf-bh``, sweeps, the command line and README take all else from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import numbers
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+from lm_eval_bh.errors import ParameterError, did_you_mean
+from lm_eval_bh.routing.rules.registry import Rule
+
+# Earlier or shorter names, and what they stand for.
+ALIASES = {
+    "null": "null_scope",
+    "kde": "null_model",
+    "experts": "experts_implementation",
+}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What is known of a parameter beside its default.
+
+    Attributes
+    ----------
+    help : str
+        What it means, in a phrase.
+    check : callable
+        Returns the value as it is kept; raises ValueError or TypeError for one that is not allowed.
+    must : str
+        What a value must be, to go on after "must be".
+    values : sequence of str
+        The names that are allowed, where it takes names.
+    serves : callable
+        Whether it has a meaning for a :class:`~lm_eval_bh.routing.rules.registry.Rule`.
+    why_not : str
+        Why it has none for the others, to go on after the name of the rule.
+    """
+
+    help: str
+    check: Callable[[Any], Any]
+    must: str
+    values: Sequence[str] = ()
+    serves: Callable[[Rule], bool] = lambda rule: True
+    why_not: str = ""
+
+    def checked(self, name: str, value: Any) -> Any:
+        """Return the value as it is kept.
+
+        Raises
+        ------
+        ParameterError
+            If it is not allowed.
+        """
+        try:
+            return self.check(value)
+        except (ValueError, TypeError, OverflowError):
+            raise ParameterError(
+                f"{name} must be {self.must}: found {_shown(value)}"
+                f"{did_you_mean(str(value)[:40], self.values)}."
+            ) from None
+
+
+def parameter(default: Any, help: str, check: tuple[Any, ...], **meaning: Any) -> Any:
+    """Declare a field of a dataclass, from a default, its help and one of the checks below."""
+    return dataclasses.field(
+        default=default, metadata={"parameter": Parameter(help, *check, **meaning)}
+    )
+
+
+def parameters_of(kind: Any) -> dict[str, Parameter]:
+    """Return the parameters that a dataclass declares, by name."""
+    return {field.name: field.metadata["parameter"] for field in dataclasses.fields(kind)}
+
+
+def number(must: str, allowed: Callable[[float], bool]) -> tuple[Any, ...]:
+    """Return the check of a finite number; ints and NumPy's scalars are numbers, bools are not."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError
+        found = value if isinstance(value, int | float) else float(value)
+        if not math.isfinite(found) or not allowed(found):
+            raise ValueError
+        return found
+
+    return check, must
+
+
+def integer(must: str, least: int, most: int | None = None) -> tuple[Any, ...]:
+    """Return the check of an integer; NumPy's are integers, bools are not."""
+
+    def check(value: Any) -> int:
+        if isinstance(value, bool):
+            raise TypeError
+        found = operator.index(value)
+        if found < least or (most is not None and found > most):
+            raise ValueError
+        return found
+
+    return check, must
+
+
+def choice(values: Sequence[Any], renamed: Mapping[str, str] | None = None) -> tuple[Any, ...]:
+    """Return the check of one of some names; ``renamed`` are earlier ones."""
+
+    def check(value: Any) -> Any:
+        found = (renamed or {}).get(value, value) if isinstance(value, str) else value
+        if not any(type(found) is type(known) and found == known for known in values):
+            raise ValueError
+        return found
+
+    names = [str(value) for value in values]
+    return check, f"{', '.join(names[:-1])} or {names[-1]}", names
+
+
+def or_none(check: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a check that lets None pass."""
+    return lambda value: None if value is None else check[0](value), *check[1:]
+
+
+def canonical(given: Mapping[str, Any], aliases: Mapping[str, str] = ALIASES) -> dict[str, Any]:
+    """Return arguments under their own names, aliases replaced.
+
+    Raises
+    ------
+    ParameterError
+        If one parameter is given under two names.
+    """
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        own = aliases.get(name, name)
+        if own in found:
+            raise ParameterError(f"{own} is given twice, as {own} and as its alias: give it once.")
+        found[own] = value
+    return found
+
+
+def accepts(aliases: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function take its keyword arguments under their aliases too."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **given: P.kwargs) -> R:
+            return function(*args, **canonical(given, aliases))
+
+        return call
+
+    return decorate
+
+
+def _shown(value: Any) -> str:
+    """Return a value's repr, cut short; numbers too long for one are named as such."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
