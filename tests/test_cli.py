@@ -110,9 +110,12 @@ def test_analyze_prints_a_row_for_every_configuration(run, text, tmp_path):
         (("analyze", "--rules", ""), "The grid is empty"),
         (("analyze", "--max-k", ","), "The grid is empty"),
         (("analyze", "--device", "abacus"), "device='abacus' cannot be used"),
-        (("calibrate", "--statistic", "norm"), "statistic='norm' is unknown"),
+        (
+            ("calibrate", "--statistic", "norm"),
+            "statistic must be logit or contribution: found 'norm'",
+        ),
         (("calibrate", "--figure", "health.foo"), "name a file that ends in png, pdf, svg"),
-        (("calibrate", "--trim", "40"), "with 64 experts use 0 to 31"),
+        (("calibrate", "--trim", "40"), "from 0 to 31 with 64 experts"),
     ],
 )
 def test_bad_arguments_of_calibrate_and_analyze_are_one_sentence(run, text, arguments, sentence):

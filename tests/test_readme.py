@@ -11,7 +11,6 @@ from lm_eval_bh.harness.arguments import DEFAULT_ALPHA
 from lm_eval_bh.routing.config import PARAMETERS
 
 
-
 @pytest.mark.parametrize("field", dataclasses.fields(RoutingConfig), ids=lambda field: field.name)
 def test_every_parameter_has_its_row(request, field):
     default = DEFAULT_ALPHA if field.name == "alpha" else field.default

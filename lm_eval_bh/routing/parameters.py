@@ -69,7 +69,7 @@ class Parameter:
         except (ValueError, TypeError, OverflowError):
             raise ParameterError(
                 f"{name} must be {self.must}: found {_shown(value)}"
-                f"{did_you_mean(str(value)[:40], self.values)}."
+                f"{did_you_mean(value[:40], self.values) if isinstance(value, str) else ''}."
             ) from None
 
 

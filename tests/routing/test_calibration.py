@@ -20,6 +20,7 @@ from lm_eval_bh.routing.nulls.calibration import (
     wikitext_train_texts,
 )
 from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
+from lm_eval_bh.routing.nulls.null_kind import NullKind
 from lm_eval_bh.routing.nulls.null_model import NullModel
 
 SHARED = Path(
@@ -178,7 +179,7 @@ class TestCalibrate:
         return calibrate(model, tokenizer, routers, TEXTS, **parameters)
 
     def test_header_and_tables(self, model, tokenizer, routers):
-        null = self.run(model, tokenizer, routers, trim=1, experts=8)
+        null = self.run(model, tokenizer, routers, kind=NullKind(trim=1), experts=8)
         header = null.header
         assert (header.model, header.revision, header.text) == ("a/b", "c0ffee", "words")
         assert (header.num_layers, header.num_experts, header.tokens) == (3, 8, 300)

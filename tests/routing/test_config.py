@@ -24,7 +24,7 @@ def test_patterns_name_layers(pattern, expected):
 
 @pytest.mark.parametrize("pattern", ["", "none", "last", "last0", "3-", "0,1", "all+x"])
 def test_a_pattern_that_names_no_layers_is_refused_at_once(pattern):
-    with pytest.raises(ParameterError, match="layers="):
+    with pytest.raises(ParameterError, match="layers must be"):
         RoutingConfig(layers=pattern)
 
 

@@ -348,8 +348,8 @@ def test_the_null_model_is_found_by_fingerprint_in_either_dtype(tiny_model_folde
     [
         ({"max_k": 65}, "64 experts"),
         ({"layers": "0-9"}, "4 MoE layers"),
-        ({"experts": "fast"}, "experts='fast' is unknown"),
-        ({"mode": "watch"}, "mode='watch' is unknown"),
+        ({"experts": "fast"}, "experts_implementation must be one of .* found 'fast'"),
+        ({"mode": "watch"}, "mode must be patch or analyze: found 'watch'"),
         ({"kde": "nowhere.safetensors"}, "does not exist"),
     ],
 )

@@ -216,9 +216,9 @@ class TestFit:
     @pytest.mark.parametrize(
         ("data", "parameters", "message"),
         [
-            (logits(), {"trim": 4}, "with 8 experts use 0 to 3"),
-            (logits(), {"trim": -1}, "trim=-1"),
-            (logits(), {"trim": 1.0}, "trim=1.0"),
+            (logits(), {"trim": 4}, "from 0 to 3 with 8 experts"),
+            (logits(), {"trim": -1}, "found -1"),
+            (logits(), {"trim": 1.0}, "found 1.0"),
             (logits(), {"kernel": "cosine"}, "kernel='cosine'"),
             (logits(), {"bandwidth": -1}, "bandwidth=-1"),
             (logits(), {"points": 0}, "points=0"),

@@ -75,13 +75,13 @@ def test_every_rule_takes_what_it_can_of_the_common_arguments():
         experiment.rule: {
             name: value
             for name, value in config.model_args_of(experiment).items()
-            if name in common
+            if name in {*common, "null_scope"}
         }
         for experiment in config.experiments()
     }
     assert taken == {
         "topk": {"dtype": "auto"},
-        "bh": {"min_k": 2, "statistic": "contribution", "null": "expert", "dtype": "auto"},
+        "bh": {"min_k": 2, "statistic": "contribution", "null_scope": "expert", "dtype": "auto"},
         "top_p": {"min_k": 2, "statistic": "contribution", "dtype": "auto"},
         "random_k": {"seed": 3, "dtype": "auto"},
     }
@@ -133,16 +133,16 @@ def test_a_shard_outside_n_is_refused(shard):
         ({"baselines": [], "alphas": []}, "grid is empty"),
         ({"baselines": [], "max_k": []}, "grid is empty"),
         ({"alphas": [0.4, 0.4]}, "alphas names 0.4 2 times"),
-        ({"alphas": [1.5]}, "alpha=1.5 is not a level"),
-        ({"max_k": [0]}, "max_k=0"),
+        ({"alphas": [1.5]}, "alpha must be a number .* found 1.5"),
+        ({"max_k": [0]}, "max_k must be an integer"),
         ({"baselines": [8, 8]}, "baselines names 8 2 times"),
         ({"rules": ["bhh"]}, "did you mean 'bh'"),
         ({"tasks": []}, "no task"),
         ({"tasks": ["bh_demo_lambda"]}, "did you mean 'bh_demo_lambada'"),
-        ({"limit": 0}, "limit=0"),
-        ({"limit": 2.5}, "limit=2.5"),
-        ({"batch_size": "large"}, "batch_size='large'"),
-        ({"seed": "x"}, "seed='x'"),
+        ({"limit": 0}, "limit must be .* found 0"),
+        ({"limit": 2.5}, "limit must be .* found 2.5"),
+        ({"batch_size": "large"}, "batch_size must be .* found 'large'"),
+        ({"seed": "x"}, "seed must be an integer: found 'x'"),
         ({"model_args": {"alpha": 0.3}}, "model_args sets alpha"),
         ({"model_args": "dtype=float32"}, "model_args must be names with values"),
         (
@@ -168,7 +168,7 @@ def test_an_unknown_task_of_lm_eval_is_refused_with_the_nearest_name():
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("limt: 3", "did you mean 'limit'"), ("- 3", "hold no keys"), ("a: [", "cannot be read")],
+    [("limt: 3", "did you mean 'limit'"), ("- 3", "must hold keys"), ("a: [", "could not be read")],
 )
 def test_a_file_of_settings_that_cannot_be_used_is_refused(tmp_path, text, sentence):
     file = tmp_path / "sweep.yaml"
