@@ -33,7 +33,7 @@ from lm_eval_bh.harness.logs.run_log import LogOptions, RunLog
 from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE, tiny_olmoe
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.nulls.null_model import NullModel
-from lm_eval_bh.routing.patching.experts import EXPERTS
+from lm_eval_bh.routing.patching.experts_switch import EXPERTS
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.schema import SCHEMA_VERSION, RunInfo
