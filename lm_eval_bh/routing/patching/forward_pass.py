@@ -118,8 +118,8 @@ def current_pass(patch: Patch) -> ForwardPass:
     if recomputed and patch.padded:
         raise RoutingError(
             "A layer is run again in the backward pass by a checkpointing that is not "
-            "transformers' own, so which tokens are padding is not known: use "
-            "gradient_checkpointing_enable() of the model."
+            "transformers' own, so which tokens are padding is not known: use the "
+            "activation checkpointing of the model itself."
         )
     return ForwardPass(patch, None, recomputed=recomputed)
 
