@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lm_eval_bh.routing.config import RoutingConfig
     from lm_eval_bh.routing.nulls.null_model import NullModel
     from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
+    from lm_eval_bh.routing.patching.unpatch import unpatch
     from lm_eval_bh.routing.selection import Selection, select_experts
 
     __version__: str
@@ -49,6 +50,7 @@ __all__ = [
     "create_comprehensive_visualization",
     "create_single_panel",
     "select_experts",
+    "unpatch",
 ]
 
 _HOME = {
@@ -60,6 +62,7 @@ _HOME = {
     "create_comprehensive_visualization": "lm_eval_bh.analysis.show.plots",
     "create_single_panel": "lm_eval_bh.analysis.show.plots",
     "select_experts": "lm_eval_bh.routing.selection",
+    "unpatch": "lm_eval_bh.routing.patching.unpatch",
 }
 
 

@@ -33,7 +33,7 @@ from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE, tiny_olmoe
 from lm_eval_bh.routing.config import PARAMETERS, RoutingConfig
 from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.parameters import ALIASES, accepts
-from lm_eval_bh.routing.patching.experts import check_implementation
+from lm_eval_bh.routing.patching.experts_switch import check_implementation
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.schema import SCHEMA_VERSION, RunInfo

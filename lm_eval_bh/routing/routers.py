@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lm_eval_bh.errors import ModelError
+from lm_eval_bh.routing.probe import Behaviour, Order, probe
 
-# Routers whose weights are a float32 softmax over all experts of the logits they return, of which
-# the top-k are taken. Only for these can experts beyond the router's own top-k be given a weight.
-SOFTMAX_ROUTERS = frozenset(
-    {
-        "OlmoeTopKRouter",
-        "FlexOlmoTopKRouter",
-        "Qwen2MoeTopKRouter",
-        "Qwen3MoeTopKRouter",
-        "Qwen3NextTopKRouter",
-        "MixtralTopKRouter",
-    }
-)
-
-# Routers that always rescale the selected weights to sum to one; the others have a switch for it.
-NORMALIZING_ROUTERS = frozenset({"MixtralTopKRouter", "GptOssTopKRouter", "GraniteMoeTopKRouter"})
+# What a patched router has selected on its own; see lm_eval_bh/routing/patching/unpatch.py.
+OWN_TOP_K = "_own_top_k_before_bh"
 
 
 @dataclass(frozen=True)
@@ -40,43 +29,77 @@ class Router:
         Its forward returns (router logits, weights, indices).
     num_experts, top_k : int
         How many experts it scores and how many it selects on its own.
-    softmax : bool
-        Whether its weights are the softmax over all experts of its logits.
-    normalizes : bool
-        Whether it rescales the weights of the selected experts to a fixed sum.
+    behaviour : Behaviour
+        What it does with its scores.
+    parent : nn.Module or None
+        The module it is part of.
+    copies : tuple of nn.Module
+        Copies of it, by PEFT's ``modules_to_save``, that are not active now.
     """
 
     name: str
     module: nn.Module
     num_experts: int
     top_k: int
-    softmax: bool
-    normalizes: bool
+    behaviour: Behaviour
+    parent: nn.Module | None = field(default=None, repr=False)
+    copies: tuple[nn.Module, ...] = field(default=(), repr=False)
 
     @property
     def weight(self) -> Tensor:
-        """The projection from hidden states to router logits, ``[experts, hidden]``."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        """The projection from hidden states to router logits, ``[experts, hidden]``.
+
+        It is read from where accelerate keeps it, if that is not where it computes.
+        """
+        return router_weight(self.module)
+
+    @property
+    def softmax(self) -> bool:
+        """Whether its weights are the softmax over all experts of its logits, or in proportion."""
+        return self.behaviour.softmax
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether it rescales the weights of the selected experts to a fixed sum."""
+        return self.behaviour.normalizes
+
+    @property
+    def order(self) -> Order | None:
+        """How it ranks its experts."""
+        return self.behaviour.order
+
+
+def router_weight(module: nn.Module) -> Tensor:
+    """Return a router's projection ``[experts, hidden]``, read through accelerate's hooks."""
+    inner, name = _projection(module)
+    with align_module_device(inner):
+        weight = getattr(inner, name)
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def find_routers(model: nn.Module) -> list[Router]:
     """Return every MoE router of a transformers model, in the order of its layers.
 
-    The router's class is the one from which transformers itself records ``router_logits``.
+    The router's class is the one from which transformers itself records ``router_logits``. Of the
+    copies that PEFT makes of a router for ``modules_to_save``, the active one is returned.
 
     Raises
     ------
     ModelError
-        If the model has none, or only ones that do not return (logits, weights, indices).
+        If the model has none, or only ones that return no (logits, weights, indices).
     """
     classes = tuple({recorder.target_class for recorder in _recorders(model)})
-    routers = [
-        _describe(name, module, model)
-        for name, module in model.named_modules()
-        if classes and isinstance(module, classes)
-    ]
+    found: dict[str, list[tuple[str, nn.Module, bool]]] = {}
+    if classes:
+        for place, name, module, active in _walk(model, ("", ""), True, set()):
+            if isinstance(module, classes):
+                found.setdefault(place, []).append((name, module, active))
+    routers = []
+    for group in found.values():
+        [(name, module, _)] = [each for each in group if each[2]] or group[:1]
+        copies = tuple(other for _, other, _ in group if other is not module)
+        routers.append(_describe(name, module, model, copies))
     if not routers:
         raise ModelError(
             f"{type(model).__name__} has no MoE routers, so there is nothing to route: give a "
@@ -102,6 +125,33 @@ def transformers_model(model: nn.Module) -> PreTrainedModel:
     )
 
 
+def _walk(
+    module: nn.Module, names: tuple[str, str], active: bool, seen: set[int]
+) -> Iterator[tuple[str, str, nn.Module, bool]]:
+    """Yield (place, name, module, whether it is active) of all modules; copies share a place."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    place, name = names
+    yield place, name, module, active
+    saved = getattr(module, "modules_to_save", None)
+    if isinstance(saved, nn.ModuleDict) and hasattr(module, "original_module"):  # PEFT's wrapper
+        current = next(iter(module.active_adapters), "")  # type: ignore[arg-type]
+        serves_original = bool(module.disable_adapters) or current not in saved
+        copies = [("original_module", module.original_module, serves_original)]
+        copies += [
+            (f"modules_to_save.{key}", copy, not serves_original and key == current)
+            for key, copy in saved.items()
+        ]
+        for suffix, copy, serves in copies:
+            assert isinstance(copy, nn.Module)
+            yield from _walk(copy, (place, f"{name}.{suffix}"), active and serves, seen)
+        return
+    for key, child in module.named_children():
+        inner = tuple(f"{prefix}.{key}" if prefix else key for prefix in names)
+        yield from _walk(child, (inner[0], inner[1]), active, seen)
+
+
 def _recorders(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -113,27 +163,42 @@ def _recorders(model: nn.Module) -> Iterator[Any]:
             )
 
 
-def _describe(name: str, module: nn.Module, model: nn.Module) -> Router:
+def _describe(
+    name: str, module: nn.Module, model: nn.Module, copies: tuple[nn.Module, ...]
+) -> Router:
     config = transformers_model(model).config.get_text_config()
     num_experts = getattr(module, "num_experts", None) or getattr(module, "n_routed_experts", None)
-    top_k = getattr(module, "top_k", None) or getattr(config, "num_experts_per_tok", None)
+    top_k = getattr(module, OWN_TOP_K, None) or getattr(module, "top_k", None)
+    top_k = top_k or getattr(config, "num_experts_per_tok", None)
     if num_experts is None:
         num_experts = getattr(config, "num_local_experts", None) or getattr(
             config, "num_experts", None
         )
-    weight = getattr(module, "weight", None)
-    if not (isinstance(num_experts, int) and isinstance(top_k, int) and isinstance(weight, Tensor)):
+    if not (isinstance(num_experts, int) and isinstance(top_k, int)):
         raise ModelError(
-            f"The router {name} ({type(module).__name__}) does not tell its number of experts, "
-            "its top-k and its weight: routers of this family are not supported."
+            f"The router {name} ({type(module).__name__}) does not tell its number of experts "
+            "and its top-k: routers of this family are not supported."
         )
-    family = type(module).__name__
-    switch = getattr(module, "norm_topk_prob", getattr(config, "norm_topk_prob", False))
-    return Router(
-        name=name,
-        module=module,
-        num_experts=num_experts,
-        top_k=top_k,
-        softmax=family in SOFTMAX_ROUTERS,
-        normalizes=family in NORMALIZING_ROUTERS or bool(switch),
-    )
+    _projection(module)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    behaviour = probe(module, parent, num_experts, top_k)
+    if not behaviour.obeys:
+        top_k = behaviour.slots
+    return Router(name, module, num_experts, top_k, behaviour, parent, copies)
+
+
+def _projection(module: nn.Module) -> tuple[nn.Module, str]:
+    """Return where the router's projection is: the module that holds it, and its name there."""
+    matrices = [
+        (inner, name)
+        for inner in module.modules()
+        for name, parameter in inner._parameters.items()
+        if parameter is not None and parameter.ndim == 2 and min(parameter.shape) > 1
+    ]
+    if len(matrices) != 1:
+        raise ModelError(
+            f"A router of class {type(module).__name__} has {len(matrices)} weight matrices, and "
+            "one that projects hidden states to router logits was looked for: routers of this "
+            "family are not supported."
+        )
+    return matrices[0]

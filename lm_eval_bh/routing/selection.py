@@ -5,6 +5,7 @@ The router hooks and :func:`select_experts` both call :func:`select`; there is n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ def select(
     *,
     softmax: bool = True,
     normalizes: bool = False,
+    rank: Callable[[Tensor], Tensor] | None = None,
 ) -> Selection:
     """Select the experts of every token.
 
@@ -55,42 +57,45 @@ def select(
     selector : Selector
         The layer's rule.
     own : (weights, indices) or None
-        What the router selected itself, both ``[tokens, top_k]``. Its weights are kept wherever it
+        What the router selected itself, both ``[tokens, slots]``. Its weights are kept wherever it
         has given any, bit for bit, and its dtype; without, weights are float32 or better.
     softmax : bool
-        Whether weights are a float32 softmax over all experts of the logits. Where they are not,
-        only experts that the router selected itself can be kept.
+        Whether weights are a softmax over all experts of the logits. Where they are not, only
+        experts that the router selected itself can be kept.
     normalizes : bool
-        Whether the router rescales the weights of its top-k to a fixed sum.
+        Whether the router rescales the weights of the experts it selects to a fixed sum.
+    rank : callable or None
+        From router logits to what the router ranks its experts by, ``[tokens, experts]``; None
+        where its slots are in that order.
     """
     config = selector.config
     counts, ranked = selector(router_logits)
-    own_serves = (
-        own is not None
-        and ranked is None
-        and own[1].shape[-1] == config.max_k
-        and config.temperature == 1.0
-    )
     rescales = config.renormalize is True or (config.renormalize == "auto" and normalizes)
-    if own is not None and own_serves and config.fixed_count and (normalizes or not rescales):
-        return Selection(own[1], own[0], counts)
-    if own is not None and not softmax:
-        weights, indices = own
-        order = router_logits.gather(-1, indices).argsort(dim=-1, descending=True, stable=True)
-        order = order[:, : config.max_k]
-        weights, indices = weights.gather(-1, order), indices.gather(-1, order)
-    elif own is not None and own_serves:
-        weights, indices = own
-    else:
+    if own is None or (softmax and not _serves(own[1], ranked, config)):
         weights, indices = _softmax_top(router_logits, ranked, config.max_k, config.temperature)
         if normalizes:
             weights = weights / weights.sum(-1, keepdim=True)
         if own is not None:
             weights = weights.to(own[0].dtype)
-    selection = keep(indices, weights, counts, selector.num_experts)
+    else:
+        weights, indices = own
+        all_serve = config.fixed_count and indices.shape[-1] == config.max_k
+        if all_serve and (normalizes or not rescales):
+            return Selection(indices, weights, counts)
+        if rank is not None and not all_serve:
+            order = rank(router_logits).gather(-1, indices)
+            order = order.argsort(dim=-1, descending=True, stable=True)
+            weights, indices = weights.gather(-1, order), indices.gather(-1, order)
+    first = slice(config.max_k)
+    selection = keep(indices[:, first], weights[:, first], counts, selector.num_experts)
     if not rescales:
         return selection
     return selection._replace(weights=_rescaled(selection.weights, weights if normalizes else None))
+
+
+def _serves(indices: Tensor, ranked: Tensor | None, config: RoutingConfig) -> bool:
+    """Whether what the router selected itself is what the rule has to choose from."""
+    return ranked is None and indices.shape[-1] == config.max_k and config.temperature == 1.0
 
 
 def keep(indices: Tensor, weights: Tensor, counts: Tensor, num_experts: int) -> Selection:

@@ -32,11 +32,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
-
-from lm_eval_bh.errors import ParameterError, did_you_mean
-from lm_eval_bh.routing.routers import transformers_model
 
 RAGGED = "bh_ragged"
 FEW, MANY = 3, 48  # rows between which float32 is faster the transposed way round
@@ -253,85 +250,3 @@ def _count(module: Any, rows: int | Tensor) -> None:
 
 
 ALL_EXPERTS_FUNCTIONS.register(RAGGED, ragged_experts_forward)
-
-
-# What `experts=` takes, and the name of the implementation within transformers.
-EXPERTS: dict[str, str | None] = {
-    "auto": None,
-    "ragged": RAGGED,
-    "eager": "eager",
-    "grouped_mm": "grouped_mm",
-    "batched_mm": "batched_mm",
-}
-
-
-def check_implementation(name: str) -> None:
-    """Raise a :class:`ParameterError` unless ``name`` is a key of :data:`EXPERTS`."""
-    if name not in EXPERTS:
-        raise ParameterError(
-            f"experts_implementation must be one of {', '.join(EXPERTS)}: found {name!r}"
-            f"{did_you_mean(str(name), EXPERTS)}."
-        )
-
-
-class ExpertsSwitch:
-    """Gives a model another experts implementation, and its own back.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A transformers model, possibly wrapped.
-    experts : str
-        A key of :data:`EXPERTS`.
-    unused_slots : bool
-        Whether slots can stay unused. If none can, "auto" changes nothing. If some can, the stock
-        implementations must be told (they know such slots from expert parallelism only, and read
-        uninitialised memory otherwise).
-
-    Attributes
-    ----------
-    skips_unused : bool
-        Whether the model now knows unused slots, so that padding may be given nothing else.
-    """
-
-    def __init__(self, model: nn.Module, experts: str, *, unused_slots: bool) -> None:
-        self._model = transformers_model(model)
-        self._before: dict[str, str | None] | None = None
-        self._flagged: list[Any] = []
-        self._counting: list[Any] = []
-        self._rows = RowsComputed()
-        wanted = EXPERTS[experts] or (RAGGED if unused_slots else None)
-        ragged = False
-        if wanted is not None and self._model._can_set_experts_implementation():
-            self._before = self._model.get_experts_implementation()
-            self._model.set_experts_implementation(wanted)
-            ragged = wanted == RAGGED
-        self.skips_unused = unused_slots or ragged
-        for module in self._model.modules():
-            if self.skips_unused and getattr(module, "_is_expert_parallel", None) is False:
-                module._is_expert_parallel = True  # type: ignore[assignment]
-                self._flagged.append(module)
-                if ragged:
-                    module._rows_computed = self._rows  # type: ignore[assignment]
-                    self._counting.append(module)
-
-    @property
-    def rows_computed(self) -> int | None:
-        """Expert rows computed so far, over all layers; None if transformers' own code ran.
-
-        With "ragged" on a CPU in float32 it is the sum of the counts over real tokens and layers
-        that are patched, plus top-k for every token in the others. Waits for the devices.
-        """
-        return self._rows.total if self._counting else None
-
-    def restore(self) -> None:
-        """Undo what the constructor did."""
-        for module in self._flagged:
-            module._is_expert_parallel = False
-        for module in self._counting:
-            del module._rows_computed
-        self._flagged.clear()
-        self._counting.clear()
-        if self._before is not None:
-            self._model.set_experts_implementation(self._before)
-            self._before = None

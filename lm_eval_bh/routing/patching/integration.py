@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,66 +11,23 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from lm_eval_bh.errors import ModelError, ParameterError, RoutingError
+from lm_eval_bh.errors import ModelError, NullModelError, ParameterError
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.nulls.find import is_auto, resolve_null
+from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
 from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.parameters import ALIASES, accepts
 from lm_eval_bh.routing.patching.counters import RoutingCounters
-from lm_eval_bh.routing.patching.experts import ExpertsSwitch, check_implementation
-from lm_eval_bh.routing.routers import Router, find_routers, transformers_model
-from lm_eval_bh.routing.selection import Selection, select
+from lm_eval_bh.routing.patching.experts_switch import ExpertsSwitch, check_implementation
+from lm_eval_bh.routing.patching.fits import check_fit
+from lm_eval_bh.routing.patching.forward_pass import real_tokens
+from lm_eval_bh.routing.patching.hook import RouterHook
+from lm_eval_bh.routing.patching.patch import Observer, Patch
+from lm_eval_bh.routing.patching.unpatch import put_in, refuse_patched, unpatch
+from lm_eval_bh.routing.routers import find_routers, transformers_model
 from lm_eval_bh.routing.selector import Selector
 from lm_eval_bh.routing.target import Solution, solve
-
-Observer = Callable[[int, Tensor, Selection], None]
-
-
-class RouterHook:
-    """A forward hook of one router: replaces what the router selected, or only watches it.
-
-    It runs after the router, so whatever the router computes stays the router's own business.
-    """
-
-    def __init__(
-        self, owner: BHRoutingIntegration, layer: int, router: Router, selector: Selector
-    ) -> None:
-        self.owner = owner
-        self.layer = layer
-        self.router = router
-        self.selector = selector
-        self.extremes: list[Tensor] = []
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Return the router's output with the selection in it, or None to leave it as it is."""
-        if not (isinstance(output, tuple) and len(output) == 3):
-            raise ModelError(
-                f"The router {self.router.name} ({type(module).__name__}) does not return "
-                "(logits, weights, indices): routers of this family are not supported."
-            )
-        router_logits, weights, indices = output
-        self._check_finite(router_logits)
-        selection = select(
-            router_logits,
-            self.selector,
-            (weights, indices),
-            softmax=self.router.softmax,
-            normalizes=self.router.normalizes,
-        )
-        for observe in self.owner.observers:
-            observe(self.layer, router_logits, selection)
-        if self.owner.config.mode == "analyze":
-            return None
-        return router_logits, selection.weights, self.owner.without_padding(selection.indices)
-
-    def _check_finite(self, router_logits: Tensor) -> None:
-        """Note the extreme logits; the end of the forward pass asks all layers at once.
-
-        Where one logit is NaN, both of them are.
-        """
-        self.extremes.extend(router_logits.detach().aminmax())
 
 
 class BHRoutingIntegration:
@@ -152,25 +109,20 @@ class BHRoutingIntegration:
         self._texts = texts
         self._given_null = null_model
         self.solution: Solution | None = None
-        self._check(self.config)
+        check_fit(self.config, self.routers)
         self._known: NullModel | None = None  # kept while a rule without a test is in force
         self.null_model = self._resolve(self.config)
         self.observers: list[Observer] = []
         self.counters: RoutingCounters | None = None
         if collect_stats:
-            self.reset_stats()
-            self.observers.append(self._count)
-        self.token_mask: Tensor | None = None
-        self._real: Tensor | None = None
-        self._hooks: list[RouterHook] = []
-        self._handles: list[Any] = []
-        self._switch: ExpertsSwitch | None = None
+            self.counters = RoutingCounters(len(self.routers), self.num_experts)
+        self._patch: Patch | None = None
         self._solve()
 
     @property
     def patched(self) -> bool:
         """Whether the hooks sit in the model now."""
-        return bool(self._handles)
+        return self._patch is not None and self._patch.alive
 
     @property
     def layers(self) -> list[int]:
@@ -206,7 +158,7 @@ class BHRoutingIntegration:
             If it does not fit the model, or its target cannot be met; then the old configuration
             stays in force.
         """
-        self._check(config)
+        check_fit(config, self.routers)
         patched = self.patched
         before = self.config, self.null_model, self.solution
         self.unpatch_model()  # first: a null model may be calibrated, and on the model as it is
@@ -231,30 +183,27 @@ class BHRoutingIntegration:
         ------
         ModelError
             If a router carries hooks of this or another integration already.
+        NullModelError
+            If the routers have changed since their null model was found.
         """
-        self._refuse_patched()
-        base = transformers_model(self.model).base_model
-        assert isinstance(base, PreTrainedModel)
+        refuse_patched(self.model)
+        self._refuse_stale()
+        patch = Patch(self.config.mode, self.observers, self.counters)
+        hooks = []
+        for layer in self.layers:
+            router, selector = self.routers[layer], self.selector(layer, self.alphas[layer])
+            hooks.append((router, RouterHook(patch, layer, router, selector)))
         try:
-            self._handles.append(
-                base.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-            )
-            for layer in self.layers:
-                router = self.routers[layer]
-                selector = self.selector(layer, self.alphas[layer])
-                hook = RouterHook(self, layer, router, selector)
-                self._hooks.append(hook)
-                self._handles.append(router.module.register_forward_hook(hook, prepend=True))
-            self._handles.append(base.register_forward_hook(self._after_forward))
+            put_in(self.model, patch, hooks)
             if self.config.mode == "patch":
-                self._switch = ExpertsSwitch(
-                    self.model,
-                    self.experts_implementation,
-                    unused_slots=self._leaves_slots_unused(),
+                unused = self.config.adaptive and self.config.min_k < self.config.max_k
+                patch.switch = ExpertsSwitch(
+                    self.model, self.experts_implementation, unused_slots=unused
                 )
         except BaseException:
-            self.unpatch_model()
+            unpatch(self.model)
             raise
+        self._patch = patch
         return self
 
     def selector(self, layer: int, alpha: float) -> Selector:
@@ -263,13 +212,9 @@ class BHRoutingIntegration:
 
     def unpatch_model(self) -> None:
         """Take every hook out and give the model its own experts implementation back."""
-        while self._handles:
-            self._handles.pop().remove()
-        self._hooks.clear()
-        self.token_mask = None
-        if self._switch is not None:
-            self._switch.restore()
-            self._switch = None
+        if self.patched:  # if not, the hooks in the model may be another integration's
+            unpatch(self.model)
+        self._patch = None
 
     def __enter__(self) -> BHRoutingIntegration:
         return self.patch_model()
@@ -294,23 +239,15 @@ class BHRoutingIntegration:
         mask : Tensor
             bool ``[rows, length]``, as an attention mask: False, or 0, for padding.
         """
-        before, self._real = self._real, mask
-        try:
+        base = transformers_model(self.model).base_model
+        with real_tokens(base, mask):
             yield
-        finally:
-            self._real = before
-
-    def without_padding(self, indices: Tensor) -> Tensor:
-        """Mark every slot of a padding token as unused: int64 ``[tokens, slots]`` in and out."""
-        mask = self.token_mask
-        if mask is None or self._switch is None or not self._switch.skips_unused:
-            return indices
-        return indices.masked_fill(~mask.to(indices.device).unsqueeze(-1), self.num_experts)
 
     @property
     def rows_computed(self) -> int | None:
         """Expert rows computed since the model was patched; see :class:`ExpertsSwitch`."""
-        return None if self._switch is None else self._switch.rows_computed
+        switch = None if self._patch is None else self._patch.switch
+        return None if switch is None else switch.rows_computed
 
     def get_routing_stats(self) -> dict[str, float | None]:
         """Return statistics of the experts per token since the last reset; None before any token.
@@ -346,21 +283,17 @@ class BHRoutingIntegration:
     def reset_stats(self) -> None:
         """Start the statistics anew."""
         self.counters = RoutingCounters(len(self.routers), self.num_experts)
+        if self._patch is not None:
+            self._patch.counters = self.counters
 
-    def _count(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
-        assert self.counters is not None
-        weight = None if self.token_mask is None else self.token_mask.to(torch.int64)
-        self.counters.add(layer, selection, weight)
-
-    def _leaves_slots_unused(self) -> bool:
-        return self.config.adaptive and self.config.min_k < self.config.max_k
-
-    def _refuse_patched(self) -> None:
-        for router in self.routers:
-            if any(isinstance(hook, RouterHook) for hook in router.module._forward_hooks.values()):
-                raise ModelError(
-                    f"The router {router.name} is patched already: call unpatch_model() first."
-                )
+    def _refuse_stale(self) -> None:
+        known = None if self.null_model is None else self.null_model.header.fingerprint
+        if known is not None and known != router_fingerprint(r.weight for r in self.routers):
+            raise NullModelError(
+                "The routers are no longer those that the null model was fitted on (trained "
+                "since?): make a new BHRoutingIntegration, whose null model is calibrated on "
+                "them as they are."
+            )
 
     def _resolve(self, config: RoutingConfig) -> NullModel | None:
         if not config.needs_null:
@@ -371,7 +304,7 @@ class BHRoutingIntegration:
             wanted = replace(wanted, trim=wanted.trim or 0)
         if self._known is None or self._known.mismatch(wanted) is not None:
             if auto:
-                self._refuse_patched()  # it may have to be calibrated, on the model as it is
+                refuse_patched(self.model)  # it may have to be calibrated, on the model as it is
             self._known = resolve_null(
                 self._given_null, self.model, self.routers, self._tokenizer, wanted
             )
@@ -383,61 +316,3 @@ class BHRoutingIntegration:
             self.solution = solve(self, self._tokenizer, self._texts)
             if self.counters is not None:
                 self.reset_stats()
-
-    def _check(self, config: RoutingConfig) -> None:
-        config.check_experts(self.num_experts)
-        for layer in config.select_layers(len(self.routers)):
-            router = self.routers[layer]
-            if router.softmax:
-                continue
-            if config.needs_softmax:
-                raise ParameterError(
-                    f"rule={config.rule}, statistic={config.statistic}, "
-                    f"null_scope={config.null_scope} needs weights that are a softmax of the "
-                    f"logits, which those of "
-                    f"{type(router.module).__name__} are not: use a test of the logits of a layer."
-                )
-            if config.max_k > router.top_k:
-                raise ParameterError(
-                    f"max_k={config.max_k} is more than the {router.top_k} experts that "
-                    f"{type(router.module).__name__} gives weights to, and its scores are its own: "
-                    f"give a max_k of at most {router.top_k}."
-                )
-            if config.temperature != 1.0:
-                raise ParameterError(
-                    f"temperature={config.temperature} would replace the scores of "
-                    f"{type(router.module).__name__}, which are no plain softmax: leave it at 1."
-                )
-
-    def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Learn from the caller, or else from the attention mask, which tokens are padding."""
-        for hook in self._hooks:  # a pass that died before its end has left its note
-            hook.extremes.clear()
-        mask = kwargs.get("attention_mask") if self._real is None else self._real
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        tokens = ids if ids is not None else kwargs.get("inputs_embeds")
-        self.token_mask = None
-        if tokens is not None and self._real is not None and self._real.shape != tokens.shape[:2]:
-            raise ParameterError(
-                f"real_tokens() was told of {tuple(self._real.shape)} tokens, but the forward pass "
-                f"has {tuple(tokens.shape[:2])}: give a mask [rows, length] of the same tokens."
-            )
-        if isinstance(mask, Tensor) and mask.ndim == 2 and tokens is not None:
-            self.token_mask = mask[:, -tokens.shape[1] :].reshape(-1).to(tokens.device) != 0
-
-    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Ask all layers at once, in one synchronisation, whether their logits were finite."""
-        noted = [(hook.layer, extreme) for hook in self._hooks for extreme in hook.extremes]
-        for hook in self._hooks:
-            hook.extremes.clear()
-        if not noted:
-            return
-        device = noted[0][1].device
-        finite = torch.stack([extreme.to(device) for _, extreme in noted]).isfinite().tolist()
-        broken = {layer for (layer, _), fine in zip(noted, finite, strict=True) if not fine}
-        if broken:
-            names = ", ".join(map(str, sorted(broken)))
-            raise RoutingError(
-                f"The router logits of layer {names} hold NaN or infinite values: "
-                "check the model's weights and its dtype."
-            )

@@ -24,7 +24,7 @@ from lm_eval_bh.routing.nulls.null_kind import NullKind
 from lm_eval_bh.routing.nulls.null_model import NullModel
 
 SHARED = Path(
-    os.environ.get("LM_EVAL_BH_SHARED", Path(__file__).resolve().parents[2].parent / "shared")
+    os.environ.get("LM_EVAL_BH_SHARED", Path(__file__).resolve().parents[3].parent / "shared")
 )
 TEXTS = ["The first document.", "", "A second one, which is a little longer. " * 8, "The third."]
 

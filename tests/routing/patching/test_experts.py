@@ -17,7 +17,8 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError
 from lm_eval_bh.routing.patching import experts as ragged
-from lm_eval_bh.routing.patching.experts import ExpertsSwitch, RowsComputed, ragged_experts_forward
+from lm_eval_bh.routing.patching.experts import RowsComputed, ragged_experts_forward
+from lm_eval_bh.routing.patching.experts_switch import ExpertsSwitch
 
 HIDDEN, INNER, EXPERTS, SLOTS = 48, 32, 8, 4
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -340,7 +341,6 @@ def test_padding_is_given_no_experts_and_changes_no_real_token(some_ids, side, i
         assert routing.counters.mean() == mean
         if rows is not None:
             assert routing.rows_computed == 2 * rows
-        assert routing.token_mask.dtype == torch.bool
     for logits, expected, keep in zip(batched, alone, mask, strict=True):
         torch.testing.assert_close(logits[keep.bool()], expected, rtol=1e-4, atol=1e-4)
 
@@ -442,8 +442,8 @@ def test_restoring_leaves_no_trace(own, experts, unused_slots):
     else:
         assert ran == {"ragged": "bh_ragged"}.get(experts, experts)
     assert switch.skips_unused == (unused_slots or experts == "ragged")
-    switch.restore()
+    switch.restore(model)
     assert model.get_experts_implementation()[""] == own
     assert [dict(module.__dict__) for module in modules] == before
-    switch.restore()  # twice does no harm
+    switch.restore(model)  # twice does no harm
     assert model.get_experts_implementation()[""] == own

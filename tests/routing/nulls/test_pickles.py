@@ -12,7 +12,7 @@ from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.nulls.pickles import read_table
 
 SHARED = Path(
-    os.environ.get("LM_EVAL_BH_SHARED", Path(__file__).resolve().parents[2].parent / "shared")
+    os.environ.get("LM_EVAL_BH_SHARED", Path(__file__).resolve().parents[3].parent / "shared")
 )
 OLMOE = SHARED / "olmoe_kde"
 needs_olmoe = pytest.mark.skipif(

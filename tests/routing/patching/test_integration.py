@@ -16,7 +16,7 @@ from lm_eval_bh import (
     RoutingConfig,
     RoutingError,
 )
-from lm_eval_bh.routing.patching.integration import RouterHook
+from lm_eval_bh.routing.patching.hook import RouterHook
 from lm_eval_bh.routing.routers import find_routers
 from lm_eval_bh.routing.rules.registry import RULES
 

@@ -1,0 +1,69 @@
+"""What all hooks of one patching of a model share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lm_eval_bh.routing.patching.counters import RoutingCounters
+from lm_eval_bh.routing.patching.experts_switch import ExpertsSwitch
+from lm_eval_bh.routing.selection import Selection
+
+logger = logging.getLogger(__name__)
+
+Observer = Callable[[int, Tensor, Selection], None]
+
+
+class Patch:
+    """What all hooks of one patching of a model share.
+
+    A copy of a patched model, or one that was saved, routes like it, but tells nobody.
+
+    Attributes
+    ----------
+    mode : "patch" or "analyze"
+        Whether selections replace the model's own.
+    observers : list of callable
+        Who hears of every layer's selection: (layer, router logits, selection).
+    counters : RoutingCounters or None
+        What selections are counted by.
+    switch : ExpertsSwitch or None
+        What computes the experts.
+    alive : bool
+        Whether the hooks are still in the model.
+    padded, looked : bool
+        Whether any pass had a mask; whether one without was examined for padding.
+    """
+
+    def __init__(
+        self, mode: str, observers: list[Observer], counters: RoutingCounters | None
+    ) -> None:
+        self.mode = mode
+        self.observers = observers
+        self.counters = counters
+        self.switch: ExpertsSwitch | None = None
+        self.alive = True
+        self.padded = False
+        self.looked = False
+        self._told = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"observers": [], "counters": None}
+
+    @property
+    def skips_unused(self) -> bool:
+        """Whether the model knows unused slots, so that padding may be given nothing else."""
+        return self.switch is not None and self.switch.skips_unused
+
+    def tell_once(self, why: str) -> None:
+        """Say that padding cannot be told from text."""
+        if not self._told:
+            self._told = True
+            logger.warning(
+                "In a forward pass padding cannot be told from text, so it is counted and computed "
+                "like text: %s. Give the model a 2-D attention_mask, or use real_tokens().",
+                why,
+            )
