@@ -10,8 +10,10 @@ from typing import Any
 
 import pandas as pd
 
+from lm_eval_bh.analysis.read.harness_format import HarnessSample
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.schema import Sample
+from lm_eval_bh.validation import mismatch
 
 # lm-eval's accuracies, the preferred one first: acc_norm allows for the endings' lengths.
 ACCURACIES = ("acc_norm", "acc", "exact_match")
@@ -34,24 +36,34 @@ def read_documents(path: Path, expected: int | None = None) -> pd.DataFrame:
     """
     remedy = "run the evaluation again with --log_samples"
     rows: dict[int, dict[str, Any]] = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                sample = json.loads(line)
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                document, reason = _read_line(line)
+                if reason:
+                    raise DataError(f"Line {number} of {path} is damaged: {reason}; {remedy}.")
                 # A task with several filters has a line for each; lm-eval's first filter counts.
-                if sample["doc_id"] not in rows:
-                    rows[sample["doc_id"]] = _document(sample)
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f"Line {number} of {path} is damaged ({error!r}): {remedy}."
-                ) from error
+                rows.setdefault(document.pop("doc_id"), document)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} could not be read: {error}; {remedy}.") from error
     if expected is not None and len(rows) != expected:
         raise DataError(f"{path} is incomplete: {len(rows)} of {expected} documents; {remedy}.")
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("doc_id").sort_index()
 
 
+def _read_line(line: str) -> tuple[dict[str, Any], str | None]:
+    """Return the document of a line, or why there is none."""
+    try:
+        sample = json.loads(line)
+        reason = mismatch(sample, HarnessSample, "the sample")
+        return ({}, reason) if reason else (_document(sample), None)
+    except (ValueError, RecursionError) as error:
+        return {}, str(error)
+
+
 def _document(sample: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {
+        "doc_id": sample["doc_id"],
         "hash": "-".join(str(sample.get(f"{part}_hash")) for part in ("doc", "prompt", "target")),
         "output": json.dumps(sample["resps"]),
     }

@@ -59,10 +59,14 @@ def group_runs(runs: Sequence[Run], documents: Documents) -> list[Group]:
 def _conflicts(first: Run, second: Run, documents: Documents) -> list[str]:
     """Return how two files conflict; a setting that one of them lacks is not a conflict."""
     found = _differing(first.settings(), second.settings())
+    if first.commit is not None and second.commit is not None:
+        found.pop("revision", None)  # a branch and a tag may be one commit
     for task in sorted(set(first.tasks) & set(second.tasks)):
         differing = _differing(first.task_settings(task), second.task_settings(task))
         if "hash" in differing and _same_documents(first, second, task, documents):
             del differing["hash"]
+        if "limit" in differing:
+            differing.pop("number of documents", None)  # it says so twice
         found |= {f"{name} of {task}": values for name, values in differing.items()}
     return [f"{name} {one} and {other}" for name, (one, other) in found.items()]
 
