@@ -514,6 +514,27 @@ def test_several_processes_see_the_same_documents_in_another_order(write):
         load_experiments([write.folder])
 
 
+def test_documents_are_known_from_samples_where_the_results_do_not_tell(write):
+    import hashlib
+
+    def digest_of(*documents):
+        hashes = [hashlib.sha256(f"{WIKITEXT}doc{i}".encode()).hexdigest() for i in documents]
+        return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
+
+    def on(*documents):
+        def change(content):
+            content["config"]["bh"]["documents"] = {WIKITEXT: digest_of(*documents)}
+
+        return change
+
+    write("stock", model="hf")
+    write("same", change=on(3, 2, 1, 0), samples=False)
+    assert len(load_experiments([write.folder]).groups) == 1
+    write("other", change=on(4, 5, 6, 7), samples=False, alpha=0.5)
+    with pytest.raises(DataError, match=f"documents of {WIKITEXT}"):
+        load_experiments([write.folder])
+
+
 def test_a_missing_count_of_documents_is_no_difference(write):
     def old(content):
         del content["n-samples"]

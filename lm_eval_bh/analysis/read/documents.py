@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,8 @@ def scored_tokens(samples: Iterable[Sample], documents: pd.DataFrame) -> dict[in
         Document -> scored tokens, for documents of a single request.
     """
     losses: dict[int, list[float | None]] = {}
-    for sample in samples:
-        losses.setdefault(sample["sample_id"], []).append(sample["loss"])
+    for document, sample in _with_ids(samples, documents):
+        losses.setdefault(document, []).append(sample["loss"])
     found = {}
     for document, (loss, *others) in losses.items():
         if loss and not others and document in documents.index:
@@ -105,3 +105,17 @@ def scored_tokens(samples: Iterable[Sample], documents: pd.DataFrame) -> dict[in
             if math.isfinite(count) and abs(count - round(count)) < 1e-6 * count:
                 found[document] = round(count)
     return found
+
+
+def _with_ids(samples: Iterable[Sample], documents: pd.DataFrame) -> Iterator[tuple[int, Sample]]:
+    """Yield the samples of a log, each with the document's id in the task.
+
+    A log has the place of a document among those evaluated. That is its id, unless ``--samples``
+    chose documents: then only the document's hash tells which one it is.
+    """
+    in_order = list(documents.index) == list(range(len(documents)))
+    id_of = {hashes.split("-")[0]: int(index) for index, hashes in documents["hash"].items()}
+    for sample in samples:
+        place = sample["sample_id"] if in_order else id_of.get(sample.get("doc_hash", ""))
+        if place is not None:
+            yield place, sample
