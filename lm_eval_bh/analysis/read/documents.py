@@ -62,9 +62,11 @@ def _read_line(line: str) -> tuple[dict[str, Any], str | None]:
 
 
 def _document(sample: Mapping[str, Any]) -> dict[str, Any]:
+    hashes = "-".join(str(sample.get(f"{part}_hash")) for part in ("doc", "prompt", "target"))
+    hashes.encode()  # half a character is a ValueError
     row: dict[str, Any] = {
         "doc_id": sample["doc_id"],
-        "hash": "-".join(str(sample.get(f"{part}_hash")) for part in ("doc", "prompt", "target")),
+        "hash": hashes,
         "output": json.dumps(sample["resps"]),
     }
     for name, unit in (("word_perplexity", "words"), ("byte_perplexity", "bytes")):
