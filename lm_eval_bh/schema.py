@@ -25,6 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from lm_eval_bh.errors import DataError
+from lm_eval_bh.experiment_names import dataset_name as dataset_name
+from lm_eval_bh.experiment_names import experiment_name as experiment_name
+from lm_eval_bh.experiment_names import is_file_name
+from lm_eval_bh.experiment_names import shortened as shortened
+from lm_eval_bh.validation import mismatch
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,34 +62,52 @@ class TaskSummary(TypedDict):
     layers: list[LayerSummary]
 
 
-class RoutingSummary(TaskSummary):
-    """The summary of a run: over all tasks, and for each."""
-
+class _RunCounters(TypedDict, total=False):  # no table needs it
     computed_tokens: int  # rows really computed, each once; padding excluded
     padding_tokens: int
     expert_rows_computed: int | None  # one expert applied to one token, probes included; None if
     # transformers' own code computed the experts, which does not count
+
+
+class RoutingSummary(TaskSummary, _RunCounters):
+    """The summary of a run: over all tasks, and for each."""
+
     cached_requests: int  # answered from --use_cache: they left no trace here
     tasks: dict[str, TaskSummary]
 
 
-class RuleInfo(TypedDict):
-    """``results["config"]["bh"]["rule"]``: all that a reader must know of a selection rule."""
-
-    name: str
-    label: str  # for tables and figures; in "top-k" the k stands for the number of experts
+class _RuleForPeople(TypedDict, total=False):
     source: str
-    fixed_count: bool  # every token gets max_k experts, whatever its logits
-    tests: bool  # a multiple-testing procedure
     random: bool
     alpha: str  # what alpha means
 
 
-class _OfThisRelease(TypedDict, total=False):
+class RuleInfo(_RuleForPeople):
+    """``results["config"]["bh"]["rule"]``: all that a reader must know of a selection rule."""
+
+    name: str
+    label: str  # for tables and figures; in "top-k" the k stands for the number of experts
+    fixed_count: bool  # every token gets max_k experts, whatever its logits
+    tests: bool  # a multiple-testing procedure
+
+
+class RoutingInfo(TypedDict):
+    """What tables take from ``config`` of a :class:`RunInfo`, beside what has a default."""
+
+    rule: str
+    alpha: float | None
+    min_k: int
+    max_k: int
+    mode: str
+
+
+class _NotAlwaysWritten(TypedDict, total=False):
     rule: RuleInfo  # the first release did not write it
+    # A digest of each task's documents, whatever their order; without it they are unknown.
+    documents: dict[str, str]
 
 
-class RunInfo(_OfThisRelease):
+class RunInfo(_NotAlwaysWritten):
     """``results["config"]["bh"]``."""
 
     schema_version: int
@@ -97,7 +120,8 @@ class RunInfo(_OfThisRelease):
     num_layers: int
     num_experts: int
     native_top_k: int
-    model_config: dict[str, Any]  # what FLOPs are counted from
+    # What FLOPs are counted from.
+    model_config: dict[str, float | bool | str | list[Any] | dict[str, Any] | None]
     null_model: dict[str, Any] | None
     summary: RoutingSummary | None  # None with log_routing=off
 
@@ -111,22 +135,29 @@ class LayerStats(TypedDict):
     floor_hits: int
 
 
-class SampleLayer(TypedDict):
-    """One layer of one sample."""
-
-    layer: int
+class _LayerForPeople(TypedDict, total=False):  # no table needs it
     router_logits_shape: list[int]  # [tokens, experts]
-    selected_experts: list[list[int]]  # [tokens][max_k], padded with -1
     expert_weights: list[list[float]]  # [tokens][max_k], 0 where unused
     expert_counts: list[int]
     router_logits_sample: list[list[float]]  # of the first tokens
     layer_stats: LayerStats
 
 
-class Sample(TypedDict):
+class SampleLayer(_LayerForPeople):
+    """One layer of one sample."""
+
+    layer: int
+    selected_experts: list[list[int]]  # [tokens][max_k], padded with -1
+
+
+class _SampleOfThisRelease(TypedDict, total=False):
+    doc_hash: str  # as in lm-eval's samples, which have it beside the document's id in the task
+
+
+class Sample(_SampleOfThisRelease):
     """One request of one document."""
 
-    sample_id: int  # the document's id in the task
+    sample_id: int  # the document's place among those evaluated: its id unless --samples chose
     request: int  # which of the document's requests, 0 where it has one
     repeat: int  # which repetition of it, 0 where it has one
     num_tokens: int
@@ -157,7 +188,13 @@ class Manifest(TypedDict):
     token_rows: int
 
 
-class ExperimentSummary(TypedDict):
+class _SummaryOfThisRelease(TypedDict, total=False):
+    settings: dict[str, Any]  # of the sweep, as far as they decide the experiment's results
+    files: dict[str, str]  # relative to the sweep's folder -> SHA-256
+    digest: str  # SHA-256 of all the rest
+
+
+class ExperimentSummary(_SummaryOfThisRelease):
     """``logs/<experiment>.json``, written by sweeps."""
 
     schema_version: int
@@ -170,27 +207,6 @@ class ExperimentSummary(TypedDict):
     dataset: str
     metrics: dict[str, float | None]
     summary: dict[str, float | int | None]  # total_samples, total_tokens, elapsed_time_seconds
-
-
-def dataset_name(task: str) -> str:
-    """Return the data set of one of our tasks: ``bh_wikitext`` -> ``wikitext``."""
-    return task.removeprefix("bh_")
-
-
-def experiment_name(rule: str, max_k: int, alpha: float | None, task: str) -> str:
-    """Return the name of an experiment, as the earlier prototype built it.
-
-    Examples
-    --------
-    >>> experiment_name("bh", 8, 0.4, "bh_wikitext")
-    '8experts_bh_a040_wikitext'
-    >>> experiment_name("topk", 8, None, "bh_wikitext")
-    '8experts_topk_baseline_wikitext'
-    """
-    if rule == "topk" or alpha is None:
-        return f"{max_k}experts_{rule}_baseline_{dataset_name(task)}"
-    digits = f"{alpha:.2f}" if round(alpha, 2) == alpha else f"{alpha:.10f}".rstrip("0")
-    return f"{max_k}experts_{rule}_a{digits.replace('.', '')}_{dataset_name(task)}"
 
 
 def token_schema(with_logits: bool, num_experts: int) -> pa.Schema:
@@ -220,17 +236,16 @@ def read_run_info(results: dict[str, Any], name: str) -> RunInfo | None:
     Raises
     ------
     DataError
-        If its schema is newer than this release, or a field is missing.
+        If its schema is newer than this release, or a field is missing or of another type.
     """
-    info = results.get("config", {}).get("bh")
+    info = results["config"].get("bh")
     if info is None:
         return None
-    check_version(info, name)
-    if missing := sorted(RunInfo.__required_keys__ - set(info)):
-        raise DataError(
-            f"{name} is incomplete: config.bh lacks {', '.join(missing)}; run the evaluation again."
-        )
-    return cast(RunInfo, info)
+    checked = cast(RunInfo, _of_kind(info, RunInfo, name, "config.bh"))
+    _expect(mismatch(checked["config"], RoutingInfo, "config.bh.config"), name)
+    if not is_file_name(checked["run_id"]):
+        raise DataError(f"{name} is damaged: its run id is no file name; run the evaluation again.")
+    return checked
 
 
 def read_internal_routing(path: Path) -> InternalRouting:
@@ -241,14 +256,7 @@ def read_internal_routing(path: Path) -> InternalRouting:
     DataError
         If it is missing or damaged, or its schema is newer than this release.
     """
-    content = read_json(path)
-    check_version(content, str(path))
-    if missing := sorted(InternalRouting.__required_keys__ - set(content)):
-        raise DataError(
-            f"{path} is not an internal routing log: it lacks {', '.join(missing)}; "
-            "run the evaluation again."
-        )
-    return cast(InternalRouting, content)
+    return cast(InternalRouting, _of_kind(read_json(path), InternalRouting, str(path), "the log"))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -257,18 +265,36 @@ def read_manifest(folder: Path) -> Manifest:
     Raises
     ------
     DataError
-        If there is none, because the run is going on or was killed, or if a file is missing.
+        If there is none, because the run is going on or was killed, if it is damaged or of another
+        run, or if a file is missing.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(
             f"{folder} has no {MANIFEST}: the run that wrote it did not finish; run it again."
         )
-    content = read_json(path)
-    check_version(content, str(path))
-    if missing := [name for name in content["files"] if not (folder / name).is_file()]:
-        raise DataError(f"{folder} is incomplete: it lacks {missing[0]}; run the evaluation again.")
-    return cast(Manifest, content)
+    content = cast(Manifest, _of_kind(read_json(path), Manifest, str(path), "the manifest"))
+    for name in content["files"]:
+        if not all(map(is_file_name, name.split("/"))):
+            raise DataError(
+                f"{path} is damaged: it names a file outside; run the evaluation again."
+            )
+        if not (folder / name).is_file():
+            raise DataError(f"{folder} is incomplete: it lacks {name}; run the evaluation again.")
+    return content
+
+
+def read_summary(path: Path) -> ExperimentSummary:
+    """Read ``logs/<experiment>.json``.
+
+    Raises
+    ------
+    DataError
+        If it is missing or damaged, or its schema is newer than this release.
+    """
+    return cast(
+        ExperimentSummary, _of_kind(read_json(path), ExperimentSummary, str(path), "the summary")
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -279,9 +305,14 @@ def read_json(path: Path) -> dict[str, Any]:
     DataError
         If the file cannot be read or is not a JSON object.
     """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} could not be read: it is no file; remove it.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # half a character could not be written again
+            json.dumps(content, ensure_ascii=False).encode()
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} could not be read: {error}; fix or remove the file.") from error
     if not isinstance(content, dict):
         raise DataError(
@@ -294,7 +325,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_version(content: dict[str, Any], name: str) -> None:
     """Raise :class:`DataError` if this release cannot read the schema of the content."""
     version = content.get("schema_version")
-    if not isinstance(version, int):
+    if not isinstance(version, int) or isinstance(version, bool):
         raise DataError(
             f"{name} is not an lm-eval-bh log: it has no schema version; use another file."
         )
@@ -303,3 +334,15 @@ def check_version(content: dict[str, Any], name: str) -> None:
             f"{name} is too new: schema version {version}, and this release reads up to "
             f"{SCHEMA_VERSION}; upgrade lm-eval-bh."
         )
+
+
+def _of_kind(content: Any, kind: Any, name: str, place: str) -> Any:
+    if isinstance(content, dict):
+        check_version(content, name)
+    _expect(mismatch(content, kind, place), name)
+    return content
+
+
+def _expect(reason: str | None, name: str) -> None:
+    if reason is not None:
+        raise DataError(f"{name} is damaged: {reason}; run the evaluation again.")

@@ -104,8 +104,8 @@ def main(
         differing = [
             experiment.name
             for experiment in chosen
-            if results(SweepFolder(ours).run(experiment))
-            != results(SweepFolder(theirs).run(experiment))
+            if results(SweepFolder(ours, config).run(experiment))
+            != results(SweepFolder(theirs, config).run(experiment))
         ]
     whole = sum(times) / len(times) * len(experiments)
     numbers: dict[str, Any] = {

@@ -15,9 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lm_eval_bh"
 
 # Every room may import itself, and the modules that all may import.
-COMMON = {"errors", "files", "resources", "schema"}
+COMMON = {"errors", "experiment_names", "files", "resources", "schema", "validation"}
 MAY_IMPORT = {
-    "schema": {"errors"},
+    "schema": {"errors", "experiment_names", "validation"},
+    "experiment_names": set(),
+    "validation": set(),
     "errors": set(),
     "files": {"errors"},
     "resources": {"errors"},

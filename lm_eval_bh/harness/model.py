@@ -298,6 +298,7 @@ class BHLM(HFLM):
         if self.log.finished and self.world_size == 1:
             self.start_log(self.log.options)  # another evaluation with the same model
         self._scored = defaultdict(int)
+        self.log.documents.add(requests)
         with self.log.recorder.serving(requests):
             yield
         self.log.flush()
@@ -471,6 +472,7 @@ class BHLM(HFLM):
             if integration.null_model is None
             else integration.null_model.header.as_dict(),
             "summary": self.log.summary(),
+            "documents": self.log.documents.digests(self.log.cached_requests),
         }
 
 

@@ -24,6 +24,7 @@ from lm_eval_bh.errors import DataError
 from lm_eval_bh.routing.rules.registry import RULES
 
 WIKITEXT, LAMBADA, HELLASWAG = "bh_wikitext", "bh_lambada", "bh_hellaswag"
+NATIVE = 4
 TOKENS, DOCUMENTS = 25, 4  # of every task that the fixture writes
 WORDS = TOKENS - DOCUMENTS
 
@@ -357,6 +358,134 @@ def test_what_cannot_be_compared_is_refused_or_kept_apart(write, name):
     assert loaded.frame.query("group == 2")["matched_by"].isna().all()
 
 
+def given(**arguments):
+    """Return a change of a results file's ``--model_args``."""
+
+    def change(content):
+        content["config"]["model_args"] |= arguments
+
+    return change
+
+
+TELLING = {
+    "pretrained": ("/runs/a/final", "/runs/b/final"),
+    "revision": ("step100", "step200"),
+    "peft": ("adapter", "other"),
+    "delta": ("delta", "other"),
+    "subfolder": ("one", "two"),
+    "tokenizer": ("one", "two"),
+    "add_bos_token": (True, False),
+    "load_in_8bit": (True, False),
+    "gguf_file": ("q4.gguf", "q8.gguf"),
+    "prefix_token_id": (0, 1),
+    "softmax_dtype": ("float32", "bfloat16"),
+    "truncation": (True, False),
+    "attn_implementation": ("eager", "sdpa"),
+    "of_a_later_release": (1, 2),
+}
+
+
+@pytest.mark.parametrize("model", ["hf-bh", "hf"])
+@pytest.mark.parametrize("name", TELLING)
+def test_different_models_are_not_repeats_of_one(write, name, model):
+    one, other = TELLING[name]
+    write("one", model=model, change=given(**{name: one}))
+    write("same", model=model, change=given(**{name: one}))
+    write("other", model=model, change=given(**{name: other}))
+    with pytest.raises(DataError, match="cannot be compared") as refused:
+        load_experiments([write.folder])
+    assert ("model" if name == "pretrained" else name) in str(refused.value)
+    loaded = load_experiments([write.folder], force=True)
+    assert [len(group.files) for group in loaded.groups] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"device": "cpu"}, {"device": "cuda:1", "batch_size": 4, "log_samples": 3}),
+        ({}, {"revision": "main", "truncation": False, "subfolder": "", "peft": None}),
+        ({"dtype": "auto"}, {"dtype": "float32"}),  # what came of it is the same
+        ({"tokenizer": "some/model"}, {}),
+        ({"pretrained": "/runs/./final/"}, {"pretrained": "/runs/final"}),
+    ],
+)
+def test_harmless_arguments_tell_nothing_apart(write, one, other):
+    write("one", change=given(**one))
+    write("other", change=given(**other))
+    assert len(load_experiments([write.folder]).groups) == 1
+
+
+def test_arguments_may_be_text(write):
+    def text(content):
+        content["config"]["model_args"] = "pretrained=some/model,peft=x,add_bos_token=True"
+
+    write("text", change=text)
+    write("pairs", change=given(peft="x", add_bos_token=True))
+    assert len(load_experiments([write.folder]).groups) == 1
+
+
+def test_two_names_of_one_commit_are_one_model(write):
+    def at(revision, commit):
+        def change(content):
+            content["config"]["model_sha"] = commit
+            content["config"]["model_args"]["revision"] = revision
+
+        return change
+
+    write("branch", change=at("main", "c0ffee"))
+    write("tag", change=at("v1", "c0ffee"))
+    assert len(load_experiments([write.folder]).groups) == 1
+    write("moved", change=at("main", "decade"))
+    with pytest.raises(DataError, match="commit of the model c0ffee and decade"):
+        load_experiments([write.folder])
+
+
+def test_hf_bh_describes_all_its_routing_arguments_in_the_file():
+    from lm_eval_bh.analysis.read.model_arguments import OF_ROUTING
+    from lm_eval_bh.harness.arguments import NAMES
+
+    assert OF_ROUTING == NAMES
+
+
+def test_the_defaults_are_those_of_lm_eval():
+    import inspect
+
+    from lm_eval.models.huggingface import HFLM
+
+    from lm_eval_bh.analysis.read.model_arguments import DEFAULTS
+
+    known = inspect.signature(HFLM.__init__).parameters
+    for name, value in DEFAULTS.items():
+        assert name.startswith("load_in_") or known[name].default == value
+
+
+def test_a_stock_model_with_another_k_is_that_baseline(write):
+    write("bh")
+    write("stock", model="hf")
+    write("two", model="hf", change=given(num_experts_per_tok=2))
+    write("four", model="hf", change=given(num_experts_per_tok=NATIVE))
+    frame = load_experiments([write.folder]).frame
+    stock = frame[(frame["task"] == WIKITEXT) & (frame["mode"] == "native")]
+    assert stock["strategy"].tolist() == ["top-2 (hf)", "top-4 (hf)", "top-4 (hf)"]
+    assert stock["max_k"].tolist() == stock["mean_experts"].tolist() == [2, 4, 4]
+    assert stock["native_top_k"].tolist() == [4, 4, 4]
+    assert stock["configuration"].nunique() == 2
+    assert stock["flops_reduction_pct"].tolist()[1:] == [0, 0]
+    assert stock["flops_reduction_pct"].tolist()[0] > 0
+
+
+def test_another_engine_is_no_repeat_of_hf(write):
+    def engine(content):
+        content["config"]["model"] = "vllm"
+
+    write("bh")
+    write("stock", model="hf")
+    write("vllm", model="hf", change=engine)
+    frame = load_experiments([write.folder]).frame
+    names = frame[frame["task"] == WIKITEXT].set_index("strategy")["configuration"]
+    assert names["top-4 (hf)"] != names["top-4 (vllm)"]
+
+
 def test_a_refusal_of_many_files_stays_short(write):
     write("bh")
     for number in range(7):
@@ -382,6 +511,45 @@ def test_several_processes_see_the_same_documents_in_another_order(write):
     assert len(load_experiments([write.folder]).groups) == 1
     samples.write_text("".join(lines).replace('"doc_hash": "', '"doc_hash": "x'))
     with pytest.raises(DataError, match="hash of bh_wikitext"):
+        load_experiments([write.folder])
+
+
+def test_documents_are_known_from_samples_where_the_results_do_not_tell(write):
+    import hashlib
+
+    def digest_of(*documents):
+        hashes = [hashlib.sha256(f"{WIKITEXT}doc{i}".encode()).hexdigest() for i in documents]
+        return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
+
+    def on(*documents):
+        def change(content):
+            content["config"]["bh"]["documents"] = {WIKITEXT: digest_of(*documents)}
+
+        return change
+
+    write("stock", model="hf")
+    write("same", change=on(3, 2, 1, 0), samples=False)
+    assert len(load_experiments([write.folder]).groups) == 1
+    write("other", change=on(4, 5, 6, 7), samples=False, alpha=0.5)
+    with pytest.raises(DataError, match=f"documents of {WIKITEXT}"):
+        load_experiments([write.folder])
+
+
+def test_a_missing_count_of_documents_is_no_difference(write):
+    def old(content):
+        del content["n-samples"]
+
+    write("new")
+    write("old", change=old, samples=False, alpha=0.5)
+    assert len(load_experiments([write.folder]).groups) == 1
+
+    def fewer(content):
+        old(content)
+        for values in content["results"].values():
+            values["sample_len"] = 3
+
+    write("fewer", change=fewer, samples=False, alpha=0.3)
+    with pytest.raises(DataError, match="number of documents of bh_hellaswag 3 and 4"):
         load_experiments([write.folder])
 
 
@@ -430,7 +598,7 @@ def damage(content):
         (lambda content: content["config"]["bh"].pop("run_id"), "lacks run_id"),
         (lambda content: content["config"]["bh"].update(schema_version=99), "upgrade lm-eval-bh"),
         (lambda content: content.update(results=[1]), "it has no results"),
-        (damage, "KeyError('histogram')"),
+        (damage, "layers[0] lacks histogram"),
     ],
 )
 def test_broken_files_are_listed_and_skipped(write, change, said):

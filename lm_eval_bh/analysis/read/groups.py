@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +60,18 @@ def group_runs(runs: Sequence[Run], documents: Documents) -> list[Group]:
 def _conflicts(first: Run, second: Run, documents: Documents) -> list[str]:
     """Return how two files conflict; a setting that one of them lacks is not a conflict."""
     found = _differing(first.settings(), second.settings())
+    if first.commit is not None and second.commit is not None:
+        found.pop("revision", None)  # a branch and a tag may be one commit
     for task in sorted(set(first.tasks) & set(second.tasks)):
-        differing = _differing(first.task_settings(task), second.task_settings(task))
+        settings = [run.task_settings(task) for run in (first, second)]
+        if None in (settings[0]["hash"], settings[1]["hash"]):  # else that tells documents apart
+            for run, of_task in zip((first, second), settings, strict=True):
+                of_task["documents"] = _documents_of(run, task, documents)
+        differing = _differing(*settings)
         if "hash" in differing and _same_documents(first, second, task, documents):
             del differing["hash"]
+        if "limit" in differing:
+            differing.pop("number of documents", None)  # it says so twice
         found |= {f"{name} of {task}": values for name, values in differing.items()}
     return [f"{name} {one} and {other}" for name, (one, other) in found.items()]
 
@@ -73,6 +82,16 @@ def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str,
         for name, value in first.items()
         if value is not None and second[name] is not None and value != second[name]
     }
+
+
+def _documents_of(run: Run, task: str, documents: Documents) -> str | None:
+    """Return the digest of a run's documents, from its samples where it is not in the results."""
+    known = run.documents_digest(task)
+    table = None if known else documents(run.run_id, task)
+    if table is None:
+        return known
+    hashes = sorted(hashes.split("-")[0] for hashes in table["hash"])
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _same_documents(first: Run, second: Run, task: str, documents: Documents) -> bool:

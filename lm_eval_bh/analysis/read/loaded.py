@@ -67,10 +67,17 @@ class Loaded:
     def internal_routing(self, run_id: str, task: str) -> InternalRouting | None:
         """Return an experiment's internal routing log; None if there is none, or it is damaged."""
         path = self.internal_routing_file(run_id, task)
+        if path is None:
+            return None
         try:
-            return read_internal_routing(path) if path else None
+            log = read_internal_routing(path)
+            if log["run_id"] != run_id:
+                raise DataError(
+                    f"{path} is the log of another run, {log['run_id']}: "
+                    "put the right one there, or run the evaluation again."
+                )
+            return log
         except DataError as error:
-            assert path is not None
             self.leave_out(path, error)
             return None
 

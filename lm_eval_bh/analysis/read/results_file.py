@@ -1,48 +1,41 @@
-"""Finds and reads the files of runs: lm-eval's results, and where their routing logs are."""
+"""Reads one run: lm-eval's results, and where its samples and routing logs are."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lm_eval_bh.analysis.read.earlier_release import upgraded
+from lm_eval_bh.analysis.read.harness_format import HarnessResults
+from lm_eval_bh.analysis.read.model_arguments import (
+    is_path,
+    model_of,
+    pretrained_of,
+    revision_of,
+    telling_arguments,
+)
 from lm_eval_bh.errors import DataError
+from lm_eval_bh.experiment_names import is_file_name
 from lm_eval_bh.schema import (
     INTERNAL_ROUTING,
-    MANIFEST,
     RunInfo,
     TaskSummary,
     experiment_name,
     read_json,
     read_manifest,
     read_run_info,
+    shortened,
 )
+from lm_eval_bh.validation import mismatch
 
 Notices = list[tuple[Path, str]]  # files, each with a sentence about it
 
-# What reading a JSON file of another shape than expected raises.
-_MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
-
 # lm-eval ends the names of its files with the time.
-_DATED = re.compile(r"_(\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?)\.json$")
-
-
-def pretrained_of(content: Mapping[str, Any]) -> str:
-    """Return the hub name or path of the model that a results file is of."""
-    config = content["config"]
-    arguments = config.get("model_args") or {}
-    if isinstance(arguments, str):
-        pairs = (part.partition("=") for part in arguments.split(","))
-        arguments = {name.strip(): value for name, _, value in pairs}
-    # Where the model was given as an object, lm-eval makes up a random model_name.
-    drawn = content.get("model_source") == "CUSTOM"
-    named = None if drawn else content.get("model_name")
-    return str(arguments.get("pretrained") or named or config.get("model"))
+DATED = re.compile(r"_(\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?)\.json$")
 
 
 @dataclass
@@ -67,6 +60,12 @@ class Run:
             raise DataError(
                 f"{file} is incomplete: it has no configuration; run the evaluation again."
             )
+        if reason := mismatch(content, HarnessResults, "the file"):
+            raise DataError(f"{file} is damaged: {reason}; run the evaluation again.")
+        if wrong := [task for task in content["results"] if {"/", "\0"} & set(task)]:
+            raise DataError(
+                f"{file} is damaged: {wrong[0]!r} is no name of a task; run the evaluation again."
+            )
         fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
         info = read_run_info(content, str(file))
         info = info and upgraded(info, str(file))
@@ -83,7 +82,12 @@ class Run:
     def model(self) -> str:
         """The hub name, or the last part of a path."""
         name = pretrained_of(self.content)
-        return Path(name).name if name.startswith(("/", ".", "~")) else name
+        return Path(name).name if is_path(name) else name
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the model on the hub, where lm-eval found it out."""
+        return self.content["config"].get("model_sha") or None
 
     def of_task(self, table: str, task: str) -> Any:
         """Return the entry of one of lm-eval's tables for a task, or None."""
@@ -95,6 +99,10 @@ class Run:
         if counted is None:
             counted = self.content["results"][task].get("sample_len")
         return None if counted is None else int(counted)
+
+    def documents_digest(self, task: str) -> str | None:
+        """Return what is equal for runs of a task on the same documents; None where unknown."""
+        return (self.info.get("documents") or {}).get(task) if self.info else None
 
     def summary(self, task: str) -> TaskSummary | None:
         """Return the routing summary of a task; None if it was not logged."""
@@ -110,8 +118,9 @@ class Run:
 
     def samples_file(self, task: str) -> Path | None:
         """Return the file of lm-eval's samples of a task, if it exists."""
-        dated = _DATED.search(self.file.name)
-        path = self.file.with_name(f"samples_{task}_{dated[1]}.jsonl") if dated else None
+        dated = DATED.search(self.file.name)
+        name = f"samples_{task}_{dated[1]}.jsonl" if dated else ""
+        path = self.file.with_name(name) if is_file_name(name) else None
         return path if path and path.is_file() else None
 
     def internal_routing_file(self, task: str) -> Path | None:
@@ -120,27 +129,37 @@ class Run:
             return None
         config = self.info["config"]
         alpha = None if self.info["rule"]["fixed_count"] else config["alpha"]
-        name = experiment_name(config["rule"], config["max_k"], alpha, task) + INTERNAL_ROUTING
+        name = experiment_name(config["rule"], config["max_k"], alpha, task)
         # With its task's name in front where two tasks of the run have one data set.
-        names = (f"{task}_{name}", name)
+        names = (shortened(f"{task}_{name}") + INTERNAL_ROUTING, name + INTERNAL_ROUTING)
         return next((self.log_folder / name for name in names if name in self.log_files), None)
 
-    def find_log(self, manifests: Mapping[str, Path]) -> DataError | None:
-        """Find the log folder; return an error if it is incomplete."""
-        if self.info is None or not self.info["log_dir"]:
+    def find_log(self, logs: Mapping[str, Path]) -> DataError | None:
+        """Find the log folder; return an error if it is incomplete.
+
+        It is one that the user gave, or, by a relative ``log_dir``, below a folder that the results
+        are in. An absolute one is not followed: of a copy of the results it would be the log of the
+        original, and nobody would notice that the copy lacks it.
+        """
+        if self.info is None or not (log_dir := self.info["log_dir"]):
             return None
-        places = [self.file.parent, *self.file.parent.parents, Path()]
-        candidates = [place / self.info["log_dir"] / self.run_id for place in places]
-        if self.run_id in manifests:
-            candidates.insert(0, manifests[self.run_id])
+        candidates = [logs[self.run_id]] if self.run_id in logs else []
+        parts = Path(log_dir).parts
+        if all(part == ".." or is_file_name(part) for part in parts):  # relative, and no nonsense
+            candidates += [place / log_dir / self.run_id for place in self.file.parents]
         folder = next((folder for folder in candidates if folder.is_dir()), None)
         if folder is None:
             return None
         try:
-            self.log_files = tuple(read_manifest(folder)["files"])
+            manifest = read_manifest(folder)
         except DataError as error:
             return error
-        self.log_folder = folder
+        if manifest["run_id"] != self.run_id:
+            return DataError(
+                f"{folder} holds the log of another run, {manifest['run_id']}: "
+                "put it back where it was, or run the evaluation again."
+            )
+        self.log_files, self.log_folder = tuple(manifest["files"]), folder
         return None
 
     def settings(self) -> dict[str, Any]:
@@ -148,10 +167,12 @@ class Run:
         config, info = self.content["config"], self.info
         null = (info["null_model"] if info else None) or {}
         return {
-            "model": self.model,
+            "model": model_of(self.content),
+            "model arguments": telling_arguments(self.content),
             "number of parameters": config.get("model_num_parameters"),
             "dtype": config.get("model_dtype"),
-            "commit of the model": config.get("model_sha") or None,
+            "revision": revision_of(self.content),
+            "commit of the model": self.commit,
             "fingerprint of the routers": null.get("fingerprint"),
             "max_length": self.content.get("max_length"),
             "system instruction": self.content.get("system_instruction_sha") or "none",
@@ -171,87 +192,13 @@ class Run:
             # The outcome, where known: a limit above the number of documents has no effect.
             "limit": f"{counted['effective']} of {counted['original']} documents"
             if counted
-            else str(config.get("limit")),
+            else None,
+            "number of documents": self.documents(task),
+            "limit as given": None if counted else str(config.get("limit")),
+            "documents": self.documents_digest(task),
             "version": self.of_task("versions", task),
             "hash": self.of_task("task_hashes", task),
             "num_fewshot": shots,
             "fewshot_seed": config.get("fewshot_seed") if shots else None,
             "gen_kwargs": str(config.get("gen_kwargs") or "none"),
         }
-
-
-def find_files(folders: Sequence[Path]) -> tuple[list[Path], dict[str, Path]]:
-    """Return (results files, run id -> log folder), each in the order of their paths."""
-    files: set[Path] = set()
-    manifests: dict[str, Path] = {}
-    for folder in folders:
-        if folder.is_file():
-            files.add(folder)
-        elif not folder.is_dir():
-            raise DataError(f"There is no folder {folder}: use one that lm_eval wrote to.")
-        for parent, children, names in os.walk(folder):
-            children.sort()
-            for name in names:
-                if name == MANIFEST:
-                    manifests.setdefault(Path(parent).name, Path(parent))
-                elif name.endswith(".json") and (
-                    name.startswith("results_") or _DATED.search(name)
-                ):
-                    files.add(Path(parent) / name)
-    return sorted(files, key=lambda file: file.as_posix()), manifests
-
-
-def read_runs(
-    files: Iterable[Path],
-    manifests: Mapping[str, Path],
-    check: Callable[[Run], object],
-    problems: Notices,
-    notes: Notices,
-) -> Iterator[Run]:
-    """Yield the complete runs.
-
-    Parameters
-    ----------
-    files, manifests
-        From :func:`find_files`.
-    check : callable
-        Raises what later reading would raise if something in the run is missing or wrong.
-    problems, notes : list of (Path, str)
-        Filled with why files are left out, and with remarks on others.
-    """
-    seen: dict[str, Run] = {}
-    for file in files:
-        try:
-            run = Run.read(file)
-            check(run)
-        except (DataError, *_MALFORMED) as error:
-            sentence = f"{file} is damaged ({error!r}): run the evaluation again."
-            problems.append((file, str(error) if isinstance(error, DataError) else sentence))
-            continue
-        if run.run_id in seen:
-            first = seen[run.run_id]
-            if first.fingerprint == run.fingerprint:
-                notes.append((file, f"{file} is a copy of {first.file}: it is read once."))
-            else:
-                sentence = (
-                    f"{file} has the run id {run.run_id} of {first.file}, so their routing logs "
-                    "cannot be told apart: run the evaluation again."
-                )
-                problems.append((file, sentence))
-            continue
-        if problem := run.find_log(manifests):
-            problems.append((file, str(problem)))
-        if run.info and run.info["log_dir"] and not (problem or run.log_folder):
-            sentence = (
-                f"The routing log of {file} is not in {run.info['log_dir']}: "
-                "give the folder that it was moved to as well."
-            )
-            notes.append((file, sentence))
-        if cached := run.cached_requests:
-            sentence = (
-                f"{cached} requests of {file} came from a cache: "
-                "its routing numbers are of the others only."
-            )
-            notes.append((file, sentence))
-        seen[run.run_id] = run
-        yield run

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm_eval_bh.analysis.read.earlier_release import upgraded
-from lm_eval_bh.analysis.read.results_file import pretrained_of
+from lm_eval_bh.analysis.read.model_arguments import pretrained_of
 
 DEFAULT_SEEDS = (0, 1234, 1234, 1234)
 SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")

@@ -14,12 +14,13 @@ import pandas as pd
 
 from lm_eval_bh.analysis.read.groups import difference, group_runs
 from lm_eval_bh.analysis.read.loaded import Loaded
-from lm_eval_bh.analysis.read.results_file import find_files, read_runs
+from lm_eval_bh.analysis.read.model_arguments import model_of
+from lm_eval_bh.analysis.read.run_folders import find_files, read_runs
 from lm_eval_bh.analysis.table import joining
 from lm_eval_bh.analysis.table.columns import COLUMNS, LAYER_COLUMNS, typed
 from lm_eval_bh.analysis.table.matched_budget import matched_budget
 from lm_eval_bh.analysis.table.rows import check, layer_rows, row_of
-from lm_eval_bh.errors import DataError
+from lm_eval_bh.errors import DataError, ParameterError
 
 
 def load_experiments(
@@ -40,31 +41,37 @@ def load_experiments(
 
     Raises
     ------
+    ParameterError
+        If ``context_length`` is not positive.
     DataError
         If a folder does not exist, if there are no results, or, without ``force``, if files differ
         in limit, task version, task hash, model or few-shot settings.
     """
+    if context_length is not None and context_length < 1:
+        raise ParameterError(f"context_length must be 1 or more, not {context_length}.")
     roots = [Path(folder) for folder in folders]
-    files, manifests = find_files(roots)
-    if not files:
+    found = find_files(roots)
+    if not found.results:
         raise DataError(
             f"There is no results_*.json below {', '.join(map(str, roots))}: "
-            "run lm_eval with --output_path, or use the folder that it was given."
+            "run lm_eval with --output_path, or use the folder that it was given"
+            + (f", or the file {found.notes[0][0]} itself." if found.notes else ".")
         )
-    loaded = Loaded(pd.DataFrame(), pd.DataFrame(), [], [], [])
-    runs = list(read_runs(files, manifests, check, loaded.problems, loaded.notes))
+    loaded = Loaded(pd.DataFrame(), pd.DataFrame(), found.problems, found.notes, [])
+    runs = list(read_runs(found.results, found.logs, check, loaded.problems, loaded.notes))
     loaded._runs = {run.run_id: run for run in runs}
     loaded.groups = group_runs(runs, loaded.documents)
     if len(loaded.groups) > 1 and not force:
         raise DataError(difference(runs, loaded.groups, loaded.documents))
     group_of = {file: group.number for group in loaded.groups for file in group.files}
 
-    models = {run.model: run.info for run in runs if run.info is not None}
+    models = {model_of(run.content): run.info for run in runs if run.info is not None}
     rows, layers = [], []
     for run in runs:
         for task in run.tasks:
             common = {"run_id": run.run_id, "task": task, "group": group_of[run.file]}
-            rows.append(row_of(run, task, models.get(run.model), context_length) | common)
+            model = models.get(model_of(run.content))
+            rows.append(row_of(run, task, model, context_length) | common)
             layers += [common | layer for layer in layer_rows(run.summary(task))]
     joining.add_token_perplexity(rows, loaded)
     joining.add_average_accuracy(rows)

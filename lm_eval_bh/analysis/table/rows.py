@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lm_eval_bh.analysis.read.documents import ACCURACIES
+from lm_eval_bh.analysis.read.model_arguments import chosen_top_k, engine_of
 from lm_eval_bh.analysis.read.results_file import Run
 from lm_eval_bh.analysis.table import metrics
 from lm_eval_bh.analysis.table.columns import COLUMNS
@@ -48,7 +49,7 @@ def row_of(
         "model": run.model,
         "dataset": dataset_name(task),
         "limit": run.content["config"].get("limit"),
-        "num_fewshot": run.of_task("n-shot", task),
+        "num_fewshot": shots if isinstance(shots := run.of_task("n-shot", task), int) else None,
         "documents": run.documents(task),
         "context_length": context_length,
     }
@@ -135,19 +136,25 @@ def _routing_of(run: Run) -> dict[str, Any]:
 
 
 def _routing_of_baseline(run: Run, model: RunInfo | None) -> dict[str, Any]:
-    """Return the same for the unmodified model, whose routers select the native top-k."""
-    k = model["native_top_k"] if model else None
+    """Return the same for the unmodified model, whose routers select the k of its configuration.
+
+    That is the native k, unless the arguments of the model set another.
+    """
+    native, chosen = model["native_top_k"] if model else None, chosen_top_k(run.content)
+    k = native if chosen is None else chosen
+    engine = engine_of(run.content)
     return {
         "rule": "topk",
         "min_k": k,
         "max_k": k,
-        "strategy": f"top-{k} (hf)" if k else "top-k (hf)",
+        "strategy": f"top-{k} ({engine})" if k else f"top-k ({engine})",
         "variant": "top-k",
         "baseline": True,
         "adaptive": False,
         "mode": "native",
-        "configuration": _digest({"model": "hf"}),
-        "native_top_k": k,
+        # The model's own k, written out, is no other configuration.
+        "configuration": _digest({"model": engine} | ({} if k == native else {"top_k": k})),
+        "native_top_k": native,
         "num_experts": model["num_experts"] if model else None,
         # By construction; metrics of the experts' use stay null.
         "mean_experts": k,

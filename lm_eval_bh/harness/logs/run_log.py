@@ -8,6 +8,7 @@ from typing import Any
 
 from lm_eval_bh.errors import ParameterError, did_you_mean
 from lm_eval_bh.harness.logs.counting import CounterSink
+from lm_eval_bh.harness.logs.evaluated_documents import EvaluatedDocuments
 from lm_eval_bh.harness.logs.log_folder import LogFolder
 from lm_eval_bh.harness.logs.ownership import Owner, Sink
 from lm_eval_bh.harness.logs.recorder import Recorder
@@ -23,6 +24,7 @@ from lm_eval_bh.schema import (
     TaskSummary,
     experiment_name,
     read_json,
+    shortened,
 )
 
 LEVELS = ("off", "summary", "samples", "full")
@@ -133,6 +135,7 @@ class RunLog:
         self.run_id = run_id
         self.options = options
         self.cached_requests = 0
+        self.documents = EvaluatedDocuments()
         self.finished = False
         self._integration = integration
         self._rows_before = integration.rows_computed
@@ -190,6 +193,7 @@ class RunLog:
         """Return all that this process has counted, as plain values."""
         return self._counters.state() | {
             "cached_requests": self.cached_requests,
+            "documents": self.documents.hashes,
             "expert_rows": self._expert_rows(),
             "token_parts": self._tokens.parts if self._tokens else [],
             "token_rows": self._tokens.rows if self._tokens else 0,
@@ -199,6 +203,7 @@ class RunLog:
         """Take the states of all processes; None on any but the first."""
         if states is not None:
             self._states = states
+            self.documents.collect(states)
 
     def _expert_rows(self) -> int | None:
         rows = self._integration.rows_computed
@@ -223,6 +228,7 @@ class RunLog:
         for part in parts:
             for task, some in read_json(part).items():
                 samples.setdefault(task, []).extend(some)
+        self.documents.name(samples)
         files: list[str] = []
         for task, task_summary in summary["tasks"].items():
             some = samples.get(task, [])
@@ -230,7 +236,8 @@ class RunLog:
             content = self._internal_routing(task, task_summary, some)
             name = f"{content['config']}{INTERNAL_ROUTING}"
             # wikitext and bh_wikitext have one data set; the later is given its task's name too.
-            files.append(f"{task}_{name}" if name in files else name)
+            own = shortened(f"{task}_{content['config']}") + INTERNAL_ROUTING
+            files.append(own if name in files else name)
             self._folder.write_json(files[-1], content)
         states = [self.state(), *self._states[1:]]
         files += [part for state in states for part in state["token_parts"]]

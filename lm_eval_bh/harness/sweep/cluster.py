@@ -29,7 +29,7 @@ class Worker:
         self, config: SweepConfig, experiments: Sequence[Experiment], folder: Path, device: str
     ) -> None:
         self._of = config, experiments, device
-        self._folder = SweepFolder(folder)
+        self._folder = SweepFolder(folder, config)
         self._evaluator: Evaluator | None = None
 
     def run(self, experiment: Experiment) -> float | None:

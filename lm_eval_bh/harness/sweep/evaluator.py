@@ -23,6 +23,7 @@ from lm_eval_bh.harness.plugin.registration import MODEL_NAME
 from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig
 from lm_eval_bh.harness.sweep.task_names import are_ours, new_task_manager
 from lm_eval_bh.routing.rules.registry import RULES
+from lm_eval_bh.schema import shortened
 
 
 class Evaluator:
@@ -115,8 +116,11 @@ class Evaluator:
             )
         if results is None:
             return None
+        # A folder of this name is made, and a path can be longer than the name of a folder.
+        general = tracker.general_config_tracker
+        general.model_name_sanitized = shortened(general.model_name_sanitized)
         # The harness names a model that it has not made itself after its class.
-        results["config"]["model"] = tracker.general_config_tracker.model_source = MODEL_NAME
+        results["config"]["model"] = general.model_source = MODEL_NAME
         samples = results.pop("samples")
         tracker.save_results_aggregated(results=results, samples=samples)
         tracker.save_results_samples(experiment.task, samples[experiment.task])

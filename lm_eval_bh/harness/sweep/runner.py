@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,12 +40,15 @@ class Plan:
         All of this shard.
     missing : list of Experiment
         Those of them that are still to run.
+    again : dict of Experiment to str
+        Those of them that have run, and why their results do not count.
     """
 
     folder: SweepFolder
     config: SweepConfig
     experiments: list[Experiment]
     missing: list[Experiment]
+    again: dict[Experiment, str]
 
     @property
     def seconds_left(self) -> float | None:
@@ -65,12 +69,15 @@ def plan(
     DataError
         If the folder holds a sweep with other settings.
     """
-    folder = SweepFolder(Path(output_dir))
-    folder.check(config)
+    folder = SweepFolder(Path(output_dir), config)
+    folder.check()
     experiments = config.experiments(repeat)
     if shard is not None:
         experiments = shard_of(experiments, shard)
-    return Plan(folder, config, experiments, folder.missing(experiments))
+    reasons = {experiment: folder.why_not_done(experiment) for experiment in experiments}
+    missing = {experiment: why for experiment, why in reasons.items() if why is not None}
+    again = {e: why for e, why in missing.items() if os.path.lexists(folder.summary(e))}
+    return Plan(folder, config, experiments, list(missing), again)
 
 
 def run(
@@ -107,21 +114,28 @@ def run(
     first = first_process()
     if first:
         check_writable(todo.folder.path)
+        todo.folder.claim()
     total = len(todo.experiments)
     numbers = itertools.count(total - len(todo.missing) + 1)
-    with tqdm(
-        total=total,
-        initial=total - len(todo.missing),
-        unit="experiment",
-        desc="sweep",
-        disable=None if first else True,  # None: where there is no terminal
-    ) as bar:
+    with (
+        _released_after_failure(todo.folder if first else None),
+        tqdm(
+            total=total,
+            initial=total - len(todo.missing),
+            unit="experiment",
+            desc="sweep",
+            disable=None if first else True,  # None: where there is no terminal
+        ) as bar,
+    ):
+        tell = say or bar.write
+        for experiment, why in todo.again.items() if first else ():
+            tell(f"{experiment.name} runs again: {why}.")
 
         def finished(experiment: Experiment, seconds: float) -> None:
             summary = summarize(todo.folder.run(experiment), experiment, seconds)
-            todo.folder.claim(todo.config)
+            todo.folder.claim()
             todo.folder.finish(experiment, summary)
-            (say or bar.write)(f"[{next(numbers)}/{total}] {line(summary)}")
+            tell(f"[{next(numbers)}/{total}] {line(summary)}")
             bar.update()
 
         if ray is None:
@@ -130,6 +144,17 @@ def run(
             from lm_eval_bh.harness.sweep.cluster import run_on_ray
 
             run_on_ray(todo.config, todo.missing, todo.folder, finished, ray, workers, device)
+
+
+@contextmanager
+def _released_after_failure(folder: SweepFolder | None) -> Iterator[None]:
+    """Give a folder up that was claimed in vain."""
+    try:
+        yield
+    except BaseException:
+        if folder is not None:
+            folder.release()
+        raise
 
 
 def first_process() -> bool:

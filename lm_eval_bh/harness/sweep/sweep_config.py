@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_bh.errors import ParameterError, did_you_mean
+from lm_eval_bh.experiment_names import LONGEST_NAME
 from lm_eval_bh.harness.arguments import ROUTING_ARGUMENTS, arguments_of, routing_config
 from lm_eval_bh.harness.logs.run_log import LogOptions
+from lm_eval_bh.harness.sweep.settings_file import plain_value, read_settings
 from lm_eval_bh.harness.sweep.task_names import expand_tasks
 from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE
 from lm_eval_bh.routing.config import RoutingConfig
@@ -31,6 +34,7 @@ SET_BY_THE_SWEEP = (
     "log_logits",
 )
 
+GRID = ("tasks", "baselines", "alphas", "max_k", "rules")  # what names the experiments
 LOGGED = 8  # documents of each task whose routing is kept as JSON, unless another number is given
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -151,6 +155,11 @@ class SweepConfig:
             object.__setattr__(self, "log_samples", LOGGED)
         self._check()
         object.__setattr__(self, "tasks", tuple(expand_tasks(self.tasks)))
+        if long := [task for task in self.tasks if len(task.encode()) > LONGEST_NAME]:
+            raise ParameterError(
+                f"The task {long[0]!r:.80} has a name of {len(long[0].encode())} bytes: its files "
+                f"need one of {LONGEST_NAME} at most."
+            )
 
     def _check(self) -> None:
         if self.limit is not None and (not _is_integer(self.limit) or self.limit < 1):
@@ -169,6 +178,12 @@ class SweepConfig:
                 f"model_args must be names with values, such as {{dtype: float32}}: "
                 f"found {self.model_args!r}."
             )
+        for name, value in self.model_args.items():
+            if not (isinstance(name, str) and plain_value(value)):
+                raise ParameterError(
+                    f"model_args sets {name!r:.80} to {value!r:.80}: give text, a number, or a "
+                    "flat list of them."
+                )
         for name in SET_BY_THE_SWEEP:
             if name in self.model_args:
                 raise ParameterError(
@@ -251,12 +266,14 @@ class SweepConfig:
             **seeds,
         }
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values, as they are written to ``sweep.json``."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
+    def as_dict(self, grid: bool = True) -> dict[str, Any]:
+        """Return the settings as plain values, as they are written to ``sweep.json``.
+
+        Without the ``grid`` they are what an experiment depends on besides itself.
+        """
+        settings = dataclasses.asdict(self).items()
+        chosen = {name: value for name, value in settings if grid or name not in GRID}
+        return json.loads(json.dumps(chosen))  # type: ignore[no-any-return]
 
     @classmethod
     def gather(
@@ -273,7 +290,7 @@ class SweepConfig:
             If the preset or a key of the file is unknown, or the file cannot be read.
         """
         settings: dict[str, Any] = {}
-        from_file = {} if file is None else _read_yaml(file)
+        from_file: dict[str, Any] = {} if file is None else {**read_settings(file)}
         in_file = from_file.pop("preset", None)
         preset = preset or in_file
         if preset is not None:
@@ -286,6 +303,19 @@ class SweepConfig:
         settings |= from_file
         settings |= {name: value for name, value in (flags or {}).items() if value is not None}
         return cls(**settings)
+
+
+def completed(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that an earlier release wrote, with the default of what it did not know."""
+    found: dict[str, Any] = {"model_args": {}}
+    for setting in dataclasses.fields(SweepConfig):
+        if setting.default is not dataclasses.MISSING:
+            plain = setting.default
+            found[setting.name] = list(plain) if isinstance(plain, tuple) else plain
+    found |= recorded
+    if found["log_samples"] is None and found["log_routing"] in ("samples", "full"):
+        found["log_samples"] = LOGGED
+    return found
 
 
 def shard_of(experiments: Sequence[Experiment], shard: str) -> list[Experiment]:
@@ -304,27 +334,5 @@ def shard_of(experiments: Sequence[Experiment], shard: str) -> list[Experiment]:
     return list(experiments[int(position) - 1 :: int(shards)])
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ParameterError(
-            f"The settings {file} could not be read ({reason}): fix or remove the file."
-        ) from error
-    known = [*(setting.name for setting in dataclasses.fields(SweepConfig)), "preset"]
-    if not isinstance(content, dict):
-        raise ParameterError(f"The settings {file} must hold keys with values, such as limit: 50.")
-    for name in content:
-        if name not in known:
-            raise ParameterError(
-                f"The settings {file} name {name!r}, which is unknown: "
-                f"choose among {', '.join(known)}{did_you_mean(str(name), known)}."
-            )
-    return content
-
-
 def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63

@@ -2,14 +2,15 @@
 
 ::
 
-    <folder>/sweep.json                                 the settings, with the first that finishes
+    <folder>/sweep.json                                 the settings, before any work
     <folder>/runs/<experiment>/<model>/results_*.json   as `lm_eval --output_path` writes them
     <folder>/runs/<experiment>/routing/<run id>/        as `--model_args log_dir=` has it
     <folder>/logs/<experiment>_internal_routing.json    the same file, by its name
     <folder>/logs/<experiment>.json                     the summary, written last
 
-An experiment is done once it has its summary. Whatever else lies there of one that is not done is
-of a run that was killed, and removed before it runs again.
+An experiment is done once it has its summary, and all that the summary speaks of lies there as it
+was written: see :mod:`lm_eval_bh.harness.sweep.done`. Whatever else lies there of one that is not
+done is of a run that was killed or damaged, and removed before it runs again.
 """
 
 from __future__ import annotations
@@ -27,11 +28,21 @@ from filelock import FileLock, Timeout
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.files import replacing
 from lm_eval_bh.harness.logs.log_folder import explaining
-from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig
-from lm_eval_bh.schema import INTERNAL_ROUTING, ExperimentSummary, read_json
+from lm_eval_bh.harness.sweep.done import sealed, summary_file, why_not_done
+from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig, completed
+from lm_eval_bh.schema import (
+    INTERNAL_ROUTING,
+    SCHEMA_VERSION,
+    ExperimentSummary,
+    read_json,
+    read_summary,
+)
 
 SETTINGS = "sweep.json"
+VERSION = "schema_version"  # of the settings
+FIRST_RELEASE = 0  # which wrote none
 SHOWN = 200  # characters of a setting in a message
+PATIENCE = 60.0  # seconds that another process may take to write the settings
 
 
 class SweepFolder:
@@ -41,24 +52,30 @@ class SweepFolder:
     ----------
     path : Path
         Made if it is missing.
+    config : SweepConfig
+        What the sweep asks for.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, config: SweepConfig) -> None:
         self.path = path
+        self.config = config
         self.logs = path / "logs"
 
-    def check(self, config: SweepConfig) -> None:
+    def check(self) -> None:
         """Look whether the folder is free, or of a sweep with these settings.
 
         Raises
         ------
         DataError
-            If it holds a sweep with other settings, which the message names.
+            If it is a file, or holds a sweep with other settings, which the message names.
         """
-        file = self.path / SETTINGS
-        if not file.exists():
+        for path in (self.path, *self.path.parents):
+            if path.exists() and not path.is_dir():
+                raise DataError(f"{path} is a file, not a folder: give another --output-dir.")
+        before, _ = self._recorded()
+        if before is None:
             return
-        before, settings = read_json(file), json.loads(json.dumps(config.as_dict()))
+        before, settings = completed(before), self.config.as_dict()
         differences = [
             f"{name}: {_short(before.get(name))} there, {_short(settings.get(name))} here"
             for name in sorted(before.keys() | settings.keys())
@@ -70,30 +87,70 @@ class SweepFolder:
                 "give another --output-dir, or the same settings."
             )
 
-    def claim(self, config: SweepConfig) -> None:
-        """Take the folder for a sweep, whose settings it keeps.
-
-        Done with the first finished experiment, not before: a sweep that never got so far leaves
-        nothing that stands in the way of the next.
+    def claim(self) -> None:
+        """Take the folder for this sweep, whose settings it keeps from now on.
 
         Raises
         ------
         DataError
             As :meth:`check`, or if it cannot be written.
         """
+        self.check()  # the folder of another sweep is not touched at all
+        with self._settled():
+            if not (self.path / SETTINGS).exists():
+                content = {VERSION: SCHEMA_VERSION, **self.config.as_dict()}
+                with explaining(self.path), replacing(self.path / SETTINGS) as temporary:
+                    temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        self.check()
+
+    def release(self) -> None:
+        """Give the folder up if no experiment was ever begun, so that it stands in nobody's way."""
+        with self._settled():
+            if not ((self.path / "runs").exists() or any(self.logs.glob("*.json"))):
+                (self.path / SETTINGS).unlink(missing_ok=True)
+
+    def _recorded(self) -> tuple[dict[str, Any] | None, int]:
+        """Return the settings in the folder, None if there are none, and their version."""
         file = self.path / SETTINGS
-        with self._lock(SETTINGS), explaining(self.path):
-            if not file.exists():
-                with replacing(file) as temporary:
-                    temporary.write_text(json.dumps(config.as_dict(), indent=2) + "\n", "utf-8")
-        self.check(config)
+        if not os.path.lexists(file):
+            return None, SCHEMA_VERSION
+        content = read_json(file)
+        version = content.pop(VERSION, FIRST_RELEASE)
+        if type(version) is not int or version > SCHEMA_VERSION:
+            raise DataError(
+                f"{file} has the schema version {_short(version)}, and this release reads up to "
+                f"{SCHEMA_VERSION}: upgrade lm-eval-bh, or give another --output-dir."
+            )
+        return content, version
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """Let nobody else change the settings meanwhile."""
+        lock = self._lock(SETTINGS)
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout as error:
+            raise DataError(
+                f"Another process has held {lock.lock_file} for {PATIENCE:.0f} seconds: "
+                "end it, or give another --output-dir."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     @contextmanager
     def alone(self, experiment: Experiment) -> Iterator[bool]:
         """Yield whether the experiment is to be run here: not done, and under way nowhere else.
 
         While the block lasts nobody else runs it.
+
+        Raises
+        ------
+        DataError
+            As :meth:`claim`.
         """
+        self.claim()
         lock = self._lock(experiment.name)
         try:
             lock.acquire(blocking=False)
@@ -118,11 +175,21 @@ class SweepFolder:
 
     def summary(self, experiment: Experiment) -> Path:
         """Return the file that says that the experiment is done."""
-        return self.logs / f"{experiment.name}.json"
+        return summary_file(self.path, experiment.name)
+
+    def why_not_done(self, experiment: Experiment) -> str | None:
+        """Return why the experiment is to be run, or None if it is done."""
+        if not os.path.lexists(self.summary(experiment)):
+            return "it has not run"
+        _, version = self._recorded()
+        settings = self.config.as_dict(grid=False)
+        # The first release wrote no settings into summaries: those of the folder were theirs.
+        earlier = settings if version == FIRST_RELEASE else None
+        return why_not_done(self.path, experiment.name, settings, earlier)
 
     def done(self, experiment: Experiment) -> bool:
         """Whether the experiment is finished, so that resuming leaves it alone."""
-        return self.summary(experiment).is_file()
+        return self.why_not_done(experiment) is None
 
     def missing(self, experiments: Iterable[Experiment]) -> list[Experiment]:
         """Return the experiments that are not done."""
@@ -131,8 +198,11 @@ class SweepFolder:
     def clear(self, experiment: Experiment) -> None:
         """Remove what a killed run of the experiment has left."""
         self.summary(experiment).unlink(missing_ok=True)
-        if self.run(experiment).exists():
-            shutil.rmtree(self.run(experiment))
+        run = self.run(experiment)
+        if run.is_symlink():  # what it leads to is not of this folder
+            run.unlink()
+        elif run.exists():
+            shutil.rmtree(run)
         self._internal_routing(experiment).unlink(missing_ok=True)
 
     def finish(self, experiment: Experiment, summary: ExperimentSummary) -> None:
@@ -149,13 +219,17 @@ class SweepFolder:
                 with replacing(self._internal_routing(experiment)) as temporary:
                     temporary.unlink()
                     _same_file(file, temporary)
+            files = [file for file in self.run(experiment).rglob("*") if file.is_file()]
+            if self._internal_routing(experiment).exists():
+                files.append(self._internal_routing(experiment))
+            summary = sealed(self.path, summary, files, self.config.as_dict(grid=False))
             with replacing(self.summary(experiment)) as temporary:
                 temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
     def seconds(self, experiments: Iterable[Experiment]) -> list[float]:
         """Return how long those that are done have taken."""
         return [
-            float(read_json(self.summary(experiment))["summary"]["elapsed_time_seconds"])
+            float(read_summary(self.summary(experiment))["summary"]["elapsed_time_seconds"] or 0)
             for experiment in experiments
             if self.done(experiment)
         ]
@@ -173,5 +247,8 @@ def _same_file(file: Path, other: Path) -> None:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "something too deep to show"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -307,16 +307,18 @@ def test_common_arguments_reach_the_rules_that_take_them(tmp_path):
 
 
 def test_an_experiment_runs_in_one_process_at_a_time(tmp_path):
-    folder = SweepFolder(tmp_path)
-    first, second, _ = SweepConfig(**SETTINGS).experiments()
+    config = SweepConfig(**SETTINGS)
+    folder = SweepFolder(tmp_path, config)
+    first, second, _ = config.experiments()
     with folder.alone(first) as mine:
         assert mine
         holder = (
             "from pathlib import Path; import json, sys;"
             "from lm_eval_bh.harness.sweep.sweep_folder import SweepFolder;"
             "from lm_eval_bh.harness.sweep.sweep_config import SweepConfig;"
-            f"folder = SweepFolder(Path({str(tmp_path)!r}));"
-            f"first, second, _ = SweepConfig(**{SETTINGS!r}).experiments();"
+            f"config = SweepConfig(**{SETTINGS!r});"
+            f"folder = SweepFolder(Path({str(tmp_path)!r}), config);"
+            "first, second, _ = config.experiments();"
             "a = folder.alone(first).__enter__(); b = folder.alone(second).__enter__();"
             "print(json.dumps([a, b]))"
         )
@@ -324,18 +326,6 @@ def test_an_experiment_runs_in_one_process_at_a_time(tmp_path):
         assert json.loads(done.stdout) == [False, True], done.stderr
     with folder.alone(second) as mine:  # the other process is gone, and its lock with it
         assert mine
-    folder.logs.mkdir()
-    folder.summary(first).write_text("{}")
-    with folder.alone(first) as mine:
-        assert not mine
-
-
-def test_the_settings_stand_with_the_first_result(tmp_path):
-    folder = SweepFolder(tmp_path)
-    folder.claim(SweepConfig(**SETTINGS))
-    folder.claim(SweepConfig(**SETTINGS))
-    with pytest.raises(DataError, match="limit: 4 there, 9 here"):
-        folder.claim(SweepConfig(**SETTINGS | {"limit": 9}))
 
 
 @pytest.mark.slow
@@ -346,9 +336,10 @@ def test_an_error_on_a_ray_worker_is_the_sentence_it_would_be_here(tmp_path):
         runner.run(runner.plan(config, tmp_path), ray="local", workers=1)
 
 
-def test_what_is_done_is_what_has_a_summary(tmp_path):
-    folder = SweepFolder(tmp_path)
-    experiment, *_ = SweepConfig(**SETTINGS).experiments()
+def test_what_has_no_summary_is_not_done_and_cleared(tmp_path):
+    config = SweepConfig(**SETTINGS)
+    folder = SweepFolder(tmp_path, config)
+    experiment, *_ = config.experiments()
     (folder.run(experiment) / "model").mkdir(parents=True)
     assert folder.missing([experiment]) == [experiment]
     folder.clear(experiment)

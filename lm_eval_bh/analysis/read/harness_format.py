@@ -1,0 +1,76 @@
+"""What tables take from the files of lm-eval: the fields, their types, and who may lack them."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+# A measured value, its standard error ("N/A" where there is none), or what a task adds of its own.
+Measured = float | bool | str | list[Any] | dict[str, Any] | None
+
+
+class SampleCounts(TypedDict):
+    """How many documents a task has, and how many were evaluated."""
+
+    original: int
+    effective: int
+
+
+class HarnessConfig(TypedDict, total=False):
+    """``config``."""
+
+    model: str | None
+    model_args: dict[str, Any] | str | None
+    model_num_parameters: int | None
+    model_dtype: str | None
+    model_sha: str | None
+    limit: float | None
+    fewshot_seed: int | None
+
+
+class HarnessSettings(TypedDict, total=False):
+    """What lm-eval writes about an evaluation; every release writes more of it."""
+
+    configs: dict[str, Any] | None
+    versions: dict[str, Any] | None
+    task_hashes: dict[str, str] | None
+    date: float | None
+    max_length: int | None
+    model_name: str | None
+    model_source: str | None
+    system_instruction_sha: str | None
+    chat_template_sha: str | None
+    fewshot_as_multiturn: bool | None
+
+
+# Two names with a hyphen.
+HarnessTables = TypedDict(
+    "HarnessTables",
+    {"n-samples": dict[str, SampleCounts] | None, "n-shot": dict[str, int | str | None] | None},
+    total=False,
+)
+
+
+class HarnessResults(HarnessSettings, HarnessTables):
+    """``results_*.json``."""
+
+    results: dict[str, dict[str, Measured]]
+    config: HarnessConfig
+
+
+class _OfSomeTasks(TypedDict, total=False):
+    doc_hash: str
+    prompt_hash: str
+    target_hash: str
+    word_perplexity: list[float] | float | None  # log-likelihood in nats, and words
+    byte_perplexity: list[float] | float | None
+    perplexity: list[Any] | float | None  # log-likelihood in nats
+    acc: float | bool | list[Any] | dict[str, Any] | None
+    acc_norm: float | bool | list[Any] | dict[str, Any] | None
+    exact_match: float | bool | list[Any] | dict[str, Any] | None
+
+
+class HarnessSample(_OfSomeTasks):
+    """A line of ``samples_<task>_<time>.jsonl``."""
+
+    doc_id: int
+    resps: list[Any]

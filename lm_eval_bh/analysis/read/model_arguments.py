@@ -1,0 +1,191 @@
+"""What ``--model_args`` says of a model: which one it is, and what tells it from others.
+
+Every argument tells runs apart unless it is known to be harmless: one that a later release of
+lm-eval or transformers adds may change the numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections.abc import Mapping
+from typing import Any
+
+from lm_eval_bh.resources import TINY_OLMOE
+
+# Where and how fast it is computed, and what is compared by its outcome in the results file.
+HARMLESS = frozenset(
+    {
+        "batch_size",
+        "cache_dir",
+        "data_parallel_size",
+        "device",
+        "device_map",
+        "dtype",  # its outcome is config.model_dtype
+        "enforce_eager",
+        "experts",
+        "experts_implementation",
+        "force_download",
+        "gpu_memory_utilization",
+        "local_files_only",
+        "log_dir",
+        "log_logits",
+        "log_routing",
+        "log_samples",
+        "logits_cache",
+        "low_cpu_mem_usage",
+        "max_batch_size",
+        "max_cpu_memory",
+        "max_length",  # its outcome is max_length
+        "max_memory",
+        "max_memory_per_gpu",
+        "offload_folder",
+        "parallelize",
+        "pipeline_parallel_size",
+        "pretrained",  # compared as the model
+        "revision",  # compared beside the commit
+        "tensor_parallel_size",
+        "token",
+        "tp_plan",
+        "use_safetensors",
+    }
+)
+# Arguments of hf-bh that config.bh describes.
+OF_ROUTING = frozenset(
+    {
+        "alpha",
+        "budget",
+        "kde",
+        "layers",
+        "max_k",
+        "min_k",
+        "mode",
+        "null",
+        "renormalize",
+        "rule",
+        "seed",
+        "statistic",
+        "target_experts",
+        "temperature",
+        "trim",
+    }
+)
+# What lm-eval and transformers take where an argument is not given, unless that is None.
+DEFAULTS: dict[str, Any] = {
+    "autogptq": False,
+    "backend": "default",
+    "gptqmodel": False,
+    "load_in_4bit": False,
+    "load_in_8bit": False,
+    "subfolder": "",
+    "trust_remote_code": False,
+    "truncation": False,
+    "use_fast_tokenizer": True,
+}
+# How the configurations of transformers call the number of experts of a token.
+TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_k",
+    "moe_topk",
+    "moe_top_k",
+    "top_k_experts",
+)
+
+
+def arguments_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model's arguments in a results file, whether lm-eval was given text or pairs."""
+    given = content["config"].get("model_args") or {}
+    if isinstance(given, str):
+        pairs = (part.partition("=") for part in given.split(",") if part.strip())
+        return {name.strip(): _value(value.strip()) for name, _, value in pairs}
+    return dict(given)
+
+
+def _value(text: str) -> Any:
+    """Return what lm-eval makes of the text of an argument."""
+    known = {"true": True, "false": False, "none": None}
+    if text.lower() in known:
+        return known[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+
+
+def pretrained_of(content: Mapping[str, Any]) -> str:
+    """Return the hub name or path of the model that a results file is of."""
+    # Where the model was given as an object, lm-eval makes up a random model_name.
+    drawn = content.get("model_source") == "CUSTOM"
+    named = None if drawn else content.get("model_name")
+    return str(arguments_of(content).get("pretrained") or named or content["config"].get("model"))
+
+
+def model_of(content: Mapping[str, Any]) -> str:
+    """Return what is equal for two files of one model: its hub name, or its whole path.
+
+    The last part of a path is not enough: ``a/final`` and ``b/final`` are two models.
+    """
+    name = pretrained_of(content)
+    if not is_path(name):
+        return name
+    path = posixpath.normpath(name)
+    return TINY_OLMOE if path.endswith(f"/models/{TINY_OLMOE}") else path  # the one that ships
+
+
+def is_path(name: str) -> bool:
+    """Whether a model is given as a path, not as a name of the hub."""
+    return name.startswith(("/", ".", "~"))
+
+
+def telling_arguments(content: Mapping[str, Any]) -> str | None:
+    """Return the arguments that tell a model from others, for people too.
+
+    Returns
+    -------
+    str or None
+        Such as ``"peft=adapter, tokenizer=other"``, or ``"none"``; None where the model was given
+        as an object, whose arguments nobody knows.
+    """
+    given = arguments_of(content)
+    if not given and content.get("model_source") == "CUSTOM":
+        return None
+    ignored = HARMLESS if chosen_top_k(content) is None else HARMLESS | set(TOP_K)
+    if "bh" in content["config"]:
+        ignored |= OF_ROUTING
+    telling = {
+        name: value
+        for name, value in given.items()
+        if name not in ignored
+        and value is not None
+        and value != DEFAULTS.get(name)
+        and not (name == "tokenizer" and value == given.get("pretrained"))
+    }
+    shown = [f"{name}={_text(value)}" for name, value in sorted(telling.items())]
+    return ", ".join(shown) or "none"
+
+
+def revision_of(content: Mapping[str, Any]) -> str:
+    """Return the branch, tag or commit that was asked for."""
+    return str(arguments_of(content).get("revision") or "main")
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def chosen_top_k(content: Mapping[str, Any]) -> int | None:
+    """Return the number of experts that the arguments set in the model's configuration, or None."""
+    given = arguments_of(content)
+    found = (given[name] for name in TOP_K if name in given)
+    return next((k for k in found if isinstance(k, int) and not isinstance(k, bool)), None)
+
+
+def engine_of(content: Mapping[str, Any]) -> str:
+    """Return what ran the unmodified model: ``hf``, or lm-eval's name of another backend."""
+    name = content["config"].get("model")
+    other = isinstance(name, str) and name.isidentifier() and name.islower()
+    return str(name) if other and name not in ("hf", "huggingface") else "hf"

@@ -1,0 +1,46 @@
+"""What experiments and their files are called."""
+
+from __future__ import annotations
+
+import hashlib
+
+LONGEST_NAME = 200  # bytes of an experiment's name: endings follow, and file systems allow 255
+
+
+def dataset_name(task: str) -> str:
+    """Return the data set of one of our tasks: ``bh_wikitext`` -> ``wikitext``."""
+    return task.removeprefix("bh_")
+
+
+def experiment_name(rule: str, max_k: int, alpha: float | None, task: str) -> str:
+    """Return the name of an experiment, as the earlier prototype built it.
+
+    Examples
+    --------
+    >>> experiment_name("bh", 8, 0.4, "bh_wikitext")
+    '8experts_bh_a040_wikitext'
+    >>> experiment_name("topk", 8, None, "bh_wikitext")
+    '8experts_topk_baseline_wikitext'
+    """
+    if rule == "topk" or alpha is None:
+        return shortened(f"{max_k}experts_{rule}_baseline_{dataset_name(task)}")
+    digits = f"{alpha:.2f}" if round(alpha, 2) == alpha else f"{alpha:.10f}".rstrip("0")
+    return shortened(f"{max_k}experts_{rule}_a{digits.replace('.', '')}_{dataset_name(task)}")
+
+
+def shortened(name: str) -> str:
+    """Return a name that a file can have: itself, or its beginning and a digest of it all."""
+    whole = name.encode()
+    if len(whole) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(whole).hexdigest()[:16]
+    return f"{whole[: LONGEST_NAME - 17].decode(errors='ignore')}-{digest}"
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name is that of a file or folder, and leads nowhere else."""
+    return (
+        name not in ("", ".", "..")
+        and not {"/", "\\", "\0"} & set(name)
+        and len(name.encode(errors="surrogatepass")) <= 255
+    )

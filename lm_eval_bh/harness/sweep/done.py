@@ -1,0 +1,111 @@
+"""Whether an experiment of a sweep is done: by its summary, and by all that the summary speaks of.
+
+The last thing that an experiment writes is its summary, with a digest of every file of its own, of
+the settings that decided its results, and of the summary itself. It is believed as far as it
+agrees with what lies there.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from lm_eval_bh.errors import DataError
+from lm_eval_bh.experiment_names import is_file_name
+from lm_eval_bh.harness.sweep.sweep_config import GRID, completed
+from lm_eval_bh.schema import ExperimentSummary, read_json, read_run_info, read_summary
+
+CHUNK = 2**20  # bytes of a file in memory
+
+
+def summary_file(folder: Path, name: str) -> Path:
+    """Return where the summary of an experiment is, in the folder of a sweep."""
+    return folder / "logs" / f"{name}.json"
+
+
+def sealed(
+    folder: Path, summary: ExperimentSummary, files: Iterable[Path], settings: Mapping[str, Any]
+) -> ExperimentSummary:
+    """Return a summary with the digests of files in the folder, of its settings and of itself."""
+    digests = {file.relative_to(folder).as_posix(): _digest(file) for file in sorted(files)}
+    content = cast(ExperimentSummary, summary | {"settings": dict(settings), "files": digests})
+    content["digest"] = _seal(content)
+    return content
+
+
+def why_not_done(
+    folder: Path, name: str, settings: Mapping[str, Any], earlier: Mapping[str, Any] | None
+) -> str | None:
+    """Return why an experiment that has a summary is to be run again, or None if it is done.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the sweep.
+    name : str
+        The experiment's.
+    settings : mapping
+        What its results must have been made with.
+    earlier : mapping or None
+        What they were made with if the summary does not say so, as the first release's do not.
+    """
+    file = summary_file(folder, name)
+    try:
+        summary = read_summary(file)
+    except DataError as error:
+        return str(error).partition(";")[0]
+    if summary["config"] != name:
+        return f"its summary is that of {summary['config']}"
+    if "digest" in summary and summary["digest"] != _seal(summary):
+        return "its summary was changed"
+    made_with = summary.get("settings", earlier)
+    if made_with is None:
+        return "nothing says which settings it ran with"
+    made_with = {k: v for k, v in completed(made_with).items() if k not in GRID}
+    for setting in sorted(made_with.keys() | settings.keys()):
+        if made_with.get(setting) != settings.get(setting):
+            return f"it ran with another {setting}"
+    if "files" not in summary:
+        return _why_earlier(folder / "runs" / name, summary["run_id"])
+    for path, digest in summary["files"].items():
+        if not (all(map(is_file_name, path.split("/"))) and (folder / path).is_file()):
+            return f"{path} is missing"
+        if _digest(folder / path) != digest:
+            return f"{path} was changed"
+    return None
+
+
+def _why_earlier(run: Path, run_id: str) -> str | None:
+    """Return why the results of the first release do not count: it wrote no digests."""
+    for file in sorted(run.glob("*/results_*.json")):
+        try:
+            info = read_run_info({"config": {}} | read_json(file), str(file))
+        except (DataError, AttributeError) as error:
+            return str(error).partition(";")[0]
+        if info is not None and info["run_id"] == run_id:
+            return None
+    return "its results are missing"
+
+
+def _seal(summary: Mapping[str, Any]) -> str:
+    content = {name: value for name, value in summary.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    status = file.stat()
+    return _sha256(file, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _sha256(file: Path, size: int, changed: int) -> str:
+    """Return the SHA-256 of a file; size and time of change are what it is remembered by."""
+    found = hashlib.sha256()
+    with file.open("rb") as content:
+        while chunk := content.read(CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
