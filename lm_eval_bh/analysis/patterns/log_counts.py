@@ -141,7 +141,8 @@ class Counts:
         """
         tokens = self._rows_of_document // len(self.layers)
         task, document = np.nonzero(tokens)
-        served = self._of_document[task, document].reshape(len(task), -1).astype(np.int64)
+        served = self._of_document[task, document].astype(np.int64)
+        served = served.reshape(len(task), len(self.layers) * self.experts)
         length = tokens[task, document]
         documents = pd.DataFrame(
             {

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from lm_eval_bh.analysis.patterns import write_patterns
 from lm_eval_bh.analysis.patterns.findings import find_patterns
 from lm_eval_bh.analysis.patterns.log_counts import Counts
 from lm_eval_bh.analysis.patterns.log_reader import read_token_log
@@ -240,6 +241,16 @@ def test_the_largest_token_id_takes_no_more_memory_than_another(runs):
     assert tokens[BAD]["token_id"].tolist() == [2**31 - 1]
     assert tokens[BAD]["token_class"].tolist() == ["unknown"]
     assert tokens[BAD]["occurrences"].tolist() == [3 * 25]
+
+
+def test_a_log_of_late_documents_alone_is_drawn_without_them(runs, tmp_path):
+    folder, file = runs
+    table = with_column("doc_id", lambda v: [10**6] * len(v))(pq.read_table(file))
+    pq.write_table(table, file)
+    write_patterns(load_experiments([folder]), tmp_path)
+    documents = pd.read_csv(tmp_path / "patterns" / "documents.csv")
+    assert set(documents["configuration"]) == {GOOD}
+    assert set(pd.read_csv(tmp_path / "patterns" / "tokens.csv")["configuration"]) == {GOOD, BAD}
 
 
 def test_the_command_says_what_is_left_out_and_keeps_tables_if_nothing_is_left(runs, tmp_path):
