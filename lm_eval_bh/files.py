@@ -50,3 +50,10 @@ def replacing(path: Path | str) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, content: str) -> Path:
+    """Write a text as UTF-8 with Unix line ends, whole or not at all, and return its path."""
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8", newline="\n")
+    return path

@@ -15,7 +15,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lm_eval_bh.analysis.compare.paired_tests import bootstrap_interval, mcnemar_exact, t_test, tost
+from lm_eval_bh.analysis.compare.paired_tests import (
+    adjusted,
+    bootstrap_interval,
+    mcnemar_exact,
+    t_test,
+    tost,
+)
 from lm_eval_bh.analysis.read.loaded import Loaded
 from lm_eval_bh.analysis.table.columns import typed
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
@@ -271,14 +277,9 @@ def _ratio_and_difference(one: Floats, other: Floats, weight: Floats) -> Floats:
 
 
 def _adjusted(found: list[dict[str, Any]], level: float) -> pd.DataFrame:
-    from statsmodels.stats.multitest import multipletests
-
     table = typed(found, COMPARISON)
-    for name, adjusted in (("p_value", "p_adjusted"), ("equivalence_p", "equivalence_p_adjusted")):
-        tested = table[name].notna()
-        if tested.any():
-            values = table.loc[tested, name]
-            table.loc[tested, adjusted] = multipletests(values, method="fdr_bh")[1]
+    table["p_adjusted"] = adjusted(table["p_value"])
+    table["equivalence_p_adjusted"] = adjusted(table["equivalence_p"])
     tested = table["equivalence_p_adjusted"].notna()
     table.loc[tested, "equivalent"] = table.loc[tested, "equivalence_p_adjusted"] <= level
     return table

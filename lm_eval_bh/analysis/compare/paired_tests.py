@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
@@ -82,3 +83,13 @@ def mcnemar_exact(better: int, worse: int) -> float:
     from statsmodels.stats.contingency_tables import mcnemar
 
     return min(1.0, float(mcnemar([[0, better], [worse, 0]], exact=True).pvalue))
+
+
+def adjusted(p_values: pd.Series) -> pd.Series:
+    """Return p-values adjusted by Benjamini and Hochberg; unknown ones stay unknown."""
+    from statsmodels.stats.multitest import multipletests
+
+    known = p_values.dropna()
+    if len(known):
+        known = pd.Series(multipletests(known, method="fdr_bh")[1], known.index)
+    return known.reindex(p_values.index)

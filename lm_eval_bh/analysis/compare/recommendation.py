@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pandas as pd
 
@@ -44,10 +43,10 @@ class Candidate:
     experts: float
     adaptive: bool
     native: bool
-    log_ratio: float
-    worst: float
-    verdict: str
-    qualifies: bool
+    log_ratio: float = math.nan
+    worst: float = math.nan
+    verdict: str = ""
+    qualifies: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,38 +149,36 @@ def _judge(
 ) -> Candidate:
     """Judge one configuration by its interval on every task."""
     first = rows.iloc[0]
-    known: dict[str, Any] = {
-        "strategy": first["strategy"],
-        "run_id": first["run_id"],
-        "adaptive": bool(first["adaptive"]),
-        "native": first["mode"] == "native" or _takes_the_native_k(first),
-        "experts": float(rows["mean_experts_model"].mean()),
-        "log_ratio": math.nan,
-        "worst": math.nan,
-        "qualifies": False,
-    }
-    if math.isnan(known["experts"]):
-        return Candidate(**known, verdict="its number of experts is not known")
-    if known["native"]:
-        known |= {"log_ratio": 0.0, "worst": 1.0, "qualifies": True}
-        return Candidate(**known, verdict="it is what the others are compared with")
+    candidate = Candidate(
+        strategy=first["strategy"],
+        run_id=first["run_id"],
+        experts=float(rows["mean_experts_model"].mean()),
+        adaptive=bool(first["adaptive"]),
+        native=first["mode"] == "native" or _takes_the_native_k(first),
+    )
+    if math.isnan(candidate.experts):
+        return replace(candidate, verdict="its number of experts is not known")
+    if candidate.native:
+        verdict = "it is what the others are compared with"
+        return replace(candidate, log_ratio=0.0, worst=1.0, qualifies=True, verdict=verdict)
     found = compared[
         compared["run_id"].isin(rows["run_id"])
         & (compared["metric"].isin(PERPLEXITIES) | compared["metric"].isna())
     ].set_index("task")
     for task in tasks:
         if task not in found.index:
-            return Candidate(**known, verdict=f"{task} was not run")
+            return replace(candidate, verdict=f"{task} was not run")
         if reason := found.loc[task, "reason"]:
-            return Candidate(**known, verdict=f"{task}: {reason}")
+            return replace(candidate, verdict=f"{task}: {reason}")
     found = found.loc[list(tasks)]
-    known |= {
-        "log_ratio": float(found["ratio"].map(math.log).mean()),
-        "worst": float(found["ratio_high"].max()),
-    }
-    known["qualifies"] = known["worst"] <= 1 + margin
-    reach = f"interval ends at {as_change(known['worst'])} on {found['ratio_high'].idxmax()}"
-    return Candidate(**known, verdict=reach)
+    worst = float(found["ratio_high"].max())
+    return replace(
+        candidate,
+        log_ratio=float(found["ratio"].map(math.log).mean()),
+        worst=worst,
+        qualifies=worst <= 1 + margin,
+        verdict=f"interval ends at {as_change(worst)} on {found['ratio_high'].idxmax()}",
+    )
 
 
 def _takes_the_native_k(row: pd.Series) -> bool:

@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
+from lm_eval_bh.analysis.patterns.log_counts import Counts
 from lm_eval_bh.analysis.patterns.log_reader import Ints
 
 MOST = 8  # most clusters tried
 ENOUGH = 10  # fewest documents that are clustered
 MANY = 4000  # documents from which mini-batches are used
 SCORED = 2000  # documents that the silhouette is taken over
+TYPICAL = 3  # experts that are named for a cluster
+
+Usage = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,11 @@ class Clusters:
     places: NDArray[np.float64]
 
     @property
+    def number(self) -> int:
+        """How many clusters there are."""
+        return int(self.labels.max()) + 1
+
+    @property
     def silhouette(self) -> float:
         """That of the clustering."""
         return max(self.silhouettes.values())
@@ -49,14 +59,14 @@ class Clusters:
         return "weak structure" if self.silhouette <= 0.5 else "reasonable structure"
 
 
-def cluster(usage: NDArray[np.float32], tasks: Ints, seed: int = 0) -> Clusters | None:
+def cluster(usage: Usage, tasks: pd.Series, seed: int = 0) -> Clusters | None:
     """Cluster documents by their use of the experts: k-means, k chosen by the silhouette.
 
     Parameters
     ----------
     usage : float32 [documents, layers * experts]
         Share of a document's tokens that each expert served.
-    tasks : int64 [documents]
+    tasks : Series [documents]
         The task of each document; it plays no part in the clustering.
     seed : int
         Of k-means and of what the silhouette is taken over.
@@ -103,3 +113,31 @@ def _by_size(labels: Ints) -> Ints:
     """Return labels that number the clusters from the largest to the smallest."""
     order = np.argsort(-np.bincount(labels), kind="stable")
     return np.argsort(order)[labels]
+
+
+def cluster_table(
+    clusters: Clusters | None, counts: Counts, documents: pd.DataFrame, usage: Usage
+) -> pd.DataFrame:
+    """Return one row per cluster: its documents by task, its experts, and what it uses more."""
+    rows = []
+    labels = clusters.labels if clusters else np.array([], dtype=np.int64)
+    for number in np.unique(labels):
+        inside = labels == number
+        some = documents[inside]
+        more = usage[inside].mean(0) - usage.mean(0)
+        typical = [
+            f"layer {counts.layers[i // counts.experts]} expert {i % counts.experts} "
+            f"(+{100 * more[i]:.0f} %)"
+            for i in np.argsort(-more)[:TYPICAL]
+        ]
+        rows.append(
+            {
+                "cluster": number,
+                "documents": len(some),
+                **{task: int((some["task"] == task).sum()) for task in counts.tasks},
+                "mean_experts": float(np.average(some["mean_experts"], weights=some["tokens"])),
+                "mean_loss": float(some["loss"].mean()),
+                "uses_more": ", ".join(typical),
+            }
+        )
+    return pd.DataFrame(rows)

@@ -31,18 +31,18 @@ def spearman(first: Any, second: Any, confidence: float = 0.95) -> dict[str, Any
     from scipy import stats
 
     x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    found: dict[str, Any] = dict.fromkeys(("spearman", "low", "high", "p_value", "reason"))
-    found["n"] = len(x)
-    if len(x) < ENOUGH:
+    found: dict[str, Any] = dict.fromkeys(("n", "spearman", "low", "high", "p_value", "reason"))
+    found["n"] = n = len(x)
+    if n < ENOUGH:
         return found | {"reason": f"fewer than {ENOUGH} to correlate"}
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return found | {"reason": "one of the two does not vary"}
     r, p = map(float, stats.spearmanr(x, y))
-    if abs(r) > 1 - 1e-12:
-        return found | {"spearman": r, "low": r, "high": r, "p_value": p}
-    width = stats.norm.ppf((1 + confidence) / 2) * math.sqrt((1 + r * r / 2) / (len(x) - 3))
-    low, high = np.tanh(np.arctanh(r) + np.array([-width, width]))
-    return found | {"spearman": r, "low": float(low), "high": float(high), "p_value": p}
+    low = high = r
+    if abs(r) <= 1 - 1e-12:
+        width = stats.norm.ppf((1 + confidence) / 2) * math.sqrt((1 + r * r / 2) / (n - 3))
+        low, high = map(float, np.tanh(np.arctanh(r) + np.array([-width, width])))
+    return found | {"spearman": r, "low": low, "high": high, "p_value": p}
 
 
 def complexity(documents: pd.DataFrame, tokens: pd.DataFrame) -> pd.DataFrame:

@@ -1,12 +1,15 @@
-"""Counts over a log that streams by, in tables that do not grow with its length."""
+"""Counts over a log that streams by: they grow with what occurs in it, not with its length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from lm_eval_bh.analysis.patterns.log_reader import Ints, Piece
+from lm_eval_bh.errors import DataError
 
 
 class Counts:
@@ -33,8 +36,6 @@ class Counts:
         How many tokens there were.
     served : int64 [tasks, layers, classes, experts]
         How many of them each expert served.
-    experts_of : int64 [token ids]
-        How many experts served each token, over all its occurrences and layers.
     """
 
     def __init__(
@@ -51,11 +52,9 @@ class Counts:
         shape = len(self.tasks), len(self.layers), len(self.classes)
         self.tokens = np.zeros(shape, dtype=np.int64)
         self.served = np.zeros((*shape, experts), dtype=np.int64)
-        self.experts_of = np.zeros(0, dtype=np.int64)
-        self._rows_of = np.zeros(0, dtype=np.int64)
         self._class_of = np.append(class_of, len(self.classes) - 1)
-        self._place = np.full(max(layers, default=0) + 1, -1)
-        self._place[list(layers)] = np.arange(len(layers))
+        # Any number may stand in a log as a token id, so only those that occur have a row.
+        self._of_token = pd.DataFrame({"size": [], "sum": []}, dtype=np.int64)
         # Takes memory only for documents that occur: the system maps pages on demand.
         self._of_document = np.zeros(
             (len(self.tasks), documents, len(self.layers), experts), dtype=np.int32
@@ -63,58 +62,103 @@ class Counts:
         self._rows_of_document = np.zeros((len(self.tasks), documents), dtype=np.int64)
 
     def add(self, piece: Piece) -> None:
-        """Count the rows of a piece."""
-        layer, kind = self._place[piece.layer], self.class_of(piece.token)
+        """Count the rows of a piece.
+
+        Raises
+        ------
+        DataError
+            If a number in it is out of range.
+        """
+        layer = pd.Index(self.layers).get_indexer(piece.layer)
+        for name, numbers, known in (
+            ("document", piece.document, piece.document >= 0),
+            ("layer", piece.layer, layer >= 0),
+            ("token id", piece.token, piece.token >= 0),
+            ("expert", piece.experts, (piece.experts >= 0) & (piece.experts < self.experts)),
+        ):
+            if not known.all():
+                raise DataError(
+                    f"{piece.file} is damaged: found {name} {numbers[~known][0]}, which is out of "
+                    "range; run the evaluation again."
+                )
+        kind = self._kinds(piece.token)
         row = np.repeat(np.arange(len(piece.token)), piece.count)  # of each expert
         _count(self.tokens, piece.task, layer, kind)
         _count(self.served, piece.task[row], layer[row], kind[row], piece.experts)
-        self._rows_of = _sum(self._rows_of, np.bincount(piece.token))
-        self.experts_of = _sum(self.experts_of, np.bincount(piece.token[row]))
+        found = pd.Series(piece.count).groupby(piece.token).agg(["size", "sum"])
+        self._of_token = self._of_token.add(found, fill_value=0).astype(np.int64)
         kept = piece.document < self._rows_of_document.shape[1]
         _count(self._rows_of_document, piece.task[kept], piece.document[kept])
         row, experts = row[kept[row]], piece.experts[kept[row]]
         _count(self._of_document, piece.task[row], piece.document[row], layer[row], experts)
 
-    def class_of(self, tokens: Ints) -> Ints:
-        """Return the place of the class of some token ids."""
-        return self._class_of[np.minimum(tokens, len(self._class_of) - 1)]
+    def require_rows(self, task: int, folder: Path) -> None:
+        """Raise :class:`DataError` unless all layers have the same number of a task's tokens."""
+        rows = self.tokens[task].sum(-1)
+        if not rows.all() or np.ptp(rows):
+            raise DataError(
+                f"{folder} is incomplete: found {rows.min()} to {rows.max()} tokens of "
+                f"{self.tasks[task]} in a layer; run the evaluation again."
+            )
 
-    @property
-    def occurrences(self) -> Ints:
-        """How often each token id occurs, int64 ``[token ids]``; a token is once in every layer."""
-        return self._rows_of // max(1, len(self.layers))
+    def token_table(self) -> pd.DataFrame:
+        """Return ``token_id, token_class, occurrences, mean_experts``, one row per token id."""
+        rows = self._of_token["size"] // len(self.layers)  # a token is once in every layer
+        rows = rows[rows > 0]
+        ids = rows.index.to_numpy(np.int64)
+        experts = self._of_token["sum"].loc[ids].to_numpy()
+        return pd.DataFrame(
+            {
+                "token_id": ids,
+                "token_class": np.array(self.classes)[self._kinds(ids)],
+                "occurrences": rows.to_numpy(),
+                "mean_experts": experts / (rows.to_numpy() * len(self.layers)),
+            }
+        )
 
-    @property
-    def documents(self) -> list[tuple[int, int]]:
-        """(task, document) of the documents that are kept, in order."""
-        return [
-            (int(task), int(document)) for task, document in np.argwhere(self._rows_of_document)
-        ]
+    def class_table(self) -> pd.DataFrame:
+        """Return ``task, token_class, tokens, mean_experts`` of the classes that occur."""
+        rows, experts = self.tokens.sum(1), self.served.sum((1, 3))
+        task, kind = np.nonzero(rows)
+        return pd.DataFrame(
+            {
+                "task": np.array(self.tasks)[task],
+                "token_class": np.array(self.classes)[kind],
+                "tokens": rows[task, kind] // len(self.layers),
+                "mean_experts": experts[task, kind] / rows[task, kind],
+            }
+        )
 
-    def document_counts(self) -> tuple[Ints, Ints, Ints]:
-        """Return what is known of the documents that are kept.
+    def document_table(self) -> tuple[pd.DataFrame, Ints]:
+        """Return the documents that are kept, and how the experts served them.
 
         Returns
         -------
-        tasks : int64 [documents]
-        tokens : int64 [documents]
+        documents : DataFrame
+            ``task, document, tokens, mean_experts``, one row per document.
         served : int64 [documents, layers * experts]
             How many of a document's tokens each expert served.
         """
-        task, document = np.nonzero(self._rows_of_document)
-        tokens = self._rows_of_document[task, document] // max(1, len(self.layers))
+        tokens = self._rows_of_document // len(self.layers)
+        task, document = np.nonzero(tokens)
         served = self._of_document[task, document].astype(np.int64)
-        return task, tokens, served.reshape(len(task), -1)
+        served = served.reshape(len(task), len(self.layers) * self.experts)
+        length = tokens[task, document]
+        documents = pd.DataFrame(
+            {
+                "task": np.array(self.tasks)[task],
+                "document": document,
+                "tokens": length,
+                "mean_experts": served.sum(-1) / (length * len(self.layers)),
+            }
+        )
+        return documents, served
+
+    def _kinds(self, tokens: Ints) -> Ints:
+        """Return the place of the class of each token id."""
+        return self._class_of[np.minimum(tokens, len(self._class_of) - 1)]
 
 
 def _count(table: np.ndarray, *places: Ints) -> None:
     """Add 1 to a table at every place."""
     np.add.at(table.reshape(-1), np.ravel_multi_index(places, table.shape), 1)
-
-
-def _sum(one: Ints, other: Ints) -> Ints:
-    """Return the sum of two tables, the shorter one filled up with 0."""
-    total = np.zeros(max(len(one), len(other)), dtype=np.int64)
-    total[: len(one)] += one
-    total[: len(other)] += other
-    return total

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lm_eval_bh.errors import DataError
-from lm_eval_bh.schema import TOKENS, Sample, read_internal_routing, read_manifest
+from lm_eval_bh.schema import TOKENS, UNUSED, read_internal_routing, read_manifest
 
 Ints = NDArray[np.int64]
 
@@ -26,12 +27,15 @@ class Piece:
 
     Attributes
     ----------
+    file : Path
+        Where they are from.
     task, document, layer, token, count : int64 [rows]
         Index of the task, document, layer, token id, and how many experts served.
     experts : int64 [count.sum()]
         The experts of all rows, one row after the other.
     """
 
+    file: Path
     task: Ints
     document: Ints
     layer: Ints
@@ -62,6 +66,10 @@ def read_token_log(
     import pyarrow.parquet as pq
     from tqdm import tqdm
 
+    def ints(column: pa.Array) -> Ints:
+        # Arrow refuses what is not a whole number, NumPy would not.
+        return np.asarray(column.cast(pa.int64()))
+
     # Not pyarrow.dataset, which filters by itself: the memory of its scanner grows with the rows.
     known, wanted = pa.array(tasks), pa.array(some)
     for file in files:
@@ -74,53 +82,75 @@ def read_token_log(
                     disable=None,  # quiet when not a terminal
                 )
                 for batch in batches:
+                    for name in COLUMNS:
+                        _refuse_nulls(batch.column(name), name)
                     names = batch.column("task").cast(pa.string())
                     keep = pc.is_in(names, wanted)
                     for name in ("request", "repeat"):
                         keep = pc.and_(keep, pc.equal(batch.column(name), 0))
                     kept = batch.filter(keep)
-                    experts = kept.column("experts")
+                    lists = kept.column("experts")
+                    experts = pc.list_flatten(lists)
+                    _refuse_nulls(experts, "experts")
                     yield Piece(
-                        task=_ints(pc.index_in(names.filter(keep), known)),
-                        document=_ints(kept.column("doc_id")),
-                        layer=_ints(kept.column("layer")),
-                        token=_ints(kept.column("token_id")),
-                        count=_ints(pc.list_value_length(experts)),
-                        experts=_ints(experts.flatten()),
+                        file,
+                        task=ints(pc.index_in(names.filter(keep), known)),
+                        document=ints(kept.column("doc_id")),
+                        layer=ints(kept.column("layer")),
+                        token=ints(kept.column("token_id")),
+                        count=ints(pc.list_value_length(lists)),
+                        experts=ints(experts),
                     )
-        except (pa.ArrowException, OSError, KeyError) as error:
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise DataError(
                 f"{file} could not be read: {error}; run the evaluation again."
             ) from error
 
 
-def _ints(column: object) -> Ints:
-    return np.asarray(column, dtype=np.int64)
+def _refuse_nulls(column: Any, name: str) -> None:
+    if column.null_count:
+        raise ValueError(f"{name} is null in {column.null_count} rows")
 
 
-def read_samples(file: Path) -> list[Sample]:
-    """Return the first request of every document in an internal routing log.
+def read_sample_log(file: Path, task: int) -> tuple[list[Piece], dict[int, float]]:
+    """Return the rows of an internal routing log, and the loss of each document where it has one.
+
+    Losses are in nats a scored token. The task is an index, for :attr:`Piece.task`.
 
     Raises
     ------
     DataError
         If it is damaged.
     """
-    return [s for s in read_internal_routing(file)["samples"] if s["request"] == s["repeat"] == 0]
-
-
-def pieces_of(samples: Sequence[Sample], task: int) -> Iterator[Piece]:
-    """Yield the rows of some samples of a task."""
-    for sample in samples:
-        tokens = np.array(sample["token_ids"], dtype=np.int64)
-        for layer in sample["layers"]:
-            selected = np.array(layer["selected_experts"], dtype=np.int64)
-            used = selected >= 0
-            yield Piece(
-                np.full(len(tokens), task),
-                np.full(len(tokens), sample["sample_id"]),
-                np.full(len(tokens), layer["layer"]),
-                tokens,
-                used.sum(-1),
-                selected[used],
+    pieces, losses = [], {}
+    try:
+        for sample in read_internal_routing(file)["samples"]:
+            if sample["request"] or sample["repeat"]:
+                continue
+            document, layers = int(sample["sample_id"]), sample["layers"]
+            # [layers, tokens, max_k]
+            selected = np.array([layer["selected_experts"] for layer in layers], dtype=np.int64)
+            used = selected != UNUSED
+            layer, token = np.meshgrid(
+                np.array([layer["layer"] for layer in layers], dtype=np.int64),
+                np.array(sample["token_ids"], dtype=np.int64),
+                indexing="ij",
             )
+            if layer.shape != used.shape[:2]:
+                raise ValueError(f"document {document} has other tokens than experts")
+            pieces.append(
+                Piece(
+                    file,
+                    task=np.full(layer.size, task, dtype=np.int64),
+                    document=np.full(layer.size, document, dtype=np.int64),
+                    layer=layer.ravel(),
+                    token=token.ravel(),
+                    count=used.sum(-1).ravel(),
+                    experts=selected[used],
+                )
+            )
+            if sample["loss"] is not None:
+                losses[document] = float(sample["loss"])
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
+        raise DataError(f"{file} is damaged: {error!r}; run the evaluation again.") from error
+    return pieces, losses

@@ -152,13 +152,13 @@ def specialisation(counts: Counts, seed: int = 0) -> pd.DataFrame:
         names = np.array(counts.classes)[present]
         found.append(_described("token class", names, served, tokens, tested, counts))
 
-    kinds, length, used = counts.document_counts()
-    present, kinds = np.unique(kinds, return_inverse=True)
-    if len(present) > 1:
-        inside = (kinds == np.arange(len(present))[:, None]).astype(np.int64)
-        served = (inside @ used).T.reshape(len(counts.layers), counts.experts, len(present))
+    documents, used = counts.document_table()
+    length = documents["tokens"].to_numpy()
+    names, kinds = np.unique(documents["task"], return_inverse=True)
+    if len(names) > 1:
+        inside = (kinds == np.arange(len(names))[:, None]).astype(np.int64)
+        served = (inside @ used).T.reshape(len(counts.layers), counts.experts, len(names))
         tested = shuffled_documents(used, length, kinds, seed)
-        names = np.array(counts.tasks)[present]
         found.append(_described("task", names, served, inside @ length, tested, counts))
     if not found:
         return pd.DataFrame(columns=SPECIALISATION).astype({"corrected": "float64"})

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
 
-from lm_eval_bh.analysis.patterns.findings import Patterns, find_patterns
+from lm_eval_bh.analysis.patterns.findings import TABLES, Patterns, find_patterns
 from lm_eval_bh.analysis.patterns.pictures import (
     clusters_picture,
     complexity_picture,
     specialisation_picture,
 )
 from lm_eval_bh.analysis.read.loaded import Loaded
-from lm_eval_bh.files import replacing
+from lm_eval_bh.files import replacing, write_text
 
 FOLDER = "patterns"
-TABLES = ("complexity", "classes", "tokens", "specialisation", "documents", "clusters")
-LEVEL = 0.05
+PICTURES = {
+    "complexity": complexity_picture,
+    "specialisation": specialisation_picture,
+    "clusters": clusters_picture,
+}
+LEVEL = 0.05  # of the p-values that the sentences count
 
 CAVEATS = """\
 - The logs have one loss for a request, not one for a token: difficulty is that of documents. A
@@ -53,7 +58,7 @@ def write_patterns(
     Returns
     -------
     list of Path
-        The files.
+        The files; none if all logs are damaged.
 
     Raises
     ------
@@ -63,59 +68,42 @@ def write_patterns(
     folder = Path(folder) / FOLDER
     tables: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
     text = ["# Routing patterns\n"]
-    paths = []
+    paths: list[Path] = []
     for found in find_patterns(loaded, tokenizer=tokenizer, seed=seed):
-        of_name = {
-            "complexity": _adjusted(found.complexity, "against"),
-            "specialisation": _adjusted(found.specialisation, "of"),
-            "clusters": found.cluster_table(),
-            **{name: getattr(found, name) for name in ("classes", "tokens", "documents")},
-        }
-        for name, table in of_name.items():
-            where = {"group": found.group, "configuration": found.strategy}
+        where = {"group": found.group, "configuration": found.strategy}
+        for name, table in found.tables.items():
             tables[name].append(table.assign(**where)[[*where, *table.columns]])
         text.append(f"## {found.strategy}\n")
-        text += [f"- {sentence}" for sentence in sentences(found, of_name)]
-        for kind, draw in (
-            ("complexity", complexity_picture),
-            ("specialisation", specialisation_picture),
-            ("clusters", clusters_picture),
-        ):
-            path = folder / f"{found.name}_{kind}.png"
+        text += [f"- {sentence}" for sentence in sentences(found)]
+        for kind, draw in PICTURES.items():
+            path = _unlike(paths, folder, found.strategy, kind)
             with replacing(path) as temporary:
                 draw(found).savefig(temporary, format="png", dpi=200)
             paths.append(path)
             text.append(f"\n![{kind} of {found.strategy}]({path.name})")
         text.append("")
+    if not paths:
+        return []  # rather than replace tables of an earlier time by empty ones
     for name, some in tables.items():
-        path = folder / f"{name}.csv"
-        with replacing(path) as temporary:
-            table = pd.concat(some, ignore_index=True)
-            table.to_csv(temporary, index=False, lineterminator="\n")
-        paths.append(path)
-    path = folder / "patterns.md"
-    with replacing(path) as temporary:
-        text += ["## How to read this\n", CAVEATS]
-        temporary.write_text("\n".join(text), encoding="utf-8", newline="\n")
-    return [*paths, path]
+        content = pd.concat(some, ignore_index=True).to_csv(index=False, lineterminator="\n")
+        paths.append(write_text(folder / f"{name}.csv", content))
+    text += ["## How to read this\n", CAVEATS]
+    return [*paths, write_text(folder / "patterns.md", "\n".join(text))]
 
 
-def _adjusted(table: pd.DataFrame, family: str) -> pd.DataFrame:
-    """Return the table with p-values adjusted within each family."""
-    from statsmodels.stats.multitest import multipletests
-
-    table = table.copy()
-    table["p_adjusted"] = float("nan")
-    for _, some in table.dropna(subset="p_value").groupby(family):
-        adjusted = multipletests(some["p_value"].astype(float), method="fdr_bh")[1]
-        table.loc[some.index, "p_adjusted"] = adjusted
-    return table
+def _unlike(paths: list[Path], folder: Path, strategy: str, kind: str) -> Path:
+    """Return a picture's file, numbered where two configurations have one name."""
+    plain = re.sub(r"[^A-Za-z0-9]+", "_", strategy).strip("_").lower()
+    path, number = folder / f"{plain}_{kind}.png", 2
+    while path in paths:
+        path, number = folder / f"{plain}_{number}_{kind}.png", number + 1
+    return path
 
 
-def sentences(found: Patterns, tables: dict[str, pd.DataFrame]) -> list[str]:
+def sentences(found: Patterns) -> list[str]:
     """Return what was found for a configuration, in sentences."""
     written = []
-    for _, row in tables["complexity"].iterrows():
+    for _, row in found.tables["complexity"].iterrows():
         what = row["against"] if row["task"] == "all" else f"{row['against']}, {row['task']}"
         if row["reason"]:
             written.append(f"Experts and {what}: {row['reason']}.")
@@ -124,7 +112,7 @@ def sentences(found: Patterns, tables: dict[str, pd.DataFrame]) -> list[str]:
                 f"Experts and {what}: rank correlation {row['spearman']:+.2f} "
                 f"[{row['low']:+.2f}, {row['high']:+.2f}] over {row['n']} ({row['unit']})."
             )
-    for of, some in tables["specialisation"].groupby("of"):
+    for of, some in found.tables["specialisation"].groupby("of"):
         first = some.loc[some["corrected"].idxmax()]
         clear = int((some["p_adjusted"] <= LEVEL).sum())
         written.append(
@@ -138,7 +126,7 @@ def sentences(found: Patterns, tables: dict[str, pd.DataFrame]) -> list[str]:
     else:
         best = found.clusters
         written.append(
-            f"Clusters: {int(best.labels.max()) + 1} of documents, silhouette "
+            f"Clusters: {best.number} of documents, silhouette "
             f"{best.silhouette:.2f} ({best.remark}), agreement with the tasks {best.agreement:.2f}."
         )
     return written

@@ -37,24 +37,20 @@ def draw_health(health: Sequence[Health], title: str, path: Path) -> None:
     ParameterError
         If it has another suffix.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure  # not pyplot, which would touch the backend
 
     figure = Figure(figsize=(14, 4.6), layout="constrained")
     curves, bars = figure.subplots(1, 2, width_ratios=(1, 2))
     uniform = np.linspace(0, 1, len(health[0]["quantiles"]))
-    colours = _colours(len(health))
+    colours = colormaps["viridis"](np.linspace(0, 0.92, len(health)))
     for row, colour in zip(health, colours, strict=True):
         curves.plot(
             row["quantiles"], uniform, color=colour, linewidth=1.5, label=f"layer {row['layer']}"
         )
     curves.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="uniform")
-    curves.set(
-        title="Distribution of the p-values",
-        xlabel="p-value",
-        ylabel="share of p-values up to it",
-        xlim=(0, 1),
-        ylim=(0, 1),
-    )
+    curves.set(title="Distribution of the p-values", xlim=(0, 1), ylim=(0, 1))
+    curves.set(xlabel="p-value", ylabel="share of p-values up to it")
     curves.legend(fontsize=8, ncols=1 + len(health) // 9)
     curves.grid(alpha=0.3)
 
@@ -83,21 +79,15 @@ def draw_distances(layers: Sequence[Health]) -> Figure:
 
 def _draw_distances(axes: Axes, layers: Sequence[Health]) -> None:
     place = np.arange(len(layers))
-    shown = (
-        ("Kolmogorov-Smirnov distance", "ks_distance", ""),
-        ("share of p = 0 (above the null)", "ceiling_share", "//"),
-        ("share of p = 1 (below the null)", "floor_share", ".."),
+    shown = (  # in colours of Okabe and Ito
+        ("Kolmogorov-Smirnov distance", "ks_distance", "#0072B2", ""),
+        ("share of p = 0 (above the null)", "ceiling_share", "#D55E00", "//"),
+        ("share of p = 1 (below the null)", "floor_share", "#009E73", ".."),
     )
-    for at, (name, field, hatch) in enumerate(shown):
-        drawn = axes.bar(
-            place + 0.27 * (at - 1),
-            [layer[field] for layer in layers],
-            0.25,
-            color=("#0072B2", "#D55E00", "#009E73")[at],  # Okabe and Ito
-            hatch=hatch,
-            edgecolor="white",
-            label=name,
-        )
+    for at, (name, field, colour, hatch) in enumerate(shown, start=-1):
+        heights = [layer[field] for layer in layers]
+        how: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": name}
+        drawn = axes.bar(place + 0.27 * at, heights, 0.25, **how)
         axes.bar_label(drawn, fmt="%.2g", fontsize=7, rotation=90, padding=3)
     axes.margins(y=0.25)  # for the numbers
     axes.set_axisbelow(True)
@@ -110,11 +100,3 @@ def _draw_distances(axes: Axes, layers: Sequence[Health]) -> None:
     )
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     axes.grid(alpha=0.3, axis="y")
-
-
-def _colours(count: int) -> list[tuple[float, float, float, float]]:
-    import matplotlib
-
-    return [
-        tuple(colour) for colour in matplotlib.colormaps["viridis"](np.linspace(0, 0.92, count))
-    ]

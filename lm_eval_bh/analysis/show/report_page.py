@@ -6,7 +6,6 @@ import base64
 import io
 import re
 import shlex
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,18 +13,17 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from lm_eval_bh.analysis.compare.paired import compare
-from lm_eval_bh.analysis.compare.recommendation import Recommendation, recommend
+from lm_eval_bh.analysis.compare.recommendation import recommend
 from lm_eval_bh.analysis.show.health_figure import draw_distances
 from lm_eval_bh.analysis.show.lm_eval_command import lm_eval_command
 from lm_eval_bh.analysis.show.report_tables import (
-    Table,
     comparison_table,
     health_table,
     layer_table,
     results_table,
     verdict_table,
 )
-from lm_eval_bh.files import replacing
+from lm_eval_bh.files import replacing, write_text
 from lm_eval_bh.schema import read_json
 
 if TYPE_CHECKING:
@@ -37,79 +35,6 @@ HEALTH = "visualizations/null_model_health"
 
 # What Markdown would take for markup. Names are full of underscores, which are safe within words.
 _MARKUP = re.compile(r"([\\`*\[\]<>|&~])")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """The nine panels of one group.
-
-    Attributes
-    ----------
-    file : str
-        PNG, relative to the report.
-    source : str
-        The same as SVG, in a data URI.
-    """
-
-    file: str
-    source: str
-
-
-@dataclass(frozen=True)
-class NullInfo:
-    """A null model that runs used, as its header describes it.
-
-    Attributes
-    ----------
-    facts : list of (str, str)
-        Name and value.
-    health, figure : Table and Figure, or None
-        Per layer, on held-out text; None where it was not recorded.
-    command : str
-        How to calibrate it again, which measures its health.
-    """
-
-    facts: list[tuple[str, str]]
-    health: Table | None
-    figure: Figure | None
-    command: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that the templates show.
-
-    Attributes
-    ----------
-    summary : list of str
-        Sentences.
-    recommendations : list of (Recommendation, Table)
-        One a group, each with its verdicts.
-    results, comparisons, layers : Table
-        The rows of ``results`` carry the anchors of their commands.
-    figures : list of Figure
-        One a group.
-    nulls : list of NullInfo
-        The null models that were used.
-    commands : list of (str, str, str)
-        Anchor, name and ``lm_eval`` command of every row.
-    problems, notes : list of str
-        Sentences about files.
-    settings : dict of str to str
-        What the comparisons were made with.
-    """
-
-    summary: list[str]
-    recommendations: list[tuple[Recommendation, Table]]
-    results: Table
-    comparisons: Table
-    layers: Table
-    figures: list[Figure]
-    nulls: list[NullInfo]
-    commands: list[tuple[str, str, str]]
-    problems: list[str]
-    notes: list[str]
-    settings: dict[str, str]
 
 
 def write_report(
@@ -156,16 +81,17 @@ def write_report(
     )
     recommendations = recommend(loaded.frame, comparisons, margin=margin, confidence=confidence)
     contents = {file: read_json(Path(file)) for file in loaded.frame["file"].unique()}
-    layers = layer_table(loaded)
-    report = Report(
-        summary=_summary(loaded.frame),
-        recommendations=[(found, verdict_table(found)) for found in recommendations],
-        results=results_table(loaded.frame),
-        comparisons=comparison_table(comparisons),
-        layers=layers,
-        figures=_figures(loaded, Path(folder)),
-        nulls=_nulls(contents, Path(folder)),
-        commands=[
+    folder = Path(folder)
+    report = {
+        "summary": _summary(loaded.frame),
+        "recommendations": [(found, verdict_table(found)) for found in recommendations],
+        "results": results_table(loaded.frame),
+        "comparisons": comparison_table(comparisons),
+        "layers": layer_table(loaded),
+        "figures": _figures(loaded, folder),
+        "nulls": _nulls(contents, folder),
+        # The anchors are those of the rows of the results.
+        "commands": [
             (
                 f"run-{number}",
                 f"{row['strategy']}, {row['task']}",
@@ -174,20 +100,20 @@ def write_report(
             for number, (_, row) in enumerate(loaded.frame.iterrows(), start=1)
         ],
         # Last: reading above may have added to them.
-        problems=[sentence for _, sentence in loaded.problems],
-        notes=[sentence for _, sentence in loaded.notes],
-        settings={
+        "problems": [sentence for _, sentence in loaded.problems],
+        "notes": [sentence for _, sentence in loaded.notes],
+        "settings": {
             "margin": f"{100 * margin:g} %",
             "accuracy_margin": f"{accuracy_margin:g}",
             "confidence": f"{100 * confidence:g} %",
             "resamples": f"{resamples:,}",
             "seed": str(seed),
         },
-    )
-    return [_write(report, Path(folder) / f"{REPORT}.{suffix}") for suffix in ("md", "html")]
+    }
+    return [_write(report, folder / f"{REPORT}.{suffix}") for suffix in ("md", "html")]
 
 
-def _write(report: Report, path: Path) -> Path:
+def _write(report: dict[str, Any], path: Path) -> Path:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -207,9 +133,7 @@ def _write(report: Report, path: Path) -> Path:
 
     template = environment.get_template(f"report{path.suffix}.j2")
     content = template.render(report=report, version=version("lm-eval-bh"), asset=asset)
-    with replacing(path) as temporary:
-        temporary.write_text(content, encoding="utf-8", newline="\n")
-    return path
+    return write_text(path, content)
 
 
 def escape_markdown(text: str) -> str:
@@ -244,24 +168,17 @@ def _summary(frame: pd.DataFrame) -> list[str]:
             "other."
         )
     adaptive = frame[frame["adaptive"] & (frame["mode"] != "analyze")]
-    for what, better in (("perplexity", "lower"), ("accuracy", "higher")):
-        ours = (
-            adaptive["accuracy"]
-            if what == "accuracy"
-            else adaptive.apply(
-                lambda row: row[row["matched_metric"]] if row["matched_metric"] else None,
-                axis=1,
-                result_type="reduce",
-            )
-        )
-        pairs = pd.DataFrame({"ours": ours, "static": adaptive[f"matched_{what}"]}).dropna()
-        if len(pairs):
-            ahead = pairs["ours"] < pairs["static"]
-            if what == "accuracy":
-                ahead = pairs["ours"] > pairs["static"]
+    perplexity = [row.get(row["matched_metric"]) for _, row in adaptive.iterrows()]
+    for what, ours, better in (
+        ("perplexity", pd.Series(perplexity, adaptive.index, dtype=float), "lower"),
+        ("accuracy", adaptive["accuracy"], "higher"),
+    ):
+        ahead = (ours - adaptive[f"matched_{what}"]).dropna()
+        number = int((ahead < 0 if better == "lower" else ahead > 0).sum())
+        if len(ahead):
             found.append(
-                f"Of {len(pairs)} adaptive experiments with a static top-k at the same mean number "
-                f"of experts beside them, {int(ahead.sum())} have the {better} {what}."
+                f"Of {len(ahead)} adaptive experiments with a static top-k at the same mean number "
+                f"of experts beside them, {number} have the {better} {what}."
             )
     alone = int((adaptive["matched_by"].isna()).sum())
     if alone:
@@ -272,7 +189,7 @@ def _summary(frame: pd.DataFrame) -> list[str]:
     return found
 
 
-def _figures(loaded: Loaded, folder: Path) -> list[Figure]:
+def _figures(loaded: Loaded, folder: Path) -> list[dict[str, str]]:
     """Draw each group, as PNG for the folder and as SVG for the page."""
     from lm_eval_bh.analysis.show.plots import create_comprehensive_visualization
 
@@ -285,8 +202,8 @@ def _figures(loaded: Loaded, folder: Path) -> list[Figure]:
     return found
 
 
-def _embedded(figure: Any, name: str) -> Figure:
-    """Return a drawing as SVG for the page, beside the name of its file."""
+def _embedded(figure: Any, name: str) -> dict[str, str]:
+    """Return the name of a drawing's file, and the drawing as SVG in a data URI for the page."""
     import matplotlib
 
     drawn = io.BytesIO()
@@ -294,39 +211,36 @@ def _embedded(figure: Any, name: str) -> Figure:
     with matplotlib.rc_context({"svg.hashsalt": REPORT}):
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     encoded = base64.b64encode(drawn.getvalue()).decode("ascii")
-    return Figure(name, f"data:image/svg+xml;base64,{encoded}")
+    return {"file": name, "source": f"data:image/svg+xml;base64,{encoded}"}
 
 
-def _nulls(contents: dict[str, dict[str, Any]], folder: Path) -> list[NullInfo]:
+def _nulls(contents: dict[str, dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """Describe every null model that a run used, once, and draw its health."""
-    found: dict[str, NullInfo] = {}
-    drawn = 0
+    found: dict[str, dict[str, Any]] = {}
     for content in contents.values():
-        header = (content["config"].get("bh") or {}).get("null_model")
-        if not header:
-            continue
+        header = (content["config"].get("bh") or {}).get("null_model") or {}
         facts = [
             (name.replace("_", " "), _fact(value))
             for name, value in header.items()
             if value is not None and name != "health"
         ]
-        if str(facts) in found:
+        if not facts or str(facts) in found:
             continue
         health, figure = header.get("health"), None
         if health:
-            drawn += 1
-            figure = _health_figure(health, folder, f"{HEALTH}{'' if drawn == 1 else drawn}.png")
-        found[str(facts)] = NullInfo(
-            facts, health_table(health) if health else None, figure, _calibration(header)
-        )
+            drawn = 1 + sum(one["health"] is not None for one in found.values())
+            name = f"{HEALTH}{'' if drawn == 1 else drawn}.png"
+            shown = draw_distances(health)
+            with replacing(folder / name) as temporary:
+                shown.savefig(temporary, format="png", dpi=200)
+            figure = _embedded(shown, name)
+        found[str(facts)] = {
+            "facts": facts,
+            "health": health_table(health) if health else None,
+            "figure": figure,
+            "command": _calibration(header),
+        }
     return list(found.values())
-
-
-def _health_figure(health: list[dict[str, float]], folder: Path, name: str) -> Figure:
-    figure = draw_distances(health)
-    with replacing(folder / name) as temporary:
-        figure.savefig(temporary, format="png", dpi=200)
-    return _embedded(figure, name)
 
 
 def _calibration(header: dict[str, Any]) -> str:

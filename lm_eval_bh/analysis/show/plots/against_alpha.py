@@ -19,6 +19,7 @@ from lm_eval_bh.analysis.show.plots.style import (
     fit_scale,
     focus,
     interval,
+    write_beside,
 )
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITY_UNITS
 
@@ -169,18 +170,9 @@ def experts(figure: SubFigure, data: Experiments, style: Style, labels: Labels) 
     _lines(axes, means.assign(value=means["mean_experts"]), style)
     drawn = [*means["low"], *means["high"]]
     if data.native:
-        axes.axhline(
-            data.native, color=style.colour(data.native), linestyle=BASELINE_LINE, linewidth=1.1
-        )
-        axes.annotate(
-            f"top-{data.native}",
-            (0, data.native),
-            xycoords=("axes fraction", "data"),
-            xytext=(3, 2),
-            textcoords="offset points",
-            color=style.colour(data.native),
-            fontsize=SMALL,
-        )
+        colour = style.colour(data.native)
+        axes.axhline(data.native, color=colour, linestyle=BASELINE_LINE, linewidth=1.1)
+        write_beside(axes, f"top-{data.native}", (0, data.native), (3, 2), color=colour)
         drawn.append(float(data.native))
     fit_scale(axes, "y", drawn)
     alpha_ticks(axes, means["alpha"])

@@ -32,7 +32,7 @@ NUMBERS = (
     *(f"{name}_stderr" for name in PERPLEXITIES),
 )
 CONFIGURATION = ["max_k", "variant", "alpha", "target_experts"]
-TEXTS = ("run_id", "model", "dataset", "variant", "mode", "matched_by", "matched_metric")
+TEXTS = ("run_id", "dataset", "variant", "mode", "matched_by", "matched_metric")
 
 
 class NoDataError(Exception):
@@ -89,8 +89,6 @@ class Experiments:
         self.variants = list(dict.fromkeys(self.adaptive["variant"]))
         known = self.rows["native_top_k"].dropna()
         self.native = int(known.iloc[0]) if len(known) else None
-        models = [model for model in self.rows["model"].dropna().unique() if model]
-        self.model = models[0] if models else None
         self.layers = _layers_averaged(layers, rows)
 
     def of(self, task: str, rows: pd.DataFrame) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from lm_eval_bh.analysis.show.plots.style import (
     SMALL,
     Style,
     fit_scale,
+    write_beside,
 )
 
 if TYPE_CHECKING:
@@ -101,25 +102,9 @@ def utilization(figure: SubFigure, data: Experiments, style: Style, labels: Labe
             color="white" if row["static"] else colour,
             hatch="//////" if row["static"] else None,
         )
-        axes.annotate(
-            f"{row['gini_coefficient']:.2f}",
-            (1, place),
-            xytext=(4, 0),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            va="center",
-            fontsize=_size_of(len(means)),
-            annotation_clip=False,
-        )
-    axes.annotate(
-        "Gini",
-        (1, 1),
-        xytext=(4, 3),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        fontsize=SMALL,
-        annotation_clip=False,
-    )
+        gini, size = f"{row['gini_coefficient']:.2f}", _size_of(len(means))
+        write_beside(axes, gini, (1, place), (4, 0), va="center", fontsize=size)
+    write_beside(axes, "Gini", (1, 1), (4, 3), xycoords="axes fraction")
     axes.set_xlim(0, 100)
     axes.set_xlabel("experts in use (%)")
 
@@ -146,33 +131,22 @@ def _rows(axes: Axes, means: pd.DataFrame, style: Style, names: list[str]) -> li
     widest = max(len(name) for name in names)
     start = 0
     for max_k, rows in of_size.items():
-        middle = np.mean(places[start : start + len(rows)])
+        middle = float(np.mean(places[start : start + len(rows)]))
         start += len(rows)
-        axes.annotate(
+        write_beside(
+            axes,
             f"max {max_k:.0f}",
             (0, middle),
-            xytext=(-10 - 0.6 * size * widest, 0),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
+            (-10 - 0.6 * size * widest, 0),
             ha="right",
             va="center",
             color=style.colour(max_k),
             fontweight="bold",
             fontsize=SMALL + 0.5,
-            annotation_clip=False,
         )
     room = 0.6 + max(0.0, FEWEST_ROWS - places[-1] - 1) / 2  # or two bars would be blocks
     axes.set_ylim(places[-1] + room, -room)
-    axes.annotate(
-        ALPHA,
-        (0, 1),
-        xytext=(-4, 3),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        ha="right",
-        fontsize=SMALL,
-        annotation_clip=False,
-    )
+    write_beside(axes, ALPHA, (0, 1), (-4, 3), xycoords="axes fraction", ha="right")
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     return places
@@ -202,10 +176,9 @@ def layers(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -
         axes.plot(line["layer"], line["mean"], linestyle=style.line(variant), **how)
     drawn = list(data.layers["mean"])
     if data.native:
-        axes.axhline(
-            data.native, color=style.colour(data.native), linestyle=BASELINE_LINE, linewidth=1.1
-        )
-        labels.at_line(axes, data.native, f"top-{data.native}", style.colour(data.native))
+        colour = style.colour(data.native)
+        axes.axhline(data.native, color=colour, linestyle=BASELINE_LINE, linewidth=1.1)
+        labels.at_line(axes, data.native, f"top-{data.native}", colour)
         drawn.append(float(data.native))
     fit_scale(axes, "y", drawn)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

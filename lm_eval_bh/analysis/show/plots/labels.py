@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lm_eval_bh.analysis.show.layout import settle
-from lm_eval_bh.analysis.show.plots.style import SMALL
+from lm_eval_bh.analysis.show.plots.style import SMALL, write_beside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,17 +40,7 @@ class Labels:
 
     def at_line(self, axes: Axes, y: float, text: str, colour: str) -> None:
         """Label a horizontal line at its right end, outside of the data."""
-        label = axes.annotate(
-            text,
-            (1, y),
-            xycoords=("axes fraction", "data"),
-            xytext=(3, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontsize=SMALL,
-            annotation_clip=False,
-        )
+        label = write_beside(axes, text, (1, y), (3, 0), va="center", color=colour)
         self._at_lines.setdefault(axes, []).append((y, label))
 
     def at_point(self, axes: Axes, x: float, y: float, text: str, colour: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
+    from matplotlib.text import Annotation
 
 Floats = NDArray[np.float64]
 
@@ -71,24 +73,18 @@ class Style:
         from matplotlib import colormaps
         from matplotlib.colors import to_hex
 
-        self.sizes, self.variants = tuple(sizes), tuple(variants)
+        self.sizes = tuple(sizes)
         colours: Sequence[str] = PALETTE
         if len(sizes) > len(PALETTE):
             shades = colormaps["viridis"](np.linspace(0, 0.9, len(sizes)))
             colours = [to_hex(shade) for shade in shades]
         self._colours: dict[float, str] = dict(zip(sizes, colours, strict=False))
-        self._markers: dict[float, str] = {
-            size: MARKERS[i % len(MARKERS)] for i, size in enumerate(sizes)
-        }
-        self._lines = {name: LINES[i % len(LINES)] for i, name in enumerate(variants)}
+        self._markers: dict[float, str] = dict(zip(sizes, cycle(MARKERS), strict=False))
+        self._lines = dict(zip(variants, cycle(LINES), strict=False))
 
     def colour(self, max_k: float) -> str:
         """Return the colour of a ``max_k``; a neutral one where no adaptive run has it."""
         return self._colours.get(max_k, NEUTRAL)
-
-    def marker(self, max_k: float) -> str:
-        """Return the marker of a ``max_k``."""
-        return self._markers.get(max_k, "o")
 
     def line(self, variant: str) -> Any:
         """Return the line style of a kind of rule."""
@@ -96,16 +92,11 @@ class Style:
 
     def point(self, max_k: float) -> dict[str, Any]:
         """Return how an adaptive configuration is drawn."""
-        return {"color": self.colour(max_k), "marker": self.marker(max_k)}
+        return {"color": self.colour(max_k), "marker": self._markers.get(max_k, "o")}
 
     def hollow(self, max_k: float) -> dict[str, Any]:
         """Return how static top-k is drawn."""
-        return {
-            "color": self.colour(max_k),
-            "marker": self.marker(max_k),
-            "markerfacecolor": "white",
-            "markeredgewidth": 1.2,
-        }
+        return self.point(max_k) | {"markerfacecolor": "white", "markeredgewidth": 1.2}
 
 
 def interval(values: Any, errors: Any, log: bool = True) -> tuple[Floats, Floats]:
@@ -206,20 +197,30 @@ def beyond(axes: Axes, value: float) -> tuple[float, str]:
     return (high if value > high else low), f" {value:.3g} {arrow}"
 
 
-def wrapped(figure: SubFigure, sentence: str, size: float) -> str:
-    """Break a sentence into lines that fit into a figure at a font size."""
-    width = figure.bbox.width / figure.figure.dpi * 72
-    return "\n".join(
-        textwrap.wrap(sentence, max(20, int(0.85 * width / (0.55 * size))), break_on_hyphens=False)
+def write_beside(
+    axes: Axes, text: str, place: tuple[float, float], offset: tuple[float, float], **how: Any
+) -> Annotation:
+    """Write a text some points off a place, by default of axes fraction across and data along y."""
+    usual: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "fontsize": SMALL}
+    return axes.annotate(
+        text,
+        place,
+        xytext=offset,
+        textcoords="offset points",
+        annotation_clip=False,
+        **(usual | how),
     )
 
 
 def write_message(figure: SubFigure, sentence: str) -> None:
-    """Write what is missing in place of a panel."""
+    """Write what is missing in place of a panel, in lines that fit into it."""
+    size = 8.5
+    width = figure.bbox.width / figure.figure.dpi * 72
+    letters = max(20, int(0.85 * width / (0.55 * size)))
     figure.text(
         0.5,
         0.5,
-        wrapped(figure, sentence, 8.5),
+        "\n".join(textwrap.wrap(sentence, letters, break_on_hyphens=False)),
         ha="center",
         va="center",
         color=NEUTRAL,

@@ -1,10 +1,9 @@
-"""Routing patterns: on tables made by hand, against other people's code, and on real logs."""
+"""Routing patterns: on tables made by hand, and against other people's code."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,14 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from typer.testing import CliRunner
 
-from lm_eval_bh.analysis.patterns import write_patterns
 from lm_eval_bh.analysis.patterns.clusters import cluster
 from lm_eval_bh.analysis.patterns.complexity import complexity, spearman
-from lm_eval_bh.analysis.patterns.findings import find_patterns, usage_of
 from lm_eval_bh.analysis.patterns.log_counts import Counts
-from lm_eval_bh.analysis.patterns.log_reader import Piece, pieces_of, read_samples, read_token_log
+from lm_eval_bh.analysis.patterns.log_reader import Piece
 from lm_eval_bh.analysis.patterns.specialisation import (
     entropy,
     independent_tokens,
@@ -28,19 +24,15 @@ from lm_eval_bh.analysis.patterns.specialisation import (
     specialisation,
 )
 from lm_eval_bh.analysis.patterns.token_classes import CLASSES, classify, vocabulary
-from lm_eval_bh.analysis.table.experiments import load_experiments
-from lm_eval_bh.cli import app
-from lm_eval_bh.cli.finished_runs import find_tokenizer
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.resources import tiny_olmoe
-
-TABLES = ("complexity", "classes", "tokens", "specialisation", "documents", "clusters")
 
 
 def piece(rows) -> Piece:
     """Return a piece of rows (task, document, layer, token, experts)."""
     task, document, layer, token, experts = zip(*rows, strict=True)
     return Piece(
+        Path("log"),
         *(np.array(column, dtype=np.int64) for column in (task, document, layer, token)),
         count=np.array([len(some) for some in experts], dtype=np.int64),
         experts=np.array([expert for some in experts for expert in some], dtype=np.int64),
@@ -70,14 +62,26 @@ def test_counts_by_hand():
     assert counts.served[0, 0].tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
     assert counts.served[0, 1].tolist() == [[0, 0, 0, 1], [1, 1, 1, 0], [0, 0, 0, 0]]
     assert counts.served[1, :, 2].tolist() == [[0, 0, 1, 0], [0, 0, 1, 1]]
-    assert counts.occurrences.tolist() == [1, 1, 0, 0, 0, 1]
-    assert counts.experts_of.tolist() == [3, 4, 0, 0, 0, 3]
-    assert counts.documents == [(0, 7), (1, 7)]
-    tasks, length, served = counts.document_counts()
-    assert tasks.tolist() == [0, 1]
-    assert length.tolist() == [2, 1]
+    assert counts.token_table().to_dict("list") == {
+        "token_id": [0, 1, 5],
+        "token_class": ["x", "y", "unknown"],
+        "occurrences": [1, 1, 1],
+        "mean_experts": [1.5, 2.0, 1.5],
+    }
+    documents, served = counts.document_table()
+    assert documents.to_dict("list") == {
+        "task": ["a", "b"],
+        "document": [7, 7],
+        "tokens": [2, 1],
+        "mean_experts": [1.75, 1.5],
+    }
     assert served.tolist() == [[1, 2, 0, 0, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0, 1, 1]]
-    assert usage_of(counts)[0].tolist() == [0.5, 1, 0, 0, 0.5, 0.5, 0.5, 0.5]
+    assert counts.class_table().to_dict("list") == {
+        "task": ["a", "a", "b"],
+        "token_class": ["x", "y", "unknown"],
+        "tokens": [1, 1, 1],
+        "mean_experts": [1.5, 2.0, 1.5],
+    }
 
 
 @given(st.permutations(ROWS), st.integers(1, 5))
@@ -86,15 +90,16 @@ def test_counts_do_not_depend_on_order_or_pieces(rows, cut):
     parts.add(piece(rows[cut:]))
     assert (whole.tokens == parts.tokens).all()
     assert (whole.served == parts.served).all()
-    assert (usage_of(whole) == usage_of(parts)).all()
-    assert (whole.occurrences == parts.occurrences).all()
+    assert whole.token_table().equals(parts.token_table())
+    for one, other in zip(whole.document_table(), parts.document_table(), strict=True):
+        assert np.array_equal(one, other)
 
 
 def test_documents_beyond_the_limit_are_counted_but_not_kept():
     counts = Counts(["a"], [0], 2, ["unknown"], np.array([], dtype=np.int64), 1)
     counts.add(piece([(0, 0, 0, 3, (0,)), (0, 1, 0, 3, (1,))]))
     assert counts.tokens.sum() == 2
-    assert counts.documents == [(0, 0)]
+    assert counts.document_table()[0]["document"].tolist() == [0]
 
 
 tables = arrays(np.int64, (2, 5), elements=st.integers(0, 30)).filter(
@@ -233,25 +238,25 @@ def test_planted_clusters_are_found():
     truth = np.repeat([0, 1, 2], [30, 20, 10])
     centres = rng.random((3, 64))
     usage = (centres[truth] + 0.05 * rng.standard_normal((60, 64))).astype(np.float32)
-    found = cluster(usage, truth, seed=3)
+    found = cluster(usage, pd.Series(truth), seed=3)
     assert adjusted_rand_score(truth, found.labels) == 1
     assert max(found.silhouettes, key=found.silhouettes.get) == 3
     assert found.agreement == pytest.approx(1)
     assert found.remark == "reasonable structure"
     assert np.bincount(found.labels).tolist() == [30, 20, 10]  # the largest is the first
-    assert (cluster(usage, truth, seed=3).labels == found.labels).all()
+    assert (cluster(usage, pd.Series(truth), seed=3).labels == found.labels).all()
 
 
 def test_noise_has_no_structure():
     usage = np.random.default_rng(0).random((200, 64)).astype(np.float32)
-    found = cluster(usage, np.arange(200) % 2, seed=0)
+    found = cluster(usage, pd.Series(np.arange(200) % 2), seed=0)
     assert found.remark == "no substantial structure"
     assert abs(found.agreement) < 0.05
 
 
 @pytest.mark.parametrize("usage", [np.ones((9, 4)), np.ones((50, 4))], ids=["few", "alike"])
 def test_what_cannot_be_clustered(usage):
-    assert cluster(usage.astype(np.float32), np.zeros(len(usage), dtype=np.int64)) is None
+    assert cluster(usage.astype(np.float32), pd.Series(["a"] * len(usage))) is None
 
 
 @pytest.mark.parametrize(
@@ -285,160 +290,3 @@ def test_no_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"tokenizer\.json could not be read"):
         vocabulary(tmp_path / "tokenizer.json")
-
-
-def test_no_logs(write):
-    write("bh")
-    with pytest.raises(DataError, match="log_routing=samples"):
-        write_patterns(load_experiments([write.folder]), write.folder)
-
-
-def test_a_damaged_log_is_left_out(write):
-    write("bh", log=True, alpha=0.3)
-    write("other", log=True, alpha=0.4)
-    next((write.folder / "logs" / "run-1").glob("*lambada*")).write_text("{")
-    loaded = load_experiments([write.folder], force=True)
-    assert [found.strategy for found in find_patterns(loaded)] == ["BH a=0.40, max 4"]
-    assert any("lambada" in sentence for _, sentence in loaded.problems)
-
-
-def test_files_of_a_written_log(write, tmp_path):
-    write("bh", log=True)
-    write("top", log=True, rule="topk")
-    paths = write_patterns(load_experiments([write.folder]), tmp_path)
-    folder = tmp_path / "patterns"
-    assert sorted(paths) == sorted(folder.iterdir())
-    assert len(paths) == 6 + 2 * 3 + 1
-    documents = pd.read_csv(folder / "documents.csv")
-    assert len(documents) == 2 * 3 * 4
-    assert set(documents["loss"]) == {2.0}
-    assert documents["cluster"].notna().all()
-    tokens = pd.read_csv(folder / "tokens.csv")
-    assert set(tokens["token_class"]) == {"unknown"}
-    assert set(pd.read_csv(folder / "specialisation.csv")["of"]) == {"task"}
-    text = (folder / "patterns.md").read_text()
-    assert "fewer than 10 to correlate" in text
-    assert "## How to read this" in text
-
-
-def test_command_line(write, tmp_path):
-    write("bh", log=True)
-    words = ["patterns", str(write.folder), "--output-dir", str(tmp_path)]
-    tokenizer = ["--tokenizer", str(tiny_olmoe() / "tokenizer.json")]
-    done = CliRunner().invoke(app, [*words, *tokenizer])
-    assert done.exit_code == 0, done.output
-    assert "patterns.md" in done.output
-    assert "special" in set(pd.read_csv(tmp_path / "patterns" / "tokens.csv")["token_class"])
-
-
-def test_one_task_without_a_tokenizer(write, tmp_path):
-    write("bh", log=True, tasks=("bh_wikitext",))
-    write_patterns(load_experiments([write.folder]), tmp_path)
-    assert pd.read_csv(tmp_path / "patterns" / "specialisation.csv").empty
-
-
-@pytest.mark.parametrize(
-    ("arguments", "found"),
-    [
-        ({"pretrained": "tiny-olmoe"}, tiny_olmoe() / "tokenizer.json"),
-        ({"pretrained": str(tiny_olmoe())}, tiny_olmoe() / "tokenizer.json"),
-        (f"pretrained=some/model,tokenizer={tiny_olmoe()}", tiny_olmoe() / "tokenizer.json"),
-        ({"pretrained": "some/model"}, None),
-        ({"pretrained": "/not/there"}, None),
-        ({}, None),
-    ],
-)
-def test_tokenizer_of_a_run(arguments, found, tmp_path):
-    file = tmp_path / "results.json"
-    file.write_text(json.dumps({"config": {"model_args": arguments}}))
-    assert find_tokenizer(file) == found
-
-
-@pytest.fixture(scope="module")
-def full_run(tmp_path_factory):
-    """Return the folder of a run that logged every token, and everything of the first documents."""
-    import lm_eval
-    from lm_eval.loggers import EvaluationTracker
-    from lm_eval.tasks import TaskManager
-
-    from lm_eval_bh.resources import shipped
-
-    folder = tmp_path_factory.mktemp("full")
-    log = f"log_routing=full,log_samples=12,log_dir={folder / 'logs'}"
-    tracker = EvaluationTracker(output_path=str(folder))
-    results = lm_eval.simple_evaluate(
-        model="hf-bh",
-        model_args=f"pretrained=tiny-olmoe,alpha=0.4,{log}",
-        tasks=["bh_demo_lambada", "bh_demo_hellaswag"],
-        task_manager=TaskManager(include_path=str(shipped("tasks")), include_defaults=False),
-        limit=12,
-        batch_size=8,
-        bootstrap_iters=0,
-        device="cpu",
-        evaluation_tracker=tracker,
-    )
-    samples = results.pop("samples")
-    tracker.save_results_aggregated(results, samples)
-    for task, some in samples.items():
-        tracker.save_results_samples(task, some)
-    return folder
-
-
-@pytest.mark.slow
-def test_both_logs_of_a_real_run_say_the_same(full_run):
-    tasks = ["bh_demo_hellaswag", "bh_demo_lambada"]
-    manifest = next(full_run.rglob("routing.json"))
-    files = [manifest.parent / name for name in json.loads(manifest.read_text())["files"]]
-    parquet, logs = ([f for f in files if f.suffix == end] for end in (".parquet", ".json"))
-    counts = [
-        Counts(tasks, range(4), 64, ["unknown"], np.array([], dtype=np.int64), 100)
-        for _ in range(2)
-    ]
-    for some in read_token_log(parquet, tasks, tasks):
-        counts[0].add(some)
-    for log in logs:
-        place = next(i for i, task in enumerate(tasks) if task.removeprefix("bh_") in log.name)
-        for some in pieces_of(read_samples(log), place):
-            counts[1].add(some)
-    assert counts[0].tokens.sum() > 1000
-    for name in ("tokens", "served", "occurrences", "experts_of", "documents"):
-        assert np.array_equal(*(getattr(one, name) for one in counts)), name
-    for one, other in zip(*(some.document_counts() for some in counts), strict=True):
-        assert np.array_equal(one, other)
-
-
-@pytest.mark.slow
-def test_patterns_of_a_real_run(full_run):
-    loaded = load_experiments([full_run])
-    (found,) = find_patterns(loaded, tokenizer=tiny_olmoe() / "tokenizer.json")
-    lambada = loaded.frame[loaded.frame["task"] == "bh_demo_lambada"].iloc[0]
-    documents = found.documents[found.documents["task"] == "bh_demo_lambada"]
-    assert len(documents) == 12
-    assert documents["tokens"].sum() == lambada["tokens"]  # it has one request a document
-    assert np.average(documents["mean_experts"], weights=documents["tokens"]) == pytest.approx(
-        lambada["mean_experts"]
-    )
-    assert documents["loss"].notna().all()
-    assert found.tokens["occurrences"].sum() == found.documents["tokens"].sum()
-    assert found.classes["tokens"].sum() == found.documents["tokens"].sum()
-    texts, classes = vocabulary(tiny_olmoe() / "tokenizer.json")
-    row = found.tokens[found.tokens["text"] == " the"].iloc[0]
-    assert (row["token_id"], row["token_class"]) == (texts.index(" the"), "word start")
-    punctuation = found.classes[found.classes["token_class"] == "punctuation"]["tokens"].sum()
-    assert 0 < punctuation < 0.3 * found.documents["tokens"].sum()
-    assert len(found.specialisation) == 2 * 4 * 64
-    assert found.specialisation["share"].between(0, 1).all()
-    assert Counter(classes)["word start"] > 1000
-    assert len(found.cluster_table()) == found.clusters.labels.max() + 1
-
-
-@pytest.mark.slow
-def test_losses_of_the_harness_stand_in_for_missing_samples(full_run):
-    loaded = load_experiments([full_run])
-    loaded.internal_routing_file = lambda run_id, task: None  # as with log_samples=0
-    (found,) = find_patterns(loaded)
-    units = found.documents.groupby("task")["loss_unit"].unique()
-    assert units["bh_demo_lambada"].tolist() == ["nats a token"]
-    assert pd.isna(units["bh_demo_hellaswag"]).all()
-    reasons = found.complexity.set_index("task")["reason"]
-    assert reasons["bh_demo_hellaswag"].startswith("no loss was logged")
