@@ -27,9 +27,10 @@ from lm_eval_bh.errors import ModelError, ParameterError, did_you_mean, show_as_
 from lm_eval_bh.harness.arguments import routing_config
 from lm_eval_bh.harness.cache_guard import CountingCache, guard
 from lm_eval_bh.harness.logs.log_folder import check_writable
+from lm_eval_bh.harness.logs.log_options import LogOptions
 from lm_eval_bh.harness.logs.ownership import Owner
 from lm_eval_bh.harness.logs.recorder import Expected, TokenIds
-from lm_eval_bh.harness.logs.run_log import LogOptions, RunLog
+from lm_eval_bh.harness.logs.run_log import RunLog
 from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE, tiny_olmoe
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.nulls.null_model import NullModel
@@ -98,7 +99,7 @@ class BHLM(HFLM):
         What computes the experts, see
         :class:`~lm_eval_bh.routing.patching.integration.BHRoutingIntegration`.
     log_routing, log_dir, log_samples, log_logits
-        See :class:`~lm_eval_bh.harness.logs.run_log.LogOptions`.
+        See :class:`~lm_eval_bh.harness.logs.log_options.LogOptions`.
 
     Raises
     ------

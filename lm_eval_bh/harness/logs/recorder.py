@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_eval_bh.harness.logs.counting import CounterSink
 from lm_eval_bh.harness.logs.ownership import Batch, Owner, Sink
+from lm_eval_bh.harness.logs.summary_log import SummaryLog
 from lm_eval_bh.routing.selection import Selection
 
 TokenIds = tuple[int, ...]
@@ -73,14 +73,14 @@ class Recorder:
     ----------
     layers : sequence of int
         The layers that are routed.
-    counters : CounterSink or None
+    counters : SummaryLog or None
         The summary, which is also told how long passes took; None logs nothing.
     sinks : sequence of Sink
         Further logs.
     """
 
     def __init__(
-        self, layers: Sequence[int], counters: CounterSink | None, sinks: Sequence[Sink] = ()
+        self, layers: Sequence[int], counters: SummaryLog | None, sinks: Sequence[Sink] = ()
     ) -> None:
         self.counters = counters
         self._sinks: list[Sink] = [] if counters is None else [counters, *sinks]

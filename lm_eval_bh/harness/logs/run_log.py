@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval_bh.errors import ParameterError, did_you_mean
-from lm_eval_bh.harness.logs.counting import CounterSink
 from lm_eval_bh.harness.logs.log_folder import LogFolder
+from lm_eval_bh.harness.logs.log_options import LogOptions
+from lm_eval_bh.harness.logs.merge_summaries import merge_summaries
 from lm_eval_bh.harness.logs.ownership import Owner, Sink
 from lm_eval_bh.harness.logs.recorder import Recorder
-from lm_eval_bh.harness.logs.sample_log import Key, SampleSink, key_of
-from lm_eval_bh.harness.logs.summary import summarize
+from lm_eval_bh.harness.logs.sample_log import Key, SampleLog, key_of
+from lm_eval_bh.harness.logs.summary_log import SummaryLog
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.schema import (
     INTERNAL_ROUTING,
@@ -24,87 +23,6 @@ from lm_eval_bh.schema import (
     experiment_name,
     read_json,
 )
-
-LEVELS = ("off", "summary", "samples", "full")
-
-
-@dataclass(frozen=True)
-class LogOptions:
-    """How much of the routing is kept, and where.
-
-    Attributes
-    ----------
-    log_routing : str
-        "off", "summary" (exact counters, in the harness's results), "samples" (and everything about
-        the first documents, as JSON) or "full" (and every token, as Parquet).
-    log_dir : str or None
-        The folder for samples and full; lm-eval does not tell a model its output path.
-    log_samples : int or None
-        Of how many documents of each task everything is kept as JSON; None is 200 with "samples"
-        and none with "full", which has every token anyway.
-    log_logits : bool
-        Whether "full" keeps the router logits too.
-
-    Raises
-    ------
-    ParameterError
-        If a value is unknown or contradicts another.
-    """
-
-    log_routing: str = "summary"
-    log_dir: str | None = None
-    log_samples: int | None = None
-    log_logits: bool = False
-
-    def __post_init__(self) -> None:
-        if self.log_routing not in LEVELS:
-            raise ParameterError(
-                f"log_routing={self.log_routing!r} is unknown: choose one of {', '.join(LEVELS)}"
-                f"{did_you_mean(str(self.log_routing), LEVELS)}."
-            )
-        if self.log_samples is not None and (
-            isinstance(self.log_samples, bool) or not isinstance(self.log_samples, int)
-        ):
-            raise ParameterError(
-                f"log_samples={self.log_samples!r} is no number of documents: give an integer."
-            )
-        if self.log_samples is not None and self.log_samples < 0:
-            raise ParameterError(
-                f"log_samples={self.log_samples} is negative: give a number of documents, or 0."
-            )
-        if self.log_samples is not None and not self.details:
-            raise ParameterError(
-                f"log_samples={self.log_samples} has no use with log_routing={self.log_routing}: "
-                "choose samples or full, or leave it out."
-            )
-        if not isinstance(self.log_logits, bool):
-            raise ParameterError(f"log_logits={self.log_logits!r} is unknown: give True or False.")
-        if self.log_logits and self.log_routing != "full":
-            raise ParameterError(
-                f"log_logits=True needs log_routing=full, not {self.log_routing}: "
-                "logits are kept token by token."
-            )
-        if self.details and self.log_dir is None:
-            raise ParameterError(
-                f"log_routing={self.log_routing} needs a folder to write to: give log_dir."
-            )
-        if not self.details and self.log_dir is not None:
-            raise ParameterError(
-                f"log_dir={self.log_dir!r} has no use with log_routing={self.log_routing}, which "
-                "writes no files of its own: choose samples or full, or leave log_dir out."
-            )
-
-    @property
-    def samples(self) -> int:
-        """How many documents of each task are kept as JSON."""
-        if self.log_samples is not None:
-            return self.log_samples
-        return 200 if self.log_routing == "samples" else 0
-
-    @property
-    def details(self) -> bool:
-        """Whether files of our own are written."""
-        return self.log_routing in ("samples", "full")
 
 
 class RunLog:
@@ -141,14 +59,14 @@ class RunLog:
         self._states: list[dict[str, Any]] = []
         self._losses: dict[Key, float] = {}
         self._folder: LogFolder | None = None
-        self._samples: SampleSink | None = None
+        self._samples: SampleLog | None = None
         self._tokens: Any = None
-        self._counters = CounterSink(len(integration.routers), integration.num_experts)
+        self._counters = SummaryLog(len(integration.routers), integration.num_experts)
         sinks: list[Sink] = []
         if options.details:
             config, experts = integration.config, integration.num_experts
             self._folder = LogFolder(Path(str(options.log_dir)), run_id, rank)
-            self._samples = SampleSink(
+            self._samples = SampleLog(
                 options.samples,
                 experts,
                 config.min_k if config.adaptive else config.max_k,
@@ -156,9 +74,9 @@ class RunLog:
             )
             sinks.append(self._samples)
             if options.log_routing == "full":
-                from lm_eval_bh.harness.logs.token_log import TokenSink
+                from lm_eval_bh.harness.logs.token_log import TokenLog
 
-                self._tokens = TokenSink(self._folder, experts, options.log_logits)
+                self._tokens = TokenLog(self._folder, experts, options.log_logits)
                 sinks.append(self._tokens)
         logging = options.log_routing != "off"
         self.recorder = Recorder(self._layers, self._counters if logging else None, sinks)
@@ -210,7 +128,7 @@ class RunLog:
             return None
         states = [self.state(), *self._states[1:]]  # its own is newer than what it collected
         cached = sum(state["cached_requests"] for state in states)
-        return summarize(states, self._layers, cached)
+        return merge_summaries(states, self._layers, cached)
 
     def finish(self) -> None:
         """Put the parts of all processes together and write the manifest; on the first process."""

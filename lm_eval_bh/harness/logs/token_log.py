@@ -20,7 +20,7 @@ from lm_eval_bh.schema import TOKENS, token_schema
 ROW_GROUP = 131072  # rows gathered in memory before they are written
 
 
-class TokenSink:
+class TokenLog:
     """Writes one row a token, layer and owning request.
 
     Parameters
