@@ -118,6 +118,13 @@ class TokenLog:
             self.parts.append(name)
             self._writer = None
 
+    def discard(self) -> None:
+        """Remove the part that is being written: nobody will finish it."""
+        if self._writer is not None:
+            self._writer.close()
+            self._temporary.unlink(missing_ok=True)
+            self._writer = None
+
     def _write(self) -> None:
         table = pa.Table.from_batches(self._waiting).unify_dictionaries()
         try:
