@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lm_eval_bh.harness.logs.ownership import Batch, Owner
 from lm_eval_bh.harness.logs.sinks import Sinks
@@ -62,6 +62,8 @@ class Generation:
 
     Parameters
     ----------
+    model : nn.Module
+        The transformers model without its head.
     sinks : Sinks
         What is told.
     owners : sequence of sequence of Owner
@@ -74,6 +76,7 @@ class Generation:
 
     def __init__(
         self,
+        model: nn.Module,
         sinks: Sinks,
         owners: Sequence[Sequence[Owner]],
         prompt: Tensor,
@@ -91,6 +94,7 @@ class Generation:
         self._passes: list[_Pass] = []
         self._pass: _Pass | None = None
         self._cache: Any = None
+        self._depth = _depth(model)
         self._first_column: int | None = None  # of the cache: not 0 after a tuned prefix
         self._refused = False
 
@@ -98,12 +102,14 @@ class Generation:
     def _length(self) -> int:
         return self.prompt.token_ids.shape[1]
 
-    def before_forward(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Find out which columns a pass feeds; a forward pre-hook of the base model."""
         self._end_pass()
         cache = kwargs.get("past_key_values")
-        if self._refused or (self._first_column is not None and cache is not self._cache):
-            return  # the pass of another sequence, as for guidance
+        if self._refused or _depth(module) != self._depth:
+            return  # a draft by the first layers alone: assistant_early_exit
+        if self._first_column is not None and cache is not self._cache:
+            return  # a pass over another sequence: guidance_scale
         token_ids = kwargs.get("input_ids", args[0] if args else None)
         if not isinstance(token_ids, Tensor) or len(token_ids) != len(self.prompt.owners):
             return self._refuse()  # beams, or the virtual tokens of prompt tuning
@@ -213,6 +219,10 @@ class Generation:
             "The rest of a generation is not logged: its forward passes do not match its prompts "
             "and output, as with beams or prompt tuning."
         )
+
+
+def _depth(model: nn.Module) -> Any:
+    return getattr(getattr(model, "config", None), "num_hidden_layers", None)
 
 
 def tokens_fed(output: Tensor, prompt_length: int, criteria: Iterable[Any], eos: Any) -> Tensor:

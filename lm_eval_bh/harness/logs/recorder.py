@@ -106,7 +106,9 @@ class Recorder:
         if self._summary is None or not any(owners) or len(owners) != len(prompt):
             yield None
             return
-        generation = Generation(self._sinks, owners, prompt, attention_mask, self._warn_once)
+        generation = Generation(
+            self._model, self._sinks, owners, prompt, attention_mask, self._warn_once
+        )
         handle = self._model.register_forward_pre_hook(generation.before_forward, with_kwargs=True)
         self._generation = generation
         try:
