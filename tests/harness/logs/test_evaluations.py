@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import textwrap
 
@@ -53,6 +54,7 @@ def interrupt(monkeypatch, owner, name, calls):
     """Let the given call of a function, counted from 1, end as Ctrl-C would end it."""
     real, left = getattr(owner, name), [calls]
 
+    @functools.wraps(real)  # generate() looks at the signature of what it calls
     def stop(*args, **options):
         left[0] -= 1
         if left[0] == 0:
