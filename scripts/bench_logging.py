@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 
 from lm_eval_bh import NullModel
 from lm_eval_bh.files import replacing
-from lm_eval_bh.harness.logs.run_log import LogOptions
+from lm_eval_bh.harness.logs.log_options import LogOptions
 from lm_eval_bh.harness.model import BHLM
 from lm_eval_bh.resources import shipped, tiny_olmoe
 from lm_eval_bh.routing.nulls.calibration import collect_router_logits

@@ -7,6 +7,7 @@ would answer for this one without a word, so the cache is marked with the routin
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from sqlitedict import SqliteDict
@@ -17,18 +18,19 @@ MARK = "lm_eval_bh routing"
 
 
 class CountingCache(SqliteDict):
-    """A cache that counts how many requests it answers."""
+    """A cache that says of every request that it answers it."""
 
-    hits = 0
+    on_hit: Callable[[], None]
 
     def __contains__(self, key: object) -> bool:
         """Look a request up; lm-eval asks once for each."""
         found = bool(super().__contains__(key))
-        self.hits += found
+        if found:
+            self.on_hit()
         return found
 
 
-def guard(cache: Any, routing: dict[str, Any]) -> CountingCache:
+def guard(cache: Any, routing: dict[str, Any], on_hit: Callable[[], None]) -> None:
     """Mark a new cache with the routing, refuse one of another routing, and count its answers.
 
     Parameters
@@ -37,6 +39,8 @@ def guard(cache: Any, routing: dict[str, Any]) -> CountingCache:
         lm-eval's cache.
     routing : dict
         Everything the answers depend on, as plain values.
+    on_hit : callable
+        Called for every request that the cache answers.
 
     Raises
     ------
@@ -52,10 +56,8 @@ def guard(cache: Any, routing: dict[str, Any]) -> CountingCache:
             f"The cache {cache.filename} was filled {_difference(found, routing)}: "
             "give --use_cache another path."
         )
-    # Another evaluation counts anew.
-    cache.hits = 0
+    cache.on_hit = on_hit
     cache.__class__ = CountingCache  # lm-eval holds the very object, so it cannot be wrapped
-    return cache  # type: ignore[no-any-return]
 
 
 def _difference(found: str | None, routing: dict[str, Any]) -> str:

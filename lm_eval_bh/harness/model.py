@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from datetime import datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -24,21 +19,20 @@ from torch import Tensor
 
 from lm_eval_bh.errors import ModelError, ParameterError, did_you_mean, show_as_one_sentence
 from lm_eval_bh.harness.arguments import routing_config
-from lm_eval_bh.harness.cache_guard import CountingCache, guard
+from lm_eval_bh.harness.cache_guard import guard
+from lm_eval_bh.harness.logs.expected_rows import ExpectedRows, window_places
 from lm_eval_bh.harness.logs.log_folder import check_writable
-from lm_eval_bh.harness.logs.ownership import Owner
-from lm_eval_bh.harness.logs.recorder import Expected, TokenIds
-from lm_eval_bh.harness.logs.run_log import LogOptions, RunLog
+from lm_eval_bh.harness.logs.log_options import LogOptions
+from lm_eval_bh.harness.logs.run_info import run_info
+from lm_eval_bh.harness.logs.run_log import RunLog, new_run_id
+from lm_eval_bh.harness.logs.served_requests import ServedRequests
+from lm_eval_bh.harness.plugin.evaluation_start import announce_evaluations
 from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE, tiny_olmoe
 from lm_eval_bh.routing.config import PARAMETERS, RoutingConfig
 from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.parameters import ALIASES, accepts
 from lm_eval_bh.routing.patching.experts_switch import check_implementation
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
-from lm_eval_bh.routing.rules.registry import RULES
-from lm_eval_bh.schema import SCHEMA_VERSION, RunInfo
-
-eval_logger = logging.getLogger(__name__)
 
 # What HFLM hands on to from_pretrained; any other name it does not know is a misspelling.
 FROM_PRETRAINED = frozenset(
@@ -63,21 +57,6 @@ FROM_PRETRAINED = frozenset(
     }
 )
 
-# What the FLOPs of a forward pass are counted from.
-FLOPS_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "num_experts",
-    "num_experts_per_tok",
-    "tie_word_embeddings",
-)
-
 
 class BHLM(HFLM):
     """A Hugging Face mixture-of-experts model whose routers ask a multiple-testing question.
@@ -95,7 +74,7 @@ class BHLM(HFLM):
         :class:`~lm_eval_bh.routing.patching.integration.BHRoutingIntegration`; ``experts=`` is an
         alias.
     log_routing, log_dir, log_samples, log_logits
-        See :class:`~lm_eval_bh.harness.logs.run_log.LogOptions`.
+        See :class:`~lm_eval_bh.harness.logs.log_options.LogOptions`.
     **kwargs
         The parameters of :class:`~lm_eval_bh.routing.config.RoutingConfig`, where ``alpha`` is 0.4
         unless given; all else is HFLM's.
@@ -177,13 +156,9 @@ class BHLM(HFLM):
             tokenizer=self.tokenizer,
         )
         self.integration.patch_model()
-        self.log = RunLog(self.integration, options, self._new_run_id(), self.rank)
         self._name = name
-        self._cache: CountingCache | None = None
-        self._rolling: Iterator[tuple[int, int]] | None = None
-        self._scored: dict[int, int] = {}
-        self._prompts: dict[str, list[int]] = {}
-        self._batch_prompts: list[str] = []
+        self.log = RunLog(self.integration, options, new_run_id(self.world_size), self.rank)
+        announce_evaluations()
 
     def reroute(self, config: RoutingConfig, options: LogOptions) -> None:
         """Route another way, and begin the logs of another evaluation.
@@ -209,22 +184,24 @@ class BHLM(HFLM):
         self.start_log(options)
 
     def start_log(self, options: LogOptions) -> None:
-        """Begin the logs of another evaluation with the model as it is now routed.
+        """Begin the logs of another evaluation; all processes must do so at once.
 
         Raises
         ------
         DataError
             If the logs cannot be written.
         """
+        if options.log_dir is not None:
+            check_writable(Path(options.log_dir))
         self.log.detach()
-        self.log = RunLog(self.integration, options, self._new_run_id(), self.rank)
+        self.log = RunLog(self.integration, options, new_run_id(self.world_size), self.rank)
 
-    def _new_run_id(self) -> str:
-        """Return an id that sorts by time and is the same on every process."""
-        run_id = [f"{datetime.now():%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"]
-        if self.world_size > 1:
-            broadcast_object_list(run_id)
-        return run_id[0]
+    def begin_evaluation(self) -> None:
+        """Begin the logs of another evaluation; lm-eval's evaluator calls it on every process.
+
+        Whatever an earlier evaluation has logged stays with that one, finished or not.
+        """
+        self.start_log(self.log.options)
 
     @classmethod
     def create_from_arg_string(
@@ -260,20 +237,18 @@ class BHLM(HFLM):
         """Score continuations, see HFLM."""
         with self._serving(requests):
             result: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
-            self._log_losses([log_likelihood for log_likelihood, _ in result])
+            self.log.add_losses(log_likelihood for log_likelihood, _ in result)
         return result
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Score whole documents in windows, see HFLM."""
-        with self._serving(requests):
-            self._rolling = self._windows(requests)
-            try:
-                result: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
-            finally:
-                self._rolling = None
-            self._log_losses(result)
+        with self._serving(requests) as served:
+            documents = (self.tok_encode(request.args[0]) for request in requests)
+            served.expect_windows(window_places(documents, self.prefix_token_id, self.max_length))
+            result: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
+            self.log.add_losses(result)
         return result
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -282,26 +257,21 @@ class BHLM(HFLM):
         for position, request in enumerate(requests):
             groups[repr(request.args[1])].append(position)
         result = [""] * len(requests)
-        with self._serving(requests):
+        with self._serving(requests) as served:
             for positions in groups.values():  # HFLM would mix up their order
-                self._prompts = defaultdict(list)
-                for position in positions:
-                    self._prompts[requests[position].args[0]].append(position)
+                served.expect_prompts(positions)
                 answers = super().generate_until([requests[p] for p in positions], disable_tqdm)
                 for position, answer in zip(positions, answers, strict=True):
                     result[position] = answer
         return result
 
     @contextmanager
-    def _serving(self, requests: list[Instance]) -> Iterator[None]:
-        """Log what runs inside for these requests, and write the logs when it has ended."""
-        if self.log.finished and self.world_size == 1:
-            self.start_log(self.log.options)  # another evaluation with the same model
-        self._scored = defaultdict(int)
-        self.log.documents.add(requests)
-        with self.log.recorder.serving(requests):
-            yield
-        self.log.flush()
+    def _serving(self, requests: list[Instance]) -> Iterator[ServedRequests]:
+        # Requests by hand, without lm-eval's evaluator, go on with a log until it has ended.
+        if self.log.ended and self.world_size == 1:
+            self.begin_evaluation()
+        with self.log.serving(requests) as served:
+            yield served
 
     def barrier(self) -> None:
         """Wait for all processes, and bring their counters to the first one.
@@ -310,61 +280,20 @@ class BHLM(HFLM):
         answered them all.
         """
         super().barrier()
-        self.log.cached_requests = 0 if self._cache is None else self._cache.hits
         self.log.collect(self.gather_object(self.log.state(), dst=0))
-
-    def _log_losses(self, log_likelihoods: Sequence[float]) -> None:
-        for position, value in enumerate(log_likelihoods):
-            owner = self.log.recorder.owner(position)
-            if owner is not None and self._scored[position]:  # an empty document scores nothing
-                self.log.add_loss(owner, -value / self._scored[position])
-
-    def _windows(self, requests: list[Instance]) -> Iterator[tuple[int, int]]:
-        """Yield (position of the request, place of the window in it) as HFLM cuts documents."""
-        for position, request in enumerate(requests):
-            scored = 0
-            for window in utils.get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            ):
-                context, targets = utils.make_disjoint_window(window)
-                yield position, scored - (len(context) - 1)  # the last window looks back
-                scored += len(targets)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], *args: Any, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        with self.log.recorder.expecting(self._expected_rows(requests)):
+        rows = self.log.served.expected_rows(requests, self.max_length, self.logits_cache)
+        with self.log.recorder.expecting(rows):
             result: list[tuple[float, bool]] = super()._loglikelihood_tokens(
                 requests, *args, **kwargs
             )
         return result
 
-    def _expected_rows(self, requests: Sequence[Any]) -> Expected:
-        """Return the rows that HFLM will make of tokenised requests, and who owns each."""
-        places = [(position, 0) for position in range(len(requests))]
-        if self._rolling is not None:
-            # Windows come in order, batch by batch; copies that even out processes come last.
-            places = list(islice(self._rolling, len(requests)))
-            places += [(len(self._scored) + 10**9, 0)] * (len(requests) - len(places))
-        rows: Expected = defaultdict(list)
-        shared: dict[TokenIds, list[Owner]] = {}
-        for (position, offset), (_, context, continuation) in zip(places, requests, strict=True):
-            self._scored[position] += len(continuation)
-            owner = self.log.recorder.owner(position, offset)
-            tokens = tuple(context + continuation)
-            owners = shared.get(tokens[:-1]) if self.logits_cache else None
-            if owners is None:
-                owners = shared[tokens[:-1]] = []
-                rows[tokens[-(self.max_length + 1) :][:-1]].append(owners)
-            if owner is not None:
-                owners.append(owner)
-        return rows
-
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
-        with self.log.recorder.expecting({}):  # probes are nobody's
+        with self.log.recorder.expecting(ExpectedRows()):  # probes are nobody's
             return int(super()._detect_batch_size(*args, **kwargs))
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -379,49 +308,23 @@ class BHLM(HFLM):
         self, strings: list[str], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Tokenise a batch of prompts, see HFLM; remembers them for the generation that follows."""
-        self._batch_prompts = list(strings)
+        self.log.served.note_batch(strings)
         return super().tok_batch_encode(strings, *args, **kwargs)  # type: ignore[no-any-return]
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any
     ) -> Tensor:
-        rows_a_prompt = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
-        if rows_a_prompt > 1:
-            eval_logger.warning("Beams are not logged: their tokens belong to no single answer.")
-            beams: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
-            return beams
-        owners: list[list[Owner]] = []
-        for prompt in self._batch_prompts:
-            waiting = self._prompts[prompt]
-            owner = self.log.recorder.owner(waiting.pop(0)) if waiting else None
-            owners.append([] if owner is None else [owner])
-        mask = kwargs["attention_mask"]
+        owners, mask = self.log.served.take_batch(), kwargs.get("attention_mask")
+        if mask is None:  # not lm-eval's call: it belongs to no request
+            owners, mask = [], context
         with self.log.recorder.generation(owners, context, mask) as generation:
             output: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
-            generation.stop_clock(context.device)
-            generation.fed = self._tokens_fed(output, context.shape[1], stop)
-            generation.token_ids = output[:, context.shape[1] :]
+            if generation is not None:
+                rows, length = context.shape
+                criteria = stop_sequences_criteria(self.tokenizer, stop, length, rows)
+                eos = kwargs.get("eos_token_id", self.model.generation_config.eos_token_id)
+                generation.finish(output, criteria, eos)
         return output
-
-    def _tokens_fed(self, output: Tensor, prompt_length: int, stop: list[str]) -> list[int]:
-        """Return how many generated tokens each row was fed before it was finished.
-
-        A row finishes with an end-of-text token or with the first of its stop sequences, but is run
-        on until all rows of its batch have finished. HFLM's own criteria are replayed on the
-        output.
-        """
-        criteria = stop_sequences_criteria(self.tokenizer, stop, prompt_length, output.shape[0])
-        eos = self.model.generation_config.eos_token_id
-        ends = torch.tensor([] if eos is None else eos, device=output.device).reshape(-1)
-        finished = torch.zeros(output.shape[0], dtype=torch.bool)
-        fed = torch.zeros(output.shape[0], dtype=torch.int64)
-        for length in range(prompt_length + 1, output.shape[1]):
-            finished |= torch.isin(output[:, length - 1], ends).cpu()
-            for criterion in criteria:
-                criterion(output[:, :length], None)
-                finished |= torch.tensor(criterion.done_tracker)
-            fed += ~finished
-        return fed.tolist()
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Take lm-eval's request cache, unless it was filled under another routing."""
@@ -438,7 +341,10 @@ class BHLM(HFLM):
                 "dtype": str(self.model.dtype),
                 "null_model": None if null is None else null.digest(),
             }
-            self._cache = guard(cache_hook.dbdict, routing)
+            guard(cache_hook.dbdict, routing, self._count_cached_request)
+
+    def _count_cached_request(self) -> None:
+        self.log.cached_requests += 1
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what HFLM tells about the model and, under ``bh``, the routing and its summary.
@@ -446,34 +352,9 @@ class BHLM(HFLM):
         lm-eval calls this once, on the first process, after the evaluation, and writes it into
         ``results["config"]``; so it is also where the logs are finished.
         """
-        if self._cache is not None:
-            self.log.cached_requests = self._cache.hits
         self.log.finish()
         info: dict[str, Any] = super().get_model_info()
-        return info | {"bh": self._run_info()}
-
-    def _run_info(self) -> RunInfo:
-        integration, options = self.integration, self.log.options
-        model_config = self.model.config.get_text_config().to_dict()
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "run_id": self.log.run_id,
-            "rule": RULES[integration.config.rule].describe(),
-            "config": integration.describe(),
-            "experts": integration.experts_implementation,
-            "log_routing": options.log_routing,
-            "log_dir": options.log_dir,
-            "routed_layers": integration.layers,
-            "num_layers": len(integration.routers),
-            "num_experts": integration.num_experts,
-            "native_top_k": integration.routers[0].top_k,
-            "model_config": {name: model_config.get(name) for name in FLOPS_FIELDS},
-            "null_model": None
-            if integration.null_model is None
-            else integration.null_model.header.as_dict(),
-            "summary": self.log.summary(),
-            "documents": self.log.documents.digests(self.log.cached_requests),
-        }
+        return info | {"bh": run_info(self.integration, self.log)}
 
 
 def _check_names(given: dict[str, Any]) -> None:

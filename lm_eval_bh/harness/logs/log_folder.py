@@ -23,7 +23,7 @@ class LogFolder:
     Parameters
     ----------
     log_dir : Path
-        Made if it is missing.
+        Made if it is missing, by :meth:`create`.
     run_id : str
         The same on every process.
     rank : int
@@ -33,6 +33,9 @@ class LogFolder:
     def __init__(self, log_dir: Path, run_id: str, rank: int) -> None:
         self.path = log_dir / run_id
         self.rank = rank
+
+    def create(self) -> None:
+        """Make the folder, unless it is there."""
         with explaining(self.path):
             (self.path / TOKENS).mkdir(parents=True, exist_ok=True)
 
@@ -42,6 +45,7 @@ class LogFolder:
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
         """Let ``write`` fill a temporary file that then takes its name."""
+        self.create()
         with explaining(self.path), replacing(self.path / name) as temporary:
             write(temporary)
 

@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
-import torch
 from torch import Tensor
-
-from lm_eval_bh.routing.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -67,16 +63,3 @@ class Batch:
         """For each row, int64 [real tokens], their places in the batch flattened to [tokens]."""
         width = self.mask.shape[1]
         return [row.nonzero().flatten() + number * width for number, row in enumerate(self.mask)]
-
-
-class Sink(Protocol):
-    """Something that is told, pass by pass, what routing selected for whom."""
-
-    def begin(self, batch: Batch, device: torch.device) -> None:
-        """Start a forward pass."""
-
-    def layer(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
-        """Take one layer's selection for the tokens of the batch, flattened to ``[tokens]``."""
-
-    def end(self) -> None:
-        """Finish the forward pass."""

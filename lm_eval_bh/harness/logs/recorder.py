@@ -1,132 +1,58 @@
-"""Finds out which requests own the rows of a forward pass, and tells the logs about them.
-
-lm-eval sorts requests by length across tasks, pads them, lets requests that share a context share a
-row, repeats the last request to even out processes, and probes batch sizes with rows nobody asked
-for. So the recorder is told which instances are being served, keeps a table from the tokens of a
-row to its owners, and looks every row up. What is not found belongs to nobody and is not logged.
-"""
+"""Hears of every forward pass, finds out which requests own its rows, and tells the logs."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lm_eval_bh.harness.logs.counting import CounterSink
-from lm_eval_bh.harness.logs.ownership import Batch, Owner, Sink
+from lm_eval_bh.harness.logs.expected_rows import ExpectedRows
+from lm_eval_bh.harness.logs.generation import Generation
+from lm_eval_bh.harness.logs.ownership import Batch, Owner
+from lm_eval_bh.harness.logs.sinks import Sink, Sinks
+from lm_eval_bh.harness.logs.summary_log import SummaryLog
 from lm_eval_bh.routing.selection import Selection
-
-TokenIds = tuple[int, ...]
-# Which rows to expect, and for each how many times and for whom: one group of owners a time.
-Expected = dict[TokenIds, list[list[Owner]]]
 
 logger = logging.getLogger(__name__)
 
 
-class Generation:
-    """The decoding steps of one call of ``generate``, kept until it is known which rows they serve.
-
-    Attributes
-    ----------
-    fed : list of int
-        Set by the caller: for each row, how many generated tokens it was fed before it finished.
-    token_ids : Tensor
-        Set by the caller: int64 ``[rows, generated]``, what was generated.
-    """
-
-    def __init__(self, num_layers: int) -> None:
-        self.fed: list[int] = []
-        self.token_ids = torch.empty(0, 0, dtype=torch.int64)
-        self.stopped: float | None = None
-        self._num_layers = num_layers
-        self._seen = 0
-        self._decoded: list[tuple[int, Tensor, Selection]] = []
-
-    def stop_clock(self, device: torch.device) -> None:
-        """Say that the model has finished: what the caller does next is not its time."""
-        self.stopped = _now(device)
-
-    def keep(self, layer: int, router_logits: Tensor, selection: Selection) -> bool:
-        """Keep a layer of a decoding step; return False for the prompt's, which comes first."""
-        self._seen += 1
-        if self._seen <= self._num_layers:
-            return False
-        self._decoded.append((layer, router_logits, selection))
-        return True
-
-    def steps(self) -> Iterator[list[tuple[int, Tensor, Selection]]]:
-        """Yield the decoding steps, each as the list of its layers."""
-        for start in range(0, len(self._decoded), self._num_layers):
-            yield self._decoded[start : start + self._num_layers]
-
-
 class Recorder:
-    """Tells sinks about the forward passes of an evaluation.
+    """Tells the logs of one evaluation about its forward passes.
 
     Parameters
     ----------
-    layers : sequence of int
-        The layers that are routed.
-    counters : CounterSink or None
-        The summary, which is also told how long passes took; None logs nothing.
+    model : nn.Module
+        The transformers model without its head, through which every pass goes.
+    summary : SummaryLog or None
+        Is also told how long passes took; None logs nothing.
     sinks : sequence of Sink
         Further logs.
     """
 
     def __init__(
-        self, layers: Sequence[int], counters: CounterSink | None, sinks: Sequence[Sink] = ()
+        self, model: nn.Module, summary: SummaryLog | None, sinks: Sequence[Sink] = ()
     ) -> None:
-        self.counters = counters
-        self._sinks: list[Sink] = [] if counters is None else [counters, *sinks]
-        self._layers = list(layers)
-        self._served: list[tuple[Any, int]] = []
-        self._expected: Expected = {}
-        self._lengths: list[int] = []
-        self._tokens = 0
-        self._active = False
-        self._sinks_took = 0.0
+        self._model = model
+        self._summary = summary
+        self._sinks = Sinks([] if summary is None else [summary, *sinks])
+        self._expected = ExpectedRows()
+        self._batch: Batch | None = None  # of the pass that is under way
+        self._device = torch.device("cpu")
+        self._begun = False
         self._generation: Generation | None = None
+        self._warned: set[str] = set()
 
     @contextmanager
-    def serving(self, instances: Sequence[Any]) -> Iterator[None]:
-        """Credit what runs inside to these instances, at most ``repeats`` times each."""
-        seen: Counter[int] = Counter()
-        self._served = []
-        for instance in instances:
-            self._served.append((instance, seen[id(instance)]))
-            seen[id(instance)] += 1
+    def expecting(self, rows: ExpectedRows) -> Iterator[None]:
+        """Credit rows of the forward passes inside to their owners, by the tokens of the row."""
+        before, self._expected = self._expected, rows
         try:
             yield
         finally:
-            self._served = []
-
-    def owner(self, position: int, offset: int = 0) -> Owner | None:
-        """Return the owner at a position in :meth:`serving`; None for a copy or past the end."""
-        if position >= len(self._served):
-            return None
-        instance, repeat = self._served[position]
-        if repeat >= instance.repeats:
-            return None
-        return Owner(
-            str(instance.task_name), int(instance.doc_id), int(instance.idx), repeat, offset
-        )
-
-    @contextmanager
-    def expecting(self, rows: Expected) -> Iterator[None]:
-        """Credit rows of the forward passes inside to these owners, by the tokens of the row."""
-        before = self._expected, self._lengths
-        self._expected = rows
-        self._lengths = sorted({len(row) for row in rows}, reverse=True)
-        try:
-            yield
-        finally:
-            self._expected, self._lengths = before
+            self._expected = before
 
     @contextmanager
     def forward(self, input_ids: Tensor) -> Iterator[Tensor | None]:
@@ -140,21 +66,29 @@ class Recorder:
         if not self._expected:
             yield None
             return
-        rows = [self._find(row) for row in input_ids.tolist()]
+        rows = [self._expected.take(row) for row in input_ids.tolist()]
         place = torch.arange(input_ids.shape[1])
         real = place < torch.tensor([[length] for length, _, _ in rows])
-        if not self._sinks:
+        if self._summary is None:
             yield real
             return
         owned = place < torch.tensor([[length] for _, length, _ in rows])
         batch = Batch([owners for _, _, owners in rows], owned, input_ids.cpu(), [0] * len(rows))
-        with self._logging(batch, input_ids.device):
+        self._batch, self._device, self._begun = batch, input_ids.device, False
+        seconds = self._sinks.stopwatch(input_ids.device)
+        try:
             yield real
+        finally:
+            logged = self._begun and self._batch is batch
+            self._batch = None
+        if logged:
+            self._summary.took(batch, seconds())
+            self._sinks.end()
 
     @contextmanager
     def generation(
         self, owners: Sequence[Sequence[Owner]], prompt: Tensor, attention_mask: Tensor
-    ) -> Iterator[Generation]:
+    ) -> Iterator[Generation | None]:
         """Log one call of ``generate`` for rows of these owners.
 
         Parameters
@@ -166,103 +100,43 @@ class Recorder:
 
         Yields
         ------
-        Generation
-            The caller sets its ``fed`` and ``token_ids``. What a row that has finished goes on to
-            produce is not logged.
+        Generation or None
+            Call its :meth:`~Generation.finish` with the output. None if nothing is to be logged.
         """
-        mask = attention_mask.cpu().bool() & torch.tensor([[bool(row)] for row in owners])
-        batch = Batch(owners, mask, prompt.cpu(), [0] * len(owners))
-        generation = Generation(len(self._layers))
-        if not self._sinks:
-            yield generation
+        if self._summary is None or not any(owners) or len(owners) != len(prompt):
+            yield None
             return
-        with self._logging(batch, prompt.device, generation):
-            self._generation = generation
-            try:
-                yield generation
-            finally:
-                self._generation = None
-        for number, step in enumerate(generation.steps()):
-            alive = torch.tensor(generation.fed) > number
-            decoded = Batch(
-                owners,
-                (alive & mask.any(-1)).unsqueeze(-1),
-                generation.token_ids[:, number : number + 1].cpu(),
-                [length + number for length in batch.lengths],
-            )
-            self._begin(decoded, prompt.device)
-            for layer, router_logits, selection in step:
-                self._tell(layer, router_logits, selection)
-            self._end()
+        generation = Generation(
+            self._model, self._sinks, owners, prompt, attention_mask, self._warn_once
+        )
+        handle = self._model.register_forward_pre_hook(generation.before_forward, with_kwargs=True)
+        self._generation = generation
+        try:
+            yield generation
+        finally:
+            self._generation = None
+            handle.remove()
+        if generation.logged and generation.seconds is not None:
+            self._summary.took(generation.prompt, generation.seconds)
 
     def observe(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
         """Take one layer's selection; called by the router hooks, in the order of the layers."""
-        if self._generation is not None and self._generation.keep(layer, router_logits, selection):
+        if self._generation is not None:
+            self._generation.observe(layer, router_logits, selection)
             return
-        if self._active and len(selection.counts) != self._tokens:
-            # Virtual tokens of prompt tuning, say: whose they are is not known.
-            logger.warning("A forward pass is not logged: its tokens are not those of its rows.")
-            self._active = False
-        if self._active:
-            self._tell(layer, router_logits, selection)
+        if self._batch is None:
+            return
+        if len(selection.counts) != self._batch.mask.numel():
+            # Virtual tokens of prompt tuning, for example: whose they are is not known.
+            self._warn_once("A forward pass is not logged: its tokens are not those of its rows.")
+            self._batch = None
+            return
+        if not self._begun:
+            self._sinks.begin(self._batch, self._device)
+            self._begun = True
+        self._sinks.layer(layer, router_logits, selection)
 
-    @contextmanager
-    def _logging(
-        self, batch: Batch, device: torch.device, generation: Generation | None = None
-    ) -> Iterator[None]:
-        self._begin(batch, device)
-        self._sinks_took = 0.0
-        start = _now(device)
-        try:
-            yield
-        except BaseException:
-            self._active = False
-            raise
-        end = generation.stopped if generation is not None and generation.stopped else _now(device)
-        if self.counters is not None:
-            self.counters.took(batch, end - start - self._sinks_took)
-        self._end()
-
-    def _begin(self, batch: Batch, device: torch.device) -> None:
-        self._active = True
-        self._tokens = batch.mask.numel()
-        for sink in self._sinks:
-            sink.begin(batch, device)
-
-    def _tell(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
-        start = time.perf_counter()
-        for sink in self._sinks:
-            sink.layer(layer, router_logits, selection)
-        self._sinks_took += time.perf_counter() - start
-
-    def _end(self) -> None:
-        self._active = False
-        for sink in self._sinks:
-            sink.end()
-
-    def _find(self, row: list[int]) -> tuple[int, int, list[Owner]]:
-        """Return (real tokens, owned tokens, owners) of a row padded on the right with zeros.
-
-        Where one expected row is another one and zeros, the longer is taken to be real, so that no
-        token of it is ever mistaken for padding; their owners are served in either order, which
-        makes no difference to what is counted. A row that nobody expects is real to its end.
-        """
-        shortest = len(row)
-        while shortest and row[shortest - 1] == 0:
-            shortest -= 1
-        real = 0
-        for length in self._lengths:
-            if shortest <= length <= len(row):
-                groups = self._expected.get(tuple(row[:length]))
-                if groups is not None:
-                    real = real or length
-                    if groups:
-                        return real, length, groups.pop(0)
-        return real or len(row), 0, []
-
-
-def _now(device: torch.device) -> float:
-    """Return the time in seconds, once the device has finished what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    def _warn_once(self, sentence: str) -> None:
+        if sentence not in self._warned:
+            logger.warning(sentence)
+            self._warned.add(sentence)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lm_eval_bh.errors import ParameterError, did_you_mean
-from lm_eval_bh.harness.logs.counting import CounterSink
+from accelerate.utils import broadcast_object_list
+
 from lm_eval_bh.harness.logs.evaluated_documents import EvaluatedDocuments
 from lm_eval_bh.harness.logs.log_folder import LogFolder
-from lm_eval_bh.harness.logs.ownership import Owner, Sink
+from lm_eval_bh.harness.logs.log_options import LogOptions
+from lm_eval_bh.harness.logs.merge_summaries import merge_summaries
 from lm_eval_bh.harness.logs.recorder import Recorder
-from lm_eval_bh.harness.logs.sample_log import Key, SampleSink, key_of
-from lm_eval_bh.harness.logs.summary import summarize
+from lm_eval_bh.harness.logs.sample_log import Key, SampleLog, key_of
+from lm_eval_bh.harness.logs.served_requests import ServedRequests
+from lm_eval_bh.harness.logs.sinks import Sink
+from lm_eval_bh.harness.logs.summary_log import SummaryLog
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
+from lm_eval_bh.routing.routers import transformers_model
 from lm_eval_bh.schema import (
     INTERNAL_ROUTING,
     SCHEMA_VERSION,
@@ -27,86 +34,8 @@ from lm_eval_bh.schema import (
     shortened,
 )
 
-LEVELS = ("off", "summary", "samples", "full")
-
-
-@dataclass(frozen=True)
-class LogOptions:
-    """How much of the routing is kept, and where.
-
-    Attributes
-    ----------
-    log_routing : str
-        "off", "summary" (exact counters, in the harness's results), "samples" (and everything about
-        the first documents, as JSON) or "full" (and every token, as Parquet).
-    log_dir : str or None
-        The folder for samples and full; lm-eval does not tell a model its output path.
-    log_samples : int or None
-        Of how many documents of each task everything is kept as JSON; None is 200 with "samples"
-        and none with "full", which has every token anyway.
-    log_logits : bool
-        Whether "full" keeps the router logits too.
-
-    Raises
-    ------
-    ParameterError
-        If a value is unknown or contradicts another.
-    """
-
-    log_routing: str = "summary"
-    log_dir: str | None = None
-    log_samples: int | None = None
-    log_logits: bool = False
-
-    def __post_init__(self) -> None:
-        if self.log_routing not in LEVELS:
-            raise ParameterError(
-                f"log_routing={self.log_routing!r} is unknown: choose one of {', '.join(LEVELS)}"
-                f"{did_you_mean(str(self.log_routing), LEVELS)}."
-            )
-        if self.log_samples is not None and (
-            isinstance(self.log_samples, bool) or not isinstance(self.log_samples, int)
-        ):
-            raise ParameterError(
-                f"log_samples={self.log_samples!r} is no number of documents: give an integer."
-            )
-        if self.log_samples is not None and self.log_samples < 0:
-            raise ParameterError(
-                f"log_samples={self.log_samples} is negative: give a number of documents, or 0."
-            )
-        if self.log_samples is not None and not self.details:
-            raise ParameterError(
-                f"log_samples={self.log_samples} has no use with log_routing={self.log_routing}: "
-                "choose samples or full, or leave it out."
-            )
-        if not isinstance(self.log_logits, bool):
-            raise ParameterError(f"log_logits={self.log_logits!r} is unknown: give True or False.")
-        if self.log_logits and self.log_routing != "full":
-            raise ParameterError(
-                f"log_logits=True needs log_routing=full, not {self.log_routing}: "
-                "logits are kept token by token."
-            )
-        if self.details and self.log_dir is None:
-            raise ParameterError(
-                f"log_routing={self.log_routing} needs a folder to write to: give log_dir."
-            )
-        if not self.details and self.log_dir is not None:
-            raise ParameterError(
-                f"log_dir={self.log_dir!r} has no use with log_routing={self.log_routing}, which "
-                "writes no files of its own: choose samples or full, or leave log_dir out."
-            )
-
-    @property
-    def samples(self) -> int:
-        """How many documents of each task are kept as JSON."""
-        if self.log_samples is not None:
-            return self.log_samples
-        return 200 if self.log_routing == "samples" else 0
-
-    @property
-    def details(self) -> bool:
-        """Whether files of our own are written."""
-        return self.log_routing in ("samples", "full")
+if TYPE_CHECKING:
+    from lm_eval_bh.harness.logs.token_log import TokenLog
 
 
 class RunLog:
@@ -117,16 +46,20 @@ class RunLog:
     integration : BHRoutingIntegration
         Whose hooks report to the log from now on, until :meth:`detach`.
     options : LogOptions
-        What is kept.
+        What is kept. Nothing is written before the first request is served.
     run_id : str
-        The same on every process.
+        The same on every process: see :func:`new_run_id`.
     rank : int
         Of this process.
 
-    Raises
-    ------
-    DataError
-        If the folder cannot be written to.
+    Attributes
+    ----------
+    ended : bool
+        Whether the evaluation is over: finished or interrupted. What comes next needs a new log.
+    served : ServedRequests
+        The requests that are served now; none outside :meth:`serving`.
+    cached_requests : int
+        How many requests a cache has answered; the caller counts.
     """
 
     def __init__(
@@ -134,9 +67,10 @@ class RunLog:
     ) -> None:
         self.run_id = run_id
         self.options = options
+        self.ended = False
+        self.served = ServedRequests()
         self.cached_requests = 0
         self.documents = EvaluatedDocuments()
-        self.finished = False
         self._integration = integration
         self._rows_before = integration.rows_computed
         self._layers = integration.layers
@@ -144,14 +78,14 @@ class RunLog:
         self._states: list[dict[str, Any]] = []
         self._losses: dict[Key, float] = {}
         self._folder: LogFolder | None = None
-        self._samples: SampleSink | None = None
-        self._tokens: Any = None
-        self._counters = CounterSink(len(integration.routers), integration.num_experts)
+        self._samples: SampleLog | None = None
+        self._tokens: TokenLog | None = None
+        self._summary = SummaryLog(len(integration.routers), integration.num_experts)
         sinks: list[Sink] = []
         if options.details:
             config, experts = integration.config, integration.num_experts
             self._folder = LogFolder(Path(str(options.log_dir)), run_id, rank)
-            self._samples = SampleSink(
+            self._samples = SampleLog(
                 options.samples,
                 experts,
                 config.min_k if config.adaptive else config.max_k,
@@ -159,24 +93,44 @@ class RunLog:
             )
             sinks.append(self._samples)
             if options.log_routing == "full":
-                from lm_eval_bh.harness.logs.token_log import TokenSink
+                from lm_eval_bh.harness.logs.token_log import TokenLog
 
-                self._tokens = TokenSink(self._folder, experts, options.log_logits)
+                self._tokens = TokenLog(self._folder, experts, options.log_logits)
                 sinks.append(self._tokens)
         logging = options.log_routing != "off"
-        self.recorder = Recorder(self._layers, self._counters if logging else None, sinks)
+        model = transformers_model(integration.model).base_model
+        self.recorder = Recorder(model, self._summary if logging else None, sinks)
         if logging:
             integration.observers.append(self.recorder.observe)
 
     def detach(self) -> None:
-        """Stop listening to the hooks."""
+        """Stop listening to the hooks, and drop what an interruption has left half written."""
         if self.recorder.observe in self._integration.observers:
             self._integration.observers.remove(self.recorder.observe)
+        if self._tokens is not None:
+            self._tokens.discard()
 
-    def add_loss(self, owner: Owner, loss: float) -> None:
-        """Note the loss, in nats a scored token, of a request that was just served."""
-        if owner.doc_id < self.options.samples:
-            self._losses[key_of(owner)] = loss
+    @contextmanager
+    def serving(self, instances: Sequence[Any]) -> Iterator[ServedRequests]:
+        """Log what runs inside for these requests, and write the logs when it has ended."""
+        self.served = ServedRequests(instances)
+        self.documents.add(instances)
+        try:
+            if self._folder is not None:
+                self._folder.create()
+            yield self.served
+            self.flush()
+        except BaseException:
+            self.ended = True
+            raise
+        finally:
+            self.served = ServedRequests()
+
+    def add_losses(self, log_likelihoods: Iterable[float]) -> None:
+        """Note the log-likelihoods of the requests that are served, in their order."""
+        for owner, loss in self.served.losses(log_likelihoods):
+            if owner.doc_id < self.options.samples:
+                self._losses[key_of(owner)] = loss
 
     def flush(self) -> None:
         """Write what a request method has left."""
@@ -191,7 +145,7 @@ class RunLog:
 
     def state(self) -> dict[str, Any]:
         """Return all that this process has counted, as plain values."""
-        return self._counters.state() | {
+        return self._summary.state() | {
             "cached_requests": self.cached_requests,
             "documents": self.documents.hashes,
             "expert_rows": self._expert_rows(),
@@ -205,23 +159,19 @@ class RunLog:
             self._states = states
             self.documents.collect(states)
 
-    def _expert_rows(self) -> int | None:
-        rows = self._integration.rows_computed
-        return None if rows is None or self._rows_before is None else rows - self._rows_before
-
     def summary(self) -> RoutingSummary | None:
         """Return the routing summary over all processes; None if nothing was to be logged."""
         if self.options.log_routing == "off":
             return None
-        states = [self.state(), *self._states[1:]]  # its own is newer than what it collected
+        states = self._all_states()
         cached = sum(state["cached_requests"] for state in states)
-        return summarize(states, self._layers, cached)
+        return merge_summaries(states, self._layers, cached)
 
     def finish(self) -> None:
         """Put the parts of all processes together and write the manifest; on the first process."""
         summary = self.summary()
-        if self.finished or self._folder is None or summary is None:
-            self.finished = True
+        if self.ended or self._folder is None or summary is None:
+            self.ended = True
             return
         samples: dict[str, list[Sample]] = {}
         parts = sorted(self._folder.path.glob(".samples-*.json"))
@@ -239,13 +189,20 @@ class RunLog:
             own = shortened(f"{task}_{content['config']}") + INTERNAL_ROUTING
             files.append(own if name in files else name)
             self._folder.write_json(files[-1], content)
-        states = [self.state(), *self._states[1:]]
+        states = self._all_states()
         files += [part for state in states for part in state["token_parts"]]
         rows = sum(state["token_rows"] for state in states)
         self._folder.finish(self.run_id, files, rows)
         for part in parts:
             part.unlink()
-        self.finished = True
+        self.ended = True
+
+    def _all_states(self) -> list[dict[str, Any]]:
+        return [self.state(), *self._states[1:]]  # its own is newer than what was collected
+
+    def _expert_rows(self) -> int | None:
+        rows = self._integration.rows_computed
+        return None if rows is None or self._rows_before is None else rows - self._rows_before
 
     def _internal_routing(
         self, task: str, summary: TaskSummary, samples: list[Sample]
@@ -271,3 +228,11 @@ class RunLog:
                 "expert_usage_counts": [layer["usage"] for layer in layers],
             },
         }
+
+
+def new_run_id(processes: int) -> str:
+    """Return an id that sorts by time and is the same on every process; all must ask at once."""
+    run_id = [f"{datetime.now():%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"]
+    if processes > 1:
+        broadcast_object_list(run_id)
+    return run_id[0]

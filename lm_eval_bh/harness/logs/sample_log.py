@@ -43,7 +43,7 @@ class _Request:
     layers: dict[int, dict[int, _Piece]] = field(default_factory=lambda: defaultdict(dict))
 
 
-class SampleSink:
+class SampleLog:
     """Keeps the documents whose id is below a limit.
 
     Parameters

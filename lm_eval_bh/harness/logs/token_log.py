@@ -20,7 +20,7 @@ from lm_eval_bh.schema import TOKENS, token_schema
 ROW_GROUP = 131072  # rows gathered in memory before they are written
 
 
-class TokenSink:
+class TokenLog:
     """Writes one row a token, layer and owning request.
 
     Parameters
@@ -116,6 +116,13 @@ class TokenSink:
                 name = f"{TOKENS}/part-{self._folder.rank}-{len(self.parts)}.parquet"
                 self._temporary.replace(self._folder.path / name)
             self.parts.append(name)
+            self._writer = None
+
+    def discard(self) -> None:
+        """Remove the part that is being written: nobody will finish it."""
+        if self._writer is not None:
+            self._writer.close()
+            self._temporary.unlink(missing_ok=True)
             self._writer = None
 
     def _write(self) -> None:

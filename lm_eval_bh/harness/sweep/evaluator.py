@@ -17,7 +17,7 @@ from torch.utils import collect_env
 from tqdm import tqdm
 
 from lm_eval_bh.errors import DataError
-from lm_eval_bh.harness.logs.run_log import LogOptions
+from lm_eval_bh.harness.logs.log_options import LogOptions
 from lm_eval_bh.harness.model import BHLM
 from lm_eval_bh.harness.plugin.registration import MODEL_NAME
 from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig

@@ -13,7 +13,7 @@ from typing import Any
 from lm_eval_bh.errors import ParameterError, did_you_mean
 from lm_eval_bh.experiment_names import LONGEST_NAME
 from lm_eval_bh.harness.arguments import ROUTING_ARGUMENTS, arguments_of, routing_config
-from lm_eval_bh.harness.logs.run_log import LogOptions
+from lm_eval_bh.harness.logs.log_options import LogOptions
 from lm_eval_bh.harness.sweep.settings_file import plain_value, read_settings
 from lm_eval_bh.harness.sweep.task_names import expand_tasks
 from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE

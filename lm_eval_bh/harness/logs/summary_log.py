@@ -45,7 +45,7 @@ class TaskCounters(RoutingCounters):
         }
 
 
-class CounterSink:
+class SummaryLog:
     """Counts what routing selected, task by task.
 
     Parameters

@@ -1,4 +1,4 @@
-"""Turns the recorder's counters, of one process or many, into the numbers of the results file."""
+"""Merges the counters of all processes into the routing summary of the results file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lm_eval_bh.schema import RoutingSummary, TaskSummary
 
 
-def summarize(
+def merge_summaries(
     states: Sequence[dict[str, Any]], layers: Sequence[int], cached_requests: int
 ) -> RoutingSummary:
     """Merge the states of all processes and describe the experts per token.
@@ -19,7 +19,7 @@ def summarize(
     Parameters
     ----------
     states : sequence of dict
-        What :meth:`~lm_eval_bh.harness.logs.counting.CounterSink.state` returned on each process.
+        What :meth:`~lm_eval_bh.harness.logs.summary_log.SummaryLog.state` returned on each process.
     layers : sequence of int
         The routed layers; the others are not described.
     cached_requests : int

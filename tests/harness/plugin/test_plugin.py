@@ -17,7 +17,7 @@ import pytest
 from lm_eval_bh.harness.plugin import registration
 from lm_eval_bh.resources import shipped
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def python(code: str, *paths: Path, **variables: str) -> str:

@@ -1,0 +1,87 @@
+"""The requests that one call of a request method serves: who owns which row, and its loss."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from lm_eval_bh.harness.logs.expected_rows import ExpectedRows, Place
+from lm_eval_bh.harness.logs.ownership import Owner
+
+
+class ServedRequests:
+    """The instances of one call, with what is learnt about them on the way.
+
+    Parameters
+    ----------
+    instances : sequence of Instance
+        As lm-eval gives them: an instance comes ``repeats`` times; what comes more often is a copy
+        that evens out processes, and nobody's.
+    """
+
+    def __init__(self, instances: Sequence[Any] = ()) -> None:
+        seen: Counter[int] = Counter()
+        self._instances: list[tuple[Any, int]] = []
+        for instance in instances:
+            self._instances.append((instance, seen[id(instance)]))
+            seen[id(instance)] += 1
+        self._windows: Iterator[Place] | None = None
+        self._scored_tokens: Counter[int] = Counter()  # by position
+        self._waiting: dict[str, list[int]] = {}  # positions by prompt
+        self._batch: list[str] = []
+
+    def owner(self, position: int | None, offset: int = 0) -> Owner | None:
+        """Return the owner of a request by its position; None for a copy or past the end."""
+        if position is None or position >= len(self._instances):
+            return None
+        instance, repeat = self._instances[position]
+        if repeat >= instance.repeats:
+            return None
+        return Owner(
+            str(instance.task_name), int(instance.doc_id), int(instance.idx), repeat, offset
+        )
+
+    def expect_windows(self, places: Iterator[Place]) -> None:
+        """Take the rows that :meth:`expected_rows` is told of to be windows at these places."""
+        self._windows = places
+
+    def expected_rows(self, requests: Sequence[Any], max_length: int, shared: bool) -> ExpectedRows:
+        """Return the rows that HFLM will make of tokenised requests: see :class:`ExpectedRows`."""
+        places: Iterable[Place] = ((position, 0) for position in range(len(requests)))
+        owners = []
+        for (position, offset), (_, _, continuation) in zip(
+            islice(self._windows or places, len(requests)), requests, strict=True
+        ):
+            if position is not None:
+                self._scored_tokens[position] += len(continuation)
+            owners.append(self.owner(position, offset))
+        return ExpectedRows(requests, owners, max_length, shared)
+
+    def losses(self, log_likelihoods: Iterable[float]) -> Iterator[tuple[Owner, float]]:
+        """Yield each owner and its loss in nats a scored token; an empty document has none."""
+        for position, value in enumerate(log_likelihoods):
+            owner = self.owner(position)
+            if owner is not None and self._scored_tokens[position]:
+                yield owner, -value / self._scored_tokens[position]
+
+    def expect_prompts(self, positions: Iterable[int]) -> None:
+        """Expect the prompts of the requests at these positions, in any order."""
+        self._waiting = defaultdict(list)
+        for position in positions:
+            self._waiting[self._instances[position][0].args[0]].append(position)
+
+    def note_batch(self, prompts: Sequence[str]) -> None:
+        """Remember the prompts that the next call of ``generate`` continues."""
+        self._batch = list(prompts)
+
+    def take_batch(self) -> list[list[Owner]]:
+        """Return the owners of every row of that call: one, or nobody."""
+        owners = []
+        for prompt in self._batch:
+            waiting = self._waiting.get(prompt)
+            owner = self.owner(waiting.pop(0)) if waiting else None
+            owners.append([] if owner is None else [owner])
+        self._batch = []
+        return owners
