@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from written_runs import new_writer, real_runs, write  # noqa: F401  fixtures
 
 # Examples are not timed: a busy machine would fail them, and a first example imports libraries.
 settings.register_profile("lm-eval-bh", deadline=None)

@@ -35,6 +35,7 @@ from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.patching.experts import EXPERTS
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
+from lm_eval_bh.routing.placement import placement
 from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.schema import SCHEMA_VERSION, RunInfo
 
@@ -178,8 +179,7 @@ class BHLM(HFLM):
             )
         if options.log_dir is not None:
             check_writable(Path(options.log_dir))
-        # From Python, HFLM would ask for cuda even where there is none.
-        kwargs.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+        kwargs |= placement(kwargs.get("device"), kwargs.get("dtype", "auto"))
         name = (
             pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", "")
         )

@@ -19,7 +19,7 @@ from lm_eval_bh.analysis.table import joining
 from lm_eval_bh.analysis.table.columns import COLUMNS, LAYER_COLUMNS, typed
 from lm_eval_bh.analysis.table.matched_budget import matched_budget
 from lm_eval_bh.analysis.table.rows import check, layer_rows, row_of
-from lm_eval_bh.errors import DataError
+from lm_eval_bh.errors import DataError, ParameterError
 
 
 def load_experiments(
@@ -40,10 +40,14 @@ def load_experiments(
 
     Raises
     ------
+    ParameterError
+        If ``context_length`` is less than 1.
     DataError
         If a folder does not exist, if there are no results, or, without ``force``, if files differ
         in limit, task version, task hash, model or few-shot settings.
     """
+    if context_length is not None and context_length < 1:
+        raise ParameterError(f"context_length must be an integer from 1 up, not {context_length}.")
     roots = [Path(folder) for folder in folders]
     files, manifests = find_files(roots)
     if not files:

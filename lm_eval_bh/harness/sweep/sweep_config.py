@@ -140,7 +140,9 @@ class SweepConfig:
             given = getattr(self, name)
             given = [given] if isinstance(given, str | int | float) else list(given or ())
             if wrong := [value for value in given if not isinstance(value, str | int | float)]:
-                raise ParameterError(f"{name} holds {wrong[0]!r}: write a list, as in [8, 16].")
+                raise ParameterError(
+                    f"{name} must be a list of values, as in [8, 16], not hold {wrong[0]!r}."
+                )
             if name in ("tasks", "rules"):
                 given = [str(value) for value in given]
             for value, times in Counter(given).items():
@@ -155,18 +157,20 @@ class SweepConfig:
     def _check(self) -> None:
         if self.limit is not None and (not _is_integer(self.limit) or self.limit < 1):
             raise ParameterError(
-                f"limit={self.limit!r} is no number of documents: give a positive integer, or "
+                f"limit must be a positive number of documents, not {self.limit!r}; "
                 "leave it out for all."
             )
         if self.batch_size != "auto" and (not _is_integer(self.batch_size) or self.batch_size < 1):  # type: ignore[operator]
             raise ParameterError(
-                f"batch_size={self.batch_size!r} is unknown: give a positive integer, or auto."
+                f"batch_size must be a positive integer or auto, not {self.batch_size!r}."
             )
-        if self.seed is not None and not _is_integer(self.seed):
-            raise ParameterError(f"seed={self.seed!r} is no seed: give an integer.")
+        if self.seed is not None and not (_is_integer(self.seed) and 0 <= self.seed < 2**32):
+            raise ParameterError(
+                f"seed must be an integer from 0 to {2**32 - 1}, not {self.seed!r}."
+            )
         if not isinstance(self.model_args, Mapping):
             raise ParameterError(
-                f"model_args={self.model_args!r} are no names with values: "
+                f"model_args must be names with values, not {self.model_args!r}; "
                 "write, for example, {dtype: float32}."
             )
         for name in SET_BY_THE_SWEEP:
@@ -209,7 +213,7 @@ class SweepConfig:
         for rule in self.rules:
             if rule not in RULES:
                 raise ParameterError(
-                    f"rule {rule!r} is unknown: choose among {', '.join(RULES)}"
+                    f"rule {rule!r} is unknown: use one of {', '.join(RULES)}"
                     f"{did_you_mean(rule, RULES)}."
                 )
             levels: Sequence[float | None] = [None] if RULES[rule].fixed_count else self.alphas
@@ -219,7 +223,7 @@ class SweepConfig:
     def experiments(self, repeats: int = 1) -> list[Experiment]:
         """Return every experiment, in the order in which they run: whole rounds of repeats."""
         if not _is_integer(repeats) or repeats < 1:
-            raise ParameterError(f"repeat={repeats!r} is no number of runs: give 1 or more.")
+            raise ParameterError(f"repeat must be an integer from 1 up, not {repeats!r}.")
         found = [
             Experiment(rule, max_k, alpha, task, repeat)
             for repeat in range(1, repeats + 1)
@@ -275,7 +279,7 @@ class SweepConfig:
         if preset is not None:
             if preset not in PRESETS:
                 raise ParameterError(
-                    f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}"
+                    f"preset {preset!r} is unknown: use one of {', '.join(PRESETS)}"
                     f"{did_you_mean(str(preset), PRESETS)}."
                 )
             settings |= PRESETS[preset]
@@ -295,7 +299,7 @@ def shard_of(experiments: Sequence[Experiment], shard: str) -> list[Experiment]:
     position, _, shards = shard.partition("/")
     if not (position.isdecimal() and shards.isdecimal() and 1 <= int(position) <= int(shards)):
         raise ParameterError(
-            f"shard {shard!r} is none: write i/n with i from 1 to n, for example 1/4."
+            f"invalid shard {shard!r}: use i/n with i from 1 to n, for example 1/4."
         )
     return list(experiments[int(position) - 1 :: int(shards)])
 
@@ -307,15 +311,19 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ParameterError(f"The settings {file} cannot be read ({reason}): mend it.") from error
+        raise ParameterError(
+            f"The settings {file} could not be read ({reason}); fix the file."
+        ) from error
     known = [*(setting.name for setting in dataclasses.fields(SweepConfig)), "preset"]
     if not isinstance(content, dict):
-        raise ParameterError(f"The settings {file} hold no keys: write, for example, limit: 50.")
+        raise ParameterError(
+            f"The settings {file} must be keys with values; write, for example, limit: 50."
+        )
     for name in content:
         if name not in known:
             raise ParameterError(
-                f"The settings {file} name {name!r}, which is unknown: "
-                f"choose among {', '.join(known)}{did_you_mean(str(name), known)}."
+                f"The settings {file} contain the unknown key {name!r}: "
+                f"use one of {', '.join(known)}{did_you_mean(str(name), known)}."
             )
     return content
 

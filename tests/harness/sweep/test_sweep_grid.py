@@ -139,14 +139,15 @@ def test_a_shard_outside_n_is_refused(shard):
         ({"rules": ["bhh"]}, "did you mean 'bh'"),
         ({"tasks": []}, "no task"),
         ({"tasks": ["bh_demo_lambda"]}, "did you mean 'bh_demo_lambada'"),
-        ({"limit": 0}, "limit=0"),
-        ({"limit": 2.5}, "limit=2.5"),
-        ({"batch_size": "large"}, "batch_size='large'"),
-        ({"seed": "x"}, "seed='x'"),
+        ({"limit": 0}, "positive number of documents, not 0"),
+        ({"limit": 2.5}, "positive number of documents, not 2.5"),
+        ({"batch_size": "large"}, "batch_size must be a positive integer or auto, not 'large'"),
+        ({"seed": "x"}, "seed must be an integer from 0 to 4294967295, not 'x'"),
+        ({"seed": -1}, "seed must be an integer from 0 to 4294967295, not -1"),
         ({"model_args": {"alpha": 0.3}}, "model_args sets alpha"),
-        ({"model_args": "dtype=float32"}, "no names with values"),
+        ({"model_args": "dtype=float32"}, "must be names with values"),
         ({"model_args": {"null": "experts"}}, "null='experts'"),
-        ({"alphas": [[0.3]]}, r"alphas holds \[0.3\]"),
+        ({"alphas": [[0.3]]}, r"alphas must be a list of values.*not hold \[0.3\]"),
         ({"tasks": [3]}, "task '3' is unknown"),
         ({"log_routing": "sample"}, "log_routing='sample'"),
         ({"log_routing": "summary", "log_samples": 3}, "log_samples=3 has no use"),
@@ -165,7 +166,11 @@ def test_an_unknown_task_of_lm_eval_is_refused_with_the_nearest_name():
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("limt: 3", "did you mean 'limit'"), ("- 3", "hold no keys"), ("a: [", "cannot be read")],
+    [
+        ("limt: 3", "did you mean 'limit'"),
+        ("- 3", "must be keys with values"),
+        ("a: [", "fix the file"),
+    ],
 )
 def test_a_file_of_settings_that_cannot_be_used_is_refused(tmp_path, text, sentence):
     file = tmp_path / "sweep.yaml"
