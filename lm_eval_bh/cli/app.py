@@ -84,5 +84,5 @@ def _misused(error: Any) -> int:
         error.show()
     else:
         command = error.ctx.command_path if error.ctx else PROGRAM
-        fail(f"{error.format_message().rstrip('.')}; see '{command} --help'.")
+        fail(f"{error.format_message().rstrip('.')} (see '{command} --help').")
     return MISUSED

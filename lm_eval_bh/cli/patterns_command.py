@@ -44,9 +44,9 @@ def patterns(
     loaded = load_experiments(folders, force=force)
     stop_without_runs(loaded)
     path = tokenizer or find_tokenizer(Path(loaded.frame["file"].iloc[0]))
-    if path is None:
-        warn("note: no tokenizer was found, so tokens have no class: name one with --tokenizer.")
     say_written(write_patterns(loaded, folder, tokenizer=path, seed=seed))
+    if path is None:
+        warn("note: no tokenizer was found, so tokens have no class; name one with --tokenizer.")
     finish(loaded.problems, loaded.notes)
 
 

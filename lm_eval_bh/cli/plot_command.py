@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lm_eval_bh.cli.options import finish, home_of, stop_without_runs
-from lm_eval_bh.cli.printing import say_written
+from lm_eval_bh.cli.printing import say_written, warn
 from lm_eval_bh.errors import DataError, ParameterError, did_you_mean
 from lm_eval_bh.files import check_output, figure_format
 
@@ -53,12 +53,17 @@ def plot(
 def draw_groups(
     frame: pd.DataFrame, layers: pd.DataFrame | None, panel: str | None, path: Path
 ) -> list[Path]:
-    """Draw every group of a table into a file of its own; return the files."""
+    """Draw every group of a table into a file of its own; return the files.
+
+    A note says how many numbers are infinite, which figures leave out.
+    """
     from lm_eval_bh.analysis.show.plots import (
         create_comprehensive_visualization,
         create_single_panel,
     )
 
+    if infinite := int(frame.select_dtypes("number").abs().eq(float("inf")).sum().sum()):
+        warn(f"note: {infinite} numbers of the table are infinite and are not drawn.")
     paths = []
     groups = sorted(frame["group"].unique()) if "group" in frame else [None]
     for group in groups:

@@ -6,6 +6,7 @@ terminal would obey, such as an escape sequence in a file's name, is shown in it
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +21,12 @@ PROGRAM = "lm-eval-bh"
 
 
 def prepare_streams() -> None:
-    """Let stdout and stderr show names that their encoding lacks, rather than fail on them."""
+    """Let stdout and stderr show names that their encoding lacks, rather than fail on them.
+
+    Where nobody watches, the libraries that load models draw no progress bars either.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")

@@ -6,6 +6,8 @@ from typing import Any
 
 from lm_eval_bh.errors import ParameterError
 
+SHOWN = 60  # characters of an option in a message
+
 
 def words(text: str) -> list[str]:
     """Return the words of a comma-separated list."""
@@ -24,7 +26,8 @@ def numbers(option: str, text: str, kind: type[float] | type[int]) -> list[Any]:
         return [kind(word) for word in words(text)]
     except ValueError as error:
         what, example = ("integers", "8,16") if kind is int else ("numbers", "0.3,0.4")
+        found = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
         raise ParameterError(
-            f"--{option} must be {what} joined by commas, not {text!r}; "
+            f"--{option} must be {what} joined by commas, not {found!r}; "
             f"use, for example, --{option} {example}."
         ) from error

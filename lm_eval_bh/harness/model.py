@@ -23,7 +23,13 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lm_eval_bh.errors import ModelError, ParameterError, did_you_mean, show_as_one_sentence
+from lm_eval_bh.errors import (
+    BHError,
+    ModelError,
+    ParameterError,
+    did_you_mean,
+    show_as_one_sentence,
+)
 from lm_eval_bh.harness.arguments import routing_config
 from lm_eval_bh.harness.cache_guard import CountingCache, guard
 from lm_eval_bh.harness.logs.log_folder import check_writable
@@ -35,7 +41,7 @@ from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.patching.experts import EXPERTS
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
-from lm_eval_bh.routing.placement import placement
+from lm_eval_bh.routing.placement import LM_EVAL_DEFAULT, placement
 from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.schema import SCHEMA_VERSION, RunInfo
 
@@ -179,7 +185,7 @@ class BHLM(HFLM):
             )
         if options.log_dir is not None:
             check_writable(Path(options.log_dir))
-        kwargs |= placement(kwargs.get("device"), kwargs.get("dtype", "auto"))
+        kwargs |= placement(kwargs.get("device"), kwargs.get("dtype", "auto"), LM_EVAL_DEFAULT)
         name = (
             pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", "")
         )
@@ -187,7 +193,9 @@ class BHLM(HFLM):
             super().__init__(
                 pretrained=str(tiny_olmoe()) if pretrained == TINY_OLMOE else pretrained, **kwargs
             )
-        except (OSError, SafetensorError) as error:
+        except BHError:
+            raise
+        except (OSError, SafetensorError, ValueError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ModelError(
                 f"The model {name!r} could not be loaded ({reason}): "

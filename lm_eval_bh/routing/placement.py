@@ -9,12 +9,13 @@ import torch
 from lm_eval_bh.errors import ParameterError, did_you_mean
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+LM_EVAL_DEFAULT = "cuda:0"  # of lm_eval's own --device
 # Devices that lm-eval takes by their type alone; of the others it takes type and index.
 WITHOUT_INDEX = ("cpu", "cuda", "mps")
 KINDS = (*WITHOUT_INDEX, "npu", "xpu", "hpu")
 
 
-def placement(device: Any = None, dtype: Any = "auto") -> dict[str, Any]:
+def placement(device: Any = None, dtype: Any = "auto", unset: str | None = None) -> dict[str, Any]:
     """Return device and dtype as lm-eval and transformers take them.
 
     lm-eval runs on the CPU, without an error, if it does not know the device that it is given.
@@ -25,6 +26,9 @@ def placement(device: Any = None, dtype: Any = "auto") -> dict[str, Any]:
         Such as ``cpu``, ``cuda`` or ``cuda:1``; None: CUDA if this machine has it, else the CPU.
     dtype : str, torch.dtype or None
         "auto", the name of a floating-point type that models compute in, or such a type.
+    unset : str or None
+        A device that means None on a machine without CUDA: what the caller passes if nobody named
+        one.
 
     Returns
     -------
@@ -36,7 +40,8 @@ def placement(device: Any = None, dtype: Any = "auto") -> dict[str, Any]:
     ParameterError
         If this machine has no such device, or models cannot compute in the type.
     """
-    return {"device": _usable_device(device), "dtype": _usable_dtype(dtype)}
+    unnamed = device == unset and not torch.cuda.is_available()
+    return {"device": _usable_device(None if unnamed else device), "dtype": _usable_dtype(dtype)}
 
 
 def _usable_device(device: Any) -> str:

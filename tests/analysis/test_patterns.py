@@ -29,7 +29,7 @@ from lm_eval_bh.analysis.patterns.specialisation import (
 )
 from lm_eval_bh.analysis.patterns.token_classes import CLASSES, classify, vocabulary
 from lm_eval_bh.analysis.table.experiments import load_experiments
-from lm_eval_bh.cli import app
+from lm_eval_bh.cli.app import app
 from lm_eval_bh.cli.patterns_command import find_tokenizer
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.resources import tiny_olmoe

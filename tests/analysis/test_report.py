@@ -19,7 +19,7 @@ from lm_eval_bh.analysis.show.lm_eval_command import lm_eval_command
 from lm_eval_bh.analysis.show.report_page import escape_markdown, fenced, write_report
 from lm_eval_bh.analysis.show.report_tables import number, p_value
 from lm_eval_bh.analysis.table.experiments import load_experiments
-from lm_eval_bh.cli import app
+from lm_eval_bh.cli.app import app
 from lm_eval_bh.harness.arguments import routing_config
 from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.schema import read_json
