@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 make_venv
 
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# The models are tiny: threads would cost more than they bring.
+# The models are tiny: threads cost more than they save.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 out=runs/quickstart
 common=(--tasks bh_demo_wikitext --batch_size 16)
