@@ -1,16 +1,17 @@
-"""Names figures' formats, and writes files so that a reader never meets half of one."""
+"""Writes files so that a reader never meets half of one, and checks before the work that it can."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from lm_eval_bh.errors import ParameterError
+from lm_eval_bh.errors import DataError, ParameterError
 
 FIGURES = ("png", "pdf", "svg")
+TEMPORARY = ".tmp"
 
 
 def figure_format(path: Path | str) -> str:
@@ -19,12 +20,12 @@ def figure_format(path: Path | str) -> str:
     Raises
     ------
     ParameterError
-        If it asks for another one.
+        If it asks for any other.
     """
     suffix = Path(path).suffix.lower().removeprefix(".")
     if suffix not in FIGURES:
         raise ParameterError(
-            f"{path} is of no format that figures are written in: "
+            f"{path} does not end in the name of a figure format: "
             f"name a file that ends in {', '.join(FIGURES)}."
         )
     return suffix
@@ -39,7 +40,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -57,3 +58,46 @@ def write_text(path: Path, content: str) -> Path:
     with replacing(path) as temporary:
         temporary.write_text(content, encoding="utf-8", newline="\n")
     return path
+
+
+@contextmanager
+def replacing_all(paths: Iterable[Path]) -> Iterator[list[Path]]:
+    """Yield a temporary path for each of ``paths``: all are renamed, or, after an exception, none.
+
+    Nothing is renamed before everything is written, so that files that belong together change
+    together.
+    """
+    with ExitStack() as files:
+        yield [files.enter_context(replacing(path)) for path in paths]
+
+
+def check_output(path: Path, option: str, *, folder: bool = False) -> None:
+    """Find out before the work whether a file, or files in a folder, can be written.
+
+    Nothing is left behind: no file, and no folder that was missing.
+
+    Parameters
+    ----------
+    path : Path
+        What :func:`replacing` will be given, or with ``folder`` the folder to write into.
+    option : str
+        What it was given with; the message names it.
+
+    Raises
+    ------
+    DataError
+        If writing would fail.
+    """
+    file = path / "file" if folder else path
+    try:
+        if file.is_dir():
+            raise IsADirectoryError("it is a folder")
+        nearest = next(parent for parent in file.parents if parent.exists())
+        with tempfile.NamedTemporaryFile(prefix=f".{file.name}.", suffix=TEMPORARY, dir=nearest):
+            pass
+    except OSError as error:
+        what = "a folder" if folder else "a file in a folder"
+        raise DataError(
+            f"{option} cannot be written: {path} ({error.strerror or error}); "
+            f"name {what} that you can write to."
+        ) from error

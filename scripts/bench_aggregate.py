@@ -1,12 +1,12 @@
-"""Aggregate a full sweep, and read a long token log: how long it takes, and how much memory.
+"""Time and memory of aggregating a full sweep, and of reading a long token log.
 
-The runs are made up, in the formats and at the size of OLMoE-1B-7B: 20 configurations x 3 tasks, 60
-experiments, each with the harness's samples of its documents. One configuration has an internal
-routing log, which is all that is read to learn how many tokens were scored.
+The runs are synthetic, in the formats and at the size of OLMoE-1B-7B: 20 configurations x 3 tasks,
+60 experiments, each with the harness's samples of its documents. One configuration has an internal
+routing log, the only file that tells how many tokens were scored.
 
 python scripts/bench_aggregate.py                               # about two minutes, 2 GB of disk
 python scripts/bench_aggregate.py --documents 20 --rows 100000  # seconds
-python scripts/bench_aggregate.py --keep runs                   # and keep the runs there
+python scripts/bench_aggregate.py --keep runs                   # also keeps the runs
 """
 
 from __future__ import annotations
@@ -330,7 +330,7 @@ def in_a_process(code: str, *arguments: str) -> dict[str, Any]:
 
 
 def main(
-    documents: Annotated[int, typer.Option(min=2, help="Documents of each task.")] = 200,
+    documents: Annotated[int, typer.Option(min=2, help="Documents per task.")] = 200,
     rows: Annotated[int, typer.Option(min=1, help="Rows of the token log.")] = 10_000_000,
     keep: Annotated[Path | None, typer.Option(help="New folder to keep the runs in.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,

@@ -3,9 +3,9 @@
     python scripts/bench_analyze.py
 
 Ratios of times in one run, the sides interleaved, on tiny-olmoe and on one layer at OLMoE's true
-size with random weights. "None" is the same forward pass with nobody listening. No data sets are
-needed: the tokens are drawn at random. It runs on the CPU, and the times are of its work, not of
-the clock, so that other work on the machine counts little.
+size with random weights. "None" is the same forward pass without hooks. No data sets are needed:
+the tokens are drawn at random. It runs on the CPU and measures processor time, so that other work
+on the machine counts little.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ def seconds(model: Any, batches: Sequence[torch.Tensor], grid: str, null: NullMo
 def main(
     repeats: int = 7,
     tokens: Annotated[
-        int, typer.Option(help="A pass; a 32nd of it through the large layer.")
+        int, typer.Option(help="Tokens per pass; the large layer gets a 32nd.")
     ] = 32768,
-    output: Annotated[Path | None, typer.Option(help="JSON file of all times.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for all times.")] = None,
 ) -> None:
     """Print the ratios of the medians, with the smallest and largest ratio of a repeat."""
     generator = torch.Generator().manual_seed(0)
     everything: dict[str, dict[str, list[float]]] = {}
-    print("| model | grid | CPU seconds a pass | to one configuration | to none |")
+    print("| model | grid | CPU seconds per pass | to one configuration | to none |")
     print("|---|---|---:|---:|---:|")
     for name in ("tiny-olmoe", "one layer of OLMoE's size"):
         amount = tokens if name == "tiny-olmoe" else tokens // 32

@@ -2,7 +2,7 @@
 
 python scripts/bench_kde.py                      # all grid points: about two minutes
 python scripts/bench_kde.py --quick              # a sample of the grid points: seconds
-python scripts/bench_kde.py --output kde.json    # the numbers as JSON too
+python scripts/bench_kde.py --output kde.json    # also writes the numbers
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python scripts/bench_logging.py --output bench_logging.json
 
-Two models: tiny-olmoe, where the model costs least and logging shows most, and one layer of random
-weights at the true size of OLMoE-1B-7B. The text is WikiText-2's test split from the Hugging Face
-cache. Ratios are medians over repeats in which the levels take turns, so that a busy machine slows
-all alike. Peak memory is that of fresh processes that log everything about n and 4 n documents.
+Two models: tiny-olmoe, which costs little itself, so that logging shows most, and one layer of
+random weights at the true size of OLMoE-1B-7B. The text is WikiText-2's test split from the Hugging
+Face cache. Ratios are medians over repeats in which the levels take turns, so that a busy machine
+slows all of them alike. Peak memory is that of new processes that log n and 4 n documents in full.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def main(
     number: Annotated[int, typer.Option(help="Documents for tiny-olmoe.")] = 6,
     number_true_size: Annotated[int, typer.Option(help="Documents for the true-size layer.")] = 1,
     batch_size: int = 8,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
-    output: Annotated[Path | None, typer.Option(help="JSON file beside the table.")] = None,
+    memory: Annotated[bool, typer.Option(help="Also measure peak memory.")] = True,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
     """Print the table of ratios."""
     table = Table(title=f"Routing logs, median of {repeats} interleaved repeats (min to max)")

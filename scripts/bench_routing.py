@@ -1,8 +1,8 @@
 """What fewer experts save: stock transformers, static top-k, the prototype's way and ours.
 
 python scripts/bench_routing.py                           # tiny-olmoe, and OLMoE's true size
-python scripts/bench_routing.py --quick                   # the same with two repeats
-python scripts/bench_routing.py --profile                 # and what the time goes to
+python scripts/bench_routing.py --quick                   # two repeats
+python scripts/bench_routing.py --profile                 # also shows where the time goes
 python scripts/bench_routing.py --shared                  # on a CPU that others use too
 python scripts/bench_routing.py --full-size               # all 16 layers, random bfloat16 weights
 python scripts/bench_routing.py --device cuda --dtype bfloat16
@@ -607,30 +607,30 @@ def free_bytes(device: torch.device) -> int:
 
 
 def main(
-    repeats: Annotated[int, typer.Option(min=1, help="Times every row runs; medians count.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of every row; the median counts.")] = 5,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     layers: Annotated[int, typer.Option(min=1, help="Layers of the stack.")] = 2,
     threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
     shared: Annotated[
         bool,
-        typer.Option(help="One thread, and its processor time: for a CPU that others use too."),
+        typer.Option(help="One thread, processor time: for a CPU that others use too."),
     ] = False,
     quick: Annotated[bool, typer.Option(help="Two repeats.")] = False,
     full_size: Annotated[
         bool, typer.Option(help="All 16 layers, bfloat16, random weights; 16 GB of free memory.")
     ] = False,
     harness_run: Annotated[
-        bool, typer.Option("--harness", help="Only time whole lm_eval runs: hf against hf-bh.")
+        bool, typer.Option("--harness", help="Time only whole lm_eval runs: hf against hf-bh.")
     ] = False,
     profiles: Annotated[
-        bool, typer.Option("--profile", help="Print what the time of the MoE layer goes to.")
+        bool, typer.Option("--profile", help="Print where the time of the MoE layer goes.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
     """Measure router, MoE layer and whole model, side by side, in one run."""
     if shared and not device.startswith("cpu"):
-        raise typer.BadParameter("--shared takes the processor's time: leave --device at cpu.")
+        raise typer.BadParameter("--shared measures processor time, which needs --device cpu.")
     now = time.process_time if shared else time.perf_counter
     if threads or shared:
         torch.set_num_threads(1 if shared else threads or 1)
@@ -653,8 +653,8 @@ def main(
     else:
         if full_size and free_bytes(place) < 16e9:
             raise typer.BadParameter(
-                f"--full-size needs 16 GB of free memory on {device}, and there are "
-                f"{free_bytes(place) / 1e9:.1f}: run it elsewhere, or measure --layers 2."
+                f"--full-size needs 16 GB of free memory on {device}, not "
+                f"{free_bytes(place) / 1e9:.1f}; run it elsewhere, or use --layers 2."
             )
         with torch.inference_mode():
             bench = measure(kind, place, 2 if quick else repeats, layers, full_size, profiles, now)

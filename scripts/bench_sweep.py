@@ -76,9 +76,11 @@ def loop(experiment: Experiment, config: SweepConfig, folder: Path) -> float:
 
 def main(
     grid: Annotated[str, typer.Option(help="quick or full.")] = "quick",
-    limit: Annotated[int | None, typer.Option(help="Documents; default 50 and 4.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Documents; default: 50 for quick, 4 for full.")
+    ] = None,
     loop_sample: Annotated[
-        int | None, typer.Option(min=1, help="Experiments that the loop runs; default all.")
+        int | None, typer.Option(min=1, help="Experiments that the loop runs; default: all.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:

@@ -3,13 +3,13 @@
     python scripts/compare_rules.py --output compare_rules.json
 
 Perplexity on all of WikiText-2's test text. Every rule's parameter is solved on training text for a
-mean of 3, 4, 5 and 6 experts; what the mean then is on the test text is measured, and static top-k
-at *that* mean is what the rule is compared with: between whole numbers its loss is interpolated,
-document by document, which is what mixing two of them over the tokens would about give. The
-interval is of the paired difference, by a bootstrap over documents.
+mean of 3, 4, 5 and 6 experts. The mean on the test text is measured, and the rule is compared with
+static top-k at *that* mean: between whole numbers its loss is interpolated, document by document,
+about what mixing the two over the tokens would give. The interval is of the paired difference, by a
+bootstrap over documents.
 
 Every row is written as soon as it is measured, and a row that is in the file is not measured again,
-so an interrupted run goes on where it was. A file of another model or text is refused.
+so an interrupted run resumes. A file of another model or text is refused.
 """
 
 from __future__ import annotations
@@ -243,20 +243,20 @@ class Table:
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="JSON file of all rows; read to go on.")],
+    output: Annotated[Path, typer.Option(help="JSON file for all rows; run again to resume.")],
     pretrained: str = TINY_OLMOE,
     targets: str = "3,4,5,6",
     max_k: int = 8,
-    limit: Annotated[int | None, typer.Option(help="Documents; default all.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents; default: all.")] = None,
     tokens_per_document: Annotated[
-        int | None, typer.Option(help="The first so many; default all.")
+        int | None, typer.Option(help="Tokens per document; default: all.")
     ] = None,
     batch_size: int = 16,
     workers: Annotated[int, typer.Option(help="Processes; each loads the model.")] = 1,
     seed: int = 0,
-    table_only: Annotated[bool, typer.Option(help="Measure nothing, print what is there.")] = False,
+    table_only: Annotated[bool, typer.Option(help="Only print the rows of the file.")] = False,
 ) -> None:
-    """Measure every row that is not there yet, and print the table."""
+    """Measure every row that is missing, and print the table."""
     means = [float(k) for k in targets.split(",")]
     wanted = configurations(means, max_k)
     settings = {
@@ -271,7 +271,7 @@ def main(
         content = json.loads(output.read_text(encoding="utf-8"))
         if content["settings"] != settings:
             raise typer.BadParameter(
-                f"{output} was made with {content['settings']}, which is not {settings}: "
+                f"{output} was made with other settings: {content['settings']}, not {settings}; "
                 "give the same options, or another --output."
             )
         rows = {label: Measured(**row) for label, row in content["rows"].items()}

@@ -1,19 +1,18 @@
-"""Print how often each rule rejects anything where nothing is to be found.
+"""Print how often each rule rejects anything when every null hypothesis is true.
 
     python scripts/simulate_null.py
 
 Under the global null every rejection is false, so the expected share of false rejections among the
 rejections is the probability of rejecting at all: it should be at most alpha. The statistics of one
-token are drawn from a normal distribution whose correlations are given; the null distribution is
-the true one. Where correlations are not positive alone, BH promises nothing; where the same shift
-moves all logits of a token, rejections come in crowds, which the last column shows.
+token are drawn from a normal distribution with the given correlations; the null distribution is the
+true one. BH promises nothing if some correlations are negative; if one shift moves all logits of a
+token, rejections come in crowds, which the last column shows.
 
 The last table is of null models that are fitted on such statistics, of other tokens, with `trim`:
-what is left out of the null was null too here, so that its tails are too light and the level is
-lost.
+here the excluded statistics are null too, so the fitted tails are too light and the level is lost.
 
 The correlations named tiny-olmoe are those of its router logits on the demo texts that ship, layer
-by layer; they are taken to the normal distribution, so that only the dependence is the model's.
+by layer; only the dependence is the model's, the marginal distributions are normal.
 """
 
 from __future__ import annotations
@@ -100,9 +99,9 @@ def main(
     alphas: str = "0.05,0.4,0.6",
     tokens: int = 40_000,
     seed: int = 0,
-    output: Annotated[Path | None, typer.Option(help="JSON file of all shares.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for all shares.")] = None,
 ) -> None:
-    """Print one table, rules by correlations, for every level."""
+    """Print one table of rules by correlations for each level."""
     correlations = {
         "independent": equal(0),
         "each two -1/63": equal(-1 / 63),

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A sweep as a plain loop over the stock lm_eval command, for those who want to read what happens:
+# A sweep as a plain loop over the stock lm_eval command, for those who want to read every step:
 #
 #   bash scripts/sweep.sh runs/shell                                             # 4 baselines + 16 BH, x 3 tasks
 #   TASKS=bh_demo_lambada BASELINES=8 MAX_K=8 ALPHAS="0.4 0.5" LIMIT=50 \
 #       PRETRAINED=tiny-olmoe bash scripts/sweep.sh runs/shell                   # the quick preset
 #   lm-eval-bh aggregate runs/shell
 #
-# lm-eval-bh sweep runs the same experiments with one loaded model, and many times faster. An experiment
-# whose results are there is not run again.
+# lm-eval-bh sweep runs the same experiments with one loaded model, many times faster. Finished experiments
+# are not run again.
 set -euo pipefail
 
 out=${1:?"Give the folder to write to: bash scripts/sweep.sh runs/shell"}
@@ -23,7 +23,7 @@ evaluate() { # experiment, task, routing arguments
         echo "$1 is done."
         return
     fi
-    rm -rf "$folder" # whatever a killed run has left
+    rm -rf "$folder" # what a killed run has left
     echo "$1"
     "$lm_eval" --model hf-bh \
         --model_args "pretrained=$pretrained,$3,log_routing=samples,log_dir=$folder/routing,log_samples=$log_samples" \

@@ -14,13 +14,13 @@
 #   sbatch --array=1-16 scripts/sweep_slurm.sh --config sweep.yaml --output-dir runs/olmoe
 #
 # --output-dir must be on storage that all nodes see. Submit the same line again to run what is missing, for
-# example after a time limit; then: lm-eval-bh aggregate runs/olmoe
+# example after a time limit; then run: lm-eval-bh aggregate runs/olmoe
 set -euo pipefail
 
 : "${SLURM_ARRAY_TASK_ID:?Submit it as a job array: sbatch scripts/sweep_slurm.sh --preset full --output-dir runs/olmoe}"
-# The ids of an array need not begin at one, but none may be left out: --array=1-4 or 0-3, not 1,3.
+# The ids of an array need not begin at one, but must have no gaps: --array=1-4 or 0-3, not 1,3.
 if ((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN + 1 != SLURM_ARRAY_TASK_COUNT)); then
-    echo "The array leaves ids out, and their experiments with them: submit it with --array=1-N." >&2
+    echo "The array skips ids, so their experiments would not run: submit it with --array=1-N." >&2
     exit 2
 fi
 index=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))

@@ -42,7 +42,7 @@ def row(label: str, results: dict[str, Any]) -> str:
 
 def main(
     pretrained: str = "tiny-olmoe",
-    limit: Annotated[int, typer.Option(help="Documents of each task.")] = 200,
+    limit: Annotated[int, typer.Option(help="Documents per task.")] = 200,
     batch_size: int = 8,
     top_k: Annotated[str, typer.Option(help="Static baselines.")] = "8,4,3,2",
     alphas: str = "0.3,0.4,0.5,0.6",

@@ -6,7 +6,7 @@ load-balancing and router z-losses (Muennighoff et al. 2024, "OLMoE: Open Mixtur
 Language Models").
 
     python scripts/train_tiny_olmoe.py --output tiny-olmoe            # from a fixed seed
-    python scripts/train_tiny_olmoe.py --output tiny-olmoe --resume   # go on after an interruption
+    python scripts/train_tiny_olmoe.py --output tiny-olmoe --resume   # after an interruption
 
 The text is WikiText-2's training split. Its full word-level form writes rare words as ``<unk>``,
 which the raw text one evaluates on never contains. So the articles that the raw training split
@@ -256,14 +256,18 @@ def main(
         Path, typer.Option(help="Folder for the model, its tokenizer and train.json.")
     ],
     tokens: Annotated[float, typer.Option(help="Training tokens, in millions.")] = 7.2,
-    horizon: Annotated[float, typer.Option(help="Millions of tokens of a whole cosine.")] = 10.0,
-    cooldown: Annotated[float, typer.Option(help="Last millions, in which the rate falls.")] = 1.0,
+    horizon: Annotated[
+        float, typer.Option(help="Millions of tokens of a whole cosine schedule.")
+    ] = 10.0,
+    cooldown: Annotated[
+        float, typer.Option(help="Last millions of tokens, in which the rate falls.")
+    ] = 1.0,
     hidden: int = 128,
     intermediate: int = 32,
     layers: int = 4,
     vocab: int = 4096,
     length: Annotated[int, typer.Option(help="Window length in tokens.")] = 512,
-    batch: Annotated[int, typer.Option(help="Windows a step.")] = 8,
+    batch: Annotated[int, typer.Option(help="Windows per step.")] = 8,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     seed: int = 20240902,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",

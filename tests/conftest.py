@@ -40,6 +40,7 @@ HF_ENV = {
     "HF_HOME": str(_scratch_hf_home()),
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     # Results of map() stay in memory instead of going beside the data set, through the link.
     "HF_DATASETS_IN_MEMORY_MAX_SIZE": "1000000000",
     "TOKENIZERS_PARALLELISM": "false",

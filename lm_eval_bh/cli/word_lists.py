@@ -6,6 +6,8 @@ from typing import Any
 
 from lm_eval_bh.errors import ParameterError
 
+SHOWN = 60  # characters of an option in a message
+
 
 def words(text: str) -> list[str]:
     """Return the words of a comma-separated list."""
@@ -18,12 +20,14 @@ def numbers(option: str, text: str, kind: type[float] | type[int]) -> list[Any]:
     Raises
     ------
     ParameterError
-        If one of them is none; the message names the option.
+        If a word is not a number; the message names the option.
     """
     try:
         return [kind(word) for word in words(text)]
     except ValueError as error:
-        example = "8,16" if kind is int else "0.3,0.4"
+        what, example = ("integers", "8,16") if kind is int else ("numbers", "0.3,0.4")
+        found = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
         raise ParameterError(
-            f"--{option}={text!r} is no list of numbers: join them by commas, as in {example}."
+            f"--{option} must be {what} joined by commas, not {found!r}; "
+            f"use, for example, --{option} {example}."
         ) from error

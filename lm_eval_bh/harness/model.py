@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -17,7 +16,13 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lm_eval_bh.errors import ModelError, ParameterError, did_you_mean, show_as_one_sentence
+from lm_eval_bh.errors import (
+    BHError,
+    ModelError,
+    ParameterError,
+    did_you_mean,
+    show_as_one_sentence,
+)
 from lm_eval_bh.harness.arguments import routing_config
 from lm_eval_bh.harness.cache_guard import guard
 from lm_eval_bh.harness.logs.expected_rows import ExpectedRows, window_places
@@ -33,6 +38,7 @@ from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.parameters import ALIASES, accepts
 from lm_eval_bh.routing.patching.experts_switch import check_implementation
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
+from lm_eval_bh.routing.placement import LM_EVAL_DEFAULT, placement
 
 # What HFLM hands on to from_pretrained; any other name it does not know is a misspelling.
 FROM_PRETRAINED = frozenset(
@@ -126,8 +132,7 @@ class BHLM(HFLM):
             )
         if options.log_dir is not None:
             check_writable(Path(options.log_dir))
-        # From Python, HFLM would ask for cuda even where there is none.
-        kwargs.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+        kwargs |= placement(kwargs.get("device"), kwargs.get("dtype", "auto"), LM_EVAL_DEFAULT)
         name = (
             pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", "")
         )
@@ -135,7 +140,9 @@ class BHLM(HFLM):
             super().__init__(
                 pretrained=str(tiny_olmoe()) if pretrained == TINY_OLMOE else pretrained, **kwargs
             )
-        except (OSError, SafetensorError) as error:
+        except BHError:
+            raise
+        except (OSError, SafetensorError, ValueError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ModelError(
                 f"The model {name!r} could not be loaded ({reason}): "

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_bh.errors import DataError, ModelError, ParameterError
 from lm_eval_bh.policies.preview import GridRow, analyze_grid
@@ -27,6 +27,7 @@ from lm_eval_bh.routing.nulls.texts import (
     wikitext_texts,
     wikitext_train_texts,
 )
+from lm_eval_bh.routing.placement import placement
 from lm_eval_bh.routing.routers import find_routers
 
 
@@ -71,7 +72,7 @@ def calibrate_pretrained(
         If an argument, the text, the model or its logits cannot serve.
     """
     texts = wikitext_train_texts() if text is None else _paragraphs(text)
-    model, tokenizer = _load(pretrained, name, dtype, device)
+    model, tokenizer = _load(pretrained, name, dtype, device, length)
     routers = find_routers(model)
     modules = [router.module for router in routers]
     null, report = calibrate_and_check(
@@ -133,7 +134,7 @@ def analyze_pretrained(
         If an argument, the text, the model or the null model cannot serve.
     """
     texts = wikitext_texts("test") if text is None else _paragraphs(text)
-    model, tokenizer = _load(pretrained, name, dtype, device)
+    model, tokenizer = _load(pretrained, name, dtype, device, length)
     routers = find_routers(model)
     kinds = {config.null_kind for config in configs if config.needs_null}
     nulls = {  # first what a test needs: other rules take any null model with output norms
@@ -145,36 +146,42 @@ def analyze_pretrained(
     return rows, sum(ids.numel() for ids in batches)
 
 
-def _load(pretrained: str, name: str, dtype: str, device: str | None) -> tuple[nn.Module, Any]:
-    if not (dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype)):
-        raise ParameterError(
-            f"dtype={dtype!r} is no dtype of torch: give auto, float32, bfloat16 or float16."
-        )
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+def _load(
+    pretrained: str, name: str, dtype: str, device: str | None, length: int
+) -> tuple[nn.Module, Any]:
+    place = placement(device, dtype)
     try:
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ParameterError(
-            f"device={device!r} cannot be used ({reason}): give cpu, or leave it out."
-        ) from error
-    try:
+        config = AutoConfig.from_pretrained(pretrained)
+        _check_length(length, config)
         tokenizer = AutoTokenizer.from_pretrained(pretrained)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype)
-    except (OSError, ValueError) as error:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(pretrained, dtype=place["dtype"])
+    except ParameterError:
+        raise
+    except (KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
         raise ModelError(
-            f"The model {name!r} could not be loaded ({str(error).splitlines()[0]}): "
-            "check its name and the network, "
+            f"The model {name!r} could not be loaded ({reason}); check its name and the network, "
             f"or use {TINY_OLMOE}, which ships and needs none."
         ) from error
-    return model.to(place), tokenizer
+    return model.to(place["device"]), tokenizer
+
+
+def _check_length(length: int, config: Any) -> None:
+    """Raise :class:`ParameterError` if windows are longer than the model's context."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and length > longest:
+        raise ParameterError(
+            f"length={length} is more than the model's context of {longest} tokens: "
+            f"use at most {longest}."
+        )
 
 
 def _paragraphs(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise DataError(
-            f"The text {str(path)!r} cannot be read ({error}): give a UTF-8 text file."
+            f"The text {str(path)!r} could not be read ({reason}); give a UTF-8 text file."
         ) from error
     return [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]

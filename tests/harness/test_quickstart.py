@@ -1,77 +1,67 @@
-"""The table and the figure at the end of the quick start."""
+"""What a stranger sees: the output of scripts/quickstart.sh, in a copy of the repository."""
 
 from __future__ import annotations
 
-import json
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from lm_eval_bh.harness import quickstart
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def result(byte_perplexity: float, experts: float) -> dict:
-    """Return what matters of a results file of lm-eval."""
-    return {
-        "results": {
-            "bh_demo_wikitext": {
-                "alias": "bh_demo_wikitext",
-                "byte_perplexity,none": byte_perplexity,
-                "byte_perplexity_stderr,none": "N/A",
-            },
-            "bh_demo_lambada": {"perplexity,none": 12345.6, "perplexity_stderr,none": 99.4},
-        },
-        "config": {
-            "bh": {
-                "summary": {
-                    "mean_experts_per_token": experts,
-                    "layers": [{"layer": i, "mean_experts": experts} for i in range(3)],
-                }
-            }
-        },
-    }
+@pytest.fixture
+def installed(tmp_path) -> Path:
+    """Return a copy of the repository that is installed: its commands run this Python."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for name in ("lm_eval_bh", "tasks", "kde_models", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    commands = tmp_path / ".venv" / "bin"
+    commands.mkdir(parents=True)
+    for name, command in {
+        "python": sys.executable,
+        "lm_eval": Path(sys.executable).with_name("lm_eval"),
+        "lm-eval-bh": f"{sys.executable} -m lm_eval_bh",
+    }.items():
+        (commands / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        (commands / name).chmod(0o755)
+    startup = sorted((ROOT / "lm_eval_bh" / "harness" / "plugin").glob("startup.*"))
+    stamped = (ROOT / "pyproject.toml", ROOT / "constraints.txt", *startup)
+    content = b"".join(file.read_bytes() for file in stamped) + os.fsencode(tmp_path)
+    (tmp_path / ".venv" / "stamp").write_text(hashlib.sha256(content).hexdigest())
+    return tmp_path
 
 
-def write(folder: Path, content: object, time: str = "2026-01-01T00-00-00.0") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"results_{time}.json").write_text(json.dumps(content))
-    return folder
-
-
-def test_table_and_figure(tmp_path, capsys):
-    top8 = write(tmp_path / "top8" / "tiny-olmoe", result(4.5, 8.0)).parent
-    bh = write(tmp_path / "bh" / "tiny-olmoe", result(9.9, 9.0)).parent
-    write(bh / "tiny-olmoe", result(4.75, 2.25), time="2026-01-02T00-00-00.0")  # the newest counts
-    assert quickstart.main([str(top8), str(bh)]) == 0
-    shown = capsys.readouterr().out
-    for text in ("top8", "4.500", "4.750", "12,346 ± 99", "8.000", "2.250", "layer 2"):
-        assert text in shown
-    assert "9.9" not in shown
-    figure = tmp_path / "quickstart.png"
-    assert str(figure) in shown
-    assert figure.read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bh", "quickstart.png", "top8"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "There is no results_*.json below"),
-        ({"results": {}, "config": {}}, "is not the result of an evaluation with --model hf-bh"),
-        ([], "is not the result of an evaluation with --model hf-bh"),
-    ],
-)
-def test_foreign_folders(tmp_path, capsys, content, message):
-    folder = tmp_path / "run"
-    if content is not None:
-        write(folder, content)
-    assert quickstart.main([str(folder)]) == 1
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
-    assert not (tmp_path / "quickstart.png").exists()
-
-
-def test_no_folders(capsys):
-    assert quickstart.main([]) == 2
-    assert "Give one to 4 folders" in capsys.readouterr().err
+@pytest.mark.slow
+def test_the_quick_start_shows_what_bh_costs_beside_static_top_k(installed):
+    for _ in range(2):  # a second time as well
+        done = subprocess.run(
+            ["bash", installed / "scripts" / "quickstart.sh"],
+            cwd="/",
+            env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        shown = done.stdout
+        assert "Installing" not in shown
+        assert (
+            "$ lm_eval --model hf-bh --model_args pretrained=tiny-olmoe,alpha=0.4,max_k=8" in shown
+        )
+        assert "|bh_demo_wikitext|" in shown  # lm_eval's own table
+        table = shown.split("$ lm-eval-bh aggregate runs/quickstart")[1]
+        rows = {line.split("  ")[0].strip(): line for line in table.splitlines()}
+        assert {"top-2", "top-3", "top-4", "top-8"} <= set(rows)
+        for level in ("0.30", "0.40", "0.50", "0.60"):
+            row = rows[f"BH a={level}, max 8"]
+            assert "%*)" in row  # it differs from top-8, and significantly
+            assert "not run" not in row  # static top-k with as many experts stands beside it
+        assert "accuracy" not in table
+        picture = installed / "runs" / "quickstart" / "pareto.png"
+        assert "Written to runs/quickstart/pareto.png" in table
+        assert picture.read_bytes().startswith(b"\x89PNG")

@@ -31,6 +31,7 @@ Floats = NDArray[np.float64]
 Interval = Callable[..., tuple[Floats, Floats]]
 
 BASELINES = ("native", "max_k")
+MOST_RESAMPLES = 1_000_000  # more change no digit that is shown, and take hours
 COMPARISON: dict[str, str] = {
     "group": "int64",
     "task": "object",
@@ -126,8 +127,12 @@ def compare(
     ):
         if not 0 < value < 1:
             raise ParameterError(f"{name} must be a number between 0 and 1, not {value}.")
-    if resamples < 1:
-        raise ParameterError(f"resamples must be at least 1, not {resamples}.")
+    if not 1 <= resamples <= MOST_RESAMPLES:
+        raise ParameterError(
+            f"resamples must be an integer from 1 to {MOST_RESAMPLES}, not {resamples}."
+        )
+    if seed < 0:
+        raise ParameterError(f"seed must be an integer of at least 0, not {seed}.")
 
     interval = partial(bootstrap_interval, confidence=confidence, resamples=resamples, seed=seed)
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from lm_eval_bh.files import replacing
+from lm_eval_bh.errors import DataError
+from lm_eval_bh.files import replacing_all
+
+if TYPE_CHECKING:
+    from lm_eval_bh.analysis.read.loaded import Loaded
 
 TABLE = "bh_routing_results"
 LAYERS = "bh_routing_layers"
@@ -42,7 +47,7 @@ READABLE = {
 
 
 def write_tables(frame: pd.DataFrame, folder: Path | str) -> list[Path]:
-    """Write ``bh_routing_results`` as CSV, JSON, Markdown and LaTeX, each whole or not at all.
+    """Write ``bh_routing_results`` as CSV, JSON, Markdown and LaTeX, all four or none.
 
     CSV and JSON contain every column at full precision, empty or null where something was not
     measured; Markdown and LaTeX the columns that people compare. Rows keep the order of the
@@ -53,30 +58,82 @@ def write_tables(frame: pd.DataFrame, folder: Path | str) -> list[Path]:
     list of Path
         The four files.
     """
-    contents = {"md": _markdown(_readable(frame)), "tex": _latex(_readable(frame))}
-    return [
-        *write_records(frame, folder, TABLE),
-        *(_write(Path(folder) / f"{TABLE}.{suffix}", text) for suffix, text in contents.items()),
-    ]
+    with _replacing_texts(_texts(frame), Path(folder)) as paths:
+        return paths
 
 
-def write_records(frame: pd.DataFrame, folder: Path | str, name: str) -> list[Path]:
-    """Write every column of a frame as ``<name>.csv`` and ``<name>.json``, a list of objects."""
+@contextmanager
+def replacing_tables(
+    loaded: Loaded, compared: pd.DataFrame, folder: Path | str
+) -> Iterator[list[Path]]:
+    """Write results, layers and comparisons, and put them in place together after the block.
+
+    If the block raises, none of them changes.
+
+    Parameters
+    ----------
+    loaded : Loaded
+        The results, as :func:`write_tables` writes them, and the layers, as CSV and JSON.
+    compared : DataFrame
+        Of :func:`~lm_eval_bh.analysis.compare.paired.compare`, written as CSV and JSON.
+    folder : Path or str
+        Made if it is missing.
+
+    Yields
+    ------
+    list of Path
+        The files, to which the block may add others.
+    """
+    texts = _texts(loaded.frame) | _records(loaded.layers, LAYERS) | _records(compared, COMPARISONS)
+    with _replacing_texts(texts, Path(folder)) as paths:
+        yield paths
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a CSV file that was written here.
+
+    Raises
+    ------
+    DataError
+        If it cannot be read, or is no table.
+    """
+    try:
+        return pd.read_csv(path)
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise DataError(
+            f"The table {path} could not be read ({reason}); write it again with aggregate."
+        ) from error
+
+
+def _texts(frame: pd.DataFrame) -> dict[str, str]:
+    """Return the file names of the results, each with its content."""
+    return _records(frame, TABLE) | {
+        f"{TABLE}.md": _markdown(_readable(frame)),
+        f"{TABLE}.tex": _latex(_readable(frame)),
+    }
+
+
+def _records(frame: pd.DataFrame, name: str) -> dict[str, str]:
+    """Return every column of a frame as ``<name>.csv`` and ``<name>.json``, a list of objects."""
     records = [
         {column: plain(value) for column, value in record.items()}
         for record in frame.to_dict(orient="records")
     ]
-    contents = {
-        "csv": frame.to_csv(index=False, lineterminator="\n"),
-        "json": json.dumps(records, indent=1, allow_nan=False, ensure_ascii=False) + "\n",
+    return {
+        f"{name}.csv": frame.to_csv(index=False, lineterminator="\n"),
+        f"{name}.json": json.dumps(records, indent=1, allow_nan=False, ensure_ascii=False) + "\n",
     }
-    return [_write(Path(folder) / f"{name}.{suffix}", text) for suffix, text in contents.items()]
 
 
-def _write(path: Path, content: str) -> Path:
-    with replacing(path) as temporary:
-        temporary.write_text(content, encoding="utf-8", newline="\n")
-    return path
+@contextmanager
+def _replacing_texts(texts: Mapping[str, str], folder: Path) -> Iterator[list[Path]]:
+    paths = [folder / name for name in texts]
+    with replacing_all(paths) as temporaries:
+        for temporary, text in zip(temporaries, texts.values(), strict=True):
+            # A path that is not UTF-8 holds lone surrogates.
+            temporary.write_text(text, "utf-8", "backslashreplace", newline="\n")
+        yield paths
 
 
 def plain(value: Any) -> Any:

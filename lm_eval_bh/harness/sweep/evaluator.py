@@ -22,6 +22,7 @@ from lm_eval_bh.harness.model import BHLM
 from lm_eval_bh.harness.plugin.registration import MODEL_NAME
 from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig
 from lm_eval_bh.harness.sweep.task_names import are_ours, new_task_manager
+from lm_eval_bh.routing.placement import placement
 from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.schema import shortened
 
@@ -50,6 +51,7 @@ class Evaluator:
         self.config, self.device = config, device
         # What tests needs most: a null model. The others only take something away.
         first = max(experiments, key=lambda e: (RULES[e.rule].tests, not RULES[e.rule].fixed_count))
+        placement(device)  # unlike lm_eval, a sweep names no device that nobody asked for
         options = {"batch_size": config.batch_size, "device": device}
         self.lm = BHLM.create_from_arg_obj(config.model_args_of(first), options)
         for experiment in experiments:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_bh.errors import DataError, ParameterError
-from lm_eval_bh.harness.logs.log_folder import check_writable
+from lm_eval_bh.files import check_output
 from lm_eval_bh.harness.sweep.local import run_here
 from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig, shard_of
 from lm_eval_bh.harness.sweep.sweep_folder import SweepFolder
@@ -65,7 +65,7 @@ def plan(
     Raises
     ------
     ParameterError
-        If the shard or the number of repeats is none.
+        If the shard or the number of repeats is invalid.
     DataError
         If the folder holds a sweep with other settings.
     """
@@ -113,7 +113,7 @@ def run(
         raise ParameterError(f"workers={workers} has no meaning without --ray: leave it out.")
     first = first_process()
     if first:
-        check_writable(todo.folder.path)
+        check_output(todo.folder.path, "output_dir", folder=True)
         todo.folder.claim()
     total = len(todo.experiments)
     numbers = itertools.count(total - len(todo.missing) + 1)
@@ -178,7 +178,7 @@ def summarize(folder: Path, experiment: Experiment, seconds: float) -> Experimen
     if len(loaded.frame) != 1:
         found = "; ".join(map(str, loaded.problems)) or f"{len(loaded.frame)} results"
         raise DataError(
-            f"{folder} should hold one finished experiment ({found}): run the same command again."
+            f"{folder} must hold one finished experiment, not {found}; run the same command again."
         )
     row = loaded.frame.iloc[0]
     quality = ["word_perplexity", "byte_perplexity", "target_perplexity", "accuracy"]

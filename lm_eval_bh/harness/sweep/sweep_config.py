@@ -144,7 +144,9 @@ class SweepConfig:
             given = getattr(self, name)
             given = [given] if isinstance(given, str | int | float) else list(given or ())
             if wrong := [value for value in given if not isinstance(value, str | int | float)]:
-                raise ParameterError(f"{name} holds {wrong[0]!r}: write a list, as in [8, 16].")
+                raise ParameterError(
+                    f"{name} must be a list of values, as in [8, 16], not hold {wrong[0]!r}."
+                )
             if name in ("tasks", "rules"):
                 given = [str(value) for value in given]
             for value, times in Counter(given).items():
@@ -171,8 +173,10 @@ class SweepConfig:
             raise ParameterError(
                 f"batch_size must be a positive integer or auto: found {self.batch_size!r}."
             )
-        if self.seed is not None and not _is_integer(self.seed):
-            raise ParameterError(f"seed must be an integer: found {self.seed!r}.")
+        if self.seed is not None and not (_is_integer(self.seed) and 0 <= self.seed < 2**32):
+            raise ParameterError(
+                f"seed must be an integer from 0 to {2**32 - 1}: found {self.seed!r}."
+            )
         if not isinstance(self.model_args, Mapping):
             raise ParameterError(
                 f"model_args must be names with values, such as {{dtype: float32}}: "
@@ -296,7 +300,7 @@ class SweepConfig:
         if preset is not None:
             if preset not in PRESETS:
                 raise ParameterError(
-                    f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}"
+                    f"preset {preset!r} is unknown: use one of {', '.join(PRESETS)}"
                     f"{did_you_mean(str(preset), PRESETS)}."
                 )
             settings |= PRESETS[preset]

@@ -19,8 +19,7 @@ from lm_eval_bh.analysis.show.lm_eval_command import lm_eval_command
 from lm_eval_bh.analysis.show.report_page import escape_markdown, fenced, write_report
 from lm_eval_bh.analysis.show.report_tables import number, p_value
 from lm_eval_bh.analysis.table.experiments import load_experiments
-from lm_eval_bh.cli import app
-from lm_eval_bh.errors import DataError
+from lm_eval_bh.cli.app import app
 from lm_eval_bh.harness.arguments import routing_config
 from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.schema import read_json
@@ -248,7 +247,7 @@ def test_nothing_but_broken_files(tmp_path):
         assert "No experiment could be read" in text
         assert "broken.json" in text
     done = CliRunner().invoke(app, ["patterns", str(tmp_path)])
-    assert isinstance(done.exception, DataError)
+    assert done.exit_code == 3
 
 
 @pytest.mark.parametrize(

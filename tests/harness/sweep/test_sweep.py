@@ -182,7 +182,7 @@ def test_a_dry_run_plans_and_writes_nothing(tmp_path, finished):
     folder = tmp_path / "new"
     done = sweep(folder, "--dry-run", "--shard", "2/2")
     assert done.returncode == 0, done.stderr
-    assert "1 experiments, 1 to run; how long they take, the first will tell" in done.stdout
+    assert "1 experiments, 1 to run; the first will show how long they take" in done.stdout
     assert not folder.exists()
     assert "0 to run" in sweep(finished, "--dry-run").stdout
 

@@ -124,7 +124,13 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
         columns=list(dict.fromkeys((*REQUIRED, *NUMBERS, *TEXTS, "configuration")))
     )
     for name in NUMBERS:
-        rows[name] = pd.to_numeric(rows[name], errors="coerce").astype("float64")
+        numbers = pd.to_numeric(rows[name], errors="coerce").astype("float64")
+        if len(wrong := rows[name][numbers.isna() & rows[name].notna()]):
+            raise DataError(
+                f"The column {name} of the table must be numbers, not {wrong.iloc[0]!r}: "
+                "write the table again with aggregate."
+            )
+        rows[name] = numbers.where(np.isfinite(numbers))  # infinity has no place on an axis
     # A level that was solved for a target is a result, not a place on the axis of levels.
     rows["alpha"] = rows["alpha"].where(rows["target_experts"].isna())
     for name in ("baseline", "adaptive"):

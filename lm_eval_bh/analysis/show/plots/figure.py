@@ -207,8 +207,11 @@ def _legend_rows(data: Experiments, style: Style, needed: set[str], most: int) -
     sizes, kinds = [], []
     if len(data.adaptive):
         first = style.line(data.variants[0])
-        sizes = [entry(f"max {size}", linestyle=first, **style.point(size)) for size in style.sizes]
-        if data.variants != ["BH"]:
+        name = f"{data.variants[0]}, " if len(data.variants) == 1 else ""
+        sizes = [
+            entry(f"{name}max {size}", linestyle=first, **style.point(size)) for size in style.sizes
+        ]
+        if len(data.variants) > 1:
             kinds += [entry(variant, linestyle=style.line(variant)) for variant in data.variants]
     if len(data.static):
         kinds.append(entry("static top-k", **style.hollow(np.nan), linestyle=BASELINE_LINE))

@@ -1,4 +1,4 @@
-"""The commands aggregate and plot, on folders as lm-eval leaves them."""
+"""The command aggregate, on folders as lm-eval leaves them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,8 @@ from lm_eval_bh.analysis.compare.paired import COMPARISON, compare
 from lm_eval_bh.analysis.table.columns import COLUMNS
 from lm_eval_bh.analysis.table.experiments import load_experiments
 
-WIKITEXT, LAMBADA = "bh_wikitext", "bh_lambada"
+WIKITEXT = "bh_wikitext"
 TABLES = {"bh_routing_results", "bh_routing_layers", "bh_routing_comparisons"}
-
-
-@pytest.fixture
-def runs(write):
-    write("top4", rule="topk", loss=(2.0, 2.1, 2.2, 2.3))
-    write("top2", rule="topk", max_k=2, loss=(2.2, 2.4, 2.3, 2.6))
-    write("bh", alpha=0.4, loss=(2.1, 2.2, 2.3, 2.5), right=(0, 0, 1, 0), log=True)
-    return write.folder
 
 
 def test_aggregate_writes_tables_comparisons_and_the_figure(run, runs, tmp_path):
@@ -76,10 +68,32 @@ def test_broken_files_are_listed_skipped_and_told_by_the_exit_code(run, write, r
     assert str(broken) in err
 
 
-def test_only_broken_files_leave_an_empty_table(run, write):
-    write("broken", change=lambda content: content.pop("results"))
-    assert run("aggregate", write.folder)[0] == 3
-    assert (write.folder / "bh_routing_results.csv").is_file()
+@pytest.mark.parametrize("command", ["aggregate", "plot", "report", "patterns"])
+def test_where_nothing_can_be_read_older_files_stay(run, write, tmp_path, command):
+    broken = write("broken", change=lambda content: content.pop("results"))
+    older = tmp_path / "output" / "bh_routing_results.csv"
+    older.parent.mkdir()
+    older.write_text("of last week")
+    option = ("--output", older.with_suffix(".png")) if command == "plot" else ("--output-dir",)
+    code, out, err = run(command, broken.parent, *option, *([older.parent] * (len(option) == 1)))
+    assert (code, out) == (3, "")
+    assert f"left out: {broken}" in err
+    assert "No run could be read, so nothing was written" in err
+    assert [path.read_text() for path in older.parent.iterdir()] == ["of last week"]
+
+
+def test_the_tables_change_together_or_not_at_all(run, write, runs, monkeypatch):
+    """What stops the drawing stops the tables too: none is of another aggregation than the rest."""
+    assert run("aggregate", runs, "--no-figure", "--resamples", 99)[0] == 0
+    before = {path: path.read_bytes() for path in runs.glob("bh_routing_*")}
+    write("another", alpha=0.5)
+    (runs / "visualizations").mkdir()
+    (runs / "visualizations" / "bh_comprehensive_comparison.png").mkdir()
+    code, _, err = run("aggregate", runs, "--resamples", 99)
+    assert code == 1
+    assert "bh_comprehensive_comparison.png" in err
+    assert {path: path.read_bytes() for path in runs.glob("bh_routing_*")} == before
+    assert not list(runs.glob(".*.tmp"))
 
 
 def test_what_cannot_be_compared_is_refused_or_kept_apart(run, write, runs):
@@ -103,46 +117,6 @@ def test_the_margin_decides_what_is_equivalent(run, runs):
         compared = json.loads((runs / "bh_routing_comparisons.json").read_text())
         rows = [row for row in compared if row["task"] == WIKITEXT and "BH" in row["strategy"]]
         assert [row["equivalent"] for row in rows] == [equivalent]
-
-
-def test_plot_draws_a_panel_of_folders_or_of_a_table(run, runs, tmp_path):
-    run("aggregate", runs, "--no-figure", "--resamples", 99)
-    pictures = []
-    for number, source in enumerate((runs, runs / "bh_routing_results.csv")):
-        path = tmp_path / f"{number}.svg"
-        code, out, _ = run("plot", source, "--panel", "layers", "--output", path)
-        assert (code, str(path) in out.replace("\n", "")) == (0, True)
-        pictures.append(path.read_bytes())
-    assert pictures[0] == pictures[1]
-    assert run("plot", runs, "--panel", "accuracy", "--task", LAMBADA)[0] == 0
-    assert (runs / "visualizations" / "accuracy.png").is_file()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("aggregate", "{runs}/nowhere"), "There is no folder"),
-        (
-            ("aggregate", "{runs}", "--margin", "2"),
-            "margin must be a number between 0 and 1, not 2.0",
-        ),
-        (
-            ("aggregate", "{runs}", "--baseline", "best"),
-            "baseline must be native or max_k, not 'best'",
-        ),
-        (("plot", "{runs}", "--panel", "heat"), "did you mean 'heatmap'"),
-        (("plot", "{runs}", "--output", "{runs}/figure.gif"), "ends in png, pdf, svg"),
-        (("plot", "{runs}", "--task", "arc"), "No run did the task arc"),
-        (("plot", "{runs}/a.csv", "{runs}"), "is a table by itself"),
-    ],
-)
-def test_bad_arguments_are_one_sentence(run, runs, arguments, sentence):
-    before = sorted(runs.rglob("*"))
-    code, _, err = run(*(argument.format(runs=runs) for argument in arguments))
-    assert code == 1
-    assert sentence in err
-    assert len(err.strip().splitlines()) == 1
-    assert sorted(runs.rglob("*")) == before
 
 
 def test_the_commands_need_no_torch(runs):

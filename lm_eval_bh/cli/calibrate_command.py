@@ -1,0 +1,130 @@
+"""``lm-eval-bh calibrate``: fits a null model, and shows how well it fits other text."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lm_eval_bh.cli.interrupts import NOTHING_HALF_WRITTEN, on_interrupt
+from lm_eval_bh.cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Length,
+    NullScope,
+    Pretrained,
+    Statistic,
+    model_path,
+)
+from lm_eval_bh.cli.printing import say, show
+from lm_eval_bh.errors import ParameterError
+from lm_eval_bh.files import check_output, figure_format
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lm_eval_bh.routing.nulls.calibration import LayerHealth
+    from lm_eval_bh.routing.nulls.null_model import NullModel
+
+
+def calibrate(
+    pretrained: Pretrained,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File to write; default: the cache of null_model=auto."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file, one document per paragraph; default: WikiText-2's training text."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Tokens to fit on; an eighth as many are held out for the check."),
+    ] = 65536,
+    length: Length = 512,
+    batch_size: BatchSize = 8,
+    trim: Annotated[
+        int,
+        typer.Option(min=0, help="Exclude this many of each token's largest and smallest logits."),
+    ] = 0,
+    kernel: Annotated[
+        str, typer.Option(help="gaussian, epanechnikov, tophat or linear.")
+    ] = "gaussian",
+    statistic: Statistic = "logit",
+    null_scope: NullScope = "layer",
+    figure: Annotated[
+        Path | None, typer.Option(help="Also draw the check: a .png, .pdf or .svg file.")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Fit a null model to the router logits of a model, and check it on held-out text."""
+    with on_interrupt(NOTHING_HALF_WRITTEN):
+        from lm_eval_bh.policies.pretrained import calibrate_pretrained
+        from lm_eval_bh.routing.nulls.find import cached_null
+        from lm_eval_bh.routing.nulls.null_kind import NullKind
+
+        kind = NullKind(statistic, null_scope, trim)
+        check_output(output or cached_null("new"), "--output")
+        if figure is not None:
+            figure_format(figure)
+            check_output(figure, "--figure")
+            if output is not None and figure.resolve() == output.resolve():
+                raise ParameterError(
+                    f"--figure and --output name the same file, {output}: use two names."
+                )
+        fitted, health, path = calibrate_pretrained(
+            model_path(pretrained),
+            name=pretrained,
+            text=text,
+            output=output,
+            tokens=tokens,
+            length=length,
+            batch=batch_size,
+            kind=kind,
+            kernel=kernel,
+            dtype=dtype,
+            device=device,
+        )
+    if not health:
+        say(
+            f"The text has no tokens left after the {tokens} to fit on, so nothing was checked: "
+            "lower --tokens to keep some for the check."
+        )
+    else:
+        show(_table(pretrained, fitted, health))
+        say(f"Checked on {health[0].tokens} held-out tokens.")
+    say(f"Written to {path}")
+    if figure is not None and health:
+        from lm_eval_bh.analysis.show.health_figure import draw_health
+
+        rows = [dataclasses.asdict(row) for row in health]
+        draw_health(rows, f"Null model of {pretrained}, {statistic}, {kind.null_scope}", figure)
+        say(f"Written to {figure}")
+
+
+def _table(pretrained: str, fitted: NullModel, health: list[LayerHealth]) -> Table:
+    """Return how well each layer fits."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"Null model of {pretrained}: {fitted.num_layers} layers, "
+        f"{fitted.header.tokens} tokens"
+    )
+    for column in ("layer", "bandwidth", "KS distance from uniform", "p = 0 (%)", "p = 1 (%)"):
+        table.add_column(column, justify="right")
+    widths = fitted.header.bandwidth
+    for row in health:
+        table.add_row(
+            str(row.layer),
+            "" if widths is None else f"{widths[row.layer]:.4f}",
+            f"{row.ks_distance:.4f}",
+            f"{100 * row.ceiling_share:.3f}",
+            f"{100 * row.floor_share:.3f}",
+        )
+    return table

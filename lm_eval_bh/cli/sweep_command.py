@@ -1,0 +1,156 @@
+"""``lm-eval-bh sweep``: reads the settings, shows the plan, runs what is missing."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lm_eval_bh.cli.interrupts import EXPERIMENTS_KEPT, on_interrupt
+from lm_eval_bh.cli.options import LARGEST_SEED, Device
+from lm_eval_bh.cli.printing import say, show
+from lm_eval_bh.cli.word_lists import numbers, words
+from lm_eval_bh.files import check_output
+
+if TYPE_CHECKING:
+    from lm_eval_bh.harness.sweep.runner import Plan
+
+SHOWN = 12  # experiments that a plan lists; --dry-run lists all
+MOST_REPEATS = 1000
+
+
+def sweep(
+    output_dir: Annotated[Path, typer.Option(help="Folder of the sweep; run again to resume.")],
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="quick (3 experiments on tiny-olmoe) or full (4 baselines + 16 BH, x 3 tasks)."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with the same keys; flags override it.")
+    ] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(help="Hub name or folder of the model, or tiny-olmoe.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks and tags: bh_suite,bh_demo.")] = None,
+    baselines: Annotated[str | None, typer.Option(help="Static top-k baselines: 8,16.")] = None,
+    alphas: Annotated[str | None, typer.Option(help="Levels: 0.3,0.4.")] = None,
+    max_k: Annotated[str | None, typer.Option(help="Largest numbers of experts: 8,16.")] = None,
+    rules: Annotated[str | None, typer.Option(help="Selection rules: bh,by.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents per task.")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="An integer, or auto.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=LARGEST_SEED, help="All seeds of lm-eval.")
+    ] = None,
+    log_routing: Annotated[str | None, typer.Option(help="off, summary, samples or full.")] = None,
+    log_samples: Annotated[
+        int | None, typer.Option(help="Documents per task whose routing is kept as JSON.")
+    ] = None,
+    model_args: Annotated[
+        str | None, typer.Option(help="Further arguments of hf-bh: dtype=float32,kde=FILE.")
+    ] = None,
+    device: Device = None,
+    repeat: Annotated[
+        int,
+        typer.Option(
+            min=1, max=MOST_REPEATS, help="Runs of everything; two measure the stability metrics."
+        ),
+    ] = 1,
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: run only every n-th experiment, for a job array.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Address of a Ray cluster, or local.", metavar="ADDRESS|local"),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Workers on Ray; default: one per GPU.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
+) -> None:
+    """Run a grid of routing configurations on tasks, with one loaded model; resume by repeating."""
+    with on_interrupt(EXPERIMENTS_KEPT):
+        from lm_eval_bh.harness.sweep.runner import first_process, plan, run
+        from lm_eval_bh.harness.sweep.sweep_config import SweepConfig
+
+        settings = SweepConfig.gather(
+            preset,
+            config,
+            {
+                "pretrained": pretrained,
+                "tasks": None if tasks is None else words(tasks),
+                "baselines": None if baselines is None else numbers("baselines", baselines, int),
+                "alphas": None if alphas is None else numbers("alphas", alphas, float),
+                "max_k": None if max_k is None else numbers("max-k", max_k, int),
+                "rules": None if rules is None else words(rules),
+                "limit": limit,
+                "batch_size": _number_or_word(batch_size),
+                "seed": seed,
+                "log_routing": log_routing,
+                "log_samples": log_samples,
+                "model_args": _arguments(model_args),
+            },
+        )
+        check_output(output_dir, "--output-dir", folder=True)
+        todo = plan(settings, output_dir, repeat=repeat, shard=shard)
+        if first_process():
+            _show_plan(todo, every=dry_run)
+        if dry_run:
+            return
+        run(todo, device=device, ray=ray, workers=workers)
+        if first_process():
+            _say_done(todo, output_dir)
+
+
+def _show_plan(todo: Plan, every: bool) -> None:
+    """Print which experiments there are, which are done, and how long the rest may take."""
+    from rich.table import Table
+
+    documents = todo.config.limit or "all"
+    table = Table(
+        "experiment",
+        "task",
+        "documents",
+        "state",
+        title=f"Sweep of {todo.config.pretrained} in {todo.folder.path}",
+    )
+    missing = set(todo.missing)
+    listed = todo.experiments if every else todo.experiments[:SHOWN]
+    for experiment in listed:
+        state = "to run" if experiment in missing else "done"
+        table.add_row(experiment.name, experiment.task, str(documents), state)
+    show(table)
+    if len(listed) < len(todo.experiments):
+        say(f"... and {len(todo.experiments) - len(listed)} more (--dry-run lists them).")
+    left = todo.seconds_left
+    say(
+        f"{len(todo.experiments)} experiments, {len(todo.missing)} to run; "
+        + (
+            "the first will show how long they take."
+            if left is None
+            else f"about {timedelta(seconds=round(left))}, judged by those that are done."
+        )
+    )
+
+
+def _say_done(todo: Plan, output_dir: Path) -> None:
+    elsewhere = len(todo.folder.missing(todo.experiments))
+    done = f"{len(todo.experiments) - elsewhere} of {len(todo.experiments)} experiments are done"
+    if elsewhere:
+        done += f", another process is running {elsewhere}"
+    say(f"{done}. Next: lm-eval-bh aggregate {output_dir}")
+
+
+def _number_or_word(text: str | None) -> int | str | None:
+    return int(text) if text and text.isdecimal() else text
+
+
+def _arguments(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    from lm_eval.utils import simple_parse_args_string
+
+    return dict(simple_parse_args_string(text))

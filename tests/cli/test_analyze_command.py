@@ -1,0 +1,24 @@
+"""The command analyze, run in this process through its own entry point."""
+
+from __future__ import annotations
+
+import json
+
+
+def test_analyze_prints_a_row_for_every_configuration(run, text, tmp_path):
+    code, out, _ = run(
+        *("analyze", "--pretrained", "tiny-olmoe", "--text", text, "--tokens", 512),
+        *("--rules", "topk,bh,top_p", "--alphas", "0.3,0.6", "--max-k", "8,16"),
+        *("--output", tmp_path / "grid.json"),
+    )
+    assert code == 0
+    content = json.loads((tmp_path / "grid.json").read_text())
+    assert content["tokens"] == 512
+    rows = content["rows"]
+    assert [row["config"]["rule"] for row in rows] == ["topk"] * 2 + ["bh"] * 4 + ["top_p"] * 4
+    assert rows[0]["mean_experts"] == 8
+    assert rows[0]["overlap"] == 1
+    assert rows[2]["mean_experts"] < rows[3]["mean_experts"] < rows[5]["mean_experts"]
+    for row in rows:
+        assert f"{row['mean_experts']:.2f}" in out
+    assert "The model ran unchanged" in out

@@ -1,0 +1,138 @@
+"""The program around the subcommands: start-up, usage, errors, names with markup, Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import typer.main
+
+from lm_eval_bh.cli.app import app
+
+COMMAND = [sys.executable, "-m", "lm_eval_bh"]
+
+
+def test_importing_the_package_and_asking_for_help_need_no_torch():
+    code = (
+        "import sys, lm_eval_bh, lm_eval_bh.cli\n"
+        "sys.argv = ['lm-eval-bh', '--help']\n"
+        "try:\n    lm_eval_bh.cli.main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print({'torch', 'pandas', 'numpy', 'transformers', 'lm_eval'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip().splitlines()[-1] == "set()"
+
+
+def test_every_option_is_explained():
+    for name, command in typer.main.get_command(app).commands.items():
+        for parameter in command.params if name != "lm-eval" else ():
+            assert parameter.help, f"{name} {parameter.name}"
+
+
+def test_without_arguments_the_help_is_shown(run):
+    code, out, err = run()
+    assert code == 2
+    assert "Usage: lm-eval-bh [OPTIONS] COMMAND" in out + err
+
+
+def test_lm_eval_gets_all_that_follows_its_name(monkeypatch, run):
+    import lm_eval.__main__
+
+    seen = []
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: seen.append(sys.argv))
+    assert run("lm-eval", "--help", "--model", "hf-bh")[0] == 0
+    assert seen == [["lm_eval", "--help", "--model", "hf-bh"]]
+
+
+def test_names_are_no_markup(run, runs, write, tmp_path):
+    """Neither in tables nor in lines, and where a name is not UTF-8 it is shown escaped."""
+    write("odd", alpha=0.5, pretrained="x/[/b]")
+    folder = tmp_path / "a[red]b:smile:[/nothing]"
+    code, out, err = run("aggregate", runs, "--force", "--no-figure", "--output-dir", folder)
+    assert code == 0, err
+    assert f"Written to {folder}/bh_routing_results.csv" in out
+    folder = os.fsdecode(bytes(tmp_path) + b"/caf\xe9\x1b[31m")
+    code, out, err = run("aggregate", runs, "--force", "--no-figure", "--output-dir", folder)
+    assert code == 0, err
+    assert "/caf\\udce9\\x1b[31m/bh_routing_results.csv" in out
+
+
+def test_a_title_with_markup_is_shown_as_it_is(run, tmp_path, tiny_model_folder, text):
+    odd = tmp_path / "x[b]y[red]"
+    odd.symlink_to(tiny_model_folder)
+    arguments = ("--text", text, "--tokens", 64, "--length", 64, "--rules", "topk", "--max-k", 8)
+    code, out, err = run("analyze", "--pretrained", odd, *arguments)
+    assert code == 0, err
+    assert "x[b]y[red]" in " ".join(out.split())
+
+
+def test_an_error_after_loading_is_one_line(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    arguments = ["analyze", "--pretrained", "tiny-olmoe", "--text", tmp_path / "empty.txt"]
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.startswith("lm-eval-bh: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def interrupted(arguments, condition):
+    """Run a command, send it SIGINT once a condition holds; return its code, output and errors."""
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_what_is_kept_and_how_to_continue(tmp_path):
+    first = tmp_path / "logs" / "8experts_topk_baseline_demo_lambada.json"
+    arguments = ["sweep", "--preset", "quick", "--limit", 20, "--output-dir", tmp_path]
+    code, _, err = interrupted([*arguments, "--device", "cpu"], first.exists)
+    assert code == 130
+    assert err.splitlines()[-1] == (
+        "lm-eval-bh: interrupted: finished experiments are kept; "
+        "run the same command again to continue."
+    )
+    assert "Traceback" not in err
+    assert first.exists()
+
+
+def test_ctrl_c_leaves_no_half_written_file(tmp_path):
+    """While the text is read: from a pipe into which nobody writes."""
+    pipe = tmp_path / "text.txt"
+    os.mkfifo(pipe)
+    writers = []
+
+    def is_read():
+        try:
+            writers.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:
+            return False
+        return True
+
+    output = tmp_path / "x.safetensors"
+    arguments = ["calibrate", "--pretrained", "tiny-olmoe", "--text", pipe, "--output", output]
+    code, out, err = interrupted(arguments, is_read)
+    os.close(*writers)
+    assert (code, out) == (130, "")
+    assert err == (
+        "lm-eval-bh: interrupted: no file is half-written; "
+        "run the same command again to start over.\n"
+    )
+    assert list(tmp_path.iterdir()) == [pipe]

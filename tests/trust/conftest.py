@@ -1,0 +1,178 @@
+"""The ground that bad inputs are tried on: good files, and broken ones of every kind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lm_eval_bh.resources import shipped, tiny_olmoe
+
+RESULTS = "results_2026-01-01T00-00-00.5.json"
+
+
+class Hostile:
+    """A pickle that would leave a file behind."""
+
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch executed",)
+
+
+@pytest.fixture(scope="session")
+def ground(tmp_path_factory, new_writer) -> Path:
+    """Return a folder that no bad input may change."""
+    root = tmp_path_factory.mktemp("ground")
+    (root / "folder").mkdir()
+    (root / "file").write_text("a file\n")
+    _texts(root)
+    _runs(root, new_writer)
+    _tables(root)
+    _models(root)
+    _nulls(root)
+    _settings(root)
+    return root
+
+
+def _texts(root: Path) -> None:
+    lines = (shipped("tasks") / "demo" / "wikitext.jsonl").read_text().splitlines()[:4]
+    pages = (json.loads(line)["page"].replace("\n", " ") for line in lines)
+    (root / "text.txt").write_text("\n\n".join(pages))
+    (root / "empty.txt").write_text("")
+    (root / "latin.txt").write_bytes(b"caf\xe9\n")
+
+
+def _runs(root: Path, new_writer) -> None:
+    write = new_writer(root / "runs")
+    write("top4", rule="topk")
+    write("bh", alpha=0.4, log=True)
+    write = new_writer(root / "alone")
+    write("bh", alpha=0.4, samples=False)
+    write = new_writer(root / "incomparable")
+    write("short", rule="topk")
+    write("long", alpha=0.4, change=lambda content: content.update(max_length=32))
+    for name, text in {
+        "broken": "{",
+        "list": "[]",
+        "empty": "",
+        "foreign": '{"results": 3}',
+        "deep": "[" * 100_000,
+    }.items():
+        (root / f"runs_{name}").mkdir()
+        (root / f"runs_{name}" / RESULTS).write_text(text)
+
+
+def _tables(root: Path) -> None:
+    from lm_eval_bh.analysis.results import load_experiments, write_tables
+
+    frame = load_experiments([root / "runs"]).frame
+    write_tables(frame, root / "tables")
+    frame.assign(perplexity=np.inf, mean_experts=-np.inf).to_csv(root / "infinite.csv")
+    frame.assign(perplexity="high", max_k="many").to_csv(root / "words.csv")
+    frame.head(0).to_csv(root / "headed.csv")
+    frame.assign(group=[1, 2] * (len(frame) // 2)).drop(columns="rule").to_csv(root / "no_rule.csv")
+    (root / "empty.csv").write_text("")
+    (root / "ragged.csv").write_text("a,b\n1,2\n1,2,3,4\n")
+    (root / "foreign.csv").write_text("a,b\n1,2\n")
+    (root / "binary.csv").write_bytes(bytes(range(256)))
+
+
+def _models(root: Path) -> None:
+    for name in ("no_config", "no_weights", "not_json", "no_type", "dense", "cut"):
+        (root / "models" / name).mkdir(parents=True)
+        if name != "no_config":
+            for file in tiny_olmoe().glob("tokenizer*"):
+                shutil.copy(file, root / "models" / name)
+    shipped_config = json.loads((tiny_olmoe() / "config.json").read_text())
+    dense = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": shipped_config["vocab_size"],
+    }
+    for name, config in {
+        "no_weights": shipped_config,
+        "no_type": {},
+        "dense": dense,
+        "cut": shipped_config,
+    }.items():
+        (root / "models" / name / "config.json").write_text(json.dumps(config))
+    (root / "models" / "not_json" / "config.json").write_text("{")
+    weights = (tiny_olmoe() / "model.safetensors").read_bytes()
+    (root / "models" / "cut" / "model.safetensors").write_bytes(weights[:10_000])
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(root / "models" / "dense")
+    ).save_pretrained(root / "models" / "dense")
+
+
+def _nulls(root: Path) -> None:
+    from lm_eval_bh import NullModel
+
+    folder = root / "nulls"
+    folder.mkdir()
+    good = (shipped("kde_models") / "tiny-olmoe.safetensors").read_bytes()
+    (folder / "cut.safetensors").write_bytes(good[: len(good) // 2])
+    (folder / "empty.safetensors").write_bytes(b"")
+    (folder / "text.safetensors").write_text("not a null model\n" * 10)
+    shutil.copy(tiny_olmoe() / "model.safetensors", folder / "weights.safetensors")
+    draws = np.random.default_rng(0).normal(size=(64, 8))
+    other = NullModel.fit({0: draws, 1: draws}, header={"fingerprint": "0" * 64})
+    other.save(folder / "another.safetensors")
+    for name, content in {
+        "none": None,
+        "hostile": pickle.dumps(Hostile()),
+        "garbage": b"no pickle",
+        "number": pickle.dumps(3),
+    }.items():
+        (root / "pickles" / name).mkdir(parents=True)
+        if content is not None:
+            file = root / "pickles" / name / "distribution_model_layer_0.pkl"
+            file.write_bytes(content)
+
+
+def _settings(root: Path) -> None:
+    from lm_eval_bh.harness.sweep.sweep_config import SweepConfig
+    from lm_eval_bh.harness.sweep.sweep_folder import SweepFolder
+
+    for name, text in {
+        "unknown": "limt: 3",
+        "list": "- 3",
+        "syntax": "a: [",
+        "preset": "preset: quik",
+        "types": "limit: many",
+        "alphas": "alphas: high",
+        "empty": "",
+    }.items():
+        (root / f"{name}.yaml").write_text(text)
+    (root / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    SweepFolder(root / "swept").claim(SweepConfig.gather("quick"))
+
+
+@pytest.fixture
+def unchanged(ground, monkeypatch):
+    """Run the test inside of the ground, and fail if it has changed a byte of it."""
+    monkeypatch.chdir(ground)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(ground / "cache"))
+    before = _state(ground)
+    yield ground
+    assert _state(ground) == before
+
+
+def _state(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
