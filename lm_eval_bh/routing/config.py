@@ -58,7 +58,7 @@ class RoutingConfig:
         "for `top_p`, and of the largest weight for `min_p`",
         number("a number strictly between 0 and 1", lambda value: 0 < value < 1),
     )
-    rule: str = parameter("bh", "the selection rule, see *Selection rules*", choice(list(RULES)))
+    rule: str = parameter("bh", "the selection rule, see *Selection rules*", choice(RULES))
     min_k: int = parameter(
         1, "fewest experts of a token", integer("an integer number of experts, 1 or more", 1)
     )

@@ -11,7 +11,7 @@ import functools
 import math
 import numbers
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -40,9 +40,9 @@ class Parameter:
     check : callable
         Returns the value as it is kept; raises ValueError or TypeError for one that is not allowed.
     must : str
-        What a value must be, to go on after "must be".
-    values : sequence of str
-        The names that are allowed, where it takes names.
+        What a value must be, to go on after "must be"; empty for one of ``values``.
+    values : collection
+        What is allowed, where it takes names; it may grow.
     serves : callable
         Whether it has a meaning for a :class:`~lm_eval_bh.routing.rules.registry.Rule`.
     why_not : str
@@ -52,7 +52,7 @@ class Parameter:
     help: str
     check: Callable[[Any], Any]
     must: str
-    values: Sequence[str] = ()
+    values: Collection[Any] = ()
     serves: Callable[[Rule], bool] = lambda rule: True
     why_not: str = ""
 
@@ -67,10 +67,10 @@ class Parameter:
         try:
             return self.check(value)
         except (ValueError, TypeError, OverflowError):
-            raise ParameterError(
-                f"{name} must be {self.must}: found {_shown(value)}"
-                f"{did_you_mean(value[:40], self.values) if isinstance(value, str) else ''}."
-            ) from None
+            names = [str(known) for known in self.values]
+            must = self.must or f"{', '.join(names[:-1])} or {names[-1]}"
+            hint = did_you_mean(value[:40], names) if isinstance(value, str) else ""
+            raise ParameterError(f"{name} must be {must}: found {_shown(value)}{hint}.") from None
 
 
 def parameter(default: Any, help: str, check: tuple[Any, ...], **meaning: Any) -> Any:
@@ -113,7 +113,7 @@ def integer(must: str, least: int, most: int | None = None) -> tuple[Any, ...]:
     return check, must
 
 
-def choice(values: Sequence[Any], renamed: Mapping[str, str] | None = None) -> tuple[Any, ...]:
+def choice(values: Collection[Any], renamed: Mapping[str, str] | None = None) -> tuple[Any, ...]:
     """Return the check of one of some names; ``renamed`` are earlier ones."""
 
     def check(value: Any) -> Any:
@@ -122,8 +122,7 @@ def choice(values: Sequence[Any], renamed: Mapping[str, str] | None = None) -> t
             raise ValueError
         return found
 
-    names = [str(value) for value in values]
-    return check, f"{', '.join(names[:-1])} or {names[-1]}", names
+    return check, "", values
 
 
 def or_none(check: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -442,9 +442,9 @@ def test_two_names_of_one_commit_are_one_model(write):
 
 def test_hf_bh_describes_all_its_routing_arguments_in_the_file():
     from lm_eval_bh.analysis.read.model_arguments import OF_ROUTING
-    from lm_eval_bh.harness.arguments import NAMES
+    from lm_eval_bh.harness.arguments import ROUTING_NAMES
 
-    assert OF_ROUTING == NAMES
+    assert OF_ROUTING == ROUTING_NAMES
 
 
 def test_the_defaults_are_those_of_lm_eval():

@@ -67,7 +67,7 @@ def test_a_title_with_markup_is_shown_as_it_is(run, tmp_path, tiny_model_folder,
     arguments = ("--text", text, "--tokens", 64, "--length", 64, "--rules", "topk", "--max-k", 8)
     code, out, err = run("analyze", "--pretrained", odd, *arguments)
     assert code == 0, err
-    assert "x[b]y[red]" in " ".join(out.split())
+    assert "x[b]y[red]" in "".join(out.split())
 
 
 def test_an_error_after_loading_is_one_line(tmp_path):

@@ -49,7 +49,7 @@ def test_calibrate_measures_contributions_and_draws_its_health(run, text, tmp_pa
     )
     assert code == 0
     null = NullModel.load(output)
-    assert (null.header.statistic, null.header.null) == ("contribution", "expert")
+    assert (null.header.statistic, null.header.null_scope) == ("contribution", "expert")
     assert null.header.trim == 2
     assert [layer["layer"] for layer in null.header.health] == [0, 1, 2, 3]
     assert all(0 < layer["ks_distance"] < 1 for layer in null.header.health)

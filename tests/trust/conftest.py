@@ -156,7 +156,7 @@ def _settings(root: Path) -> None:
     }.items():
         (root / f"{name}.yaml").write_text(text)
     (root / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    SweepFolder(root / "swept").claim(SweepConfig.gather("quick"))
+    SweepFolder(root / "swept", SweepConfig.gather("quick")).claim()
 
 
 @pytest.fixture

@@ -61,6 +61,8 @@ OF_ROUTING = frozenset(
         "min_k",
         "mode",
         "null",
+        "null_model",
+        "null_scope",
         "renormalize",
         "rule",
         "seed",

@@ -108,7 +108,7 @@ def run_on_ray(
     except ray.exceptions.RayError as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ParameterError(
-            f"The Ray cluster gave up ({reason}): mend it and run the same command again; "
+            f"The Ray cluster gave up ({reason}): fix that and run the same command again; "
             "finished experiments are kept."
         ) from error
     finally:

@@ -44,7 +44,7 @@ def read_settings(file: Path) -> SettingsFile:
 
     try:
         if file.exists() and not file.is_file():
-            raise OSError("it is no file")
+            raise OSError("it is not a file")
         if file.stat().st_size > LARGEST:
             raise OSError(f"it has more than {LARGEST} bytes")
         text = file.read_text(encoding="utf-8")
@@ -56,10 +56,12 @@ def read_settings(file: Path) -> SettingsFile:
         raise ParameterError(f"The settings {file} are nested too deep: flatten them.") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
-        raise ParameterError(f"The settings {file} cannot be read ({why}): mend it.") from error
+        raise ParameterError(
+            f"The settings {file} could not be read ({why}): fix or remove the file."
+        ) from error
     known = list(SettingsFile.__annotations__)
     if not isinstance(content, dict):
-        raise ParameterError(f"The settings {file} hold no keys: write, for example, limit: 50.")
+        raise ParameterError(f"The settings {file} must hold keys with values, such as limit: 50.")
     for name in content:
         if name not in known:
             raise ParameterError(

@@ -80,8 +80,8 @@ def read(path: Path) -> tuple[Tables, NullHeader, NDArray[Any] | None]:
             f"There is no null model {path}; check the path, or calibrate one."
         ) from error
     except NullModelError as error:
-        raise NullModelError(f"The null model {path} cannot be read: {error}.") from error
+        raise NullModelError(f"The null model {path} could not be read: {error}.") from error
     except (SafetensorError, OSError, TypeError) as error:
         raise NullModelError(
-            f"The null model {path} cannot be read: {str(error).rstrip('.')}; {COPY_AGAIN}."
+            f"The null model {path} could not be read: {str(error).rstrip('.')}; {COPY_AGAIN}."
         ) from error

@@ -176,7 +176,7 @@ def check_fields(fields: dict[str, Any], settable: Sequence[str]) -> None:
             )
         if not _is_valid(name, value):
             raise ParameterError(
-                f"The null model's header cannot hold {name}={value!r}; leave it out or mend it."
+                f"The null model's header cannot hold {name}={value!r}; leave it out or correct it."
             )
 
 

@@ -115,7 +115,7 @@ def read_table(path: Path | str) -> tuple[NDArray[np.float64], NDArray[np.float6
     except Exception as error:  # damaged pickles raise whatever the opcode at fault raises
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise NullModelError(
-            f"The table {path} cannot be read: {reason}; copy it again from a source you trust."
+            f"The table {path} could not be read: {reason}; copy it again from a source you trust."
         ) from error
 
 

@@ -16,8 +16,8 @@ from lm_eval_bh.analysis.patterns.log_counts import Counts
 from lm_eval_bh.analysis.patterns.log_reader import read_sample_log, read_token_log
 from lm_eval_bh.analysis.patterns.token_classes import vocabulary
 from lm_eval_bh.analysis.table.experiments import load_experiments
-from lm_eval_bh.cli import app
-from lm_eval_bh.cli.finished_runs import find_tokenizer
+from lm_eval_bh.cli.app import app
+from lm_eval_bh.cli.patterns_command import find_tokenizer
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.resources import tiny_olmoe
 

@@ -291,7 +291,7 @@ class TestFile:
         data = path.read_bytes()
         for length in [*range(0, 40), *range(40, len(data), 97), len(data) - 8, len(data) - 1]:
             path.write_bytes(data[:length])
-            with pytest.raises(NullModelError, match=r"cannot be read: .*copy it again"):
+            with pytest.raises(NullModelError, match=r"could not be read: .*copy it again"):
                 NullModel.load(path)
 
     def test_foreign_files(self, path, tmp_path):

@@ -141,7 +141,7 @@ def test_a_call_is_refused_and_not_executed(tmp_path, protocol, nested):
 def test_every_other_name_is_refused(tmp_path, attack):
     path = tmp_path / "table.pkl"
     path.write_bytes(attack if isinstance(attack, bytes) else pickle.dumps(attack))
-    with pytest.raises(NullModelError, match=r"cannot be read: .* source you trust\.$"):
+    with pytest.raises(NullModelError, match=r"could not be read: .* source you trust\.$"):
         read_table(path)
 
 

@@ -179,7 +179,7 @@ def fit_scale(axes: Axes, which: str, values: Iterable[float], log: bool = True)
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     room = (high / low) ** 0.08
     set_limits(low / room, high * room)
-    dense = (1, 1.5, 2, 3, 4, 6, 8) if high / low < 10 else (1, 2, 5)
+    dense = (1, 1.5, 2, 3, 4, 6, 8) if high / low < 8 else (1, 2, 5)
     axis.set_major_locator(ticker.LogLocator(subs=dense if high / low < 100 else (1,)))
     axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
     axis.set_minor_locator(ticker.NullLocator())
