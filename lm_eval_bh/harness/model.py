@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,7 +19,6 @@ from lm_eval_bh.errors import (
     BHError,
     ModelError,
     ParameterError,
-    did_you_mean,
     show_as_one_sentence,
 )
 from lm_eval_bh.harness.arguments import routing_config
@@ -32,36 +30,13 @@ from lm_eval_bh.harness.logs.run_info import run_info
 from lm_eval_bh.harness.logs.run_log import RunLog, new_run_id
 from lm_eval_bh.harness.logs.served_requests import ServedRequests
 from lm_eval_bh.harness.plugin.evaluation_start import announce_evaluations
+from lm_eval_bh.harness.preflight import check_model_config, check_names, given_null_model
 from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE, tiny_olmoe
 from lm_eval_bh.routing.config import PARAMETERS, RoutingConfig
-from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.parameters import ALIASES, accepts
 from lm_eval_bh.routing.patching.experts_switch import check_implementation
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.routing.placement import LM_EVAL_DEFAULT, placement
-
-# What HFLM hands on to from_pretrained; any other name it does not know is a misspelling.
-FROM_PRETRAINED = frozenset(
-    {
-        "attn_implementation",
-        "bnb_4bit_compute_dtype",
-        "bnb_4bit_quant_storage",
-        "bnb_4bit_quant_type",
-        "bnb_4bit_use_double_quant",
-        "cache_dir",
-        "device_map",
-        "force_download",
-        "load_in_4bit",
-        "load_in_8bit",
-        "local_files_only",
-        "low_cpu_mem_usage",
-        "max_memory",
-        "quantization_config",
-        "token",
-        "use_safetensors",
-        "variant",
-    }
-)
 
 
 class BHLM(HFLM):
@@ -110,17 +85,10 @@ class BHLM(HFLM):
         log_logits: bool = False,
         **kwargs: Any,
     ) -> None:
-        _check_names(kwargs)
+        check_names(kwargs)
         parameters = {name: kwargs.pop(name) for name in PARAMETERS if name in kwargs}
         self.routing_config = routing_config(parameters | {"null_model": null_model})
-        if null_model not in (None, "auto") and not Path(str(null_model)).exists():
-            raise ParameterError(
-                f"null_model={str(null_model)!r} is not a file or folder: "
-                "use the path of a null model, or null_model=auto."
-            )
-        given_null: str | NullModel = null_model or "auto"
-        if Path(str(null_model)).is_file():
-            given_null = NullModel.load(str(null_model))  # damage is found before weights load
+        given_null = given_null_model(null_model)
         check_implementation(experts_implementation)
         options = LogOptions(
             log_routing, None if log_dir is None else str(log_dir), log_samples, log_logits
@@ -230,12 +198,7 @@ class BHLM(HFLM):
         return super().create_from_arg_obj(arg_dict, additional_config)  # type: ignore[no-any-return]
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
-        config = self.config.get_text_config()
-        for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-            if isinstance(getattr(config, name, None), int):  # said before any weights are read
-                self.routing_config.check_experts(getattr(config, name))
-                self.routing_config.select_layers(config.num_hidden_layers)
-                break
+        check_model_config(self.config, self.routing_config)  # before any weights are read
         super()._create_model(*args, **kwargs)
 
     def loglikelihood(
@@ -362,24 +325,3 @@ class BHLM(HFLM):
         self.log.finish()
         info: dict[str, Any] = super().get_model_info()
         return info | {"bh": run_info(self.integration, self.log)}
-
-
-def _check_names(given: dict[str, Any]) -> None:
-    known = {
-        name
-        for name in inspect.signature(HFLM.__init__).parameters
-        if name not in ("self", "kwargs")
-    }
-    known |= {
-        name
-        for name in inspect.signature(BHLM.__init__).parameters
-        if name not in ("self", "kwargs")
-    }
-    known |= FROM_PRETRAINED | set(PARAMETERS)
-    for name in given:
-        if name not in known:
-            raise ParameterError(
-                f"The model argument {name!r} is unknown to hf-bh"
-                f"{did_you_mean(name, known | set(ALIASES))}; "
-                "README lists what --model_args takes."
-            )

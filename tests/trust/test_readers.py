@@ -506,7 +506,7 @@ def test_hostile_settings_are_one_sentence(tmp_path, name):
 def test_a_folder_a_pipe_and_nothing_are_no_settings(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for file in (tmp_path, tmp_path / "pipe", tmp_path / "none"):
-        with pytest.raises(ParameterError, match="cannot be read"):
+        with pytest.raises(ParameterError, match="could not be read"):
             read_settings(file)
 
 

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_bh.errors import DataError, ParameterError
 from lm_eval_bh.files import check_output
+from lm_eval_bh.harness.preflight import check_run
 from lm_eval_bh.harness.sweep.local import run_here
 from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig, shard_of
 from lm_eval_bh.harness.sweep.sweep_folder import SweepFolder
 from lm_eval_bh.resources import DEFAULT_MODEL, shipped
+from lm_eval_bh.routing.parameters import canonical
 from lm_eval_bh.schema import SCHEMA_VERSION, ExperimentSummary
 
 if TYPE_CHECKING:
@@ -68,10 +70,14 @@ def plan(
         If the shard or the number of repeats is invalid.
     DataError
         If the folder holds a sweep with other settings.
+    BHError
+        What the run would raise before its weights load.
     """
     folder = SweepFolder(Path(output_dir), config)
     folder.check()
     experiments = config.experiments(repeat)
+    routings = [config.routing_of(experiment) for experiment in experiments]
+    check_run(config.pretrained, canonical(config.model_args), routings)
     if shard is not None:
         experiments = shard_of(experiments, shard)
     reasons = {experiment: folder.why_not_done(experiment) for experiment in experiments}

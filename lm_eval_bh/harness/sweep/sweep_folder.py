@@ -15,6 +15,7 @@ done is of a run that was killed or damaged, and removed before it runs again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -106,8 +107,13 @@ class SweepFolder:
     def release(self) -> None:
         """Give the folder up if no experiment was ever begun, so that it stands in nobody's way."""
         with self._settled():
-            if not ((self.path / "runs").exists() or any(self.logs.glob("*.json"))):
+            in_vain = not ((self.path / "runs").exists() or any(self.logs.glob("*.json")))
+            if in_vain:
                 (self.path / SETTINGS).unlink(missing_ok=True)
+        if in_vain:
+            shutil.rmtree(self.path / ".locks", ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds something of somebody else's
+                self.path.rmdir()
 
     def _recorded(self) -> tuple[dict[str, Any] | None, int]:
         """Return the settings in the folder, None if there are none, and their version."""

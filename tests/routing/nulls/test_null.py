@@ -300,7 +300,7 @@ class TestFile:
         with pytest.raises(NullModelError, match="import pickles with"):
             NullModel.load(tmp_path)
         path.write_text("x,cdf\n0,0\n")
-        with pytest.raises(NullModelError, match="cannot be read"):
+        with pytest.raises(NullModelError, match="could not be read"):
             NullModel.load(path)
         for metadata in (None, {"format": "pt"}):
             save_file({"weight": np.zeros(3)}, path, metadata=metadata)

@@ -187,10 +187,10 @@ def test_damaged_files(tmp_path):
     data = pickle.dumps({"x": X, "cdf": CDF}, protocol=4)
     for length in [*range(0, 200, 7), len(data) // 2, len(data) - 1]:
         path.write_bytes(data[:length])
-        with pytest.raises(NullModelError, match=r"table\.pkl cannot be read"):
+        with pytest.raises(NullModelError, match=r"table\.pkl could not be read"):
             read_table(path)
     path.write_text("x,cdf\n0,0\n1,1\n")
-    with pytest.raises(NullModelError, match=r"table\.pkl cannot be read"):
+    with pytest.raises(NullModelError, match=r"table\.pkl could not be read"):
         read_table(path)
 
 

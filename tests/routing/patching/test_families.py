@@ -168,7 +168,7 @@ def test_experts_agree_on_unused_slots_or_are_refused(family):
         assert routing.get_routing_stats()["mean_experts_per_token"] < 2
     for experts in ("eager", "grouped_mm", "batched_mm"):
         if experts == "eager" and family in EAGER_CRASHES:
-            with pytest.raises(ParameterError, match="use experts=ragged"):
+            with pytest.raises(ParameterError, match="use experts_implementation=ragged"):
                 BHRoutingIntegration(model, experts=experts, **arguments).patch_model()
             continue
         with BHRoutingIntegration(model, experts=experts, **arguments):

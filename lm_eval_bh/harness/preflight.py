@@ -1,0 +1,124 @@
+"""What can be known of a run before any weights load: names, values, files, the model's config."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lm_eval_bh.errors import ParameterError, did_you_mean
+from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
+from lm_eval_bh.routing.config import PARAMETERS, RoutingConfig
+from lm_eval_bh.routing.nulls.null_model import NullModel
+from lm_eval_bh.routing.parameters import ALIASES
+from lm_eval_bh.routing.patching.experts_switch import check_implementation
+from lm_eval_bh.routing.placement import placement
+
+# What HFLM hands on to from_pretrained; any other name it does not know is a misspelling.
+FROM_PRETRAINED = frozenset(
+    {
+        "attn_implementation",
+        "bnb_4bit_compute_dtype",
+        "bnb_4bit_quant_storage",
+        "bnb_4bit_quant_type",
+        "bnb_4bit_use_double_quant",
+        "cache_dir",
+        "device_map",
+        "force_download",
+        "load_in_4bit",
+        "load_in_8bit",
+        "local_files_only",
+        "low_cpu_mem_usage",
+        "max_memory",
+        "quantization_config",
+        "token",
+        "use_safetensors",
+        "variant",
+    }
+)
+OWN_NAMES = frozenset(
+    {
+        "null_model",
+        "experts_implementation",
+        "log_routing",
+        "log_dir",
+        "log_samples",
+        "log_logits",
+        "pretrained",
+    }
+)
+
+
+def check_names(given: Iterable[str]) -> None:
+    """Raise a :class:`ParameterError` for a name that neither hf-bh nor HFLM takes."""
+    from lm_eval.models.huggingface import HFLM
+
+    known = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
+    known |= FROM_PRETRAINED | OWN_NAMES | set(PARAMETERS) | set(ALIASES)
+    for name in given:
+        if name not in known:
+            raise ParameterError(
+                f"The model argument {name!r} is unknown to hf-bh{did_you_mean(name, known)}; "
+                "README lists what --model_args takes."
+            )
+
+
+def given_null_model(null_model: str | None) -> str | NullModel:
+    """Return the null model of a path, loaded if it is a file; "auto" and folders as they are.
+
+    Raises
+    ------
+    ParameterError
+        If there is no such file or folder.
+    NullModelError
+        If the file is damaged.
+    """
+    if null_model in (None, "auto"):
+        return "auto"
+    path = Path(str(null_model))
+    if not path.exists():
+        raise ParameterError(
+            f"null_model={str(null_model)!r} is not a file or folder: "
+            "use the path of a null model, or null_model=auto."
+        )
+    return NullModel.load(path) if path.is_file() else str(null_model)
+
+
+def check_model_config(config: Any, routing: RoutingConfig) -> None:
+    """Raise a :class:`ParameterError` if the model that a config describes has too few experts."""
+    config = config.get_text_config()
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if isinstance(getattr(config, name, None), int):
+            routing.check_experts(getattr(config, name))
+            routing.select_layers(config.num_hidden_layers)
+            return
+
+
+def check_run(
+    pretrained: str, arguments: Mapping[str, Any], routings: Iterable[RoutingConfig]
+) -> None:
+    """Raise what a run with these model arguments would raise before its weights load.
+
+    A model that is not on this machine is not asked for.
+
+    Raises
+    ------
+    ParameterError, NullModelError
+        If an argument is unknown or cannot serve, or a configuration does not fit the model.
+    """
+    from transformers import AutoConfig
+
+    check_names(arguments)
+    given_null_model(arguments.get("null_model"))
+    check_implementation(arguments.get("experts_implementation", "auto"))
+    placement(dtype=arguments.get("dtype", "auto"))
+    name = str(tiny_olmoe()) if pretrained == TINY_OLMOE else pretrained
+    try:
+        config = AutoConfig.from_pretrained(
+            name, revision=arguments.get("revision", "main"), local_files_only=True
+        )
+    except (OSError, ValueError):  # elsewhere, or the run says why
+        return
+    for routing in routings:
+        check_model_config(config, routing)
