@@ -103,7 +103,6 @@ def test_an_experiment_leaves_what_the_stock_command_leaves(finished, tmp_path):
             "ALPHAS": "0.4",
             "LIMIT": "4",
             "DEVICE": "cpu",
-            "OMP_NUM_THREADS": "1",
         },
         capture_output=True,
         text=True,
