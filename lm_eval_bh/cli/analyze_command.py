@@ -61,7 +61,7 @@ def analyze(
     """Show what each rule, level and max_k would select, from one pass of the unchanged model."""
     with on_interrupt(NOTHING_HALF_WRITTEN):
         from lm_eval_bh.policies.pretrained import analyze_pretrained
-        from lm_eval_bh.routing.config import grid_of
+        from lm_eval_bh.routing.parameter_grid import grid_of
 
         configs = grid_of(
             words(rules),

@@ -26,7 +26,7 @@ from lm_eval_bh.files import check_output, figure_format
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lm_eval_bh.routing.nulls.calibration import LayerHealth
+    from lm_eval_bh.routing.nulls.null_health import LayerHealth
     from lm_eval_bh.routing.nulls.null_model import NullModel
 
 

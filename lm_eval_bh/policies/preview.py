@@ -96,9 +96,10 @@ def analyze_grid(
         )
     for config in configs:
         config.check_experts(routers[0].num_experts)
-        if config.target_experts is not None:
+        if config.solves:
+            asked = "family=all" if config.target_experts is None else "target_experts"
             raise ParameterError(
-                f"target_experts={config.target_experts} needs the rule at work, which a pass of "
+                f"{asked} needs the rule at work, which a pass of "
                 "the unchanged model is not: give levels."
             )
     layers = [_LayerGrid(layer, router, configs, nulls) for layer, router in enumerate(routers)]
@@ -106,7 +107,7 @@ def analyze_grid(
         model,
         [router.module for router in routers],
         batches,
-        lambda layer, logits: layers[layer].add(logits),
+        lambda layer, logits, hidden_states: layers[layer].add(logits, hidden_states),
         progress,
     )
     histogram = torch.stack([grid.histogram.cpu() for grid in layers]).double()
@@ -165,20 +166,20 @@ class _LayerGrid:
             for (key, config), thresholds in zip(some.items(), found, strict=True):
                 self._selectors[key] = Selector(config, null, layer, experts, thresholds=thresholds)
 
-    def add(self, router_logits: Tensor) -> None:
-        """Count what each configuration selects for ``[tokens, experts]``."""
+    def add(self, router_logits: Tensor, hidden_states: Tensor) -> None:
+        """Count what each configuration selects for ``[tokens, experts]``, ``[tokens, hidden]``."""
         self.histogram = self.histogram.to(router_logits.device)
         self.sums = self.sums.to(router_logits.device)
         views: dict[object, _View] = {}
         called_for: dict[object, Tensor] = {}
         for at, (config, null) in enumerate(zip(self._configs, self._nulls, strict=True)):
             key, selector = _rule_of(config), self._selectors[_rule_of(config)]
-            view_key: object = config.null_kind
+            view_key: object = config.null_kind, config.at_work.alone and config.max_k
             if selector.rule.random:
                 view_key = (config.seed, config.max_k)
             if view_key not in views:
                 order = None
-                scores = sort_scores(router_logits, null, self._layer, config.null_scope)
+                scores = sort_scores(router_logits, null, self._layer, config, hidden_states)
                 if selector.rule.random:
                     order = selector.draw(router_logits, config.max_k)
                 views[view_key] = _View(router_logits, scores, order, self._router.top_k)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lm_eval_bh.errors import ParameterError, did_you_mean
-from lm_eval_bh.routing.nulls.null_kind import NULL_SCOPES, NullKind
+from lm_eval_bh.routing.nulls.null_kind import NULL_FROM, NULL_SCOPES, NullKind
 from lm_eval_bh.routing.parameters import (
     Parameter,
     canonical,
@@ -24,12 +24,22 @@ from lm_eval_bh.routing.parameters import (
 from lm_eval_bh.routing.rules.registry import RULES, Rule
 from lm_eval_bh.routing.scores.statistic import STATISTICS
 
+_ALPHA = "a number strictly between 0 and 1, or with rule=min_w a positive number"
 _LAYERS = r"(all|(first|last)[1-9]\d*|\d+(-\d+)?)"
 _SEEDS = f"an integer from 0 to {2**32 - 1}"
 
 
 def _layers(value: Any) -> str:
     if isinstance(value, bool) or not re.fullmatch(rf"{_LAYERS}(\+{_LAYERS})*", str(value)):
+        raise ValueError
+    return str(value)
+
+
+def _counts(value: Any) -> str:
+    """Return numbers joined by '-'; a list of integers is joined."""
+    if isinstance(value, (list, tuple)):
+        value = "-".join(str(operator.index(k)) for k in value)
+    if isinstance(value, bool) or not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", str(value)):
         raise ValueError
     return str(value)
 
@@ -54,9 +64,9 @@ class RoutingConfig:
 
     alpha: float = parameter(
         0.05,
-        "the rule's one parameter, between 0 and 1: the level of a test; the share of the weight "
-        "for `top_p`, and of the largest weight for `min_p`",
-        number("a number strictly between 0 and 1", lambda value: 0 < value < 1),
+        "the rule's one parameter: the level of a test; the share of the weight for `top_p`, of "
+        "the largest weight for `min_p`; the weight itself for `min_w`",
+        number(_ALPHA, lambda value: value > 0),
     )
     rule: str = parameter("bh", "the selection rule, see *Selection rules*", choice(RULES))
     min_k: int = parameter(
@@ -90,9 +100,11 @@ class RoutingConfig:
     )
     statistic: str = parameter(
         "logit",
-        "what is tested, shared out and ranked: the router `logit`, or the `contribution` "
-        "log(softmax weight x output norm)",
-        choice(list(STATISTICS)),
+        "what is tested, shared out and ranked: the router `logit`; the log of the softmax "
+        "`weight`; or the log of the weight times the expert's mean output norm (`contribution`), "
+        "the root mean square of its effect on the loss (`benefit`), or the norm that the hidden "
+        "state predicts (`predicted`)",
+        choice(STATISTICS),
         serves=lambda rule: not rule.random,
         why_not="which draws experts",
     )
@@ -103,6 +115,35 @@ class RoutingConfig:
         choice(NULL_SCOPES, {"pooled": "layer"}),
         serves=_tests,
         why_not="which tests nothing",
+    )
+    null_from: str = parameter(
+        "all",
+        "which experts the null distribution is made of: `all`, or those below the native top-k of "
+        "each token (`unselected`)",
+        choice(NULL_FROM),
+        serves=_tests,
+        why_not="which tests nothing",
+    )
+    family: str = parameter(
+        "token",
+        "which hypotheses are tested together: those of a `token`, or `all` decisions on "
+        "calibration text, which gives one fixed threshold",
+        choice(["token", "all"]),
+        serves=lambda rule: rule.name == "bh",
+        why_not="which is not Benjamini-Hochberg",
+    )
+    k_per_layer: str | None = parameter(
+        None,
+        "for `topk`, as many experts in each routed layer: `5-3-3-5`",
+        or_none((_counts, "numbers of experts joined by '-', such as 5-3-3-5")),
+        serves=lambda rule: rule.fixed_count and not rule.random,
+        why_not="which does not take a fixed number of the best experts",
+    )
+    mass: float | None = parameter(
+        None,
+        "what kept weights are multiplied by: (sum of the native top-k's weights / their sum) to "
+        "this power, 0 to 1",
+        or_none(number("a number from 0 to 1", lambda value: 0 <= value <= 1)),
     )
     trim: int | None = parameter(
         None,
@@ -147,6 +188,27 @@ class RoutingConfig:
                     f"{name}={value!r} has no meaning with rule={self.rule}, "
                     f"{declared.why_not}{advice}."
                 )
+        if self.alpha >= rule.most:
+            raise ParameterError(
+                f"alpha must be a number strictly between 0 and 1 with rule={self.rule}: "
+                f"found {self.alpha!r}."
+            )
+        if self.k_per_layer is not None:
+            if self.max_k != _DEFAULTS["max_k"] and self.max_k != max(self.counts_per_layer):
+                raise ParameterError(
+                    f"max_k={self.max_k} contradicts k_per_layer={self.k_per_layer}: leave it out."
+                )
+            object.__setattr__(self, "max_k", max(self.counts_per_layer))
+        if self.mass is not None and self.renormalize != "auto":
+            raise ParameterError(
+                f"renormalize={self.renormalize} contradicts mass={self.mass}, which rescales "
+                "weights its own way (0 not at all, 1 to the native sum): give one of them."
+            )
+        if self.family == "all" and self.budget == "layer":
+            raise ParameterError(
+                "budget='layer' contradicts family='all', whose layers share one threshold: "
+                "give one of them."
+            )
         if self.max_k < self.min_k:
             raise ParameterError(
                 f"max_k={self.max_k} is less than min_k={self.min_k}: raise max_k or lower min_k."
@@ -181,8 +243,43 @@ class RoutingConfig:
     def null_kind(self) -> NullKind:
         """What null model it needs; what may be anything is None."""
         return NullKind(
-            self.statistic, self.null_scope if RULES[self.rule].tests else None, self.trim
+            self.scored_by,
+            self.null_scope if self.tests else None,
+            self.trim,
+            self.null_from if self.tests else None,
         )
+
+    @property
+    def tests(self) -> bool:
+        """Whether the rule compares p-values."""
+        return RULES[self.rule].tests
+
+    @property
+    def at_work(self) -> Rule:
+        """The rule that routes: over a family of all decisions a test is one fixed threshold."""
+        return RULES["p_value" if self.family == "all" else self.rule]
+
+    @property
+    def solves(self) -> bool:
+        """Whether a parameter has to be solved on calibration text."""
+        return self.target_experts is not None or self.family == "all"
+
+    @property
+    def scored_by(self) -> str:
+        """The statistic; a rule with a threshold on weights takes the weight for the logit."""
+        return "weight" if RULES[self.rule].weighs and self.statistic == "logit" else self.statistic
+
+    @property
+    def counts_per_layer(self) -> list[int]:
+        """The numbers of ``k_per_layer``."""
+        return [int(k) for k in (self.k_per_layer or "").split("-") if k]
+
+    def for_layer(self, layer: int, num_layers: int) -> RoutingConfig:
+        """Return the configuration of one of the routed layers, with its own number of experts."""
+        if self.k_per_layer is None:
+            return self
+        k = self.counts_per_layer[self.select_layers(num_layers).index(layer)]
+        return dataclasses.replace(self, k_per_layer=None, max_k=k)
 
     @property
     def adaptive(self) -> bool:
@@ -197,13 +294,13 @@ class RoutingConfig:
     @property
     def needs_null(self) -> bool:
         """Whether a null model is needed: for p-values, or for output norms."""
-        return RULES[self.rule].tests or self.statistic != "logit"
+        return self.tests or bool(STATISTICS[self.statistic].factors)
 
     @property
     def ranks_by_logit(self) -> bool:
         """Whether the experts that serve are those with the largest router logits."""
         return (
-            self.statistic == "logit"
+            self.statistic in ("logit", "weight")
             and self.null_scope != "expert"
             and not RULES[self.rule].random
         )
@@ -212,7 +309,11 @@ class RoutingConfig:
     def needs_softmax(self) -> bool:
         """Whether it is only defined for routers whose weights are a softmax of the logits."""
         rule = RULES[self.rule]
-        return not self.ranks_by_logit or not (rule.fixed_count or rule.tests)
+        return (
+            not self.ranks_by_logit
+            or self.statistic != "logit"
+            or not (rule.fixed_count or rule.tests)
+        )
 
     def check_experts(self, num_experts: int) -> None:
         """Raise :class:`ParameterError` if a layer has too few experts for ``max_k``."""
@@ -238,6 +339,11 @@ class RoutingConfig:
                 first, last = int(match[1]), int(match[2] or match[1])
                 _check_layer(max(first, last), num_layers, self.layers)
                 chosen.update(range(min(first, last), max(first, last) + 1))
+        if self.k_per_layer is not None and len(chosen) != len(self.counts_per_layer):
+            raise ParameterError(
+                f"k_per_layer={self.k_per_layer} must have a number for each of the {len(chosen)} "
+                f"routed layers: found {len(self.counts_per_layer)}."
+            )
         return sorted(chosen)
 
     def as_dict(self) -> dict[str, Any]:
@@ -255,34 +361,6 @@ def unknown_name(name: str) -> str:
         f"{name!r} is not a parameter of routing{did_you_mean(name, PARAMETERS)}: "
         f"use one of {', '.join(PARAMETERS)}."
     )
-
-
-def grid_of(
-    rules: Iterable[str], alphas: Iterable[float], max_ks: Iterable[int], **others: Any
-) -> list[RoutingConfig]:
-    """Return every combination, each with what has a meaning for its rule.
-
-    Rules without a parameter take neither alpha nor ``others``.
-
-    Raises
-    ------
-    ParameterError
-        If a value is out of range, or there is no combination.
-    """
-    alphas, max_ks, others = list(alphas), list(max_ks), canonical(others)
-    configs = []
-    for name in rules:
-        if not RoutingConfig(rule=name).adaptive:
-            configs += [RoutingConfig(rule=name, max_k=max_k) for max_k in max_ks]
-            continue
-        fitting = {key: value for key, value in others.items() if serves(key, RULES[name])}
-        for alpha, max_k in itertools.product(alphas, max_ks):
-            configs.append(
-                RoutingConfig.of({"alpha": alpha, "rule": name, "max_k": max_k, **fitting})
-            )
-    if not configs:
-        raise ParameterError("The grid is empty: give at least one rule, level and max_k.")
-    return configs
 
 
 def serves(name: str, rule: Rule) -> bool:

@@ -5,10 +5,12 @@ The router hooks and :func:`select_experts` both call :func:`select`; there is n
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lm_eval_bh.errors import ParameterError, RoutingError
@@ -47,6 +49,8 @@ def select(
     softmax: bool = True,
     normalizes: bool = False,
     rank: Callable[[Tensor], Tensor] | None = None,
+    hidden_states: Tensor | None = None,
+    native_k: int | None = None,
 ) -> Selection:
     """Select the experts of every token.
 
@@ -67,10 +71,18 @@ def select(
     rank : callable or None
         From router logits to what the router ranks its experts by, ``[tokens, experts]``; None
         where its slots are in that order.
+    hidden_states : Tensor, optional
+        float ``[tokens, hidden]``, what the router was given; for the statistic "predicted".
+    native_k : int, optional
+        How many experts the model itself takes, of those that the router has given now.
     """
     config = selector.config
-    counts, ranked = selector(router_logits)
-    rescales = config.renormalize is True or (config.renormalize == "auto" and normalizes)
+    counts = ranked = None
+    if not selector.alone:
+        counts, ranked = selector(router_logits, hidden_states)
+    rescales = config.mass is None and (
+        config.renormalize is True or (config.renormalize == "auto" and normalizes)
+    )
     if own is None or (softmax and not _serves(own[1], ranked, config)):
         weights, indices = _softmax_top(router_logits, ranked, config.max_k, config.temperature)
         if normalizes:
@@ -80,17 +92,40 @@ def select(
     else:
         weights, indices = own
         all_serve = config.fixed_count and indices.shape[-1] == config.max_k
-        if all_serve and (normalizes or not rescales):
+        if (
+            counts is not None
+            and all_serve
+            and config.mass is None
+            and (normalizes or not rescales)
+        ):
             return Selection(indices, weights, counts)
         if rank is not None and not all_serve:
             order = rank(router_logits).gather(-1, indices)
             order = order.argsort(dim=-1, descending=True, stable=True)
             weights, indices = weights.gather(-1, order), indices.gather(-1, order)
     first = slice(config.max_k)
-    selection = keep(indices[:, first], weights[:, first], counts, selector.num_experts)
+    native = weights
+    weights, indices = weights[:, first], indices[:, first]
+    if counts is None:
+        counts, slots = selector.among(router_logits, indices, hidden_states)
+        if slots is not None:
+            weights, indices = weights.gather(-1, slots), indices.gather(-1, slots)
+    selection = keep(indices, weights, counts, selector.num_experts)
+    if config.mass is not None:
+        first = slice(native_k)
+        if softmax and normalizes and own is not None:
+            top = own[1][:, first]
+            weights, whole = _plain_weights(router_logits, selection, top, config.temperature)
+            weights = weights / whole.sum(-1, keepdim=True)
+            whole = whole / whole.sum(-1, keepdim=True)
+        elif softmax and own is not None and config.temperature == 1.0:
+            weights, whole = selection.weights, own[0][:, first]
+        else:
+            weights, whole = selection.weights, native[:, first]
+        return selection._replace(weights=_compensated(weights, whole, config.mass))
     if not rescales:
         return selection
-    return selection._replace(weights=_rescaled(selection.weights, weights if normalizes else None))
+    return selection._replace(weights=_rescaled(selection.weights, native if normalizes else None))
 
 
 def _serves(indices: Tensor, ranked: Tensor | None, config: RoutingConfig) -> bool:
@@ -124,6 +159,24 @@ def _softmax_top(
     return torch.softmax(logits / temperature, dim=-1).gather(-1, ranked), ranked
 
 
+def _plain_weights(
+    router_logits: Tensor, selection: Selection, native: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return the softmax weights, never rescaled, of a selection and of the native top-k."""
+    dtype = torch.promote_types(router_logits.dtype, torch.float32)
+    plain = torch.softmax(router_logits.to(dtype) / temperature, dim=-1)
+    unused = selection.indices == plain.shape[-1]
+    kept = plain.gather(-1, selection.indices.masked_fill(unused, 0)).masked_fill(unused, 0.0)
+    return kept.to(selection.weights.dtype), plain.gather(-1, native).to(selection.weights.dtype)
+
+
+def _compensated(kept: Tensor, native: Tensor, mass: float) -> Tensor:
+    """Multiply the weights kept by (native sum / kept sum) to the power ``mass``."""
+    exact = kept.to(torch.promote_types(kept.dtype, torch.float32))
+    share = native.to(exact.dtype).sum(-1, keepdim=True) / exact.sum(-1, keepdim=True)
+    return (exact * share**mass).to(kept.dtype)
+
+
 def _rescaled(kept: Tensor, before: Tensor | None) -> Tensor:
     """Rescale the weights kept to the sum that the router gave them, or to one."""
     exact = kept.to(torch.promote_types(kept.dtype, torch.float32))
@@ -135,8 +188,8 @@ def _rescaled(kept: Tensor, before: Tensor | None) -> Tensor:
 
 @accepts({"null": "null_model"})
 def select_experts(
-    router_logits: Tensor,
-    null_model: NullModel | None = None,
+    router_logits: Tensor | NDArray[Any] | Sequence[Sequence[float]],
+    null_model: NullModel | str | Path | None = None,
     layer: int = 0,
     alpha: float = 0.4,
     rule: str = "bh",
@@ -145,14 +198,16 @@ def select_experts(
     temperature: float = 1.0,
     renormalize: bool | Literal["auto"] = False,
     seed: int = 0,
+    mass: float | None = None,
+    hidden_states: Tensor | None = None,
 ) -> Selection:
     """Select the experts of every token by a rule that looks at its router logits.
 
     Parameters
     ----------
-    router_logits : Tensor
+    router_logits : Tensor or array
         float ``[tokens, experts]``.
-    null_model : NullModel or None
+    null_model : NullModel, path or None
         Null distribution of the layer's logits; rules that test nothing do without. What the
         score is, and whether each expert has a distribution of its own, is the null model's.
         ``null=`` is its earlier name.
@@ -162,11 +217,14 @@ def select_experts(
         The rule's parameter, in (0, 1); for a test its level. That bounds the expected share of
         false rejections if the logits of the null hypotheses follow F and are independent or
         positively dependent, which nobody has shown for the logits of one token.
-    rule, min_k, max_k, temperature, seed
+    rule, min_k, max_k, temperature, seed, mass
         See :class:`~lm_eval_bh.routing.config.RoutingConfig`.
     renormalize : bool or "auto"
         Whether the selected weights are rescaled to sum to one; "auto" is False here, as OLMoE's
         ``norm_topk_prob`` is.
+    hidden_states : Tensor, optional
+        float ``[tokens, hidden]``, what the router was given; for a null model of the statistic
+        "predicted".
 
     Returns
     -------
@@ -185,6 +243,9 @@ def select_experts(
     Benjamini and Hochberg (1995), "Controlling the false discovery rate", J. R. Stat. Soc. B
     57:289.
     """
+    if isinstance(null_model, (str, Path)):
+        null_model = NullModel.load(null_model)
+    router_logits = torch.as_tensor(router_logits)
     tests = rule in RULES and RULES[rule].tests
     config = RoutingConfig(
         alpha=alpha,
@@ -196,6 +257,7 @@ def select_experts(
         seed=seed,
         statistic="logit" if null_model is None else null_model.header.statistic,
         null_scope="layer" if null_model is None or not tests else null_model.header.null_scope,
+        mass=mass,
     )
     if router_logits.ndim != 2 or not router_logits.is_floating_point():
         raise ParameterError(
@@ -216,7 +278,8 @@ def select_experts(
                 f"The null model is of {null_model.header.num_experts} experts a layer, and the "
                 f"router logits are of {num_experts}: give the null model of this router."
             )
-    return select(router_logits, Selector(config, null_model, layer, num_experts))
+    selector = Selector(config, null_model, layer, num_experts)
+    return select(router_logits, selector, hidden_states=hidden_states)
 
 
 def reject(p_values: Tensor, alpha: float, rule: str = "bh") -> Tensor:

@@ -1,4 +1,8 @@
-"""Solves a rule's parameter so that tokens get a given number of experts on the mean."""
+"""Solves a rule's parameter on calibration text: for a mean number of experts, or for one family.
+
+A family of all decisions is tested by Benjamini-Hochberg once, on the text; what it leaves is the
+largest p-value that was rejected, a fixed cut-off for whatever text comes.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,15 @@ from torch import Tensor, nn
 
 from lm_eval_bh.errors import ParameterError, UnreachableError
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.nulls.calibration import collect_router_logits
+from lm_eval_bh.routing.nulls.calibration import listen
 from lm_eval_bh.routing.nulls.find import tokenizer_of
 from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.nulls.texts import WIKITEXT, text_batches, wikitext_texts
 from lm_eval_bh.routing.routers import Router
-from lm_eval_bh.routing.rules.registry import RULES
+from lm_eval_bh.routing.rules.registry import Rule
 from lm_eval_bh.routing.rules.sorted_scores import SortedScores
-from lm_eval_bh.routing.selector import sort_scores
+from lm_eval_bh.routing.rules.thresholds import thresholds_of
+from lm_eval_bh.routing.selector import first_ranked, sort_scores
 
 logger = logging.getLogger(__name__)
 
@@ -54,19 +59,25 @@ class Solution:
         How many tokens of the text.
     text : str
         What text.
+    level : float or None
+        For a family of all decisions: the level at which the procedure, over all decisions on the
+        text with the unchanged model, has the cut-off that ``alphas`` holds.
     """
 
-    target_experts: float
+    target_experts: float | None
     budget: str
     alphas: dict[int, float]
     mean_experts: float
     layer_means: dict[int, float]
     tokens: int
     text: str
+    level: float | None = None
 
     @property
     def miss(self) -> float:
         """By what share of itself the target is missed; in the worst layer if each has its own."""
+        if self.target_experts is None:
+            return 0.0
         per_layer = self.budget == "layer"
         means = list(self.layer_means.values()) if per_layer else [self.mean_experts]
         return max(abs(mean / self.target_experts - 1) for mean in means)
@@ -101,7 +112,7 @@ class Routed(Protocol):
 def solve(
     integration: Routed, tokenizer: Any = None, texts: Sequence[str] | None = None
 ) -> Solution:
-    """Solve the parameter of the integration's rule for its ``target_experts``.
+    """Solve the parameter of the integration's rule for its ``target_experts`` or its family.
 
     The rule is solved on the logits of the unchanged model; but experts that are left out below
     change the logits above, so the model is run with what was solved, and it is solved again on the
@@ -125,7 +136,6 @@ def solve(
         If the text or the tokenizer cannot be loaded.
     """
     config = integration.config
-    assert config.target_experts is not None
     batches = text_batches(
         tokenizer or tokenizer_of(integration.model),
         wikitext_texts("train", INSTEAD) if texts is None else texts,
@@ -133,12 +143,17 @@ def solve(
         length=LENGTH,
         batch=BATCH,
     )
-    modules = [router.module for router in integration.routers]
-    logits = collect_router_logits(integration.model, modules, batches)
+    unchanged = _p_values(integration, batches) if config.family == "all" else None
+    scores: Mapping[int, SortedScores] = {}
     best: Solution | None = None
     tried: list[dict[int, float]] = []
     while len(tried) < ROUNDS and (best is None or best.miss > AIM):
-        alphas = _solve_on(integration, logits)
+        if config.target_experts is None:
+            assert unchanged is not None
+            alphas = dict.fromkeys(integration.layers, family_cutoff(unchanged, config.alpha))
+        else:
+            scores = scores or _collect(integration, batches)
+            alphas = _solve_on(integration, scores)
         if alphas in tried:
             break
         tried.append(alphas)
@@ -146,8 +161,8 @@ def solve(
             config.target_experts, config.budget, alphas, 0.0, {}, 0, ""
         )
         with integration:
-            logits = collect_router_logits(integration.model, modules, batches)
-        means = {layer: _mean(integration, layer, logits)(alphas[layer]) for layer in alphas}
+            scores = _collect(integration, batches)
+        means = {layer: _mean(integration, scores[layer])(alphas[layer]) for layer in alphas}
         found = dataclasses.replace(
             integration.solution,
             mean_experts=sum(means.values()) / len(means),
@@ -159,22 +174,93 @@ def solve(
             best = found
     assert best is not None
     if best.miss > TOLERANCE:
-        _give_up(integration, logits, best, len(tried))
+        _give_up(integration, scores, best, len(tried))
+    if unchanged is not None:
+        cutoff = next(iter(best.alphas.values()))
+        level = config.alpha if config.target_experts is None else family_level(unchanged, cutoff)
+        best = dataclasses.replace(best, level=level)
     logger.info("Solved for %s experts: %s", config.target_experts, best)
     return best
 
 
+def family_cutoff(p_values: Tensor, alpha: float) -> float:
+    """Return the largest p-value that Benjamini-Hochberg rejects in one family, 0 if it is none.
+
+    Parameters
+    ----------
+    p_values : Tensor
+        float64 ``[decisions]``, ascending.
+    alpha : float
+        The level.
+    """
+    m = len(p_values)
+    critical = torch.arange(1, m + 1, dtype=torch.float64) / float(m) * alpha
+    rejected = (p_values <= critical).nonzero()
+    return float(p_values[rejected[-1, 0]]) if len(rejected) else 0.0
+
+
+def family_level(p_values: Tensor, cutoff: float) -> float:
+    """Return the least level at which Benjamini-Hochberg rejects all p-values up to a cut-off.
+
+    1 where no level below does.
+    """
+    rejected = int(torch.searchsorted(p_values, cutoff, right=True))
+    if rejected == 0:
+        return 1.0
+    last = float(p_values[rejected - 1])
+    return min(last * len(p_values) / rejected, 1.0)
+
+
+def _p_values(integration: Routed, batches: Sequence[Tensor]) -> Tensor:
+    """Return the p-values of all experts in all routed layers, ascending: one family."""
+    null_model, layers = integration.null_model, set(integration.layers)
+    assert null_model is not None
+    parts: list[Tensor] = []
+
+    def hear(layer: int, logits: Tensor, hidden_states: Tensor) -> None:
+        if layer in layers:
+            found = null_model.p_values(layer, logits.float(), hidden_states)
+            parts.append(found.flatten().cpu())
+
+    listen(integration.model, [r.module for r in integration.routers], batches, hear)
+    return torch.cat(parts).sort().values
+
+
+def _collect(integration: Routed, batches: Sequence[Tensor]) -> dict[int, SortedScores]:
+    """Run the model as it is now, and return what the rule looks at in every routed layer."""
+    config, null_model = integration.config, integration.null_model
+    parts: dict[int, list[Tensor]] = {layer: [] for layer in integration.layers}
+
+    def hear(layer: int, logits: Tensor, hidden_states: Tensor) -> None:
+        if layer not in parts:
+            return
+        logits = logits.float()
+        if not config.tests:
+            scores = sort_scores(logits, null_model, layer, config, hidden_states).ascending
+        else:  # p-values once are cheaper than the thresholds of many levels
+            assert null_model is not None
+            scores = null_model.p_values(layer, logits, hidden_states)
+            if config.at_work.alone:
+                scores = scores.masked_fill(~first_ranked(logits, config.max_k), torch.inf)
+            scores = scores.sort(dim=-1).values
+        parts[layer].append(scores.cpu())
+
+    listen(integration.model, [r.module for r in integration.routers], batches, hear)
+    return {layer: SortedScores(torch.cat(found)) for layer, found in parts.items()}
+
+
 def _give_up(
-    integration: Routed, logits: Mapping[int, Tensor], best: Solution, rounds: int
+    integration: Routed, scores: Mapping[int, SortedScores], best: Solution, rounds: int
 ) -> NoReturn:
     """Say of the first budget that is not met whether any parameter could have met it."""
-    target, rule = best.target_experts, integration.config.rule
-    for layers, mean in _budgets(integration, logits).items():
+    target, rule = best.target_experts or 0.0, integration.config.rule
+    for layers, mean in _budgets(integration, scores).items():
         met = sum(best.layer_means[layer] for layer in layers) / len(layers)
         if abs(met / target - 1) <= TOLERANCE:
             continue
         where = f" in layer {layers[0]}" if best.budget == "layer" else ""
-        low, high = sorted(mean(_level(end)) for end in (-LOG_ODDS, LOG_ODDS))
+        at_work = integration.config.at_work
+        low, high = sorted(mean(_level(end, at_work)) for end in (-LOG_ODDS, LOG_ODDS))
         if not low <= target <= high:
             raise UnreachableError(
                 f"target_experts={target} cannot be reached with rule={rule}{where}: with the rule "
@@ -188,18 +274,20 @@ def _give_up(
     raise AssertionError("a solution that misses its target misses one of its budgets")
 
 
-def _solve_on(integration: Routed, logits: Mapping[int, Tensor]) -> dict[int, float]:
+def _solve_on(integration: Routed, scores: Mapping[int, SortedScores]) -> dict[int, float]:
     """Return every layer's parameter, solved on logits as they are, or the one that is nearest."""
     target = float(integration.config.target_experts or 0)
     alphas: dict[int, float] = {}
-    for layers, mean in _budgets(integration, logits).items():
-        alphas |= dict.fromkeys(layers, _bisect(mean, target))
+    for layers, mean in _budgets(integration, scores).items():
+        alphas |= dict.fromkeys(layers, _bisect(mean, target, integration.config.at_work))
     return alphas
 
 
-def _budgets(integration: Routed, logits: Mapping[int, Tensor]) -> dict[tuple[int, ...], Mean]:
+def _budgets(
+    integration: Routed, scores: Mapping[int, SortedScores]
+) -> dict[tuple[int, ...], Mean]:
     """Return the layers that share a parameter, and their mean as a function of it."""
-    means = {layer: _mean(integration, layer, logits) for layer in integration.layers}
+    means = {layer: _mean(integration, scores[layer]) for layer in integration.layers}
     if integration.config.budget == "layer":
         return {(layer,): mean for layer, mean in means.items()}
 
@@ -209,43 +297,40 @@ def _budgets(integration: Routed, logits: Mapping[int, Tensor]) -> dict[tuple[in
     return {tuple(means): over_layers}
 
 
-def _mean(integration: Routed, layer: int, logits: Mapping[int, Tensor]) -> Mean:
+def _mean(integration: Routed, scores: SortedScores) -> Mean:
     """Return the function from the parameter to a layer's mean number of experts."""
-    config, null_model = integration.config, integration.null_model
-    rule, experts = RULES[config.rule], integration.num_experts
-    if (
-        rule.tests and null_model is not None
-    ):  # many levels: p-values once are cheaper than thresholds
-        scores = SortedScores(null_model.p_values(layer, logits[layer]).sort(dim=-1).values)
-    else:
-        scores = sort_scores(logits[layer], null_model, layer)
+    config, experts = integration.config, integration.num_experts
+    rule = config.at_work
 
     def mean(alpha: float) -> float:
-        levels = None if rule.critical_values is None else rule.critical_values(alpha, experts)
-        critical = None if levels is None else torch.from_numpy(levels)
+        if rule.critical_values is not None:
+            thresholds: Tensor | None = torch.from_numpy(rule.critical_values(alpha, experts))
+        else:
+            [thresholds] = thresholds_of([(rule, alpha)], None, 0, experts)
         assert rule.count is not None
-        counts = rule.count(scores, alpha, critical)
-        return float(counts.clamp_(config.min_k, config.max_k).double().mean())
+        counts = rule.count(scores, alpha, thresholds)
+        return float(counts.clamp(config.min_k, config.max_k).double().mean())
 
     return mean
 
 
-def _bisect(mean: Mean, target: float) -> float:
+def _bisect(mean: Mean, target: float, rule: Rule) -> float:
     """Return the parameter whose mean comes nearest to the target.
 
-    The mean rises with the level of a test and falls with that of ``min_p``.
+    The mean rises with the level of a test and falls with that of ``min_p`` and ``min_w``.
     """
     low, high = -LOG_ODDS, LOG_ODDS
-    ends = mean(_level(low)), mean(_level(high))
+    ends = mean(_level(low, rule)), mean(_level(high, rule))
     rising = ends[1] >= ends[0]
     nearest = min((abs(ends[0] - target), low), (abs(ends[1] - target), high))
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        value = mean(_level(middle))
+        value = mean(_level(middle, rule))
         nearest = min(nearest, (abs(value - target), middle))
         low, high = (middle, high) if (value < target) == rising else (low, middle)
-    return _level(nearest[1])
+    return _level(nearest[1], rule)
 
 
-def _level(log_odds: float) -> float:
-    return 1 / (1 + math.exp(-log_odds))
+def _level(position: float, rule: Rule) -> float:
+    """Return the parameter at a position: log odds, or the log where it has no upper bound."""
+    return math.exp(position) if math.isinf(rule.most) else 1 / (1 + math.exp(-position))

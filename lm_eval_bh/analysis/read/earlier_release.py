@@ -6,7 +6,8 @@ later releases describe the rule in the file.
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.schema import RuleInfo, RunInfo
@@ -26,6 +27,8 @@ _RULES = {
     "random_k": ("random-k", True, False),
 }
 _SCOPES = {"pooled": "layer"}
+# Parameters of routing that it did not know, and what stands for not using them.
+LATER = {"null_from": "all", "family": "token", "k_per_layer": None, "mass": None}
 
 
 def upgraded(info: RunInfo, name: str) -> RunInfo:
@@ -41,6 +44,13 @@ def upgraded(info: RunInfo, name: str) -> RunInfo:
         null = config.pop("null")
         config.setdefault("null_scope", _SCOPES.get(null, null))
     return cast(RunInfo, info | {"config": config, "rule": info.get("rule") or _rule(config, name)})
+
+
+def since_first_release(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a configuration that the first release had no word for."""
+    return {
+        name: config[name] for name, unused in LATER.items() if config.get(name, unused) != unused
+    }
 
 
 def _rule(config: dict[str, object], name: str) -> RuleInfo:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lm_eval_bh.analysis.read.documents import ACCURACIES
+from lm_eval_bh.analysis.read.earlier_release import LATER, since_first_release
 from lm_eval_bh.analysis.read.model_arguments import chosen_top_k, engine_of
 from lm_eval_bh.analysis.read.results_file import Run
 from lm_eval_bh.analysis.table import metrics
@@ -106,6 +107,7 @@ def _routing_of(run: Run) -> dict[str, Any]:
         and config.get("temperature", 1.0) == 1.0
         and config.get("renormalize", "auto") == "auto"
         and config.get("statistic", "logit") == "logit"
+        and not since_first_release(config)
         and len(run.info["routed_layers"]) == run.info["num_layers"]
     )
     header = run.info["null_model"] or {}
@@ -114,7 +116,12 @@ def _routing_of(run: Run) -> dict[str, Any]:
     target = config.get("target_experts")
     routing = config | {"min_k": min_k, "alpha": None if rule["fixed_count"] else config["alpha"]}
     # The scope of the null model is in its header. This must stay as the first release had it.
-    digested = {name: value for name, value in routing.items() if name != "null_scope"}
+    later = since_first_release(config)
+    digested = {
+        name: value
+        for name, value in routing.items()
+        if name != "null_scope" and (name not in LATER or name in later)
+    }
     null = {k: v for k, v in header.items() if k not in ("versions", "health")}
     return {
         "rule": rule["name"],

@@ -25,10 +25,14 @@ def strategy_label(config: Mapping[str, Any], rule: RuleInfo) -> str:
     'BH a=0.40, max 8'
     >>> strategy_label({"rule": "topk", "max_k": 8}, {"label": "top-k", "fixed_count": True})
     'top-8'
+    >>> per_layer = {"rule": "topk", "max_k": 5, "k_per_layer": "5-3-3-5"}
+    >>> strategy_label(per_layer, {"label": "top-k", "fixed_count": True})
+    'top-5-3-3-5'
     """
     label, max_k = rule["label"], config["max_k"]
     if rule["fixed_count"]:
-        name = f"{label[:-1]}{max_k}" if label.endswith("-k") else f"{label} {max_k}"
+        k = config.get("k_per_layer") or max_k
+        name = f"{label[:-1]}{k}" if label.endswith("-k") else f"{label} {k}"
         return name + _further(config, rule)
     alpha, target = config["alpha"], config.get("target_experts")
     level = f"a={alpha:.2f}" if round(alpha, 2) == alpha else f"a={alpha:.6g}"
@@ -63,6 +67,12 @@ def _further(config: Mapping[str, Any], rule: RuleInfo) -> str:
         label += f", {config['statistic']}"
     if (scope := config.get("null_scope", "layer")) not in ("layer", None):
         label += f", null of {'the' if scope == 'model' else 'each'} {scope}"
+    if config.get("null_from", "all") == "unselected":
+        label += ", unselected"
+    if config.get("family", "token") == "all":
+        label += ", one family"
+    if config.get("mass") is not None:
+        label += f", mass {config['mass']:g}"
     if config.get("trim"):
         label += f", trim {config['trim']}"
     if config.get("temperature", 1.0) != 1.0:

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lm_eval_bh.errors import DataError, ModelError, NullModelError
 from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
-from lm_eval_bh.routing.nulls.fitting import check_trim
+from lm_eval_bh.routing.nulls.fitting import check_trim, unselected
 from lm_eval_bh.routing.nulls.kde import check_kernel
+from lm_eval_bh.routing.nulls.null_health import LayerHealth, layer_health, with_health
 from lm_eval_bh.routing.nulls.null_kind import LOGITS_OF_A_LAYER, NullKind
 from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.nulls.texts import WIKITEXT, text_batches, wikitext_train_texts
+from lm_eval_bh.routing.routers import find_routers
+from lm_eval_bh.routing.scores.benefit import measure_benefits
 from lm_eval_bh.routing.scores.contribution import measuring_norms
+from lm_eval_bh.routing.scores.norm_regression import TOKENS, measuring_predictors
+from lm_eval_bh.routing.scores.predicted import log_predicted_norms
+from lm_eval_bh.routing.scores.statistic import STATISTICS, scores
 
 __all__ = [
     "WIKITEXT",
-    "LayerHealth",
     "calibrate",
     "calibrate_and_check",
     "collect_router_logits",
-    "health",
     "listen",
     "text_batches",
     "wikitext_train_texts",
 ]
+
+
+Hear = Callable[[int, Tensor, Tensor], None]
 
 
 def collect_router_logits(
@@ -67,7 +74,7 @@ def collect_router_logits(
         model,
         routers,
         batches,
-        lambda layer, logits: heard[layer].append(logits.float().cpu()),
+        lambda layer, logits, _: heard[layer].append(logits.float().cpu()),
         progress,
     )
     return {layer: torch.cat(parts) for layer, parts in enumerate(heard)}
@@ -77,7 +84,7 @@ def listen(
     model: nn.Module,
     routers: Sequence[nn.Module],
     batches: Iterable[Tensor],
-    hear: Callable[[int, Tensor], None],
+    hear: Hear,
     progress: bool = True,
 ) -> None:
     """Run the model over token ids and hand on what its routers say, without its language head.
@@ -87,7 +94,8 @@ def listen(
     model, routers, batches, progress
         As in :func:`collect_router_logits`.
     hear : callable
-        Takes a layer and the router logits ``[tokens, experts]`` of a batch, on their device.
+        Takes a layer, the router logits ``[tokens, experts]`` of a batch, and the hidden states
+        ``[tokens, hidden]`` that they are of, on their device.
 
     Raises
     ------
@@ -121,9 +129,7 @@ def listen(
             raise ModelError(f"Router {layer} never ran; give the routers of this very model.")
 
 
-def _listener(
-    layer: int, heard: list[int], hear: Callable[[int, Tensor], None]
-) -> Callable[[nn.Module, Any, Any], None]:
+def _listener(layer: int, heard: list[int], hear: Hear) -> Callable[[nn.Module, Any, Any], None]:
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         logits = output[0] if isinstance(output, tuple) and output else None
         if not isinstance(logits, Tensor) or logits.ndim != 2:
@@ -132,7 +138,7 @@ def _listener(
                 "logits [tokens, experts] first; give a model of a supported family."
             )
         heard[layer] += 1
-        hear(layer, logits)
+        hear(layer, logits, inputs[0].reshape(-1, inputs[0].shape[-1]))
 
     return note
 
@@ -166,8 +172,8 @@ def calibrate(
     model_name, revision, text_name : str
         What the header says about model and text.
     kind : NullKind
-        What the null distribution is of; for contributions the same pass measures the experts'
-        output norms.
+        What the null distribution is of. What its statistic needs of the experts is measured
+        first: output norms in a pass, benefits in one with gradients.
     kernel, bandwidth
         As in :meth:`NullModel.fit`.
     experts : int, optional
@@ -189,28 +195,71 @@ def calibrate(
         "fingerprint": router_fingerprint(map(_weight, routers)),
     }
     batches = text_batches(tokenizer, texts, tokens=tokens, length=length, batch=batch)
-    norms = None
-    if kind.statistic == "contribution":
-        with measuring_norms(model, routers) as measured:
-            logits = collect_router_logits(model, routers, batches, progress)
-        norms = measured.result()
-    else:
-        logits = collect_router_logits(model, routers, batches, progress)
-    found = logits[0].shape[1]
+    factors = _measured(kind.statistic, model, routers, batches, progress)
+    heard: list[list[Tensor]] = [[] for _ in routers]
+    top_k = _left_out(kind.null_from, model)
+
+    def hear(layer: int, logits: Tensor, hidden_states: Tensor) -> None:
+        logits = logits.float()
+        logs = None if factors is None else _log_factors(kind, factors[layer], hidden_states)
+        values = unselected(logits, scores(logits, kind.statistic, logs), top_k)
+        heard[layer].append(values.cpu())
+
+    listen(model, routers, batches, hear, progress)
+    found = heard[0][0].shape[1]
     if experts is not None and experts != found:
         raise NullModelError(
             f"The routers of {model_name} give {found} logits a token, not {experts}; "
             "check the list of routers."
         )
-    return NullModel.fit(
-        logits,
+    return NullModel.from_scores(
+        [torch.cat(parts) for parts in heard],
+        kind,
+        factors,
         kernel=kernel,
         bandwidth=bandwidth,
-        trim=kind.trim or 0,
-        null_scope=kind.null_scope or "layer",
-        norms=norms,
         header=header,
     )
+
+
+def _left_out(null_from: str | None, model: nn.Module) -> int | None:
+    """Return how many experts of largest logit the null leaves out: those the router selects."""
+    return find_routers(model)[0].top_k if null_from == "unselected" else None
+
+
+def _measured(
+    statistic: str,
+    model: nn.Module,
+    routers: Sequence[nn.Module],
+    batches: Sequence[Tensor],
+    progress: bool,
+) -> NDArray[np.float64] | None:
+    """Return what a statistic has to measure of the experts, if anything."""
+    if statistic == "contribution":
+        with measuring_norms(model, routers) as norms:
+            listen(model, routers, batches, _ignore, progress)
+        return norms.result()
+    if statistic == "benefit":
+        experts = find_routers(model)[0].num_experts
+        return measure_benefits(model, routers, batches, experts, progress)
+    if statistic == "predicted":
+        with measuring_predictors(model, routers) as regression:
+            seen = itertools.accumulate(batch.numel() for batch in batches)
+            needed = 1 + sum(tokens < TOKENS for tokens in seen)
+            listen(model, routers, batches[:needed], _ignore, progress)
+        return regression.result()
+    return None
+
+
+def _log_factors(kind: NullKind, factors: NDArray[np.float64], hidden_states: Tensor) -> Tensor:
+    ready = torch.from_numpy(factors).to(hidden_states.device, torch.float32)
+    if STATISTICS[kind.statistic].predicts:
+        return log_predicted_norms(ready, hidden_states)
+    return torch.from_numpy(np.log(factors))
+
+
+def _ignore(layer: int, router_logits: Tensor, hidden_states: Tensor) -> None:
+    """Hear nothing: the pass is for the hooks."""
 
 
 def calibrate_and_check(
@@ -261,7 +310,19 @@ def calibrate_and_check(
     if not held_out:
         return null, []
     batches = torch.cat(held_out).split(batch)
-    report = health(null, collect_router_logits(model, routers, batches, progress))
+    p_values: list[list[Tensor]] = [[] for _ in routers]
+
+    top_k = _left_out(null.header.null_from, model)
+
+    def hear(layer: int, logits: Tensor, hidden_states: Tensor) -> None:
+        found = null.p_values(layer, logits.float(), hidden_states)
+        p_values[layer].append(unselected(logits, found, top_k).cpu())
+
+    listen(model, routers, batches, hear, progress)
+    report = [
+        layer_health(layer, torch.cat(parts), null.header.null_scope)
+        for layer, parts in enumerate(p_values)
+    ]
     return with_health(null, report), report
 
 
@@ -270,79 +331,3 @@ def _weight(router: nn.Module) -> Tensor:
     if not isinstance(weight, Tensor):
         raise ModelError(f"{type(router).__name__} has no weight; give the routers themselves.")
     return weight
-
-
-@dataclass(frozen=True)
-class LayerHealth:
-    """How well a null model fits one layer's logits on text it was not fitted on.
-
-    Attributes
-    ----------
-    layer : int
-        Index of the MoE layer.
-    ks_distance : float
-        Kolmogorov-Smirnov distance of the p-values from the uniform distribution, 0 to 1; where
-        every expert has a distribution of its own, the mean of the experts' distances. No p-value
-        goes with it: the pooled logits of one token, and of tokens in one text, are not
-        independent, so the test's own would be far too small.
-    floor_share : float
-        Share of p-values that are exactly 1: logits below the whole null distribution.
-    ceiling_share : float
-        Share of p-values that are exactly 0: logits above it, which every level rejects.
-    tokens : int
-        Tokens examined.
-    quantiles : tuple of float
-        The p-values' 0, 1, ..., 100 % quantiles; of a perfect null 0, 0.01, ..., 1.
-    """
-
-    layer: int
-    ks_distance: float
-    floor_share: float
-    ceiling_share: float
-    tokens: int
-    quantiles: tuple[float, ...]
-
-
-def with_health(null: NullModel, report: Sequence[LayerHealth]) -> NullModel:
-    """Return the null model with its health, less the quantiles, in its header."""
-    kept = [dataclasses.asdict(layer) for layer in report]
-    for layer in kept:
-        del layer["quantiles"]
-    return dataclasses.replace(null, header=dataclasses.replace(null.header, health=kept))
-
-
-def health(null: NullModel, logits_by_layer: Mapping[int, Tensor]) -> list[LayerHealth]:
-    """Compare held-out router logits with their null model.
-
-    With ``trim`` the null leaves out the experts that were called for, so a distance is intended.
-
-    Parameters
-    ----------
-    null : NullModel
-        The null model.
-    logits_by_layer : mapping of layer index to Tensor [tokens, experts]
-        From :func:`collect_router_logits`, on text that the null model has not seen.
-
-    Raises
-    ------
-    ParameterError
-        If the null model lacks one of the layers.
-    NullModelError
-        If logits are missing or not finite.
-    """
-    from scipy.stats import kstest  # half a second to import, which no evaluation needs
-
-    report = []
-    for layer, logits in sorted(logits_by_layer.items()):
-        p = null.p_values(layer, logits).cpu().numpy()
-        if p.size == 0 or not bool(logits.isfinite().all()):
-            raise NullModelError(
-                f"The held-out logits of layer {layer} are empty, NaN or infinite; "
-                "use other text or look for the fault in the model."
-            )
-        samples = p.T if null.header.null_scope == "expert" else [p.ravel()]
-        distance = np.mean([kstest(s, "uniform", method="asymp").statistic for s in samples])
-        shares = float((p == 1).mean()), float((p == 0).mean())
-        quantiles = tuple(np.quantile(p, np.linspace(0, 1, 101)).tolist())
-        report.append(LayerHealth(layer, float(distance), *shares, len(logits), quantiles))
-    return report

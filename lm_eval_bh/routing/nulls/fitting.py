@@ -41,7 +41,7 @@ def fit_tables(
     Parameters
     ----------
     scores : sequence of Tensor, one a layer
-        float ``[tokens, experts]``.
+        float ``[tokens, experts]``; -inf for what is left out.
     null_scope, trim, kernel, bandwidth, points
         See :meth:`lm_eval_bh.routing.nulls.null_model.NullModel.fit`.
 
@@ -77,6 +77,27 @@ def fit_tables(
     return tables, widths
 
 
+def unselected(
+    router_logits: torch.Tensor, scores: torch.Tensor, top_k: int | None
+) -> torch.Tensor:
+    """Return the scores ``[tokens, experts]``, -inf for the ``top_k`` experts of largest logit.
+
+    Raises
+    ------
+    ParameterError
+        If none or all experts are selected.
+    """
+    if top_k is None:
+        return scores
+    experts = scores.shape[-1]
+    if not 0 < top_k < experts:
+        raise ParameterError(
+            f"top_k must be an integer from 1 to {experts - 1} with {experts} experts: "
+            f"found {top_k!r}."
+        )
+    return scores.scatter(-1, router_logits.topk(top_k, dim=-1).indices, -torch.inf)
+
+
 def check_trim(trim: int, experts: int) -> None:
     """Raise a :class:`ParameterError` unless so many can be left out at either end."""
     if isinstance(trim, bool) or not isinstance(trim, int) or not 0 <= 2 * trim < experts:
@@ -103,7 +124,10 @@ def _finite(values: Array) -> Array:
 
 
 def _untrimmed(layer: int, scores: torch.Tensor, trim: int) -> Array:
-    """Return one layer's scores in float64, each token's ``trim`` largest and smallest NaN."""
+    """Return one layer's scores in float64, NaN for each token's ``trim`` largest and smallest.
+
+    So are those of -inf, which are left out already; ``trim`` counts among the others.
+    """
     values = scores.detach().cpu().double().numpy()
     if values.ndim != 2:
         raise ParameterError(
@@ -111,14 +135,18 @@ def _untrimmed(layer: int, scores: torch.Tensor, trim: int) -> Array:
         )
     experts = values.shape[1]
     check_trim(trim, experts)
-    if not np.isfinite(values).all():  # NaN shall stay the fault that it is
+    left_out = np.isneginf(values)
+    if not (np.isfinite(values) | left_out).all():  # NaN shall stay the fault that it is
+        bad = int((~np.isfinite(values) & ~left_out).sum())
         raise NullModelError(
             f"The router logits of layer {layer} cannot be fitted: "
-            f"{(~np.isfinite(values)).sum()} of {values.size} samples are NaN or infinite; "
+            f"{bad} of {values.size} samples are NaN or infinite; "
             "look for the fault in the model."
         )
+    values = np.where(left_out, np.nan, values)
     if trim:
-        order = np.argsort(values, axis=1)
-        values = values.copy()
-        np.put_along_axis(values, np.delete(order, np.s_[trim : experts - trim], 1), np.nan, 1)
+        order = np.argsort(values, axis=1)  # NaN last
+        present = (~left_out).sum(axis=1, keepdims=True)
+        rank = np.argsort(order, axis=1)
+        values[(rank < trim) | (rank >= present - trim)] = np.nan
     return values

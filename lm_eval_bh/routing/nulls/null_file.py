@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from lm_eval_bh.errors import NullModelError
 from lm_eval_bh.files import replacing
 from lm_eval_bh.routing.nulls.null_header import COPY_AGAIN, NullHeader
+from lm_eval_bh.routing.scores.statistic import STATISTICS
 
 METADATA_KEY = "lm_eval_bh_null"
 
@@ -19,9 +20,9 @@ Tables = tuple[tuple[NDArray[Any], NDArray[Any]], ...]
 
 
 def write(
-    path: Path | str, tables: Tables, header: NullHeader, norms: NDArray[Any] | None = None
+    path: Path | str, tables: Tables, header: NullHeader, factors: NDArray[Any] | None = None
 ) -> None:
-    """Write ``layer.<i>.x`` and ``layer.<i>.cdf``, ``norms`` if there are any, and the header.
+    """Write ``layer.<i>.x`` and ``layer.<i>.cdf``, the factors if there are any, and the header.
 
     ``path`` never holds half of it.
 
@@ -33,8 +34,8 @@ def write(
     tensors: dict[str, NDArray[Any]] = {}
     for layer, (x, cdf) in enumerate(tables):
         tensors |= {f"layer.{layer}.x": x, f"layer.{layer}.cdf": cdf}
-    if norms is not None:
-        tensors["norms"] = norms
+    if factors is not None:
+        tensors[STATISTICS[header.statistic].factors] = factors
     try:
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={METADATA_KEY: header.to_json()})
@@ -64,8 +65,9 @@ def read(path: Path) -> tuple[Tables, NullHeader, NDArray[Any] | None]:
                     f"its metadata have no {METADATA_KEY!r}, so it is no null model; give one"
                 )
             header = NullHeader.from_json(metadata)
-            norms = file.get_tensor("norms") if "norms" in file.keys() else None  # noqa: SIM118
-            if len(file.keys()) - (norms is not None) != 2 * header.num_layers:
+            name = STATISTICS[header.statistic].factors
+            factors = file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
+            if len(file.keys()) - (factors is not None) != 2 * header.num_layers:
                 raise NullModelError(
                     f"its header says {header.num_layers} layers, but it has "
                     f"{len(file.keys())} arrays; {COPY_AGAIN}"
@@ -74,7 +76,7 @@ def read(path: Path) -> tuple[Tables, NullHeader, NDArray[Any] | None]:
                 (file.get_tensor(f"layer.{layer}.x"), file.get_tensor(f"layer.{layer}.cdf"))
                 for layer in range(header.num_layers)
             )
-            return tables, header, norms
+            return tables, header, factors
     except FileNotFoundError as error:
         raise NullModelError(
             f"There is no null model {path}; check the path, or calibrate one."

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lm_eval_bh.errors import NullModelError, ParameterError, did_you_mean
+from lm_eval_bh.routing.nulls.null_kind import NULL_FROM
 from lm_eval_bh.routing.scores.statistic import STATISTICS
 
 FORMAT_VERSION = 1
@@ -47,13 +48,15 @@ class NullHeader:
         How many of each token's largest, and as many of its smallest, logits were left out.
     points : int or None
         Grid points of a distribution, where all have as many.
-    statistic : "logit" or "contribution"
-        What is distributed so: router logits, or the log of weight times output norm.
+    statistic : str
+        What is distributed so, see :data:`lm_eval_bh.routing.scores.statistic.STATISTICS`.
     null_scope : "layer", "expert" or "model"
         What one distribution is fitted to. In files the key is ``null``, and "layer" is "pooled".
+    null_from : "all" or "unselected"
+        Whether it is made of all experts, or of those that the router itself does not select.
     health : list of dict or None
         How well every layer fits text that it was not fitted on, see
-        :class:`lm_eval_bh.routing.nulls.calibration.LayerHealth`.
+        :class:`lm_eval_bh.routing.nulls.null_health.LayerHealth`.
     versions : dict of str to str
         Versions of the libraries it was fitted with.
     """
@@ -72,6 +75,7 @@ class NullHeader:
     points: int | None = None
     statistic: str = "logit"
     null_scope: str = "layer"
+    null_from: str = "all"
     health: list[dict[str, float]] | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -90,6 +94,8 @@ class NullHeader:
         """Return the header as files and results hold it."""
         content = dataclasses.asdict(self)
         content["null"] = _SCOPE_IN_FILES[content.pop("null_scope")]
+        if content["null_from"] == "all":  # as the first release wrote it, and can read
+            del content["null_from"]
         return content
 
     @classmethod
@@ -154,6 +160,7 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     ),
     "statistic": lambda v: v in STATISTICS,
     "null": lambda v: v in _SCOPE_IN_FILES.values(),
+    "null_from": lambda v: v in NULL_FROM,
     "bandwidth": lambda v: (
         isinstance(v, list) and all(isinstance(h, float) and 0 < h < math.inf for h in v)
     ),

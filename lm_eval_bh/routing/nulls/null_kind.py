@@ -8,6 +8,7 @@ from lm_eval_bh.errors import ParameterError, did_you_mean
 from lm_eval_bh.routing.scores.statistic import STATISTICS
 
 NULL_SCOPES = ("layer", "expert", "model")
+NULL_FROM = ("all", "unselected")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class NullKind:
         What one distribution is fitted to.
     trim : int or None
         How many of each token's largest and smallest scores are left out.
+    null_from : "all", "unselected" or None
+        Whether it is made of all experts, or of those that the router itself does not select.
 
     Raises
     ------
@@ -32,11 +35,17 @@ class NullKind:
     statistic: str = "logit"
     null_scope: str | None = "layer"
     trim: int | None = 0
+    null_from: str | None = "all"
 
     def __post_init__(self) -> None:
         if self.null_scope == "pooled":
             object.__setattr__(self, "null_scope", "layer")
-        for name, known in (("statistic", STATISTICS), ("null_scope", NULL_SCOPES)):
+        for name, names in (
+            ("statistic", STATISTICS),
+            ("null_scope", NULL_SCOPES),
+            ("null_from", NULL_FROM),
+        ):
+            known = list(names)
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise ParameterError(
@@ -46,7 +55,9 @@ class NullKind:
 
     def made(self) -> NullKind:
         """Return what is made where anything may be: what is None takes its default."""
-        return NullKind(self.statistic, self.null_scope or "layer", self.trim or 0)
+        return NullKind(
+            self.statistic, self.null_scope or "layer", self.trim or 0, self.null_from or "all"
+        )
 
     @property
     def suffix(self) -> str:
@@ -55,10 +66,14 @@ class NullKind:
         if kind == LOGITS_OF_A_LAYER:
             return ""
         scope = "pooled" if kind.null_scope == "layer" else kind.null_scope
-        return f"-{kind.statistic}-{scope}-trim{kind.trim}"
+        origin = "" if kind.null_from == "all" else f"-{kind.null_from}"
+        return f"-{kind.statistic}-{scope}-trim{kind.trim}{origin}"
 
     def __str__(self) -> str:
-        return f"statistic={self.statistic}, null_scope={self.null_scope}, trim={self.trim}"
+        return (
+            f"statistic={self.statistic}, null_scope={self.null_scope}, "
+            f"null_from={self.null_from}, trim={self.trim}"
+        )
 
 
 LOGITS_OF_A_LAYER = NullKind()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from lm_eval_bh.errors import NullModelError, ParameterError
 from lm_eval_bh.routing.nulls import null_file, pickles, survival
-from lm_eval_bh.routing.nulls.fitting import fit_tables, points_of
+from lm_eval_bh.routing.nulls.fitting import fit_tables, points_of, unselected
 from lm_eval_bh.routing.nulls.null_header import NullHeader, check_fields, library_versions
 from lm_eval_bh.routing.nulls.null_kind import NullKind
 from lm_eval_bh.routing.parameters import ALIASES, accepts
-from lm_eval_bh.routing.scores.statistic import scores
+from lm_eval_bh.routing.scores.predicted import log_predicted_norms
+from lm_eval_bh.routing.scores.statistic import STATISTICS, scores
 
 Array = NDArray[np.float64]
 
@@ -52,9 +53,11 @@ class NullModel:
         ``header.null_scope == "expert"`` both are [experts, points].
     header : NullHeader
         Where it comes from, and what statistic it is the distribution of.
-    norms : ndarray or None
-        For the statistic "contribution", float64 [layers, experts]: the mean Euclidean norm of what
-        each expert gives out for the tokens routed to it.
+    factors : ndarray or None
+        What multiplies each expert's weight, float64 [layers, experts]: for the statistic
+        "contribution" the mean Euclidean norm of its outputs, for "benefit" the root mean square of
+        the loss gradient . output. For "predicted", [layers, hidden + 2, experts], see
+        :meth:`~lm_eval_bh.routing.scores.norm_regression.NormRegression.result`.
 
     Raises
     ------
@@ -64,11 +67,12 @@ class NullModel:
 
     tables: tuple[tuple[Array, Array], ...]
     header: NullHeader
-    norms: Array | None = None
+    factors: Array | None = None
+    _ready: dict[Any, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the tables and keep read-only copies of them."""
-        self._check_norms()
+        self._check_factors()
         if len(self.tables) != self.header.num_layers or not self.tables:
             raise NullModelError(
                 f"A null model of {self.header.num_layers} layers cannot have {len(self.tables)} "
@@ -89,23 +93,31 @@ class NullModel:
             values.flags.writeable = False
         object.__setattr__(self, "tables", tables)
 
-    def _check_norms(self) -> None:
-        header, norms = self.header, self.norms
-        if (norms is not None) != (header.statistic == "contribution"):
+    def _check_factors(self) -> None:
+        header, factors = self.header, self.factors
+        row = STATISTICS[header.statistic]
+        if (factors is not None) != bool(row.factors):
             raise NullModelError(
                 f"A null model of the statistic {header.statistic!r} comes "
-                f"{'with' if norms is None else 'without'} output norms; calibrate again."
+                f"{'with' if factors is not None else 'without'} factors of its experts; "
+                "calibrate again."
             )
-        if norms is not None and not (
-            norms.ndim == 2
-            and norms.shape[0] == header.num_layers
-            and header.num_experts in (None, norms.shape[1])
-            and bool(np.isfinite(norms).all() and (norms > 0).all())
+        if factors is not None and not (
+            factors.ndim == (3 if row.predicts else 2)
+            and factors.shape[0] == header.num_layers
+            and header.num_experts in (None, factors.shape[-1])
+            and bool(np.isfinite(factors).all())
+            and bool((factors[:, -1] > 0).all() if row.predicts else (factors > 0).all())
         ):
             raise NullModelError(
-                f"The output norms of shape {norms.shape} are not positive numbers "
+                f"The experts' {row.factors} of shape {factors.shape} are not positive numbers "
                 f"[{header.num_layers} layers, {header.num_experts} experts]; calibrate again."
             )
+
+    @property
+    def norms(self) -> Array | None:
+        """The output norms [layers, experts] of the statistic "contribution", else None."""
+        return self.factors if self.header.statistic == "contribution" else None
 
     @classmethod
     @accepts(ALIASES)
@@ -118,7 +130,10 @@ class NullModel:
         trim: int = 0,
         points: int | None = None,
         null_scope: str = "layer",
+        statistic: str | None = None,
+        factors: NDArray[Any] | None = None,
         norms: NDArray[Any] | None = None,
+        top_k: int | None = None,
         header: Mapping[str, Any] | None = None,
     ) -> NullModel:
         """Fit one kernel density estimate a layer, pooled over its experts; or as the scope says.
@@ -130,18 +145,23 @@ class NullModel:
         kernel, bandwidth
             As in :func:`lm_eval_bh.routing.nulls.kde.fit_cdf`.
         trim : int
-            Leave out the ``trim`` largest and ``trim`` smallest logits (or contributions) of every
-            token, so that the null is made of the experts that were not called for. The tails are
-            then lighter than those of true nulls, so that alpha is no level any more.
+            Leave out the ``trim`` largest and ``trim`` smallest scores of every token, so that the
+            null is made of the experts that were not called for. The tails are then lighter than
+            those of true nulls, so that alpha is no level any more.
         points : int, optional
             Grid points; default 8,192 where experts share a distribution, else 512 each.
         null_scope : "layer", "expert" or "model"
             What one distribution is fitted to; ``null=`` is an alias, "pooled" one of "layer". That
             of the model serves every layer, so that all share one scale.
-        norms : ndarray, optional
-            Output norms [layers, experts], see
-            :func:`~lm_eval_bh.routing.scores.contribution.measuring_norms`: it is then the
-            contribution, log(softmax weight * norm), instead of the logit.
+        statistic : str, optional
+            What is tested, one of :data:`~lm_eval_bh.routing.scores.statistic.STATISTICS`; default
+            the logit, or the contribution where norms are given. "predicted" needs the hidden
+            states: use :func:`~lm_eval_bh.routing.nulls.calibration.calibrate`.
+        factors : ndarray, optional
+            What multiplies the weights, [layers, experts]. ``norms=`` are those of contributions.
+        top_k : int, optional
+            Leave out the ``top_k`` experts of every token with the largest logits, which the router
+            itself selects: the null is made of the unselected.
         header : mapping, optional
             Further fields of :class:`NullHeader`: model, revision, fingerprint, text, versions.
 
@@ -152,21 +172,69 @@ class NullModel:
         NullModelError
             If a layer's logits are not finite, too few, or all equal.
         """
-        known = dict(header or {})
-        check_fields(known, settable=("model", "revision", "fingerprint", "text", "versions"))
         if not logits or sorted(logits) != list(range(len(logits))):
             raise ParameterError(
                 f"A null model needs the logits of layers 0, 1, ...; found {sorted(logits)}."
             )
-        kind = NullKind("logit" if norms is None else "contribution", null_scope, trim).made()
-        null_scope, points = str(kind.null_scope), points_of(null_scope, points)
-        scored = [
-            scores(torch.as_tensor(logits[layer]), _log_factors(norms, layer))
-            for layer in range(len(logits))
-        ]
-        tables, widths = fit_tables(scored, null_scope, trim, kernel, bandwidth, points)
-        shapes = {tuple(logits[layer].shape) for layer in logits}
-        experts, tokens = {s[1] for s in shapes}, {s[0] for s in shapes}
+        if norms is not None:
+            statistic, factors = statistic or "contribution", norms
+        origin = "all" if top_k is None else "unselected"
+        kind = NullKind(statistic or "logit", null_scope, trim, origin).made()
+        found = []
+        for layer in range(len(logits)):
+            values = torch.as_tensor(logits[layer])
+            if values.ndim != 2:
+                raise ParameterError(
+                    f"The logits of layer {layer} have shape {tuple(values.shape)}: "
+                    "use [tokens, experts]."
+                )
+            if bad := int((~values.isfinite()).sum()):
+                raise NullModelError(
+                    f"The router logits of layer {layer} cannot be fitted: {bad} of "
+                    f"{values.numel()} samples are NaN or infinite; "
+                    "look for the fault in the model."
+                )
+            logs = None if factors is None else torch.from_numpy(np.log(factors[layer]))
+            found.append(unselected(values, scores(values, kind.statistic, logs), top_k))
+        return cls.from_scores(
+            found, kind, factors, kernel=kernel, bandwidth=bandwidth, points=points, header=header
+        )
+
+    @classmethod
+    def from_scores(
+        cls,
+        found: Sequence[torch.Tensor],
+        kind: NullKind,
+        factors: NDArray[Any] | None = None,
+        *,
+        kernel: str = "gaussian",
+        bandwidth: str | float = "scott",
+        points: int | None = None,
+        header: Mapping[str, Any] | None = None,
+    ) -> NullModel:
+        """Fit to scores that were computed already.
+
+        Parameters
+        ----------
+        found : sequence of Tensor, one a layer
+            Scores ``[tokens, experts]``; -inf for the experts that the null leaves out.
+        kind : NullKind
+            What they are.
+        factors, kernel, bandwidth, points, header
+            As in :meth:`fit`.
+
+        Raises
+        ------
+        ParameterError, NullModelError
+            As :meth:`fit`.
+        """
+        known = dict(header or {})
+        check_fields(known, settable=("model", "revision", "fingerprint", "text", "versions"))
+        kind = kind.made()
+        scope, trim = str(kind.null_scope), kind.trim or 0
+        points = points_of(scope, points)
+        tables, widths = fit_tables(found, scope, trim, kernel, bandwidth, points)
+        experts, tokens = {s.shape[1] for s in found}, {s.shape[0] for s in found}
         if len(experts) > 1:
             raise ParameterError(
                 f"A null model needs as many experts in every layer; found {sorted(experts)}."
@@ -175,8 +243,8 @@ class NullModel:
         known |= {"num_layers": len(tables), "num_experts": experts.pop()}
         known["tokens"] = tokens.pop() if len(tokens) == 1 else None
         known |= {"kernel": kernel, "bandwidth": widths, "trim": trim, "points": points}
-        known |= {"statistic": kind.statistic, "null_scope": null_scope}
-        return cls(tuple(tables), NullHeader(**known), norms)
+        known |= {"statistic": kind.statistic, "null_scope": scope, "null_from": kind.null_from}
+        return cls(tuple(tables), NullHeader(**known), factors)
 
     @classmethod
     def from_pickles(cls, folder: Path | str, **header: Any) -> NullModel:
@@ -215,7 +283,7 @@ class NullModel:
         NullModelError
             If it cannot be written.
         """
-        null_file.write(path, self.tables, self.header, self.norms)
+        null_file.write(path, self.tables, self.header, self.factors)
 
     @classmethod
     def load(cls, path: Path | str) -> NullModel:
@@ -226,9 +294,9 @@ class NullModel:
         NullModelError
             If the file is missing, damaged, foreign, inconsistent, or of a later format version.
         """
-        tables, header, norms = null_file.read(Path(path))
+        tables, header, factors = null_file.read(Path(path))
         try:
-            return cls(tables, header, norms)
+            return cls(tables, header, factors)
         except NullModelError as error:
             raise NullModelError(f"The null model {path} is damaged: {error}") from error
 
@@ -238,8 +306,8 @@ class NullModel:
         for x, cdf in self.tables:
             digest.update(x.tobytes())
             digest.update(cdf.tobytes())
-        if self.norms is not None:
-            digest.update(self.norms.tobytes())
+        if self.factors is not None:
+            digest.update(self.factors.tobytes())
         return digest.hexdigest()
 
     @property
@@ -266,25 +334,70 @@ class NullModel:
             )
         return self.tables[layer]
 
-    def scores(self, layer: int, router_logits: torch.Tensor) -> torch.Tensor:
-        """Return what is tested, as this null model has it: the logits or the contributions.
+    def scores(
+        self,
+        layer: int,
+        router_logits: torch.Tensor,
+        hidden_states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return what is tested, as this null model has it.
 
         Parameters
         ----------
         layer : int
             Index of the MoE layer.
         router_logits : Tensor [..., experts], any float dtype
+        hidden_states : Tensor [..., hidden], any float dtype
+            What the router was given; only the statistic "predicted" needs it.
 
         Returns
         -------
-        Tensor, same shape and device
-            The logits themselves; or log(softmax weight * output norm) in float32, or float64 where
-            the logits are.
+        Tensor, same shape and device as the logits
+            The logits themselves; or log(softmax weight * factor) in float32, or float64 where the
+            logits are.
+
+        Raises
+        ------
+        ParameterError
+            If the hidden states are needed and missing, or there is no such layer.
         """
-        return scores(router_logits, _log_factors(self.norms, layer))
+        dtype = torch.promote_types(router_logits.dtype, torch.float32)
+        logs = self.log_factors(layer, router_logits.device, dtype, hidden_states)
+        return scores(router_logits, self.header.statistic, logs)
+
+    def log_factors(
+        self,
+        layer: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        hidden_states: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """Return the logs of what multiplies the weights: [experts], or [..., experts], or None."""
+        if self.factors is None:
+            return None
+        self.cdf(layer)  # raises if there is no such layer
+        key = layer, device, dtype
+        if key not in self._ready:
+            factors = torch.from_numpy(self.factors[layer])
+            if not STATISTICS[self.header.statistic].predicts:
+                factors = factors.log()
+            self._ready[key] = factors.to(device, dtype)
+        if not STATISTICS[self.header.statistic].predicts:
+            return self._ready[key]
+        if hidden_states is None:
+            raise ParameterError(
+                "statistic=predicted needs the hidden states that the router was given: "
+                "give hidden_states."
+            )
+        return log_predicted_norms(self._ready[key], hidden_states)
 
     @torch.no_grad()
-    def p_values(self, layer: int, router_logits: torch.Tensor) -> torch.Tensor:
+    def p_values(
+        self,
+        layer: int,
+        router_logits: torch.Tensor,
+        hidden_states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return p = 1 - F(z), the share of the null distribution above each expert's statistic.
 
         Parameters
@@ -292,7 +405,10 @@ class NullModel:
         layer : int
             Index of the MoE layer.
         router_logits : Tensor [any shape], any float dtype
-            NaN gives NaN. Contributions, and a distribution for each expert, need [..., experts].
+            NaN gives NaN. Any other statistic than the logit, and a distribution for each expert,
+            need [..., experts].
+        hidden_states : Tensor [..., hidden], optional
+            See :meth:`scores`.
 
         Returns
         -------
@@ -300,7 +416,7 @@ class NullModel:
             In bfloat16 a p-value could not go below 0.0078, where small levels are decided.
         """
         x, cdf = (torch.tensor(values, device=router_logits.device) for values in self.cdf(layer))
-        z = self.scores(layer, router_logits).double()
+        z = self.scores(layer, router_logits, hidden_states).double()
         if self.header.null_scope != "expert":
             return survival.survival(x, cdf, z.flatten()).view(z.shape)
         by_expert = z.reshape(-1, z.shape[-1]).T
@@ -341,12 +457,13 @@ class NullModel:
         """Say in half a sentence why it cannot serve, or None if it can."""
         own = self.header
         if own.statistic != wanted.statistic:
-            norms = ", without output norms" if self.norms is None else ""
-            return f"is of statistic={own.statistic}{norms}, not statistic={wanted.statistic}"
+            return f"is of statistic={own.statistic}, not statistic={wanted.statistic}"
         if wanted.null_scope not in (None, own.null_scope):
             return f"is of null_scope={own.null_scope}, not null_scope={wanted.null_scope}"
         if wanted.trim not in (None, own.trim or 0):
             return f"was fitted with trim={own.trim or 0}, not trim={wanted.trim}"
+        if wanted.null_from not in (None, own.null_from):
+            return f"is of null_from={own.null_from}, not null_from={wanted.null_from}"
         return None
 
     def check(
@@ -376,8 +493,3 @@ class NullModel:
                 f"which is not {model_name} ({'; '.join(differences)}); "
                 f"calibrate one for {model_name}."
             )
-
-
-def _log_factors(norms: Array | None, layer: int) -> torch.Tensor | None:
-    """Return the logs of a layer's output norms, float64 [experts]."""
-    return None if norms is None else torch.from_numpy(np.log(norms[layer]))

@@ -12,6 +12,7 @@ from lm_eval_bh.routing.patching.forward_pass import current_pass
 from lm_eval_bh.routing.patching.patch import Patch
 from lm_eval_bh.routing.probe import choice_scores
 from lm_eval_bh.routing.routers import Router
+from lm_eval_bh.routing.scores.statistic import STATISTICS
 from lm_eval_bh.routing.selection import select
 from lm_eval_bh.routing.selector import Selector
 
@@ -26,6 +27,8 @@ class RouterHook:
         self.patch = patch
         self.layer = layer
         self.selector = selector
+        self._native_k = router.top_k
+        self._predicts = STATISTICS[selector.config.statistic].predicts
         self._name = router.name
         self._softmax, self._normalizes = router.softmax, router.normalizes
         order = router.order
@@ -49,6 +52,8 @@ class RouterHook:
                 (weights, indices),
                 softmax=self._softmax,
                 normalizes=self._normalizes,
+                hidden_states=args[0].flatten(0, -2) if self._predicts else None,
+                native_k=self._native_k,
                 rank=None if self._order is None else lambda logits: self._rank(module, logits),
             )
         now = current_pass(self.patch)

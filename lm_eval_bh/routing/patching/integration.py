@@ -146,7 +146,8 @@ class BHRoutingIntegration:
         if self.solution is None:
             return content
         alphas = self.solution.alphas
-        mean = sum(alphas.values()) / len(alphas)
+        level = self.solution.level  # of a family of all decisions, whose cut-offs alphas then are
+        mean = sum(alphas.values()) / len(alphas) if level is None else level
         return content | {"alpha": mean, "solved": self.solution.as_dict()}
 
     def configure(self, config: RoutingConfig) -> None:
@@ -208,7 +209,8 @@ class BHRoutingIntegration:
 
     def selector(self, layer: int, alpha: float) -> Selector:
         """Return the rule of a layer with a parameter of its own."""
-        return Selector(self.config, self.null_model, layer, self.routers[layer].num_experts, alpha)
+        config = self.config.for_layer(layer, len(self.routers))
+        return Selector(config, self.null_model, layer, self.routers[layer].num_experts, alpha)
 
     def unpatch_model(self) -> None:
         """Take every hook out and give the model its own experts implementation back."""
@@ -312,7 +314,7 @@ class BHRoutingIntegration:
 
     def _solve(self) -> None:
         self.solution = None
-        if self.config.target_experts is not None:
+        if self.config.solves:
             self.solution = solve(self, self._tokenizer, self._texts)
             if self.counters is not None:
                 self.reset_stats()

@@ -43,12 +43,14 @@ def put_in(model: nn.Module, patch: Patch, hooks: Iterable[tuple[Router, RouterH
     base.register_forward_pre_hook(Begin(patch, base), with_kwargs=True)
     base.register_forward_hook(End(patch), always_call=True)
     for router, hook in hooks:
-        max_k = hook.selector.config.max_k
+        asked = hook.selector.config.max_k
+        if hook.selector.config.mass is not None:  # what the native top-k weighs is needed
+            asked = max(asked, router.top_k)
         for module in (router.module, *router.copies):
             module.register_forward_hook(hook, prepend=True)
-            if patch.mode == "patch" and router.behaviour.obeys and max_k != router.top_k:
+            if patch.mode == "patch" and router.behaviour.obeys and asked != router.top_k:
                 setattr(module, OWN_TOP_K, router.top_k)
-                module.top_k = max_k  # type: ignore[assignment]
+                module.top_k = asked  # type: ignore[assignment]
 
 
 def unpatch(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ everything else from there, by way of the results file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,14 @@ class Rule:
         p-values are compared with. Rules that look once have one row.
     random : bool
         Whether the experts are drawn instead of taken from the top.
+    weighs : bool
+        Whether alpha is a threshold on the softmax weight, times the factor of the statistic.
+    alone : bool
+        Whether each expert is decided by itself, whatever the token's others are. Then the
+        candidates are the ``max_k`` experts that the router ranks first, whatever the statistic, so
+        that no other sort than the router's own is needed.
+    most : float
+        Alpha lies strictly between 0 and this.
     """
 
     name: str
@@ -57,6 +66,9 @@ class Rule:
     count: Count | None = None
     critical_values: CriticalValues | None = None
     random: bool = False
+    weighs: bool = False
+    alone: bool = False
+    most: float = 1.0
 
     @property
     def fixed_count(self) -> bool:
@@ -154,6 +166,25 @@ RULES: dict[str, Rule] = {
             "Nguyen et al. 2024, arXiv:2407.01082",
             "share of the largest softmax weight to reach",
             controls.min_p,
+        ),
+        Rule(
+            "p_value",
+            "p",
+            "uncorrected: p <= alpha",
+            "level of each expert's own test",
+            stepwise.count_all,
+            stepwise.uncorrected_critical_values,
+            alone=True,
+        ),
+        Rule(
+            "min_w",
+            "min-w",
+            "absolute threshold, not relative to the token's largest weight as min-p's is",
+            "what the softmax weight, times the statistic's factor, has to reach",
+            stepwise.count_all,
+            weighs=True,
+            alone=True,
+            most=math.inf,
         ),
         Rule("random_k", "random-k", "random baseline: max_k experts drawn at random", random=True),
     )

@@ -33,6 +33,11 @@ def step_down(scores: SortedScores, alpha: float, thresholds: Tensor) -> Tensor:
     return torch.where(rejected, rank[-1], rank[:-1]).amin(-1).long()
 
 
+def count_all(scores: SortedScores, alpha: float, thresholds: Tensor) -> Tensor:
+    """Reject every p-value that is at most the one critical value of all ranks."""
+    return scores.at_most(thresholds[0]).sum(-1)
+
+
 def bh_critical_values(alpha: float, n: int) -> NDArray[np.float64]:
     """Return ``k alpha / n``: float64 ``[1, n]``."""
     return np.arange(1, n + 1)[None] / float(n) * alpha
@@ -52,3 +57,8 @@ def holm_critical_values(alpha: float, n: int) -> NDArray[np.float64]:
 def bonferroni_critical_values(alpha: float, n: int) -> NDArray[np.float64]:
     """Return ``alpha / n`` for every rank: float64 ``[1, n]``."""
     return np.full((1, n), alpha / float(n))
+
+
+def uncorrected_critical_values(alpha: float, n: int) -> NDArray[np.float64]:
+    """Return ``alpha`` for every rank: float64 ``[1, n]``."""
+    return np.full((1, n), alpha)

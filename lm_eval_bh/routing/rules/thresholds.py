@@ -9,6 +9,7 @@ comparison. Only where every expert has a null distribution of its own are p-val
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -42,20 +43,23 @@ def thresholds_of(
     Returns
     -------
     list of (Tensor or None)
-        float64 ``[rows, experts]`` on the CPU; None for a rule that tests nothing.
+        float64 ``[rows, experts]`` on the CPU; None for a rule that neither tests nor weighs.
 
     Raises
     ------
     ParameterError
         If a test is asked for without a null model, or there is no such layer.
     """
+    found = [
+        _weight_threshold(alpha, num_experts) if rule.weighs else None for rule, alpha in rules
+    ]
     critical = [
         None if rule.critical_values is None else rule.critical_values(alpha, num_experts)
         for rule, alpha in rules
     ]
     tests = [values for values in critical if values is not None]
     if not tests:
-        return [None] * len(rules)
+        return found
     if null_model is None:
         name = next(rule.name for rule, _ in rules if rule.tests)
         raise ParameterError(
@@ -71,8 +75,16 @@ def thresholds_of(
             own.reshape(values.shape)
             for own, values in zip(np.split(flat, ends[:-1]), tests, strict=True)
         ]
-    found = iter(tests)
-    return [None if values is None else torch.from_numpy(next(found)) for values in critical]
+    made = iter(tests)
+    return [
+        own if values is None else torch.from_numpy(next(made))
+        for own, values in zip(found, critical, strict=True)
+    ]
+
+
+def _weight_threshold(alpha: float, num_experts: int) -> Tensor:
+    """Return the negated log weight that each of the ascending negated scores is compared with."""
+    return torch.full((1, num_experts), -math.log(alpha), dtype=torch.float64)
 
 
 def round_down(thresholds: Tensor, dtype: torch.dtype) -> Tensor:

@@ -58,7 +58,7 @@ def measuring_norms(model: nn.Module, routers: Sequence[nn.Module]) -> Iterator[
     ModelError
         If the experts beside a router are of a family that cannot be run one by one.
     """
-    experts = [_experts_beside(model, router) for router in routers]
+    experts = [experts_beside(model, router) for router in routers]
     norms = OutputNorms(experts)
     handles = []
     try:
@@ -77,7 +77,7 @@ def _listener(norms: OutputNorms, layer: int) -> Any:
     return listen
 
 
-def _experts_beside(model: nn.Module, router: nn.Module) -> Any:
+def experts_beside(model: nn.Module, router: nn.Module) -> Any:
     """Return the experts module that shares its parent with the router."""
     for module in model.modules():
         if any(child is router for child in module.children()):

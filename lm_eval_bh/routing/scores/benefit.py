@@ -1,0 +1,153 @@
+"""Measures how much the loss cares about each expert: the gradient of the loss by its weight.
+
+The layer's output is the sum of weights times expert outputs, so the derivative of the loss by a
+weight is the dot product of the loss gradient with that expert's output: what the loss changes by,
+to first order, for each unit of weight that is taken away (Michel et al. 2019, arXiv:1905.10650,
+gate heads so). One backward pass gives it for all tokens, layers and experts in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from lm_eval_bh.errors import DataError, ModelError
+
+
+def measure_benefits(
+    model: nn.Module,
+    routers: Sequence[nn.Module],
+    batches: Iterable[Tensor],
+    experts: int,
+    progress: bool = True,
+) -> NDArray[np.float64]:
+    """Return the root mean square, over the tokens of each expert, of dloss / dweight.
+
+    Memory holds one batch and, where the model knows gradient checkpointing, one layer of its
+    activations at a time. No parameter gets a gradient.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model, not patched.
+    routers : sequence of nn.Module
+        Its routers in the order of the layers.
+    batches : iterable of Tensor, int64 ``[batch, length]``
+        Token ids without padding; the loss is the sum of the tokens' negative log-likelihoods.
+    experts : int
+        Experts of a layer.
+    progress : bool
+        Whether to show a progress bar, which is quiet when not in a terminal.
+
+    Returns
+    -------
+    ndarray, float64 ``[layers, experts]``
+        In nats for a weight of one. An expert that no token was routed to takes the root mean
+        square of its layer's others.
+
+    Raises
+    ------
+    ModelError
+        If gradients cannot be had.
+    DataError
+        If there are no batches.
+    """
+    squares = torch.zeros(len(routers), experts, dtype=torch.float64)
+    tokens = torch.zeros(len(routers), experts, dtype=torch.float64)
+
+    def note(layer: int, indices: Tensor, gradient: Tensor) -> None:
+        chosen = indices.flatten().cpu()
+        squares[layer].index_add_(0, chosen, gradient.detach().double().flatten().cpu() ** 2)
+        tokens[layer].index_add_(0, chosen, torch.ones(len(chosen), dtype=torch.float64))
+
+    device = next(model.parameters()).device
+    bar = tqdm(batches, "Benefits", unit="batch", disable=None if progress else True)
+    try:
+        with _gradients_of_weights(model, routers, note), torch.enable_grad():
+            for ids in bar:
+                ids = ids.to(device)
+                logits = model(input_ids=ids, use_cache=False).logits
+                loss = F.cross_entropy(
+                    logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
+                )
+                loss.backward()
+                del logits, loss
+    except (RuntimeError, NotImplementedError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        raise ModelError(
+            f"The gradients of {type(model).__name__} cannot be computed ({reason}): "
+            "use statistic=contribution, which needs none."
+        ) from error
+    finally:
+        bar.close()
+    used = tokens > 0
+    if not bool(used.any(dim=-1).all()):
+        raise DataError("There is no text to measure benefits on; pass at least one batch.")
+    means = squares / tokens.clamp(min=1)
+    others = (squares.sum(-1) / tokens.sum(-1)).unsqueeze(-1)
+    found = torch.where(used & (means > 0), means, others).sqrt()
+    if not bool((found > 0).all() & found.isfinite().all()):
+        raise ModelError(
+            f"The gradients of {type(model).__name__} by its router weights are zero or not "
+            "finite: use statistic=contribution, which needs none."
+        )
+    return found.numpy()
+
+
+@contextmanager
+def _gradients_of_weights(
+    model: nn.Module, routers: Sequence[nn.Module], note: Any
+) -> Iterator[None]:
+    """Hand on the gradients by the routers' weights; the model is as it was afterwards."""
+    needed = [parameter.requires_grad for parameter in model.parameters()]
+    was_training = model.training
+    checkpoints = bool(getattr(model, "supports_gradient_checkpointing", False))
+    was_checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    handles: list[Any] = []
+    try:
+        for layer, router in enumerate(routers):
+            handles.append(router.register_forward_hook(_hook(layer, note)))
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        if checkpoints and not was_checkpointing:
+            _checkpointing(model, "enable")({"use_reentrant": False})
+        # Layers checkpoint in training mode only; what dropout there is stays off.
+        model.train(checkpoints)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        if checkpoints and not was_checkpointing:
+            _checkpointing(model, "disable")()
+        model.train(was_training)
+        for parameter, wanted in zip(model.parameters(), needed, strict=True):
+            parameter.requires_grad_(wanted)
+
+
+def _checkpointing(model: nn.Module, what: str) -> Any:
+    """Return transformers' method to enable or disable it, which version 5.2x has renamed."""
+    old = f"gradient_checkpointing_{what}"
+    new = f"activation_checkpointing_{what}"
+    return getattr(model, new if hasattr(model, new) else old)
+
+
+def _hook(layer: int, note: Any) -> Any:
+    def listen(module: nn.Module, args: Any, output: Any) -> Any:
+        logits, weights, indices = output
+        if not weights.requires_grad:  # nothing below has a gradient: the graph begins here
+            weights = weights.detach().requires_grad_()
+        weights.register_hook(lambda gradient: note(layer, indices, gradient))
+        return logits, weights, indices
+
+    return listen
