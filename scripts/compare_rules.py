@@ -29,7 +29,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError, UnreachableError
+from lm_eval_bh import (
+    BHRoutingIntegration,
+    NullModel,
+    ParameterError,
+    RoutingConfig,
+    UnreachableError,
+)
 from lm_eval_bh.files import replacing
 from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
 from lm_eval_bh.routing.nulls.find import resolve_null
@@ -49,13 +55,13 @@ class Configuration:
 
     rule: str
     statistic: str
-    null: str
+    variant: str
     target: float
 
     @property
     def label(self) -> str:
         """Its name in the file."""
-        return f"{self.rule}/{self.statistic}/{self.null}/{self.target:g}"
+        return f"{self.rule}/{self.statistic}/{self.variant}/{self.target:g}"
 
 
 @dataclass
@@ -72,19 +78,39 @@ class Measured:
     why: str | None = None
 
 
+# What a row takes besides its rule and statistic.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "layer": {},
+    "expert": {"null_scope": "expert"},
+    "model, unselected": {"null_scope": "model", "null_from": "unselected"},
+    "mass 0.5": {"mass": 0.5},
+    "mass 0.2": {"mass": 0.2},
+}
+
+
+def kinds_of(name: str) -> list[tuple[str, str]]:
+    """Return the (statistic, variant) that a rule is measured with."""
+    factored = [name for name, row in STATISTICS.items() if row.factors]
+    if RULES[name].random:
+        return [("logit", "layer")]
+    if name == "topk":
+        return [("contribution", "layer"), ("logit", "mass 0.5")]
+    if RULES[name].weighs:
+        kinds = [(statistic, "layer") for statistic in ("logit", *factored)]
+        return [*kinds, ("benefit", "mass 0.2")]
+    kinds = [("logit", "layer"), ("contribution", "layer")]
+    if name == "bh":
+        kinds += [("logit", "expert"), ("contribution", "expert")]
+    if name in ("bh", "p_value"):
+        kinds += [(statistic, "model, unselected") for statistic in ("weight", *factored)]
+    return kinds
+
+
 def configurations(targets: Sequence[float], most: int) -> list[Configuration]:
     """Return all rows: static top-k, which the others are compared with, then target by target."""
     rows = [Configuration("topk", "logit", "layer", k) for k in range(2, most + 1)]
     for k in targets:
-        for name, rule in RULES.items():
-            kinds = [(s, "layer") for s in STATISTICS]
-            if name == "bh":
-                kinds += [(s, "expert") for s in STATISTICS]
-            if rule.random:
-                kinds = kinds[:1]
-            if name == "topk":
-                kinds = kinds[1:]
-            rows += [Configuration(name, statistic, null, k) for statistic, null in kinds]
+        rows += [Configuration(name, *kind, k) for name in RULES for kind in kinds_of(name)]
     return rows
 
 
@@ -99,7 +125,7 @@ class Bench:
         self.model: nn.Module = AutoModelForCausalLM.from_pretrained(folder).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.train = wikitext_texts("train")
-        self.nulls: dict[tuple[str, str], NullModel] = {}
+        self.nulls: dict[NullKind, NullModel] = {}
         self.tokens: list[int] = []
         windows: list[tuple[int, list[int]]] = []
         prefix = self.tokenizer.bos_token_id or self.tokenizer.eos_token_id
@@ -113,33 +139,23 @@ class Bench:
         windows.sort(key=lambda window: len(window[1]), reverse=True)
         self.batches = [windows[i : i + batch] for i in range(0, len(windows), batch)]
 
-    def null(self, statistic: str, kind: str) -> NullModel:
-        if (statistic, kind) not in self.nulls:
-            self.nulls[statistic, kind] = resolve_null(
-                "auto",
-                self.model,
-                find_routers(self.model),
-                self.tokenizer,
-                NullKind(statistic, kind, 0),
-            )
-        return self.nulls[statistic, kind]
-
     def measure(self, row: Configuration) -> Measured:
         options: dict[str, Any] = {"max_k": self.max_k, "target_experts": row.target}
         if RULES[row.rule].fixed_count:
             options = {"max_k": int(row.target)}
-        tests = RULES[row.rule].tests
-        if tests or row.statistic != "logit":
-            options["null_model"] = self.null(row.statistic, row.null)
+        options |= VARIANTS[row.variant]
         try:
+            config = RoutingConfig(rule=row.rule, statistic=row.statistic, **options)
+            if config.needs_null and config.null_kind not in self.nulls:
+                self.nulls[config.null_kind] = resolve_null(
+                    "auto", self.model, find_routers(self.model), self.tokenizer, config.null_kind
+                )
             routing = BHRoutingIntegration(
                 self.model,
-                rule=row.rule,
-                statistic=row.statistic,
-                null_scope=row.null,
+                config,
+                null_model=self.nulls[config.null_kind] if config.needs_null else "auto",
                 tokenizer=self.tokenizer,
                 texts=self.train,
-                **options,
             )
         except ParameterError as error:
             unreachable = isinstance(error, UnreachableError)
@@ -191,7 +207,7 @@ class Table:
         self.static = {
             int(label.rsplit("/", 1)[1]): np.array(row.losses)
             for label, row in rows.items()
-            if label.startswith("topk/logit")
+            if label.startswith("topk/logit/layer/")
         }
         rng = np.random.default_rng(seed)
         documents = len(self.tokens)
@@ -230,16 +246,16 @@ class Table:
 
     def print(self, wanted: Sequence[Configuration], targets: Sequence[float]) -> None:
         """Print static top-k's own perplexity, and everyone else's difference from it."""
-        print("| rule | statistic | null |", *(f" mean {k:g} |" for k in targets), sep="")
+        print("| rule | statistic | null, or mass |", *(f" mean {k:g} |" for k in targets), sep="")
         print("|---|---|---|", *("---:|" for _ in targets), sep="")
         static = [f"{self.perplexity(self.static_at(k)):.2f}" for k in targets]
         print(f"| topk (perplexity) | logit | | {' | '.join(static)} |")
         order = list(RULES)
-        others = {(r.rule, r.statistic, r.null) for r in wanted} - {("topk", "logit", "layer")}
+        others = {(r.rule, r.statistic, r.variant) for r in wanted} - {("topk", "logit", "layer")}
         for kind in sorted(others, key=lambda kind: (order.index(kind[0]), kind[1:])):
             cells = [self.cell(Configuration(*kind, k)) for k in targets]
-            null = kind[2] if RULES[kind[0]].tests else ""
-            print(f"| {kind[0]} | {kind[1]} | {null} | {' | '.join(cells)} |")
+            variant = kind[2] if RULES[kind[0]].tests or kind[2].startswith("mass") else ""
+            print(f"| {kind[0]} | {kind[1]} | {variant} | {' | '.join(cells)} |")
 
 
 def main(

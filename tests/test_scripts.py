@@ -27,7 +27,7 @@ def table(script):
     tokens = np.array([10, 20, 30, 40])
     rng = np.random.default_rng(0)
     rows = {
-        f"topk/logit/pooled/{k}": script.Measured(
+        f"topk/logit/layer/{k}": script.Measured(
             float(k), None, (tokens * (4 + 1 / k + 0.01 * rng.normal(size=4))).tolist()
         )
         for k in (2, 3, 4)

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError, RoutingConfig
 from lm_eval_bh.policies.preview import analyze_grid
-from lm_eval_bh.routing.config import grid_of
 from lm_eval_bh.routing.nulls.calibration import collect_router_logits
 from lm_eval_bh.routing.nulls.null_kind import NullKind
+from lm_eval_bh.routing.parameter_grid import grid_of
 from lm_eval_bh.routing.routers import find_routers
 from lm_eval_bh.routing.rules.registry import RULES
 
@@ -37,7 +37,9 @@ def nulls(tiny_model_folder, ids):
         for statistic, scope in KINDS
     }
     # A rule without test takes any null model with output norms.
-    found[NullKind("contribution", None, None)] = found[NullKind("contribution", "layer", None)]
+    found[NullKind("contribution", None, None, None)] = found[
+        NullKind("contribution", "layer", None)
+    ]
     return found
 
 

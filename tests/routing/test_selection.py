@@ -71,6 +71,8 @@ def by_others(p, alpha, rule):
     """Return the decisions of someone else's code, or of the textbook's where there is none."""
     if rule == "storey":
         return storey(p, alpha)
+    if rule == "p_value":
+        return p <= alpha
     return multipletests(p, alpha=alpha, method=STATSMODELS[rule])[0]
 
 
@@ -298,7 +300,10 @@ def test_temperature_changes_weights_and_never_the_selection():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"alpha": 0.0}, "alpha must be a number strictly between 0 and 1: found 0.0"),
+        (
+            {"alpha": 0.0},
+            "strictly between 0 and 1, or with rule=min_w a positive number: found 0.0",
+        ),
         ({"alpha": 1.0}, "found 1.0"),
         ({"alpha": float("nan")}, "found nan"),
         ({"alpha": "0.4"}, "found '0.4'"),

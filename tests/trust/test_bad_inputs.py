@@ -55,7 +55,7 @@ COMMANDS = [
     (f"calibrate {OUT} {MODEL} --kernel box", "kernel", 1),
     (
         f"calibrate {OUT} {MODEL} --statistic norm",
-        "statistic must be logit or contribution",
+        "statistic must be logit, weight, contribution",
         1,
     ),
     (f"calibrate {OUT} {MODEL} --null experts", "did you mean 'expert'", 1),
@@ -95,7 +95,7 @@ COMMANDS = [
     (f"analyze {MODEL} --min-k 9 --max-k 8", "max_k=8 is less than min_k=9", 1),
     (
         f"analyze {MODEL} --statistic norm",
-        "statistic must be logit or contribution",
+        "statistic must be logit, weight, contribution",
         1,
     ),
     (f"analyze {MODEL} --null layer3", "null", 1),

@@ -11,15 +11,14 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from lm_eval_bh.errors import DataError, ModelError, NullModelError, ParameterError
 from lm_eval_bh.routing.nulls.calibration import (
-    LayerHealth,
     calibrate,
     calibrate_and_check,
     collect_router_logits,
-    health,
     text_batches,
     wikitext_train_texts,
 )
 from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
+from lm_eval_bh.routing.nulls.null_health import LayerHealth, health
 from lm_eval_bh.routing.nulls.null_kind import NullKind
 from lm_eval_bh.routing.nulls.null_model import NullModel
 

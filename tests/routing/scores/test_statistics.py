@@ -190,7 +190,7 @@ class TestFile:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata()
         save_file(load_file(path) | {"norms": np.ascontiguousarray(broken)}, path, metadata)
-        with pytest.raises(NullModelError, match="output norms"):
+        with pytest.raises(NullModelError, match="experts' norms"):
             NullModel.load(path)
 
     def test_other_norms_are_another_digest(self):
@@ -230,7 +230,7 @@ class TestInAModel:
         kind = NullKind("contribution", "expert", 2)
         with caplog.at_level(logging.WARNING):
             made = resolve_null("auto", tiny, routers, tokenizer, kind)
-        assert "statistic=contribution, null_scope=expert, trim=2" in caplog.text
+        assert "statistic=contribution, null_scope=expert, null_from=all, trim=2" in caplog.text
         assert made.header.trim == 2
         assert made.norms.shape == (4, 64)
         assert cached_null(made.header.fingerprint, kind).is_file()
@@ -279,7 +279,7 @@ class TestInAModel:
     @pytest.mark.parametrize(
         ("options", "sentence"),
         [
-            ({"statistic": "contribution"}, "is of statistic=logit, without output norms"),
+            ({"statistic": "contribution"}, "is of statistic=logit, not statistic=contribution"),
             ({"null_scope": "expert"}, "is of null_scope=layer, not null_scope=expert"),
             ({"trim": 4}, "was fitted with trim=0, not trim=4"),
         ],
