@@ -106,11 +106,13 @@ def kinds_of(name: str) -> list[tuple[str, str]]:
     return kinds
 
 
-def configurations(targets: Sequence[float], most: int) -> list[Configuration]:
+def configurations(
+    targets: Sequence[float], most: int, rules: Sequence[str]
+) -> list[Configuration]:
     """Return all rows: static top-k, which the others are compared with, then target by target."""
     rows = [Configuration("topk", "logit", "layer", k) for k in range(2, most + 1)]
     for k in targets:
-        rows += [Configuration(name, *kind, k) for name in RULES for kind in kinds_of(name)]
+        rows += [Configuration(name, *kind, k) for name in rules for kind in kinds_of(name)]
     return rows
 
 
@@ -267,6 +269,7 @@ def main(
     tokens_per_document: Annotated[
         int | None, typer.Option(help="Tokens per document; default: all.")
     ] = None,
+    rules: Annotated[str, typer.Option(help="Rules, joined by commas.")] = ",".join(RULES),
     batch_size: int = 16,
     workers: Annotated[int, typer.Option(help="Processes; each loads the model.")] = 1,
     seed: int = 0,
@@ -274,7 +277,7 @@ def main(
 ) -> None:
     """Measure every row that is missing, and print the table."""
     means = [float(k) for k in targets.split(",")]
-    wanted = configurations(means, max_k)
+    wanted = configurations(means, max_k, rules.split(","))
     settings = {
         "pretrained": pretrained,
         "limit": limit,
