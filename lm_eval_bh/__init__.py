@@ -14,6 +14,7 @@ from lm_eval_bh.errors import (
     ModelError,
     NullModelError,
     ParameterError,
+    PolicyError,
     RoutingError,
     UnreachableError,
 )
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lm_eval_bh.routing.nulls.null_model import NullModel
     from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
     from lm_eval_bh.routing.patching.unpatch import unpatch
+    from lm_eval_bh.routing.policy import Policy
     from lm_eval_bh.routing.selection import Selection, select_experts
 
     __version__: str
@@ -42,6 +44,8 @@ __all__ = [
     "NullModel",
     "NullModelError",
     "ParameterError",
+    "Policy",
+    "PolicyError",
     "RoutingConfig",
     "RoutingError",
     "Selection",
@@ -57,6 +61,7 @@ _HOME = {
     "BHRoutingExperimentRunner": "lm_eval_bh.harness.sweep.runner",
     "BHRoutingIntegration": "lm_eval_bh.routing.patching.integration",
     "NullModel": "lm_eval_bh.routing.nulls.null_model",
+    "Policy": "lm_eval_bh.routing.policy",
     "RoutingConfig": "lm_eval_bh.routing.config",
     "Selection": "lm_eval_bh.routing.selection",
     "create_comprehensive_visualization": "lm_eval_bh.analysis.show.plots",

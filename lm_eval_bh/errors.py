@@ -25,6 +25,10 @@ class NullModelError(BHError, ValueError):
     """A null model is missing, damaged, or belongs to another router."""
 
 
+class PolicyError(BHError, ValueError):
+    """A policy is missing, damaged, or made for another model."""
+
+
 class ModelError(BHError, RuntimeError):
     """A model cannot be loaded, has no routers, or is in the wrong state."""
 

@@ -15,6 +15,7 @@ from lm_eval_bh.cli.options import (
     Device,
     Dtype,
     Length,
+    NullFrom,
     NullScope,
     Pretrained,
     Statistic,
@@ -40,6 +41,7 @@ def analyze(
     min_k: Annotated[int, typer.Option(help="Smallest number of experts.")] = 1,
     statistic: Statistic = "logit",
     null_scope: NullScope = "layer",
+    null_from: NullFrom = "all",
     null_model: Annotated[
         str, typer.Option("--null-model", "--kde", help="Null model file, or auto.")
     ] = "auto",
@@ -70,6 +72,7 @@ def analyze(
             min_k=min_k,
             statistic=statistic,
             null_scope=null_scope,
+            null_from=null_from,
         )
         if output is not None:
             check_output(output, "--output")

@@ -15,6 +15,7 @@ from lm_eval_bh.cli.interrupts import INTERRUPTED, NOTHING_HALF_WRITTEN, Stopped
 from lm_eval_bh.cli.path_command import path
 from lm_eval_bh.cli.patterns_command import patterns
 from lm_eval_bh.cli.plot_command import plot
+from lm_eval_bh.cli.policy_command import policy
 from lm_eval_bh.cli.printing import PROGRAM, fail, prepare_streams, warn
 from lm_eval_bh.cli.report_command import report
 from lm_eval_bh.cli.run_lm_eval_command import run_lm_eval
@@ -36,6 +37,7 @@ app = typer.Typer(
 for command in (sweep, aggregate, plot, report, patterns, calibrate, analyze, path):
     app.command()(command)
 app.command("import-kde")(import_kde)
+app.add_typer(policy, name="policy")
 app.command(
     "lm-eval",
     context_settings={  # everything behind the name is lm_eval's, --help too

@@ -14,6 +14,7 @@ from lm_eval_bh.cli.options import (
     Device,
     Dtype,
     Length,
+    NullFrom,
     NullScope,
     Pretrained,
     Statistic,
@@ -57,6 +58,7 @@ def calibrate(
     ] = "gaussian",
     statistic: Statistic = "logit",
     null_scope: NullScope = "layer",
+    null_from: NullFrom = "all",
     figure: Annotated[
         Path | None, typer.Option(help="Also draw the check: a .png, .pdf or .svg file.")
     ] = None,
@@ -69,7 +71,7 @@ def calibrate(
         from lm_eval_bh.routing.nulls.find import cached_null
         from lm_eval_bh.routing.nulls.null_kind import NullKind
 
-        kind = NullKind(statistic, null_scope, trim)
+        kind = NullKind(statistic, null_scope, trim, null_from)
         check_output(output or cached_null("new"), "--output")
         if figure is not None:
             figure_format(figure)

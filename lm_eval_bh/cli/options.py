@@ -21,14 +21,15 @@ LARGEST_SEED = 2**32 - 1  # that numpy takes
 Pretrained = Annotated[str, typer.Option(help=f"Hub name or folder of the model, or {TINY_OLMOE}.")]
 Length = Annotated[int, typer.Option(min=1, help="Window length in tokens.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows in a batch.")]
-Statistic = Annotated[
-    str, typer.Option(help="logit, or contribution: log of weight times output norm.")
-]
+Statistic = Annotated[str, typer.Option(help="logit, weight, contribution, benefit or predicted.")]
 NullScope = Annotated[
     str,
     typer.Option(
         "--null-scope", "--null", help="What one null distribution is of: layer, expert or model."
     ),
+]
+NullFrom = Annotated[
+    str, typer.Option(help="all experts, or those below the native top-k: unselected.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto (the model's own), float32, bfloat16, float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: cuda, else cpu.")]

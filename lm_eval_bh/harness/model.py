@@ -37,6 +37,7 @@ from lm_eval_bh.routing.parameters import ALIASES, accepts
 from lm_eval_bh.routing.patching.experts_switch import check_implementation
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.routing.placement import LM_EVAL_DEFAULT, placement
+from lm_eval_bh.routing.policy import Policy, check_alone
 
 
 class BHLM(HFLM):
@@ -48,6 +49,8 @@ class BHLM(HFLM):
     ----------
     pretrained : str
         A hub name, a folder, or ``tiny-olmoe``, the model that ships.
+    policy : path
+        A policy file, in place of all parameters of routing.
     null_model : str
         ``auto``, or the path of a null model; ``kde=`` is an alias.
     experts_implementation : str
@@ -77,6 +80,7 @@ class BHLM(HFLM):
         self,
         pretrained: str | Any = DEFAULT_MODEL,
         *,
+        policy: str | Path | None = None,
         null_model: str | None = None,
         experts_implementation: str = "auto",
         log_routing: str = "summary",
@@ -87,7 +91,13 @@ class BHLM(HFLM):
     ) -> None:
         check_names(kwargs)
         parameters = {name: kwargs.pop(name) for name in PARAMETERS if name in kwargs}
-        self.routing_config = routing_config(parameters | {"null_model": null_model})
+        loaded = None
+        if policy is not None:
+            check_alone(parameters | {"null_model": null_model})
+            loaded = Policy.load(policy)
+            self.routing_config = loaded.config
+        else:
+            self.routing_config = routing_config(parameters | {"null_model": null_model})
         given_null = given_null_model(null_model)
         check_implementation(experts_implementation)
         options = LogOptions(
@@ -124,7 +134,8 @@ class BHLM(HFLM):
             self._device = self.accelerator.device
         self.integration = BHRoutingIntegration(
             self.model,
-            self.routing_config,
+            policy=loaded,
+            config=None if loaded else self.routing_config,
             collect_stats=False,
             null_model=given_null,
             experts_implementation=experts_implementation,

@@ -40,6 +40,7 @@ FROM_PRETRAINED = frozenset(
 OWN_NAMES = frozenset(
     {
         "null_model",
+        "policy",
         "experts_implementation",
         "log_routing",
         "log_dir",

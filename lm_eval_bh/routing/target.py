@@ -82,6 +82,14 @@ class Solution:
         means = list(self.layer_means.values()) if per_layer else [self.mean_experts]
         return max(abs(mean / self.target_experts - 1) for mean in means)
 
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Solution:
+        """Return what :meth:`as_dict` gave."""
+        found = dict(content)
+        for name in ("alphas", "layer_means"):
+            found[name] = {int(layer): float(value) for layer, value in found[name].items()}
+        return cls(**found)
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, whose keys are text."""
         content = dataclasses.asdict(self)

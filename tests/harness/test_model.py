@@ -117,7 +117,7 @@ def test_padding_does_not_count(evaluate):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("alpha=1.5", "between 0 and 1: found 1.5"),
+        ("alpha=1.5", "strictly between 0 and 1"),
         ("alpha=high", "found 'high'"),
         ("max_k=0", "1 or more: found 0"),
         ("max_k=4.5", "max_k must be an integer"),

@@ -31,11 +31,7 @@ def write(
     NullModelError
         If the file cannot be written.
     """
-    tensors: dict[str, NDArray[Any]] = {}
-    for layer, (x, cdf) in enumerate(tables):
-        tensors |= {f"layer.{layer}.x": x, f"layer.{layer}.cdf": cdf}
-    if factors is not None:
-        tensors[STATISTICS[header.statistic].factors] = factors
+    tensors = tensors_of(tables, header, factors)
     try:
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={METADATA_KEY: header.to_json()})
@@ -43,6 +39,41 @@ def write(
         raise NullModelError(
             f"The null model cannot be written to {path}: {error}; free space or give another path."
         ) from error
+
+
+def tensors_of(
+    tables: Tables, header: NullHeader, factors: NDArray[Any] | None
+) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a file by name."""
+    tensors: dict[str, NDArray[Any]] = {}
+    for layer, (x, cdf) in enumerate(tables):
+        tensors |= {f"layer.{layer}.x": x, f"layer.{layer}.cdf": cdf}
+    if factors is not None:
+        tensors[STATISTICS[header.statistic].factors] = factors
+    return tensors
+
+
+def read_tensors(file: Any, header: str) -> tuple[Tables, NullHeader, NDArray[Any] | None]:
+    """Read a null model from an open file, with its header as JSON.
+
+    Raises
+    ------
+    NullModelError
+        With half a sentence, if header and arrays disagree.
+    """
+    parsed = NullHeader.from_json(header)
+    name = STATISTICS[parsed.statistic].factors
+    factors = file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
+    if len(file.keys()) - (factors is not None) != 2 * parsed.num_layers:
+        raise NullModelError(
+            f"its header says {parsed.num_layers} layers, but it has "
+            f"{len(file.keys())} arrays; {COPY_AGAIN}"
+        )
+    tables = tuple(
+        (file.get_tensor(f"layer.{layer}.x"), file.get_tensor(f"layer.{layer}.cdf"))
+        for layer in range(parsed.num_layers)
+    )
+    return tables, parsed, factors
 
 
 def read(path: Path) -> tuple[Tables, NullHeader, NDArray[Any] | None]:
@@ -64,19 +95,7 @@ def read(path: Path) -> tuple[Tables, NullHeader, NDArray[Any] | None]:
                 raise NullModelError(
                     f"its metadata have no {METADATA_KEY!r}, so it is no null model; give one"
                 )
-            header = NullHeader.from_json(metadata)
-            name = STATISTICS[header.statistic].factors
-            factors = file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
-            if len(file.keys()) - (factors is not None) != 2 * header.num_layers:
-                raise NullModelError(
-                    f"its header says {header.num_layers} layers, but it has "
-                    f"{len(file.keys())} arrays; {COPY_AGAIN}"
-                )
-            tables = tuple(
-                (file.get_tensor(f"layer.{layer}.x"), file.get_tensor(f"layer.{layer}.cdf"))
-                for layer in range(header.num_layers)
-            )
-            return tables, header, factors
+            return read_tensors(file, metadata)
     except FileNotFoundError as error:
         raise NullModelError(
             f"There is no null model {path}; check the path, or calibrate one."

@@ -25,6 +25,7 @@ from lm_eval_bh.routing.patching.forward_pass import real_tokens
 from lm_eval_bh.routing.patching.hook import RouterHook
 from lm_eval_bh.routing.patching.patch import Observer, Patch
 from lm_eval_bh.routing.patching.unpatch import put_in, refuse_patched, unpatch
+from lm_eval_bh.routing.policy import Policy
 from lm_eval_bh.routing.routers import find_routers, transformers_model
 from lm_eval_bh.routing.selector import Selector
 from lm_eval_bh.routing.target import Solution, solve
@@ -47,6 +48,8 @@ class BHRoutingIntegration:
         Whether :meth:`get_routing_stats` is served. Padding never counts.
     null_model : "auto", path or NullModel
         The null model; "auto" finds one for this router, or calibrates it. ``kde=`` is an alias.
+    policy : Policy or path, optional
+        Everything about routing from a file, in place of all parameters of it.
     texts : sequence of str, optional
         The documents that a target is solved on; default WikiText-2's training text.
     experts_implementation : "auto", "ragged" or the name of one of transformers
@@ -81,8 +84,11 @@ class BHRoutingIntegration:
         tokenizer: Any = None,
         texts: Sequence[str] | None = None,
         config: RoutingConfig | None = None,
+        policy: Policy | str | Path | None = None,
         **parameters: Any,
     ) -> None:
+        if policy is not None and not isinstance(policy, Policy):
+            policy = Policy.load(policy)
         given = {"temperature": temperature, "min_k": min_k, "max_k": max_k, "mode": mode}
         given |= parameters
         if isinstance(alpha, RoutingConfig):
@@ -95,6 +101,12 @@ class BHRoutingIntegration:
                 "put the parameters into the RoutingConfig."
             )
         self.config = config or RoutingConfig.of(given)
+        if policy is not None:
+            if self.config != RoutingConfig() or null_model != "auto":
+                raise ParameterError(
+                    "A policy decides everything about routing: leave out parameters beside it."
+                )
+            self.config, null_model = policy.config, policy.null_model or "auto"
         check_implementation(experts_implementation)
         if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
             raise ModelError(
@@ -109,6 +121,9 @@ class BHRoutingIntegration:
         self._texts = texts
         self._given_null = null_model
         self.solution: Solution | None = None
+        if policy is not None:
+            name = transformers_model(model).name_or_path or type(model).__name__
+            policy.check(router_fingerprint(r.weight for r in self.routers), name)
         check_fit(self.config, self.routers)
         self._known: NullModel | None = None  # kept while a rule without a test is in force
         self.null_model = self._resolve(self.config)
@@ -117,7 +132,10 @@ class BHRoutingIntegration:
         if collect_stats:
             self.counters = RoutingCounters(len(self.routers), self.num_experts)
         self._patch: Patch | None = None
-        self._solve()
+        if policy is None:
+            self._solve()
+        else:
+            self.solution = policy.solution
 
     @property
     def patched(self) -> bool:
@@ -149,6 +167,22 @@ class BHRoutingIntegration:
         level = self.solution.level  # of a family of all decisions, whose cut-offs alphas then are
         mean = sum(alphas.values()) / len(alphas) if level is None else level
         return content | {"alpha": mean, "solved": self.solution.as_dict()}
+
+    def policy(self, **provenance: Any) -> Policy:
+        """Return everything that decides experts now, with what is said of its origin."""
+        own = transformers_model(self.model)
+        return Policy(
+            self.config,
+            router_fingerprint(router.weight for router in self.routers),
+            len(self.routers),
+            self.num_experts,
+            self.routers[0].top_k,
+            self.solution,
+            self.null_model,
+            own.name_or_path or None,
+            getattr(own.config, "_commit_hash", None),
+            provenance,
+        )
 
     def configure(self, config: RoutingConfig) -> None:
         """Take another configuration, patched or not; the statistics start anew.

@@ -1,0 +1,205 @@
+"""A policy: everything that decides experts, and nothing else, in one file.
+
+The file is safetensors with a JSON header, as null models are: loading it executes nothing. Its
+tensors are those of the null model, if the rule needs one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lm_eval_bh.errors import BHError, ParameterError, PolicyError
+from lm_eval_bh.files import replacing
+from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.nulls import null_file
+from lm_eval_bh.routing.nulls.null_model import NullModel
+from lm_eval_bh.routing.target import Solution
+
+METADATA_KEY = "lm_eval_bh_policy"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """How the experts of one model are decided.
+
+    Attributes
+    ----------
+    config : RoutingConfig
+        Rule, bounds and parameters.
+    solution : Solution or None
+        What was solved on calibration text: the rule's parameter in every layer.
+    null_model : NullModel or None
+        What p-values and factors of weights are taken from.
+    fingerprint : str
+        Of the routers it is for.
+    num_layers, num_experts, native_top_k : int
+        MoE layers of the model, experts of a layer, and how many the model itself takes.
+    model, revision : str or None
+        The model it was made for: hub name or path, and commit.
+    provenance : mapping
+        How it was found and what it measured, as plain values.
+    """
+
+    config: RoutingConfig
+    fingerprint: str
+    num_layers: int
+    num_experts: int
+    native_top_k: int
+    solution: Solution | None = None
+    null_model: NullModel | None = None
+    model: str | None = None
+    revision: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.config.needs_null and self.null_model is None:
+            raise PolicyError("A policy whose rule needs a null model must have it.")
+        if self.config.solves and self.solution is None:
+            raise PolicyError("A policy whose parameter was solved must have the solution.")
+        self.config.check_experts(self.num_experts)
+        self.config.select_layers(self.num_layers)
+
+    def check(self, fingerprint: str, model_name: str) -> None:
+        """Raise a :class:`PolicyError` if it is for other routers."""
+        if fingerprint != self.fingerprint:
+            raise PolicyError(
+                f"The policy was made for {self.model or 'an unnamed model'}, whose routers are "
+                f"not those of {model_name} (fingerprint {self.fingerprint[:12]} there and "
+                f"{fingerprint[:12]} here): make one for {model_name}."
+            )
+
+    def digest(self) -> str:
+        """Return a SHA-256, in hex, of what decides experts."""
+        found = hashlib.sha256(json.dumps(self._decides(), sort_keys=True).encode())
+        if self.null_model is not None:
+            found.update(self.null_model.digest().encode())
+        return found.hexdigest()
+
+    def save(self, path: Path | str) -> None:
+        """Write it as one safetensors file; ``path`` never holds half of it.
+
+        Raises
+        ------
+        PolicyError
+            If it cannot be written.
+        """
+        null = self.null_model
+        tensors = (
+            {} if null is None else null_file.tensors_of(null.tables, null.header, null.factors)
+        )
+        header = self._decides() | {
+            "format_version": FORMAT_VERSION,
+            "model": self.model,
+            "revision": self.revision,
+            "provenance": dict(self.provenance),
+            "null_model": None if null is None else null.header.as_dict(),
+            "digest": self.digest(),
+        }
+        try:
+            text = json.dumps(header, sort_keys=True, allow_nan=False)
+            with replacing(path) as temporary:
+                save_file(tensors, temporary, metadata={METADATA_KEY: text})
+        except (OSError, SafetensorError, ValueError, TypeError) as error:
+            raise PolicyError(
+                f"The policy could not be written to {path} ({error}): use another path."
+            ) from error
+
+    @classmethod
+    def load(cls, path: Path | str) -> Policy:
+        """Read what :meth:`save` wrote; nothing in the file is executed.
+
+        Raises
+        ------
+        PolicyError
+            If the file is missing, damaged, foreign, or of a later format version.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise PolicyError(f"There is no policy {path}: use the path of a policy file.")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                text = (file.metadata() or {}).get(METADATA_KEY)
+                if text is None:
+                    raise PolicyError(f"{path} is not a policy: use a file of `lm-eval-bh policy`.")
+                header = json.loads(text)
+                version = header["format_version"]
+                if type(version) is not int or version > FORMAT_VERSION:
+                    raise PolicyError(
+                        f"The policy {path} has format version {version}, and this release reads "
+                        f"up to {FORMAT_VERSION}: upgrade lm-eval-bh."
+                    )
+                null = None
+                if header["null_model"] is not None:
+                    null = NullModel(
+                        *null_file.read_tensors(file, json.dumps(header["null_model"]))
+                    )
+            found = cls(
+                config=RoutingConfig.of(header["config"]),
+                fingerprint=str(header["fingerprint"]),
+                num_layers=header["num_layers"],
+                num_experts=header["num_experts"],
+                native_top_k=header["native_top_k"],
+                solution=None if header["solved"] is None else Solution.of(header["solved"]),
+                null_model=null,
+                model=header["model"],
+                revision=header["revision"],
+                provenance=header["provenance"],
+            )
+            if found.digest() != header["digest"]:
+                raise PolicyError(
+                    f"The policy {path} is damaged (its digest differs): make it again."
+                )
+        except PolicyError:
+            raise
+        except (
+            BHError,
+            SafetensorError,
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            RecursionError,
+            AttributeError,
+            OverflowError,
+        ) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise PolicyError(f"The policy {path} is damaged ({reason}): make it again.") from error
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """Return what people want to know of it, as plain values."""
+        return self._decides() | {
+            "model": self.model,
+            "revision": self.revision,
+            "digest": self.digest(),
+            **{f"provenance: {name}": value for name, value in self.provenance.items()},
+        }
+
+    def _decides(self) -> dict[str, Any]:
+        return {
+            "config": self.config.as_dict(),
+            "solved": None if self.solution is None else self.solution.as_dict(),
+            "fingerprint": self.fingerprint,
+            "num_layers": self.num_layers,
+            "num_experts": self.num_experts,
+            "native_top_k": self.native_top_k,
+        }
+
+
+def check_alone(arguments: Mapping[str, Any]) -> None:
+    """Raise a :class:`ParameterError` if a policy is given together with what it decides."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ParameterError(
+                f"{name}={value!r} contradicts policy=, which decides everything about routing: "
+                "leave it out, or the policy."
+            )
