@@ -330,8 +330,9 @@ def test_routing_that_is_spelt_out_is_accepted_and_the_same(wanted):
     written = config.as_dict()
     if config.target_experts is not None:  # as BHRoutingIntegration.describe() has it
         written |= {"alpha": 0.62, "solved": {"alphas": {"0": 0.6, "1": 0.64}}}
+    bh = {"config": written, "rule": RULES[config.rule].describe()}
     content = {
-        "config": {"model": "some/model", "model_args": None, "bh": {"config": written}},
+        "config": {"model": "some/model", "model_args": None, "bh": bh},
         "model_source": "CUSTOM",  # as lm-eval has it of an object
         "model_name": "i82qcls7",
     }
