@@ -20,6 +20,7 @@ from lm_eval_bh.cli.printing import PROGRAM, fail, prepare_streams, warn
 from lm_eval_bh.cli.report_command import report
 from lm_eval_bh.cli.run_lm_eval_command import run_lm_eval
 from lm_eval_bh.cli.sweep_command import sweep
+from lm_eval_bh.cli.tune_command import tune
 from lm_eval_bh.errors import BHError, DataError
 
 FAILED, MISUSED = 1, 2  # exit codes; 3: files were left out, see options.py
@@ -34,7 +35,7 @@ app = typer.Typer(
     ),
 )
 
-for command in (sweep, aggregate, plot, report, patterns, calibrate, analyze, path):
+for command in (sweep, aggregate, plot, report, patterns, calibrate, analyze, tune, path):
     app.command()(command)
 app.command("import-kde")(import_kde)
 app.add_typer(policy, name="policy")

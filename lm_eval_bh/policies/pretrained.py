@@ -69,8 +69,8 @@ def calibrate_pretrained(
     ParameterError, DataError, ModelError, NullModelError
         If an argument, the text, the model or its logits cannot serve.
     """
-    texts = wikitext_train_texts() if text is None else _paragraphs(text)
-    model, tokenizer = _load(pretrained, name, dtype, device, length)
+    texts = wikitext_train_texts() if text is None else paragraphs(text)
+    model, tokenizer = load_pretrained(pretrained, name, dtype, device, length)
     routers = find_routers(model)
     modules = [router.module for router in routers]
     null, report = calibrate_and_check(
@@ -131,8 +131,8 @@ def analyze_pretrained(
     ParameterError, DataError, ModelError, NullModelError
         If an argument, the text, the model or the null model cannot serve.
     """
-    texts = wikitext_texts("test") if text is None else _paragraphs(text)
-    model, tokenizer = _load(pretrained, name, dtype, device, length)
+    texts = wikitext_texts("test") if text is None else paragraphs(text)
+    model, tokenizer = load_pretrained(pretrained, name, dtype, device, length)
     routers = find_routers(model)
     kinds = {config.null_kind for config in configs if config.needs_null}
     nulls = {  # first what a test needs: other rules take any null model with output norms
@@ -144,9 +144,16 @@ def analyze_pretrained(
     return rows, sum(ids.numel() for ids in batches)
 
 
-def _load(
+def load_pretrained(
     pretrained: str, name: str, dtype: str, device: str | None, length: int
 ) -> tuple[nn.Module, Any]:
+    """Load a model and its tokenizer.
+
+    Raises
+    ------
+    ParameterError, ModelError
+        If the device, the dtype or the window length cannot be had, or it cannot be loaded.
+    """
     place = placement(device, dtype)
     try:
         config = AutoConfig.from_pretrained(pretrained)
@@ -174,7 +181,14 @@ def _check_length(length: int, config: Any) -> None:
         )
 
 
-def _paragraphs(path: Path) -> list[str]:
+def paragraphs(path: Path) -> list[str]:
+    """Return the paragraphs of a text file, which are documents.
+
+    Raises
+    ------
+    DataError
+        If it cannot be read as UTF-8.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,0 +1,117 @@
+"""``lm-eval-bh tune``: finds the policy that loses least, and confirms it on unseen text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lm_eval_bh.cli.interrupts import on_interrupt
+from lm_eval_bh.cli.options import BatchSize, Device, Dtype, Length, Pretrained, model_path
+from lm_eval_bh.cli.printing import say, say_written, show
+from lm_eval_bh.errors import ParameterError
+from lm_eval_bh.files import check_output
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MEASUREMENTS_KEPT = "what was measured is kept; run the same command again to continue"
+
+
+def tune(
+    pretrained: Pretrained,
+    output_dir: Annotated[
+        Path, typer.Option(help="Folder for the policy, the page, and what was measured.")
+    ],
+    target_experts: Annotated[
+        float | None, typer.Option(help="Mean number of experts a token.")
+    ] = None,
+    max_loss: Annotated[
+        str | None,
+        typer.Option(help="Fewest experts within this loss of perplexity: 1%% or 0.01."),
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="search, or winner: the recipe that won on tiny-olmoe, no search.")
+    ] = "search",
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file, one document per paragraph, cut into three parts; default: "
+            "WikiText-2, to calibrate on its training, choose on its validation and confirm on its "
+            "test text."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")] = 65536,
+    tokens_per_document: Annotated[
+        int, typer.Option(min=1, help="Tokens of each document to choose on.")
+    ] = 1024,
+    length: Length = 512,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Find the policy that loses least at a mean number of experts, and confirm it."""
+    loss = None if max_loss is None else share_of(max_loss)
+    if (target_experts is None) == (loss is None):
+        raise ParameterError("tune needs one goal: use either --target-experts or --max-loss.")
+    check_output(output_dir, "--output-dir", folder=True)
+    with on_interrupt(MEASUREMENTS_KEPT):
+        from lm_eval_bh.analysis.show.tuning_page import verdict_of, write_tuning_page
+        from lm_eval_bh.policies.pretrained import load_pretrained
+        from lm_eval_bh.policies.tuning.run import POLICY
+        from lm_eval_bh.policies.tuning.run import tune as find
+        from lm_eval_bh.policies.tuning.splits import Splits
+        from lm_eval_bh.policies.tuning.subject import Subject
+
+        splits = Splits.of_wikitext() if text is None else Splits.of_file(text)
+        model, tokenizer = load_pretrained(
+            model_path(pretrained), pretrained, dtype, device, length
+        )
+        subject = Subject(
+            model,
+            tokenizer,
+            pretrained,
+            splits,
+            output_dir,
+            {"target_experts": target_experts, "max_loss": loss},
+            tokens=tokens,
+            length=length,
+            batch=batch_size,
+            tokens_per_document=tokens_per_document,
+        )
+        _, account = find(subject, target_experts=target_experts, max_loss=loss, preset=preset)
+        pages = write_tuning_page(account, output_dir)
+    show(_table(account))
+    say(verdict_of(account))
+    say_written([output_dir / POLICY, *pages])
+
+
+def share_of(text: str) -> float:
+    """Return a share that is given as ``1%`` or ``0.01``.
+
+    Raises
+    ------
+    ParameterError
+        If it is neither, or not between 0 and 1.
+    """
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise ParameterError(f"--max-loss must be a share like 1% or 0.01: found {text!r}.")
+    return value
+
+
+def _table(account: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    from lm_eval_bh.analysis.show.tuning_page import tried_rows
+
+    table = Table(title="Policies on validation text, against static top-k at the same mean")
+    for column in ("policy", "experts", "perplexity", "difference", "95 % interval"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for row in tried_rows(account):
+        table.add_row(*row)
+    return table

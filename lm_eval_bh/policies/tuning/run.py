@@ -1,0 +1,104 @@
+"""A whole search: from a model to a confirmed policy and an account of how it was found."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lm_eval_bh.errors import ParameterError
+from lm_eval_bh.files import replacing
+from lm_eval_bh.policies.tuning.candidates import winner
+from lm_eval_bh.policies.tuning.search import Search, Tried
+from lm_eval_bh.policies.tuning.subject import CONFIRMATION, VALIDATION, Subject
+from lm_eval_bh.routing.policy import Policy
+
+PRESETS = ("search", "winner")
+POLICY = "policy.safetensors"
+
+
+def tune(
+    subject: Subject,
+    *,
+    target_experts: float | None = None,
+    max_loss: float | None = None,
+    preset: str = "search",
+    progress: bool = True,
+) -> tuple[Policy, dict[str, Any]]:
+    """Find a policy, confirm it on unseen text, and write it into the subject's folder.
+
+    Parameters
+    ----------
+    subject : Subject
+        The model, the texts and the folder.
+    target_experts, max_loss : float
+        One of them: the mean number of experts a token; or the largest rise of perplexity, as a
+        share of the unchanged model's, that the upper end of its interval may reach.
+    preset : "search" or "winner"
+        Whether to try all families, or to take the recipe that won on tiny-olmoe.
+    progress : bool
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    (Policy, dict)
+        What was written to ``policy.safetensors``, and the account, of plain values.
+
+    Raises
+    ------
+    ParameterError, UnreachableError
+        If the target is out of range or out of reach.
+    """
+    if (target_experts is None) == (max_loss is None):
+        raise ParameterError("Give one goal, target_experts or max_loss: found both or neither.")
+    if preset not in PRESETS:
+        raise ParameterError(f"preset must be {' or '.join(PRESETS)}: found {preset!r}.")
+    search = Search(subject, progress=progress)
+    only = winner() if preset == "winner" else None
+    if target_experts is not None:
+        chosen = search.for_mean(target_experts, only)
+    else:
+        assert max_loss is not None
+        chosen = search.within_loss(max_loss, only)
+    curve = search.static_curve()
+    confirmation = search.confirm(chosen)
+    account = {
+        "model": subject.name,
+        "native_top_k": subject.native,
+        "layers": subject.layers,
+        "target_experts": target_experts,
+        "max_loss": max_loss,
+        "preset": preset,
+        "text": subject.splits.name,
+        "documents": {text: len(subject.documents[text].tokens) for text in subject.documents},
+        "tokens": {text: int(subject.documents[text].tokens.sum()) for text in subject.documents},
+        "static": curve,
+        "tried": [_plain(tried) for tried in search.tried.values()],
+        "winner": _plain(chosen),
+        "confirmation": confirmation,
+        "sensitivities": subject.journal.sensitivities,
+    }
+    found_by = {
+        "found_by": f"lm-eval-bh tune, preset {preset}",
+        "policies_tried": len(search.tried),
+        "measured_on": f"{CONFIRMATION} text of {subject.splits.name}",
+        "measured": confirmation,
+    }
+    policy = subject.policy(chosen.family, chosen.config, **found_by)
+    path = Path(subject.folder) / POLICY
+    with replacing(path) as temporary:
+        policy.save(temporary)
+    return policy, account
+
+
+def _plain(tried: Tried) -> dict[str, Any]:
+    return {
+        "name": tried.family.name,
+        "adaptive": tried.family.adaptive,
+        "config": tried.row.config,
+        "solved": tried.row.solved,
+        "mean_experts": tried.row.mean_experts,
+        "failed": tried.row.failed,
+        "difference": None if tried.difference is None else asdict(tried.difference),
+        "text": VALIDATION,
+    }

@@ -1,0 +1,210 @@
+"""The model of a search, and what every measurement of it shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from lm_eval_bh.errors import BHError, NullModelError
+from lm_eval_bh.policies.document_losses import Documents, Floats
+from lm_eval_bh.policies.layer_budgets import layer_sensitivities
+from lm_eval_bh.policies.tuning.candidates import Family
+from lm_eval_bh.policies.tuning.journal import Journal, Row
+from lm_eval_bh.policies.tuning.splits import Splits
+from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.nulls.calibration import calibrate_and_check
+from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
+from lm_eval_bh.routing.nulls.null_kind import NullKind
+from lm_eval_bh.routing.nulls.null_model import NullModel
+from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
+from lm_eval_bh.routing.policy import Policy
+from lm_eval_bh.routing.routers import find_routers
+
+VALIDATION, CONFIRMATION = "validation", "confirmation"
+SENSITIVITY_TOKENS = 16384
+
+
+class Subject:
+    """Measures policies of one model, each once: what the journal knows is not measured again.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Not patched.
+    tokenizer : PreTrainedTokenizerBase
+        Of the model.
+    name : str
+        Of the model, for the files.
+    splits : Splits
+        The texts.
+    folder : Path
+        Keeps the journal and the null models.
+    settings : mapping
+        What the journal is bound to besides model and text.
+    tokens, length, batch, tokens_per_document : int
+        Calibration tokens; window length in tokens; windows a batch; scored tokens of each
+        document that is chosen on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        name: str,
+        splits: Splits,
+        folder: Path,
+        settings: dict[str, Any],
+        *,
+        tokens: int = 65536,
+        length: int = 512,
+        batch: int = 16,
+        tokens_per_document: int = 1024,
+    ) -> None:
+        self.model, self.tokenizer, self.name, self.splits = model, tokenizer, name, splits
+        self.folder, self.tokens, self.length, self.batch = folder, tokens, length, batch
+        self.routers = find_routers(model)
+        self.native = self.routers[0].top_k
+        self.layers = len(self.routers)
+        self.fingerprint = router_fingerprint(router.weight for router in self.routers)
+        self.journal = Journal(
+            folder,
+            settings
+            | {
+                "model": name,
+                "fingerprint": self.fingerprint,
+                "text": splits.name,
+                "calibration_tokens": tokens,
+                "length": length,
+                "tokens_per_document": tokens_per_document,
+            },
+        )
+        self.documents = {
+            VALIDATION: Documents.of(
+                tokenizer,
+                splits.validation,
+                length=length,
+                batch=batch,
+                tokens_per_document=tokens_per_document,
+            ),
+            CONFIRMATION: Documents.of(tokenizer, splits.confirmation, length=length, batch=batch),
+        }
+        self._nulls: dict[NullKind, NullModel] = {}
+        self._failed: dict[NullKind, BHError] = {}
+
+    def measure(self, text: str, family: Family, config: RoutingConfig) -> Row:
+        """Solve a member of a family if it must be, run it over a text, and keep what came out.
+
+        What cannot be had of this model, or is out of reach, is a row with the reason.
+        """
+        key = config.as_dict()
+        if known := self.journal.get(text, key):
+            return known
+        row = Row(family.name, key)
+        try:
+            routing = self._routing(family, config)
+        except BHError as error:
+            row.failed = str(error)
+            return self.journal.add(text, key, row)
+        with routing:
+            losses = self.documents[text].losses(self.model)
+        assert routing.counters is not None
+        row.mean_experts = routing.counters.mean()
+        row.losses = losses.tolist()
+        row.solved = None if routing.solution is None else routing.solution.as_dict()
+        return self.journal.add(text, key, row)
+
+    def policy(self, family: Family, config: RoutingConfig, **provenance: Any) -> Policy:
+        """Return the policy that was measured."""
+        return self._routing(family, config).policy(**provenance)
+
+    def sensitivities(self) -> Floats:
+        """Return what each layer's loss depends on its experts, measured on calibration text."""
+        if self.journal.sensitivities is None:
+            texts = self.splits.calibration
+            documents = Documents.of(
+                self.tokenizer,
+                texts,
+                length=self.length,
+                batch=self.batch,
+                tokens_per_document=max(1, SENSITIVITY_TOKENS // min(len(texts), 64)),
+            )
+
+            def loss() -> float:
+                return float(documents.losses(self.model).sum() / documents.tokens.sum())
+
+            found = layer_sensitivities(self.model, self.layers, self.native, loss)
+            self.journal.sensitivities = found.tolist()
+            self.journal.write()
+        return np.array(self.journal.sensitivities)
+
+    def _routing(self, family: Family, config: RoutingConfig) -> BHRoutingIntegration:
+        null = None if family.null_kind is None else self._null(family.null_kind)
+        solved = [
+            row.solution
+            for text in (VALIDATION, CONFIRMATION)
+            if (row := self.journal.get(text, config.as_dict())) and row.solution is not None
+        ]
+        if solved:
+            policy = Policy(
+                config,
+                self.fingerprint,
+                self.layers,
+                self.routers[0].num_experts,
+                self.native,
+                solved[0],
+                null,
+            )
+            return BHRoutingIntegration(self.model, policy=policy)
+        return BHRoutingIntegration(
+            self.model,
+            config,
+            null_model=null or "auto",
+            tokenizer=self.tokenizer,
+            texts=self.splits.calibration,
+        )
+
+    def _null(self, kind: NullKind) -> NullModel:
+        """Return the null model of a kind, calibrated once and kept in the folder."""
+        if kind in self._failed:
+            raise self._failed[kind]
+        if kind not in self._nulls:
+            try:
+                self._nulls[kind] = self._kept(kind) or self._calibrated(kind)
+            except BHError as error:
+                self._failed[kind] = error
+                raise
+        return self._nulls[kind]
+
+    def _path(self, kind: NullKind) -> Path:
+        return self.folder / f"null{kind.suffix}.safetensors"
+
+    def _kept(self, kind: NullKind) -> NullModel | None:
+        path = self._path(kind)
+        if not path.exists():
+            return None
+        try:
+            found = NullModel.load(path)
+            found.check(self.fingerprint, self.layers, self.routers[0].num_experts, self.name)
+        except NullModelError:
+            return None  # calibrated again, which replaces it
+        return found
+
+    def _calibrated(self, kind: NullKind) -> NullModel:
+        made, _ = calibrate_and_check(
+            self.model,
+            self.tokenizer,
+            [router.module for router in self.routers],
+            self.splits.calibration,
+            tokens=self.tokens,
+            length=self.length,
+            model_name=self.name,
+            revision=None,
+            text_name=self.splits.name,
+            kind=kind,
+            experts=self.routers[0].num_experts,
+        )
+        made.save(self._path(kind))
+        return made
