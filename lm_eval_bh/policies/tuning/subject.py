@@ -123,13 +123,14 @@ class Subject:
     def sensitivities(self) -> Floats:
         """Return what each layer's loss depends on its experts, measured on calibration text."""
         if self.journal.sensitivities is None:
-            texts = self.splits.calibration
+            texts = self.splits.calibration[:64]
+            size = min(self.tokens, SENSITIVITY_TOKENS)
             documents = Documents.of(
                 self.tokenizer,
                 texts,
                 length=self.length,
                 batch=self.batch,
-                tokens_per_document=max(1, SENSITIVITY_TOKENS // min(len(texts), 64)),
+                tokens_per_document=max(1, size // len(texts)),
             )
 
             def loss() -> float:
