@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_bh.analysis.show.plots.style import BASELINE_LINE, MARKERS, NEUTRAL, PALETTE, RC
 
+ONE_MEAN = 0.5  # experts; policies that differ by less are drawn below each other
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -68,21 +70,26 @@ def draw_pareto(
             markersize=3.5,
             label="static top-k",
         )
-        right.axhline(0, color=NEUTRAL, linestyle=BASELINE_LINE)
-        for number, (name, points) in enumerate(policies.items()):
-            _draw(left, right, number, name, sorted(points, key=lambda p: p.mean_experts), best)
+        styles = [_style(number, name == best) for number, name in enumerate(policies)]
+        for style, (name, points) in zip(styles, policies.items(), strict=True):
+            ordered = sorted(points, key=lambda point: point.mean_experts)
+            means = [point.mean_experts for point in ordered]
+            left.plot(means, [point.perplexity for point in ordered], label=name, **style)
         # Static top-k with very few experts is far off: what is looked at is around the policies.
-        shown = [point.mean_experts for points in policies.values() for point in points]
-        if shown:
-            lowest = min(shown) - 0.6
-            seen = [p for k, p in static.items() if k >= lowest]
-            seen += [point.perplexity for points in policies.values() for point in points]
+        points = [point for found in policies.values() for point in found]
+        means = [point.mean_experts for point in points]
+        if points:
+            seen = [p for k, p in static.items() if k >= min(means) - 0.6]
+            seen += [point.perplexity for point in points]
             margin = 0.05 * (max(seen) - min(seen) or 1.0)
             left.set_ylim(min(seen) - margin, max(seen) + margin)
-            left.set_xlim(lowest, max(rungs) + 0.2)
+            left.set_xlim(min(means) - 0.6, max(rungs) + 0.2)
         left.set(xlabel="Experts a token (mean)", ylabel="Perplexity")
-        right.set(xlabel="Experts a token (mean)", ylabel="Perplexity minus static top-k's")
         left.set_title("Lower and further left is better", loc="left")
+        if points and max(means) - min(means) < ONE_MEAN:
+            _draw_forest(right, policies, styles)
+        else:
+            _draw_over_means(right, policies, styles)
         right.set_title("Below 0: better than static top-k at the same mean", loc="left")
         figure.suptitle(title, fontsize=10)
         handles, labels = left.get_legend_handles_labels()
@@ -90,24 +97,43 @@ def draw_pareto(
     return figure
 
 
-def _draw(
-    left: Axes, right: Axes, number: int, name: str, points: Sequence[Point], best: str | None
-) -> None:
-    style: dict[str, Any] = {
+def _style(number: int, best: bool) -> dict[str, Any]:
+    return {
         "color": PALETTE[number % len(PALETTE)],
-        "marker": "*" if name == best else MARKERS[number // len(PALETTE) % len(MARKERS)],
-        "markersize": 11 if name == best else 5,
-        "linewidth": 2.0 if name == best else 1.0,
-        "zorder": 4 if name == best else 3,
+        "marker": "*" if best else MARKERS[number % len(MARKERS)],
+        "markersize": 11 if best else 5,
+        "linewidth": 2.0 if best else 1.0,
+        "zorder": 4 if best else 3,
     }
-    means = [point.mean_experts for point in points]
-    left.plot(means, [point.perplexity for point in points], label=name, **style)
-    right.errorbar(
-        means,
-        [point.difference for point in points],
-        yerr=[
-            [point.difference - point.low for point in points],
-            [point.high - point.difference for point in points],
-        ],
-        **style,
-    )
+
+
+def _draw_forest(
+    axes: Axes, policies: Mapping[str, Sequence[Point]], styles: Sequence[dict[str, Any]]
+) -> None:
+    """Draw one row for each policy, at one mean of all."""
+    axes.axvline(0, color=NEUTRAL, linestyle=BASELINE_LINE)
+    for row, (style, points) in enumerate(zip(styles, policies.values(), strict=True)):
+        for point in points:
+            error = [[point.difference - point.low], [point.high - point.difference]]
+            axes.errorbar(point.difference, row, xerr=error, **style)
+    axes.set_yticks(range(len(policies)), list(policies))
+    axes.invert_yaxis()
+    axes.set_xlabel("Perplexity minus static top-k's")
+
+
+def _draw_over_means(
+    axes: Axes, policies: Mapping[str, Sequence[Point]], styles: Sequence[dict[str, Any]]
+) -> None:
+    axes.axhline(0, color=NEUTRAL, linestyle=BASELINE_LINE)
+    for style, points in zip(styles, policies.values(), strict=True):
+        ordered = sorted(points, key=lambda point: point.mean_experts)
+        axes.errorbar(
+            [point.mean_experts for point in ordered],
+            [point.difference for point in ordered],
+            yerr=[
+                [point.difference - point.low for point in ordered],
+                [point.high - point.difference for point in ordered],
+            ],
+            **style,
+        )
+    axes.set(xlabel="Experts a token (mean)", ylabel="Perplexity minus static top-k's")

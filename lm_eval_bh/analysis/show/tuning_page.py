@@ -13,7 +13,7 @@ from lm_eval_bh.analysis.show.pareto_figure import Point, draw_pareto
 from lm_eval_bh.files import replacing, write_text
 
 PAGE, FIGURE = "tune.html", "tune.png"
-SHOWN = 6  # families in the figure; the table has all
+SHOWN = 5  # adaptive families in the figure, beside the controls; the table has all
 
 
 def write_tuning_page(account: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -128,7 +128,8 @@ def _figure(account: Mapping[str, Any]) -> Any:
             difference["low"],
             difference["high"],
         )
-        if row["name"] in points or len(points) < SHOWN:
+        control = not row["adaptive"] and row["name"] != "topk"
+        if row["name"] in points or control or len(points) < SHOWN:
             points.setdefault(row["name"], []).append(point)
     title = f"{account['model']}: {goal_of(account)} (validation text of {account['text']})"
     static = {float(k): value for k, value in account["static"].items()}
