@@ -7,8 +7,8 @@ python=$PWD/.venv/bin/python
 make_venv() {
     local extra=${1:-} base=${PYTHON:-python3} stamp package=.
 
-    if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-        echo "'$base' is not Python 3.10 or newer: install one, or set PYTHON to its path." >&2
+    if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        echo "'$base' is not Python 3.11 or newer: install one, or set PYTHON to its path." >&2
         exit 1
     fi
     # startup.py is the one source file that an editable installation copies.

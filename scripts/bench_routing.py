@@ -636,7 +636,7 @@ def main(
         torch.set_num_threads(1 if shared else threads or 1)
     place = torch.device(device)
     kind = torch.bfloat16 if full_size else getattr(torch, dtype)
-    started, load = datetime.datetime.now(datetime.timezone.utc), os.getloadavg()
+    started, load = datetime.datetime.now(datetime.UTC), os.getloadavg()
     numbers: dict[str, Any] = {
         "started": started.isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu",

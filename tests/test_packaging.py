@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
 from importlib.metadata import version
@@ -233,7 +234,6 @@ def test_no_newer_torch_is_asked_for():
     from packaging.requirements import Requirement
     from packaging.version import Version
 
-    tomllib = pytest.importorskip("tomllib", reason="tomllib is in Python from 3.11 on")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     torch = next(r for r in map(Requirement, project["dependencies"]) if r.name == "torch")
     assert torch.specifier.contains("2.13.0")
