@@ -14,7 +14,9 @@ from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.export.checkpoint import EMBEDDINGS, FILES, INDEX, WEIGHTS, Checkpoint
 from lm_eval_bh.export.layer_tables import layer_tables
 from lm_eval_bh.files import as_new, replacing_folder
-from lm_eval_bh.routing.policy import Policy
+from lm_eval_bh.routing.policy import Policy, described
+from lm_eval_bh.routing.rules.registry import RULES
+from lm_eval_bh.schema import ExportedPolicy
 
 FORMAT_VERSION = 1
 KEY = "adaptive_routing"  # of config.json
@@ -82,7 +84,7 @@ def export_folder(
         "num_experts_per_tok": max(layer.settings["max_k"] for layer in layers),
         KEY: {
             "format_version": FORMAT_VERSION,
-            "policy": policy.digest(),
+            "policy": _described(policy, name),
             "unused": "repeat",
             "layers": [layer.settings for layer in layers],
         },
@@ -153,6 +155,21 @@ def write_model(
     for file_name, content in ((INDEX, index), ("config.json", config)):
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         (folder / file_name).write_text(text, encoding="utf-8")
+
+
+def _described(policy: Policy, name: str) -> ExportedPolicy:
+    """Return what tables of results want to know."""
+    return {
+        "digest": policy.digest(),
+        "model": name,
+        "fingerprint": policy.fingerprint,
+        "config": described(policy.config, policy.solution),
+        "rule": RULES[policy.config.rule].describe(),
+        "routed_layers": policy.config.select_layers(policy.num_layers),
+        "num_layers": policy.num_layers,
+        "num_experts": policy.num_experts,
+        "native_top_k": policy.native_top_k,
+    }
 
 
 def _card(policy: Policy, name: str) -> str:
