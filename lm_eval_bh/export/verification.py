@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -121,30 +122,24 @@ def verify(
             checkpoint.check(policy, name)
         else:
             export_folder(policy, checkpoint, folders["policy"], name=name, link=True)
-        reference = _reference(policy, folders["stock"], documents)
-        length = max(map(len, documents)) + 1
-        job = {"documents": documents, "dtype": "float32", "prompt": PROMPT, "engine": engine}
+        expected = reference(policy, folders["stock"], documents)
         found = {}
         for run, folder in folders.items():
             adaptive = run == "policy"
-            environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-            environment |= {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
             options: dict[str, Any] = {}
             if engine == "vllm":
                 options = {"model_impl": "transformers", "trust_remote_code": adaptive}
-                environment["VLLM_PLUGINS"] = ""
-            elif adaptive and native:
-                folder = folders["stock"]
-                environment[POLICY_VARIABLE] = str(policy_file.resolve())
-            found[run] = _run(
+            found[run] = in_engine(
                 python,
-                job
-                | {"folder": str(folder), "adaptive": adaptive, "options": options}
-                | {"length": max(length, PROMPT + engine_scores.GENERATED)}
-                | {"environment": environment},
                 Path(home),
+                engine=engine,
+                documents=documents,
+                folder=folders["stock"] if native else folder,
+                adaptive=adaptive,
+                options=options,
+                policy_file=policy_file if adaptive and native else None,
             )
-    return _compared(reference, found["policy"], found["stock"], documents)
+    return _compared(expected, found["policy"], found["stock"], documents)
 
 
 def check_engine(engine: str) -> None:
@@ -156,8 +151,8 @@ def check_engine(engine: str) -> None:
         )
 
 
-def _reference(policy: Policy, folder: Path, documents: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Score the documents in hf-bh, each alone."""
+def reference(policy: Policy, folder: Path, documents: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Score the documents in hf-bh, each alone: what :mod:`engine_scores` tells, but no speed."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.to(device)
@@ -190,8 +185,54 @@ def _reference(policy: Policy, folder: Path, documents: Sequence[Sequence[int]])
     }
 
 
-def _run(python: str, job: dict[str, Any], home: Path) -> dict[str, Any]:
-    """Run the script in the engine's environment, where this package need not be."""
+def in_engine(
+    python: str,
+    home: Path,
+    *,
+    engine: str,
+    documents: Sequence[Sequence[int]],
+    folder: Path,
+    adaptive: bool = True,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    policy_file: Path | None = None,
+) -> dict[str, Any]:
+    """Run :mod:`engine_scores` in the engine's environment, where this package need not be.
+
+    Parameters
+    ----------
+    python, home : str and Path
+        The interpreter, and a folder for what is told to the script and back.
+    engine, documents, folder
+        What runs what on which model.
+    adaptive : bool
+        Whether the folder is an exported one.
+    options : mapping
+        Further arguments of ``vllm.LLM``.
+    policy_file : Path, optional
+        What our plugin applies to vLLM's own OLMoE.
+
+    Raises
+    ------
+    ModelError
+        If the engine is not installed there, or fails.
+    """
+    job = {
+        "engine": engine,
+        "documents": documents,
+        "folder": str(folder),
+        "adaptive": adaptive,
+        "dtype": "float32",
+        "prompt": PROMPT,
+        "length": max(max(map(len, documents)) + 1, PROMPT + engine_scores.GENERATED),
+        "options": dict(options),
+        "environment": {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),  # GiB
+            POLICY_VARIABLE: "" if policy_file is None else str(policy_file.resolve()),
+        }
+        | ({"VLLM_PLUGINS": ""} if engine == "vllm" else {}),  # vLLM alone
+    }
     source, target = home / "job.json", home / "scores.json"
     source.write_text(json.dumps(job), encoding="utf-8")
     command = [python, "-I", str(Path(engine_scores.__file__)), str(source), str(target)]
@@ -204,13 +245,13 @@ def _run(python: str, job: dict[str, Any], home: Path) -> dict[str, Any]:
         ) from error
     if done.returncode == engine_scores.NOT_INSTALLED:
         raise ModelError(
-            f"The engine {job['engine']} is not installed for {python}: install "
-            f"{ENGINES[job['engine']]}, or name with --python an interpreter that has it."
+            f"The engine {engine} is not installed for {python}: install "
+            f"{ENGINES[engine]}, or name with --python an interpreter that has it."
         )
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         raise ModelError(
-            f"The engine {job['engine']} failed ({said[-1].strip().rstrip('.')}): run "
+            f"The engine {engine} failed ({said[-1].strip().rstrip('.')}): run "
             f"{python} with the exported folder to see more."
         )
     scores: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
@@ -218,17 +259,17 @@ def _run(python: str, job: dict[str, Any], home: Path) -> dict[str, Any]:
 
 
 def _compared(
-    reference: dict[str, Any],
+    expected: dict[str, Any],
     found: dict[str, Any],
     stock: dict[str, Any],
     documents: Sequence[Sequence[int]],
 ) -> Verification:
     pairs = [
         abs(a - b)
-        for ours, theirs in zip(reference["log_probs"], found["log_probs"], strict=True)
+        for ours, theirs in zip(expected["log_probs"], found["log_probs"], strict=True)
         for a, b in zip(ours, theirs, strict=True)
     ]
-    counts = [k for each in reference["counts"] for k in each]
+    counts = [k for each in expected["counts"] for k in each]
     other = None
     if found["counts"] is not None:
         theirs = [k for each in found["counts"] for k in each]
@@ -241,7 +282,7 @@ def _compared(
         max(pairs),
         sum(counts) / len(counts),
         other,
-        found["generated"] == reference["generated"],
+        found["generated"] == expected["generated"],
         tokens / found["seconds"],
         tokens / stock["seconds"],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_bh import BHRoutingIntegration, Policy
+from lm_eval_bh.export import verification
 from lm_eval_bh.export.checkpoint import Checkpoint
-from lm_eval_bh.export.verification import verify
+from lm_eval_bh.export.model_folder import export_folder, write_model
+from lm_eval_bh.export.verification import TOLERANCE, verify
 from lm_eval_bh.harness.demo_texts import demo_documents
 from lm_eval_bh.resources import tiny_olmoe
 
@@ -54,3 +57,30 @@ def test_it_scores_as_hf_bh(engine, name, policies, tuned):
     )
     assert found.agrees, found
     assert found.same_text
+
+
+@pytest.mark.parametrize("how", ["exported folder", "hf_overrides"])
+def test_other_ways_to_its_own_olmoe(how, policies, documents, tmp_path):
+    """With the plugin an exported folder needs no code of its own, nor a model a variable."""
+    checkpoint = Checkpoint.find(str(tiny_olmoe()))
+    folder, options = tmp_path / "out", {}
+    if how == "exported folder":
+        policy = Policy.load(policies["bh"])
+        export_folder(policy, checkpoint, folder, name="tiny-olmoe", link=True, untie=True)
+    else:
+        folder.mkdir()
+        write_model(checkpoint, folder, checkpoint.config, {}, link=True, untie=True)
+        overrides = {"lm_eval_bh_policy": str(policies["bh"])}
+        overrides |= {"architectures": ["AdaptiveOlmoeForCausalLM"]}
+        options = {"hf_overrides": overrides}
+    found = verification.in_engine(
+        sys.executable,
+        tmp_path,
+        engine="vllm-plugin",
+        documents=documents,
+        folder=folder,
+        options=options,
+    )
+    expected = verification.reference(Policy.load(policies["bh"]), tiny_olmoe(), documents)
+    for ours, theirs in zip(expected["log_probs"], found["log_probs"], strict=True):
+        assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < TOLERANCE
