@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
     OlmoeConfig,
+    OlmoeForCausalLM,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
@@ -101,6 +102,20 @@ def test_every_family(family, rule, tmp_path):
     torch.testing.assert_close(logits_of(exported), expected, rtol=0, atol=2e-5)
 
 
+def test_the_experts_run_as_fast_as_the_family_s(policies, tmp_path, model, monkeypatch):
+    """Run transformers' own choice of implementation, not the loop that remote code falls back to.
+
+    transformers remembers with a class what it found out, and its subclasses inherit that.
+    """
+    remembered = "_can_set_experts_implementation_cached_value"
+    monkeypatch.delattr(OlmoeForCausalLM, remembered, raising=False)
+    exported = load(export(policies, "bh", tmp_path / "out"), dtype=torch.float32)
+    chosen = model.config._experts_implementation
+    assert chosen != "eager"
+    assert exported.config._experts_implementation == chosen
+    assert exported.config._attn_implementation == model.config._attn_implementation
+
+
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_unused_slots_can_be_skipped(policies, tmp_path, implementation):
     folder = export(policies, "bh", tmp_path / "out")
@@ -109,6 +124,7 @@ def test_unused_slots_can_be_skipped(policies, tmp_path, implementation):
     config["adaptive_routing"]["unused"] = "skip"
     (folder / "config.json").write_text(json.dumps(config))
     skipping = load(folder, dtype=torch.float32, experts_implementation=implementation)
+    assert skipping.get_experts_implementation() == {"": implementation}
     seen = []
     gate = skipping.model.layers[0].mlp.gate
     gate.register_forward_hook(lambda module, args, output: seen.append(output[2]))

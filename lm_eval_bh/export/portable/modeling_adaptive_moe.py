@@ -94,6 +94,12 @@ class AdaptiveMoe:
             if policy["unused"] == "skip":  # only so do all of transformers' implementations know
                 parent.experts._is_expert_parallel = True
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for its decorator in the file of the class, which is this one; the
+        # experts that have it are in the family's own.
+        return True
+
 
 class AdaptiveOlmoeModel(AdaptiveMoe, OlmoeModel):
     """OLMoE without its head."""
