@@ -45,12 +45,17 @@ def replacing(path: Path | str) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        as_new(temporary)  # mkstemp makes files that only their owner can read
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def as_new(path: Path) -> None:
+    """Give a file the permissions of any new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def write_text(path: Path, content: str) -> Path:
@@ -69,6 +74,23 @@ def replacing_all(paths: Iterable[Path]) -> Iterator[list[Path]]:
     """
     with ExitStack() as files:
         yield [files.enter_context(replacing(path)) for path in paths]
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``, renamed to it if the block succeeds.
+
+    A folder that ``path`` was before is removed then. After an exception the temporary folder is
+    gone and ``path`` is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(TEMPORARY, f".{path.name}.", path.parent) as home:
+        new, old = Path(home) / "new", Path(home) / "old"
+        new.mkdir()
+        yield new
+        if path.exists():
+            path.replace(old)
+        new.replace(path)
 
 
 def check_output(path: Path, option: str, *, folder: bool = False) -> None:

@@ -126,6 +126,20 @@ class RunInfo(_NotAlwaysWritten):
     summary: RoutingSummary | None  # None with log_routing=off
 
 
+class ExportedPolicy(TypedDict):
+    """``adaptive_routing.policy`` of an exported model's ``config.json``."""
+
+    digest: str  # of all that decides experts
+    model: str  # the model that was exported, by its hub name or path
+    fingerprint: str  # of its routers
+    config: dict[str, Any]  # the parameters of routing, by name
+    rule: RuleInfo
+    routed_layers: list[int]
+    num_layers: int
+    num_experts: int
+    native_top_k: int
+
+
 class LayerStats(TypedDict):
     """``layer_stats`` of one layer of one sample."""
 

@@ -25,9 +25,10 @@ MAY_IMPORT = {
     "resources": {"errors"},
     "routing": COMMON,
     "policies": COMMON | {"routing"},
+    "export": COMMON | {"routing"},
     "harness": COMMON | {"routing"},
     "analysis": COMMON,
-    "cli": COMMON | {"analysis", "harness", "policies", "routing"},
+    "cli": COMMON | {"analysis", "export", "harness", "policies", "routing"},
     "__init__": COMMON | {"analysis", "harness", "routing"},
     "__main__": {"cli"},
 }
@@ -95,6 +96,14 @@ def test_there_is_no_circle():
 @pytest.mark.parametrize("name", [name for name in MODULES if room_of(name) == "analysis"])
 def test_analysis_needs_no_torch(name):
     assert not {other.split(".")[0] for other in imported(name)} & set(HEAVY)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in MODULES if ".export.portable." in name or name.endswith(".engine_scores")],
+)
+def test_what_other_environments_run_needs_nothing_of_ours(name):
+    assert not {other for other in imported(name) if other.split(".")[0] == PACKAGE.name}
 
 
 def test_no_two_modules_have_one_name():

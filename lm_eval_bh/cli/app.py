@@ -10,6 +10,7 @@ import typer
 from lm_eval_bh.cli.aggregate_command import aggregate
 from lm_eval_bh.cli.analyze_command import analyze
 from lm_eval_bh.cli.calibrate_command import calibrate
+from lm_eval_bh.cli.export_command import export
 from lm_eval_bh.cli.import_kde_command import import_kde
 from lm_eval_bh.cli.interrupts import INTERRUPTED, NOTHING_HALF_WRITTEN, StoppedByUserError
 from lm_eval_bh.cli.path_command import path
@@ -21,6 +22,7 @@ from lm_eval_bh.cli.report_command import report
 from lm_eval_bh.cli.run_lm_eval_command import run_lm_eval
 from lm_eval_bh.cli.sweep_command import sweep
 from lm_eval_bh.cli.tune_command import tune
+from lm_eval_bh.cli.verify_command import verify
 from lm_eval_bh.errors import BHError, DataError
 
 FAILED, MISUSED = 1, 2  # exit codes; 3: files were left out, see options.py
@@ -35,7 +37,9 @@ app = typer.Typer(
     ),
 )
 
-for command in (sweep, aggregate, plot, report, patterns, calibrate, analyze, tune, path):
+for command in (
+    sweep, aggregate, plot, report, patterns, calibrate, analyze, tune, export, verify, path,
+):
     app.command()(command)
 app.command("import-kde")(import_kde)
 app.add_typer(policy, name="policy")

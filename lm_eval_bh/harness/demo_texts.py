@@ -43,6 +43,20 @@ def load_demo(bh_demo_text: str, **_: Any) -> DatasetDict:
     return DatasetDict({"test": Dataset.from_list(_read(path, FIELDS[bh_demo_text]))})
 
 
+def demo_documents(count: int) -> list[str]:
+    """Return the first documents of all demo texts in turn; fewer where there are fewer."""
+    texts = [load_demo(name)["test"] for name in FIELDS]
+    longest = max(map(len, texts))
+    found = [_whole(rows[row]) for row in range(longest) for rows in texts if row < len(rows)]
+    return found[:count]
+
+
+def _whole(row: dict[str, Any]) -> str:
+    if "endings" in row:  # HellaSwag's, with the right one
+        return f"{row['ctx_a']} {row['ctx_b']} {row['endings'][int(row['label'])]}"
+    return str(row.get("page") or row["text"])
+
+
 def _read(path: Path, fields: dict[str, type]) -> list[dict[str, Any]]:
     mend = "reinstall lm-eval-bh"
     try:

@@ -195,6 +195,20 @@ class Policy:
         }
 
 
+def described(config: RoutingConfig, solution: Solution | None) -> dict[str, Any]:
+    """Return a configuration as plain values, with what was solved.
+
+    Where alpha was solved it stands in ``alpha``, or with ``budget="layer"`` the mean over the
+    layers does; ``solved`` holds every layer's, and how well the target was met.
+    """
+    content = config.as_dict()
+    if solution is None:
+        return content
+    level = solution.level  # of a family of all decisions, whose cut-offs alphas then are
+    mean = sum(solution.alphas.values()) / len(solution.alphas) if level is None else level
+    return content | {"alpha": mean, "solved": solution.as_dict()}
+
+
 def check_alone(arguments: Mapping[str, Any]) -> None:
     """Raise a :class:`ParameterError` if a policy is given together with what it decides."""
     for name, value in arguments.items():

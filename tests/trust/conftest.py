@@ -11,7 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lm_eval_bh.export.checkpoint import Checkpoint
 from lm_eval_bh.resources import shipped, tiny_olmoe
+from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
+from lm_eval_bh.routing.policy import Policy
 
 RESULTS = "results_2026-01-01T00-00-00.5.json"
 
@@ -37,6 +41,7 @@ def ground(tmp_path_factory, new_writer) -> Path:
     _models(root)
     _nulls(root)
     _settings(root)
+    _policies(root)
     return root
 
 
@@ -176,3 +181,22 @@ def _state(folder: Path) -> dict[str, str]:
         else "folder"
         for path in sorted(folder.rglob("*"))
     }
+
+
+def _policies(root: Path) -> None:
+    (root / "policies").mkdir()
+    routers = Checkpoint.find(str(tiny_olmoe()))
+    own = router_fingerprint(map(routers.tensor, routers.router_names))
+    for name, fingerprint, parameters in (
+        ("top4", own, {"rule": "topk", "max_k": 4}),
+        ("static", own, {"rule": "topk", "k_per_layer": "5-3-3-5"}),
+        ("random", own, {"rule": "random_k"}),
+        ("another", "f" * 64, {"rule": "topk", "max_k": 4}),
+    ):
+        path = root / "policies" / f"{name}.safetensors"
+        config = RoutingConfig.of(parameters)
+        Policy(config, fingerprint, 4, 64, 8, model="tiny-olmoe").save(path)
+    whole = (root / "policies" / "top4.safetensors").read_bytes()
+    (root / "policies" / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    nameless = Policy(RoutingConfig(rule="topk"), own, 4, 64, 8)
+    nameless.save(root / "policies" / "nameless.safetensors")

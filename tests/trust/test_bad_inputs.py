@@ -19,6 +19,7 @@ from lm_eval_bh.errors import BHError
 MODEL = "--pretrained tiny-olmoe --text text.txt --tokens 64 --length 32"
 SWEEP = "sweep --pretrained tiny-olmoe --tasks bh_demo_lambada --baselines 8 --limit 2"
 OUT = "--output new.safetensors"
+TOP4 = "policies/top4.safetensors"
 
 COMMANDS = [
     # The program.
@@ -113,6 +114,39 @@ COMMANDS = [
     (f"analyze {MODEL} --dtype float99", "dtype must be auto, float32", 1),
     (f"analyze {MODEL} --output folder", "--output cannot be written", 1),
     (f"analyze {MODEL} --output /proc/none/x.json", "--output cannot be written", 1),
+    # export.
+    ("export", "Missing argument", 2),
+    (f"export {TOP4}", "Missing option '--to'", 2),
+    (f"export {TOP4} --to ollama --output new", "--to must be one of hf, vllm, llama.cpp", 1),
+    (f"export {TOP4} --to hf", "--to hf needs --output", 1),
+    ("export none.safetensors --to hf --output new", "There is no policy", 1),
+    ("export file --to hf --output new", "is damaged", 1),
+    ("export nulls/another.safetensors --to hf --output new", "is not a policy", 1),
+    ("export policies/cut.safetensors --to hf --output new", "is damaged", 1),
+    ("export policies/another.safetensors --to hf --output new", "not those of tiny-olmoe", 1),
+    ("export policies/random.safetensors --to vllm --output new", "rule=topk with the same", 1),
+    ("export policies/nameless.safetensors --to hf --output new", "give --pretrained", 1),
+    (f"export {TOP4} --to hf --output new --pretrained no/such", "could not be read", 1),
+    (f"export {TOP4} --to hf --output new --pretrained models/no_config", "could not be read", 1),
+    (f"export {TOP4} --to hf --output new --pretrained models/cut", "could not be read", 1),
+    (f"export {TOP4} --to hf --output new --pretrained models/no_weights", "could not be read", 1),
+    (f"export {TOP4} --to hf --output new --pretrained models/not_json", "could not be read", 1),
+    (f"export {TOP4} --to hf --output new --pretrained models/no_type", "could not be read", 1),
+    (f"export {TOP4} --to hf --output new --pretrained models/dense", "cannot be exported", 1),
+    (f"export {TOP4} --to hf --output file", "is no folder", 1),
+    (f"export {TOP4} --to hf --output runs --force", "something else than an exported", 1),
+    (f"export {TOP4} --to hf --output /proc/none", "--output cannot be written", 1),
+    (f"export {TOP4} --to llama.cpp --output new", "writes nothing", 1),
+    ("export policies/static.safetensors --to llama.cpp", "layer 0's number of experts", 1),
+    ("export policies/another.safetensors --to llama.cpp", "not those of tiny-olmoe", 1),
+    # verify.
+    (f"verify {TOP4}", "Missing option '--engine'", 2),
+    (f"verify {TOP4} --engine vlm", "did you mean 'vllm'", 1),
+    ("verify policies/cut.safetensors --engine hf", "is damaged", 1),
+    ("verify policies/another.safetensors --engine hf", "not those of tiny-olmoe", 1),
+    (f"verify {TOP4} --engine hf --documents 0", "'--documents'", 2),
+    (f"verify {TOP4} --engine hf --length 1", "'--length'", 2),
+    (f"verify {TOP4} --engine hf --documents 1 --python nowhere", "cannot be run", 1),
     # import-kde.
     ("import-kde", "Missing argument", 2),
     ("import-kde pickles/none", "Missing option '--output'", 2),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lm_eval_bh.resources import TINY_OLMOE
@@ -22,6 +22,7 @@ HARMLESS = frozenset(
         "device",
         "device_map",
         "dtype",  # its outcome is config.model_dtype
+        "enable_prefix_caching",
         "enforce_eager",
         "experts",
         "experts_implementation",
@@ -39,6 +40,8 @@ HARMLESS = frozenset(
         "max_length",  # its outcome is max_length
         "max_memory",
         "max_memory_per_gpu",
+        "max_model_len",  # of vLLM; its outcome is max_length
+        "model_impl",  # whose code of the model vLLM runs
         "offload_folder",
         "parallelize",
         "pipeline_parallel_size",
@@ -135,7 +138,11 @@ def model_of(content: Mapping[str, Any]) -> str:
 
     The last part of a path is not enough: ``a/final`` and ``b/final`` are two models.
     """
-    name = pretrained_of(content)
+    return one_name(pretrained_of(content))
+
+
+def one_name(name: str) -> str:
+    """Return what is equal for two ways to name a model; see :func:`model_of`."""
     if not is_path(name):
         return name
     path = posixpath.normpath(name)
@@ -147,8 +154,8 @@ def is_path(name: str) -> bool:
     return name.startswith(("/", ".", "~"))
 
 
-def telling_arguments(content: Mapping[str, Any]) -> str | None:
-    """Return the arguments that tell a model from others, for people too.
+def telling_arguments(content: Mapping[str, Any], besides: Collection[str] = ()) -> str | None:
+    """Return the arguments that tell a model from others, for people too; not those ``besides``.
 
     Returns
     -------
@@ -166,6 +173,7 @@ def telling_arguments(content: Mapping[str, Any]) -> str | None:
         name: value
         for name, value in given.items()
         if name not in ignored
+        and name not in besides
         and value is not None
         and value != DEFAULTS.get(name)
         and not (name == "tokenizer" and value == given.get("pretrained"))

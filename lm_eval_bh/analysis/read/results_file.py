@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_bh.analysis.read.earlier_release import upgraded
+from lm_eval_bh.analysis.read.exported_folder import OF_EXPORTED, exported_policy
 from lm_eval_bh.analysis.read.harness_format import HarnessResults
 from lm_eval_bh.analysis.read.model_arguments import (
     is_path,
     model_of,
+    one_name,
     pretrained_of,
     revision_of,
     telling_arguments,
@@ -47,6 +49,7 @@ class Run:
     info: RunInfo | None
     run_id: str
     fingerprint: str  # of the file's bytes
+    exported: str | None = None  # the model whose exported folder another engine ran
     log_folder: Path | None = None
     log_files: tuple[str, ...] = ()
 
@@ -70,7 +73,11 @@ class Run:
         info = read_run_info(content, str(file))
         info = info and upgraded(info, str(file))
         run_id = info["run_id"] if info else f"hf-{fingerprint[:12]}"
-        return cls(file, content, info, run_id, fingerprint)
+        exported = None
+        if info is None and (found := exported_policy(content)):
+            exported, info = found
+            info["run_id"] = run_id
+        return cls(file, content, info, run_id, fingerprint, exported)
 
     @property
     def tasks(self) -> list[str]:
@@ -81,7 +88,7 @@ class Run:
     @property
     def model(self) -> str:
         """The hub name, or the last part of a path."""
-        name = pretrained_of(self.content)
+        name = self.exported or pretrained_of(self.content)
         return Path(name).name if is_path(name) else name
 
     @property
@@ -167,8 +174,10 @@ class Run:
         config, info = self.content["config"], self.info
         null = (info["null_model"] if info else None) or {}
         return {
-            "model": model_of(self.content),
-            "model arguments": telling_arguments(self.content),
+            "model": one_name(self.exported) if self.exported else model_of(self.content),
+            "model arguments": telling_arguments(
+                self.content, OF_EXPORTED if self.exported else ()
+            ),
             "number of parameters": config.get("model_num_parameters"),
             "dtype": config.get("model_dtype"),
             "revision": revision_of(self.content),

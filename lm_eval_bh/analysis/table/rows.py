@@ -123,7 +123,12 @@ def _routing_of(run: Run) -> dict[str, Any]:
         if name != "null_scope" and (name not in LATER or name in later)
     }
     null = {k: v for k, v in header.items() if k not in ("versions", "health")}
-    return {
+    engine, known = "", {}
+    if run.exported:
+        engine = f" ({engine_of(run.content)})"
+        digested["engine"] = engine
+        known = _counts_of_fixed(run.info)
+    return known | {
         "rule": rule["name"],
         "alpha": routing["alpha"],
         "min_k": min_k,
@@ -131,7 +136,7 @@ def _routing_of(run: Run) -> dict[str, Any]:
         "target_experts": target,
         "budget": None if target is None else config["budget"],
         "trim": config.get("trim"),
-        "strategy": strategy_label(config, rule),
+        "strategy": strategy_label(config, rule) + engine,
         "variant": variant_label(config, rule),
         "baseline": plain,
         "adaptive": min_k < config["max_k"],
@@ -140,6 +145,18 @@ def _routing_of(run: Run) -> dict[str, Any]:
         "native_top_k": run.info["native_top_k"],
         "num_experts": run.info["num_experts"],
     }
+
+
+def _counts_of_fixed(info: RunInfo) -> dict[str, Any]:
+    """Return the means of experts where the rule fixes them: another engine counts none."""
+    if not info["rule"]["fixed_count"]:
+        return {}
+    routed, config = len(info["routed_layers"]), info["config"]
+    given = config.get("k_per_layer")
+    total = sum(map(int, given.split("-"))) if given else routed * config["max_k"]
+    unrouted = info["num_layers"] - routed
+    whole = total + unrouted * info["native_top_k"]
+    return {"mean_experts": total / routed, "mean_experts_model": whole / info["num_layers"]}
 
 
 def _routing_of_baseline(run: Run, model: RunInfo | None) -> dict[str, Any]:

@@ -189,8 +189,7 @@ def _one_token(
             for (_, expert), row in zip(slots, rows.split(1), strict=True)
         ]
     )
-    if module.has_post_expert_norm:
-        values = module.post_expert_norm(values)
+    values = _after(module, values)
     weights = top_k_weights[0, [slot for slot, _ in slots]].unsqueeze(-1)
     accumulated = torch.promote_types(hidden_states.dtype, torch.float32)
     out = (values * weights).sum(0, keepdim=True, dtype=accumulated)
@@ -229,7 +228,13 @@ def _expert(parameters: _Parameters, expert: int, rows: Tensor) -> Tensor:
     projected = _linear(parameters, "gate_up_proj" if module.has_gate else "up_proj", expert, rows)
     hidden = module._apply_gate(projected) if module.has_gate else module.act_fn(projected)
     out = _linear(parameters, "down_proj", expert, hidden)
-    return module.post_expert_norm(out) if module.has_post_expert_norm else out
+    return _after(module, out)
+
+
+def _after(module: Any, out: Tensor) -> Tensor:
+    """Apply what a family does to each expert's output; transformers 5.18 and 5.19 know none."""
+    normed: bool = getattr(module, "has_post_expert_norm", False)
+    return module.post_expert_norm(out) if normed else out
 
 
 def _linear(parameters: _Parameters, name: str, expert: int, rows: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from lm_eval_bh.routing.patching.forward_pass import real_tokens
 from lm_eval_bh.routing.patching.hook import RouterHook
 from lm_eval_bh.routing.patching.patch import Observer, Patch
 from lm_eval_bh.routing.patching.unpatch import put_in, refuse_patched, unpatch
-from lm_eval_bh.routing.policy import Policy
+from lm_eval_bh.routing.policy import Policy, described
 from lm_eval_bh.routing.routers import find_routers, transformers_model
 from lm_eval_bh.routing.selector import Selector
 from lm_eval_bh.routing.target import Solution, solve
@@ -155,18 +155,8 @@ class BHRoutingIntegration:
         return dict.fromkeys(self.layers, self.config.alpha)
 
     def describe(self) -> dict[str, Any]:
-        """Return the configuration as plain values, with what was solved.
-
-        Where alpha was solved it stands in ``alpha``, or with ``budget="layer"`` the mean over the
-        layers does; ``solved`` holds every layer's, and how well the target was met.
-        """
-        content = self.config.as_dict()
-        if self.solution is None:
-            return content
-        alphas = self.solution.alphas
-        level = self.solution.level  # of a family of all decisions, whose cut-offs alphas then are
-        mean = sum(alphas.values()) / len(alphas) if level is None else level
-        return content | {"alpha": mean, "solved": self.solution.as_dict()}
+        """Return the configuration as plain values, with what was solved."""
+        return described(self.config, self.solution)
 
     def policy(self, **provenance: Any) -> Policy:
         """Return everything that decides experts now, with what is said of its origin."""

@@ -79,6 +79,18 @@ def make(kind, dtype=torch.float32, seed=0):
     return module.to(dtype)
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_experts_of_transformers_that_know_no_norm(tokens):
+    """Those of 5.18 and 5.19 lack the attribute."""
+    module = make(GatedExperts, torch.float64)
+    hidden = torch.randn(tokens, HIDDEN, dtype=torch.float64)
+    indices = torch.arange(tokens * 2).reshape(tokens, 2) % EXPERTS
+    weights = torch.rand(tokens, 2, dtype=torch.float64)
+    expected = ragged_experts_forward(module, hidden, indices, weights)
+    del module.has_post_expert_norm
+    assert torch.equal(ragged_experts_forward(module, hidden, indices, weights), expected)
+
+
 def routed(tokens, dtype=torch.float32, seed=0, hidden=HIDDEN, experts=EXPERTS):
     """Hidden states, indices and weights of tokens with 0 to all slots used, in any position."""
     generator = torch.Generator().manual_seed(seed)

@@ -65,6 +65,7 @@ def pareto(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -
 def _unmatched(data: Experiments) -> str:
     """Return which static top-k should be run, if some points have none beside them."""
     scored = data.adaptive[list(PERPLEXITIES)].notna().any(axis=1)
+    scored &= data.adaptive["mean_experts_model"].notna()  # unknown where nothing was logged
     alone = data.adaptive[scored & data.adaptive["matched_by"].isna()]
     if not len(alone):
         return ""

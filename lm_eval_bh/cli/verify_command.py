@@ -1,0 +1,82 @@
+"""``lm-eval-bh verify``: compares a policy in an engine with the same policy in hf-bh."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lm_eval_bh.cli.interrupts import NOTHING_HALF_WRITTEN, on_interrupt
+from lm_eval_bh.cli.options import model_path
+from lm_eval_bh.cli.printing import show
+from lm_eval_bh.errors import ModelError, ParameterError
+
+
+def verify(
+    policy: Annotated[Path, typer.Argument(help="A policy file.")],
+    engine: Annotated[
+        str,
+        typer.Option(help="hf, vllm (its transformers backend) or vllm-plugin (its own OLMoE)."),
+    ],
+    documents: Annotated[int, typer.Option(min=1, help="How many of the demo texts.")] = 50,
+    length: Annotated[int, typer.Option(min=2, help="Most tokens of a document.")] = 511,
+    pretrained: Annotated[
+        str | None, typer.Option(help="Hub name or folder of the model; default: the policy's.")
+    ] = None,
+    python: Annotated[
+        str, typer.Option(help="Interpreter of the engine's environment; default: this one.")
+    ] = sys.executable,
+) -> None:
+    """Score documents in an engine and in hf-bh, in float32, and say how far they are apart."""
+    from rich.table import Table
+    from transformers import AutoTokenizer
+
+    from lm_eval_bh.export.checkpoint import Checkpoint
+    from lm_eval_bh.export.verification import TOLERANCE, check_engine
+    from lm_eval_bh.export.verification import verify as compare
+    from lm_eval_bh.harness.demo_texts import demo_documents
+    from lm_eval_bh.routing.policy import Policy
+
+    check_engine(engine)
+    loaded = Policy.load(policy)
+    name = pretrained or loaded.model
+    if name is None:
+        raise ParameterError("The policy does not say what model it is for: give --pretrained.")
+    with on_interrupt(NOTHING_HALF_WRITTEN):
+        checkpoint = Checkpoint.find(
+            model_path(name), loaded.revision if pretrained is None else None
+        )
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        longest = checkpoint.config.get("max_position_embeddings", length + 1) - 1
+        texts = [tokenizer(text).input_ids for text in demo_documents(documents)]
+        found = compare(
+            loaded,
+            checkpoint,
+            [ids[: min(length, longest)] for ids in texts if len(ids) > 1],
+            engine=engine,
+            name=name,
+            python=python,
+            policy_file=policy,
+        )
+    table = Table(show_header=False, title=f"{policy.name} in {found.engine}, float32")
+    counts = "not told by the engine"
+    if found.other_counts is not None:
+        counts = "all equal" if not found.other_counts else f"{found.other_counts} differ"
+    for row in (
+        ("documents, tokens scored", f"{found.documents}, {found.tokens:,}"),
+        ("largest difference of a log-probability", f"{found.largest:.2e}"),
+        ("experts of each token in each layer", counts),
+        ("mean experts in hf-bh", f"{found.mean_experts:.3f}"),
+        ("greedy continuation", "the same" if found.same_text else "another"),
+        ("tokens/s with the policy", f"{found.speed:,.0f}"),
+        (f"tokens/s with the stock top-{loaded.native_top_k}", f"{found.stock_speed:,.0f}"),
+    ):
+        table.add_row(*row)
+    show(table)
+    if not found.agrees:
+        raise ModelError(
+            f"{found.engine} does not do what hf-bh does (largest difference {found.largest:.2e}, "
+            f"allowed {TOLERANCE:.0e}; experts: {counts}): do not serve this policy there."
+        )

@@ -1,0 +1,79 @@
+"""What llama.cpp is started with to route by a policy, where it can: it has no thresholds."""
+
+from __future__ import annotations
+
+from lm_eval_bh.errors import PolicyError
+from lm_eval_bh.export.checkpoint import Checkpoint
+from lm_eval_bh.routing.policy import Policy
+
+
+def llama_cpp_options(policy: Policy, checkpoint: Checkpoint) -> list[str]:
+    """Return lines to print: options, and what to know of them.
+
+    llama.cpp's OLMoE takes the ``expert_used_count`` largest softmax weights over all experts and
+    never rescales them (``llm_graph_context::build_moe_ffn`` with ``norm_w`` false). ik_llama.cpp's
+    ``-ser K,t`` drops, beyond the first K of these, what weighs less than t times the largest,
+    which is ``min_p``: an expert at the threshold is kept in both.
+
+    Parameters
+    ----------
+    policy : Policy
+        Any.
+    checkpoint : Checkpoint
+        Its model.
+
+    Raises
+    ------
+    PolicyError
+        If llama.cpp cannot do what the policy decides.
+    """
+    config = policy.config
+    nearest = policy.native_top_k
+    if policy.solution is not None:
+        nearest = max(1, round(policy.solution.mean_experts))
+    if checkpoint.config["model_type"] != "olmoe" or checkpoint.normalizes:
+        raise _refused(
+            f"models of the type {checkpoint.config['model_type']!r} are not known to route there "
+            "as they do here (only OLMoE without norm_topk_prob is)",
+            nearest,
+        )
+    if config.mode != "patch" or config.select_layers(policy.num_layers) != list(
+        range(policy.num_layers)
+    ):
+        raise _refused("its options hold for all layers", nearest)
+    if config.temperature != 1 or config.mass is not None or config.renormalize is True:
+        raise _refused("it neither rescales nor tempers weights", nearest)
+    counts = set(config.counts_per_layer) or {config.max_k}
+    if len(counts) > 1:
+        raise _refused(
+            "its OLMoE takes layer 0's number of experts for all layers while it adds up each "
+            "layer's own",
+            round(sum(config.counts_per_layer) / policy.num_layers),
+        )
+    plain = config.ranks_by_logit and config.statistic == "logit"
+    option = f"--override-kv olmoe.expert_used_count=int:{config.max_k}"
+    if plain and config.fixed_count:
+        return [option]
+    if plain and config.rule == "min_p":
+        alpha = config.alpha if policy.solution is None else _shared(policy, nearest)
+        return [
+            f"{option} -ser {config.min_k},{alpha!r}",
+            "This is for ik_llama.cpp, whose newer sources read -ser and ignore it "
+            "(llm_build_moe_ffn calls ggml_top_k, not ggml_top_k_thresh): check that it changes "
+            "the perplexity there.",
+        ]
+    raise _refused(f"it has nothing like rule={config.rule} with these parameters", nearest)
+
+
+def _shared(policy: Policy, nearest: int) -> float:
+    assert policy.solution is not None
+    alphas = set(policy.solution.alphas.values())
+    if len(alphas) > 1:
+        raise _refused("-ser has one threshold for all layers", nearest)
+    return alphas.pop()
+
+
+def _refused(reason: str, nearest: int) -> PolicyError:
+    return PolicyError(
+        f"llama.cpp cannot run this policy: {reason}; the nearest is rule=topk,max_k={nearest}."
+    )

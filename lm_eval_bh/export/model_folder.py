@@ -1,0 +1,187 @@
+"""Writes a model folder that routes by a policy wherever transformers loads it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lm_eval_bh.errors import ParameterError
+from lm_eval_bh.export.checkpoint import EMBEDDINGS, FILES, INDEX, WEIGHTS, Checkpoint
+from lm_eval_bh.export.layer_tables import layer_tables
+from lm_eval_bh.files import as_new, replacing_folder
+from lm_eval_bh.routing.policy import Policy, described
+from lm_eval_bh.routing.rules.registry import RULES
+from lm_eval_bh.schema import ExportedPolicy
+
+FORMAT_VERSION = 1
+KEY = "adaptive_routing"  # of config.json
+TABLES = "model-adaptive-routing.safetensors"
+ALONE = "model-original.safetensors"  # a name of its own: transformers would read no other file
+PORTABLE = Path(__file__).parent / "portable"
+CODE, MODELING = "adaptive_selection.py", "modeling_adaptive_moe.py"
+GATE = "model.layers.{}.mlp.gate.selection.{}"
+
+
+def export_folder(
+    policy: Policy,
+    checkpoint: Checkpoint,
+    output: Path,
+    *,
+    name: str,
+    link: bool = False,
+    untie: bool = False,
+    force: bool = False,
+) -> None:
+    """Write the folder, whole or not at all.
+
+    Parameters
+    ----------
+    policy : Policy
+        How the experts are decided.
+    checkpoint : Checkpoint
+        The model.
+    output : Path
+        The folder to write.
+    name : str
+        What messages call the model.
+    link : bool
+        Whether the weights are linked to instead of copied.
+    untie : bool
+        Whether a head that shares the embeddings gets a copy of them: vLLM's own OLMoE needs it.
+    force : bool
+        Whether an earlier export is replaced.
+
+    Raises
+    ------
+    PolicyError
+        If the policy is for another model, or no engine can do what it decides.
+    ParameterError
+        If the folder exists and may not be replaced.
+    """
+    check_folder(output, force)
+    checkpoint.check(policy, name)
+    layers = layer_tables(policy, normalizes=checkpoint.normalizes)
+    numbers = [router.split(".")[2] for router in checkpoint.router_names]
+    tensors = {
+        GATE.format(number, key): table
+        for number, layer in zip(numbers, layers, strict=True)
+        for key, table in layer.tables.items()
+    }
+    config = checkpoint.config | {
+        "architectures": [f"Adaptive{checkpoint.family}ForCausalLM"],
+        "auto_map": {
+            "AutoModel": f"{Path(MODELING).stem}.Adaptive{checkpoint.family}Model",
+            "AutoModelForCausalLM": (
+                f"{Path(MODELING).stem}.Adaptive{checkpoint.family}ForCausalLM"
+            ),
+        },
+        # What engines size their buffers by; what serves is decided by the settings.
+        "num_experts_per_tok": max(layer.settings["max_k"] for layer in layers),
+        KEY: {
+            "format_version": FORMAT_VERSION,
+            "policy": _described(policy, name),
+            "unused": "repeat",
+            "layers": [layer.settings for layer in layers],
+        },
+    }
+    with replacing_folder(output) as folder:
+        for file in (CODE, MODELING):
+            shutil.copyfile(PORTABLE / file, folder / file)
+        write_model(checkpoint, folder, config, tensors, link=link, untie=untie)
+        (folder / "README.md").write_text(_card(policy, name), encoding="utf-8")
+
+
+def check_folder(output: Path, force: bool) -> None:
+    """Raise a :class:`ParameterError` if a folder may not be written.
+
+    Nothing but an earlier export or an empty folder is ever replaced.
+    """
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise ParameterError(f"--output {output} is no folder: name a folder.")
+    if not any(output.iterdir()):
+        return
+    try:
+        exported = KEY in json.loads((output / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        exported = False
+    if not exported:
+        raise ParameterError(
+            f"--output {output} holds something else than an exported model: name another folder."
+        )
+    if not force:
+        raise ParameterError(f"--output {output} exists: use --force to replace it.")
+
+
+def write_model(
+    checkpoint: Checkpoint,
+    folder: Path,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    *,
+    link: bool,
+    untie: bool,
+) -> None:
+    """Write a model with further tensors: everything but code."""
+    config, tensors = dict(config), dict(tensors)
+    if untie and checkpoint.tied:
+        config["tie_word_embeddings"] = False
+        tensors["lm_head.weight"] = checkpoint.tensor(EMBEDDINGS)
+    for pattern in FILES:
+        for file in checkpoint.folder.glob(pattern):
+            if file.name not in ("config.json", INDEX) and file.suffix != ".safetensors":
+                shutil.copyfile(file, folder / file.name)
+    places = dict(checkpoint.places)
+    for file_name in sorted(set(places.values())):
+        source = (checkpoint.folder / file_name).resolve()
+        target = folder / (ALONE if file_name == WEIGHTS else file_name)
+        if link:
+            target.symlink_to(source)
+        else:
+            shutil.copyfile(source, target)
+    places = {key: ALONE if file == WEIGHTS else file for key, file in places.items()}
+    if tensors:
+        save_file(tensors, folder / TABLES, metadata={"format": "pt"})
+        as_new(folder / TABLES)  # safetensors makes files that only their owner can read
+        places |= dict.fromkeys(tensors, TABLES)
+    sizes = [(folder / file).stat().st_size for file in set(places.values())]
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
+    for file_name, content in ((INDEX, index), ("config.json", config)):
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+        (folder / file_name).write_text(text, encoding="utf-8")
+
+
+def _described(policy: Policy, name: str) -> ExportedPolicy:
+    """Return what tables of results want to know."""
+    return {
+        "digest": policy.digest(),
+        "model": name,
+        "fingerprint": policy.fingerprint,
+        "config": described(policy.config, policy.solution),
+        "rule": RULES[policy.config.rule].describe(),
+        "routed_layers": policy.config.select_layers(policy.num_layers),
+        "num_layers": policy.num_layers,
+        "num_experts": policy.num_experts,
+        "native_top_k": policy.native_top_k,
+    }
+
+
+def _card(policy: Policy, name: str) -> str:
+    described = {k: v for k, v in policy.config.as_dict().items() if v is not None}
+    settings = "\n".join(f"- {key}: {value}" for key, value in described.items())
+    return (
+        f"# {Path(name).name} with adaptive routing\n\n"
+        "The weights are the original's. The routers give each token as many experts as this "
+        f"policy says (digest {policy.digest()[:12]}):\n\n{settings}\n\n"
+        "```python\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", trust_remote_code=True)\n'
+        "```\n\n"
+        "In vLLM: `vllm serve THIS_FOLDER --model-impl transformers --trust-remote-code`.\n"
+    )

@@ -1,0 +1,1 @@
+"""What an exported folder holds as code: plain torch and transformers, nothing of this package."""

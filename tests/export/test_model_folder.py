@@ -1,0 +1,208 @@
+"""An exported folder routes as hf-bh does, in any family, and is written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from made_policies import random_null
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+
+from lm_eval_bh import BHRoutingIntegration, ModelError, ParameterError, Policy, PolicyError
+from lm_eval_bh.export import model_folder
+from lm_eval_bh.export.checkpoint import Checkpoint
+from lm_eval_bh.export.model_folder import export_folder
+from lm_eval_bh.resources import tiny_olmoe
+
+IDS = torch.arange(5, 65).reshape(2, 30)
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts_per_tok": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "olmoe": OlmoeConfig(num_experts=16, **SIZES),
+    "olmoe, rescaled": OlmoeConfig(num_experts=16, norm_topk_prob=True, **SIZES),
+    "mixtral": MixtralConfig(num_local_experts=16, **SIZES),
+    "qwen2_moe": Qwen2MoeConfig(num_experts=16, **SIZES),
+    "qwen3_moe": Qwen3MoeConfig(num_experts=16, head_dim=8, norm_topk_prob=True, **SIZES),
+    "qwen3_moe, one dense": Qwen3MoeConfig(
+        num_experts=16, head_dim=8, mlp_only_layers=[1], **SIZES
+    ),
+}
+
+
+def load(folder, **arguments):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **arguments)
+
+
+def logits_of(model, ids=IDS):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def export(policies, name, folder, **arguments):
+    policy = Policy.load(policies[name])
+    export_folder(policy, Checkpoint.find(str(tiny_olmoe())), folder, name="tiny", **arguments)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["bh", "static", "top8", "own"])
+def test_it_gives_the_logits_of_hf_bh(policies, name, tmp_path, model):
+    exported = load(export(policies, name, tmp_path / "out"), dtype=torch.float32)
+    with BHRoutingIntegration(model, policy=policies[name]) as routing:
+        expected = logits_of(model)
+        mean = routing.get_routing_stats()["mean_experts_per_token"]
+    torch.testing.assert_close(logits_of(exported), expected, rtol=0, atol=2e-5)
+    if name == "top8":
+        assert mean == 8
+    else:
+        assert (logits_of(exported) - logits_of(model)).abs().max() > 0.1, "it changes nothing"
+
+
+@pytest.mark.parametrize("rule", ["static", "bh"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, rule, tmp_path):
+    torch.manual_seed(3)
+    original = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32).eval()
+    for name, weight in original.named_parameters():
+        if name.endswith("mlp.gate.weight"):  # else all logits are near zero
+            weight.data.normal_()
+    original.save_pretrained(tmp_path / "in", max_shard_size="20KB")
+    layers = 2 if "dense" in family else 3
+    parameters = {"alpha": 0.7, "null_scope": "expert", "statistic": "contribution", "max_k": 6}
+    if rule == "static":
+        parameters = {"rule": "topk", "k_per_layer": "5-2-6" if layers == 3 else "5-2"}
+    null = random_null(layers, 16) if rule == "bh" else "auto"
+    integration = BHRoutingIntegration(original, null_model=null, **parameters)
+    policy = integration.policy()
+    export_folder(policy, Checkpoint.find(str(tmp_path / "in")), tmp_path / "out", name=family)
+    exported = load(tmp_path / "out", dtype=torch.float32)
+    with integration:
+        expected = logits_of(original)
+        if rule == "bh":
+            assert integration.get_routing_stats()["std_experts_per_token"] > 0.5
+    torch.testing.assert_close(logits_of(exported), expected, rtol=0, atol=2e-5)
+
+
+def test_the_experts_run_as_fast_as_the_family_s(policies, tmp_path, model, monkeypatch):
+    """Run transformers' own choice of implementation, not the loop that remote code falls back to.
+
+    transformers remembers with a class what it found out, and its subclasses inherit that.
+    """
+    remembered = "_can_set_experts_implementation_cached_value"
+    monkeypatch.delattr(OlmoeForCausalLM, remembered, raising=False)
+    exported = load(export(policies, "bh", tmp_path / "out"), dtype=torch.float32)
+    chosen = model.config._experts_implementation
+    assert chosen != "eager"
+    assert exported.config._experts_implementation == chosen
+    assert exported.config._attn_implementation == model.config._attn_implementation
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_unused_slots_can_be_skipped(policies, tmp_path, implementation):
+    folder = export(policies, "bh", tmp_path / "out")
+    expected = logits_of(load(folder, dtype=torch.float32))
+    config = json.loads((folder / "config.json").read_text())
+    config["adaptive_routing"]["unused"] = "skip"
+    (folder / "config.json").write_text(json.dumps(config))
+    skipping = load(folder, dtype=torch.float32, experts_implementation=implementation)
+    assert skipping.get_experts_implementation() == {"": implementation}
+    seen = []
+    gate = skipping.model.layers[0].mlp.gate
+    gate.register_forward_hook(lambda module, args, output: seen.append(output[2]))
+    torch.testing.assert_close(logits_of(skipping), expected, rtol=0, atol=2e-5)
+    assert (seen[0] == 64).any()
+
+
+def test_it_generates_and_records_router_logits(policies, tmp_path, model):
+    exported = load(export(policies, "bh", tmp_path / "out"), dtype=torch.float32)
+    arguments = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 8, "do_sample": False}
+    with BHRoutingIntegration(model, policy=policies["bh"]):
+        expected = model.generate(IDS, **arguments)
+    assert torch.equal(exported.generate(IDS, **arguments), expected)
+    recorded = exported(IDS, output_router_logits=True).router_logits
+    assert [logits.shape for logits in recorded] == [(60, 64)] * 4
+
+
+def test_it_survives_bfloat16_and_saving(policies, tmp_path):
+    folder = export(policies, "own", tmp_path / "out")
+    low = load(folder, dtype=torch.bfloat16)
+    exact = load(folder, dtype=torch.float32)
+    for name, table in exact.model.layers[2].mlp.gate.selection.named_buffers():
+        assert torch.equal(table, low.model.layers[2].mlp.gate.selection.get_buffer(name))
+    exact.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits_of(load(tmp_path / "again")), logits_of(exact))
+
+
+def test_links_and_untied_heads(policies, tmp_path):
+    expected = logits_of(load(export(policies, "bh", tmp_path / "copy"), dtype=torch.float32))
+    folder = export(policies, "bh", tmp_path / "link", link=True, untie=True)
+    weights = tiny_olmoe() / "model.safetensors"
+    assert (folder / "model-original.safetensors").resolve() == weights.resolve()
+    assert not (tmp_path / "copy" / "model-original.safetensors").is_symlink()
+    untied = load(folder, dtype=torch.float32)
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+    assert torch.equal(logits_of(untied), expected)
+
+
+def test_nothing_is_half_written(policies, tmp_path, monkeypatch):
+    folder = export(policies, "bh", tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def fail(*arguments, **named):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(model_folder, "save_file", fail)
+    for name in ("out", "new"):
+        with pytest.raises(OSError, match="full"):
+            export(policies, "static", tmp_path / name, force=True)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_replaced(policies, tmp_path):
+    folder = export(policies, "bh", tmp_path / "out")
+    with pytest.raises(ParameterError, match="use --force"):
+        export(policies, "static", folder)
+    export(policies, "static", folder, force=True)
+    layers = json.loads((folder / "config.json").read_text())["adaptive_routing"]["layers"]
+    assert {settings["rule"] for settings in layers} == {"fixed"}
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter.txt").write_text("years of work")
+    with pytest.raises(ParameterError, match="something else"):
+        export(policies, "static", other, force=True)
+    assert (other / "chapter.txt").read_text() == "years of work"
+
+
+def test_models_that_do_not_serve(policies, tmp_path):
+    policy = Policy.load(policies["bh"])
+    another = AutoModelForCausalLM.from_config(FAMILIES["olmoe"])
+    another.save_pretrained(tmp_path / "another")
+    with pytest.raises(PolicyError, match="not those of another"):
+        export_folder(
+            policy, Checkpoint.find(str(tmp_path / "another")), tmp_path / "out", name="another"
+        )
+    config = tmp_path / "another" / "config.json"
+    config.write_text(config.read_text().replace('"olmoe"', '"llama"'))
+    with pytest.raises(ModelError, match="'llama' cannot be exported: give a mixture"):
+        Checkpoint.find(str(tmp_path / "another"))
+    assert not (tmp_path / "out").exists()
