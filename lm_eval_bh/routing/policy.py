@@ -68,13 +68,13 @@ class Policy:
         self.config.check_experts(self.num_experts)
         self.config.select_layers(self.num_layers)
 
-    def check(self, fingerprint: str, model_name: str) -> None:
-        """Raise a :class:`PolicyError` if it is for other routers."""
+    def check(self, fingerprint: str, model_name: str, hint: str = "") -> None:
+        """Raise a :class:`PolicyError` if it is for other routers; the hint ends its sentence."""
         if fingerprint != self.fingerprint:
             raise PolicyError(
                 f"The policy was made for {self.model or 'an unnamed model'}, whose routers are "
                 f"not those of {model_name} (fingerprint {self.fingerprint[:12]} there and "
-                f"{fingerprint[:12]} here): make one for {model_name}."
+                f"{fingerprint[:12]} here): make one for {model_name}{hint}."
             )
 
     def digest(self) -> str:

@@ -467,11 +467,17 @@ class NullModel:
         return None
 
     def check(
-        self, fingerprint: str | None, num_layers: int, num_experts: int | None, model_name: str
+        self,
+        fingerprint: str | None,
+        num_layers: int,
+        num_experts: int | None,
+        model_name: str,
+        hint: str = "",
     ) -> None:
         """Raise a :class:`NullModelError` that names both models if the routers are others.
 
-        What is None on either side (imported tables know little) is not compared.
+        What is None on either side (imported tables know little) is not compared. The hint ends the
+        sentence.
         """
         own = self.header
         differences = [
@@ -491,5 +497,5 @@ class NullModel:
             raise NullModelError(
                 f"The null model was fitted on {own.model or 'an unnamed model'}, "
                 f"which is not {model_name} ({'; '.join(differences)}); "
-                f"calibrate one for {model_name}."
+                f"calibrate one for {model_name}{hint}."
             )
