@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+SWEEP_SETTINGS = "sweep.json"  # in the folder of every sweep
 LONGEST_NAME = 200  # bytes of an experiment's name: endings follow, and file systems allow 255
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from lm_eval_bh.cli.interrupts import INTERRUPTED, NOTHING_HALF_WRITTEN
+from lm_eval_bh.cli.interrupts import NOTHING_HALF_WRITTEN, code_of, sigterm_interrupts
 
 __all__ = ["main"]
 
@@ -12,12 +12,14 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command and exit; see :func:`lm_eval_bh.cli.app.main`.
 
-    Ctrl-C ends it with one line from here on, while the libraries of the command line load.
+    Ctrl-C and SIGTERM end it with one line from here on, while the libraries of the command line
+    load.
     """
     try:
-        from lm_eval_bh.cli.app import main as program
+        with sigterm_interrupts():
+            from lm_eval_bh.cli.app import main as program
 
-        program()
-    except KeyboardInterrupt:
+            program()
+    except KeyboardInterrupt as stop:
         print(f"lm-eval-bh: interrupted: {NOTHING_HALF_WRITTEN}.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(code_of(stop))

@@ -60,7 +60,7 @@ def main() -> None:
     """Run the command, and exit with its code.
 
     An error of ours or of the operating system ends it with one sentence and code 1, bad usage with
-    one sentence and code 2, Ctrl-C with one line and code 130.
+    one sentence and code 2, Ctrl-C with one line and code 130, SIGTERM with one and code 143.
     """
     prepare_streams()
     sys.exit(_run())
@@ -69,8 +69,11 @@ def main() -> None:
 def _run() -> int:
     try:
         code = app(prog_name=PROGRAM, standalone_mode=False)
-    except (StoppedByUserError, typer.Abort) as stopped:
-        warn(f"{PROGRAM}: interrupted: {stopped or NOTHING_HALF_WRITTEN}.")
+    except StoppedByUserError as stopped:
+        warn(f"{PROGRAM}: interrupted: {stopped}.")
+        return stopped.code
+    except typer.Abort:
+        warn(f"{PROGRAM}: interrupted: {NOTHING_HALF_WRITTEN}.")
         return INTERRUPTED
     except BHError as error:
         fail(error)

@@ -31,6 +31,7 @@ from lm_eval_bh.harness.logs.run_log import RunLog, new_run_id
 from lm_eval_bh.harness.logs.served_requests import ServedRequests
 from lm_eval_bh.harness.plugin.evaluation_start import announce_evaluations
 from lm_eval_bh.harness.preflight import check_model_config, check_names, given_null_model
+from lm_eval_bh.harness.quantized import take_quantization
 from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE, tiny_olmoe
 from lm_eval_bh.routing.config import PARAMETERS, RoutingConfig
 from lm_eval_bh.routing.parameters import ALIASES, accepts
@@ -110,6 +111,7 @@ class BHLM(HFLM):
             )
         if options.log_dir is not None:
             check_writable(Path(options.log_dir))
+        self._quantization = take_quantization(kwargs)
         kwargs |= placement(kwargs.get("device"), kwargs.get("dtype", "auto"), LM_EVAL_DEFAULT)
         name = (
             pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", "")
@@ -120,7 +122,7 @@ class BHLM(HFLM):
             )
         except BHError:
             raise
-        except (OSError, SafetensorError, ValueError) as error:
+        except (ImportError, OSError, SafetensorError, ValueError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ModelError(
                 f"The model {name!r} could not be loaded ({reason}): "
@@ -210,6 +212,8 @@ class BHLM(HFLM):
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         check_model_config(self.config, self.routing_config)  # before any weights are read
+        if self._quantization is not None:  # HFLM knows that of the model's own files alone
+            kwargs["quantization_config"] = self._quantization
         super()._create_model(*args, **kwargs)
 
     def loglikelihood(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_bh.errors import ParameterError, did_you_mean
+from lm_eval_bh.harness.quantized import take_quantization
 from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
 from lm_eval_bh.routing.config import PARAMETERS, RoutingConfig
 from lm_eval_bh.routing.nulls.null_model import NullModel
@@ -113,6 +114,7 @@ def check_run(
     check_names(arguments)
     given_null_model(arguments.get("null_model"))
     check_implementation(arguments.get("experts_implementation", "auto"))
+    take_quantization(dict(arguments))
     placement(dtype=arguments.get("dtype", "auto"))
     name = str(tiny_olmoe()) if pretrained == TINY_OLMOE else pretrained
     try:

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from lm_eval_bh.errors import BHError, ParameterError, PolicyError
-from lm_eval_bh.files import replacing
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.nulls import null_file
 from lm_eval_bh.routing.nulls.null_model import NullModel
+from lm_eval_bh.routing.sealed_file import broken_seal, write_sealed
 from lm_eval_bh.routing.target import Solution
 
 METADATA_KEY = "lm_eval_bh_policy"
@@ -68,13 +67,13 @@ class Policy:
         self.config.check_experts(self.num_experts)
         self.config.select_layers(self.num_layers)
 
-    def check(self, fingerprint: str, model_name: str) -> None:
-        """Raise a :class:`PolicyError` if it is for other routers."""
+    def check(self, fingerprint: str, model_name: str, hint: str = "") -> None:
+        """Raise a :class:`PolicyError` if it is for other routers; the hint ends its sentence."""
         if fingerprint != self.fingerprint:
             raise PolicyError(
                 f"The policy was made for {self.model or 'an unnamed model'}, whose routers are "
                 f"not those of {model_name} (fingerprint {self.fingerprint[:12]} there and "
-                f"{fingerprint[:12]} here): make one for {model_name}."
+                f"{fingerprint[:12]} here): make one for {model_name}{hint}."
             )
 
     def digest(self) -> str:
@@ -106,8 +105,7 @@ class Policy:
         }
         try:
             text = json.dumps(header, sort_keys=True, allow_nan=False)
-            with replacing(path) as temporary:
-                save_file(tensors, temporary, metadata={METADATA_KEY: text})
+            write_sealed(tensors, path, {METADATA_KEY: text})
         except (OSError, SafetensorError, ValueError, TypeError) as error:
             raise PolicyError(
                 f"The policy could not be written to {path} ({error}): use another path."
@@ -127,10 +125,12 @@ class Policy:
             raise PolicyError(f"There is no policy {path}: use the path of a policy file.")
         try:
             with safe_open(path, framework="numpy") as file:
-                text = (file.metadata() or {}).get(METADATA_KEY)
-                if text is None:
+                metadata = file.metadata() or {}
+                if METADATA_KEY not in metadata:
                     raise PolicyError(f"{path} is not a policy: use a file of `lm-eval-bh policy`.")
-                header = json.loads(text)
+                if fault := broken_seal(path, metadata, METADATA_KEY):
+                    raise PolicyError(f"The policy {path} is damaged ({fault}): make it again.")
+                header = json.loads(metadata[METADATA_KEY])
                 version = header["format_version"]
                 if type(version) is not int or version > FORMAT_VERSION:
                     raise PolicyError(

@@ -259,6 +259,46 @@ def test_a_pipe_and_a_folder_are_not_waited_for(folder):
     assert "it is no file" in sentence
 
 
+# What a sweep had finished
+
+
+@pytest.fixture
+def sweep_of_one(folder):
+    """Make the folder that of a sweep, which has finished ``one``."""
+    summary = json.loads(json.dumps(SUMMARY_OF_A_SWEEP))
+    summary["files"] = {
+        file.relative_to(folder).as_posix(): "0"
+        for file in (results_of(folder), samples_of(folder))
+    }
+    (folder / "sweep.json").write_text("{}")
+    (folder / "logs" / f"{summary['config']}.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_a_whole_sweep_has_lost_nothing(sweep_of_one):
+    assert load_experiments([sweep_of_one]).problems == []
+
+
+@pytest.mark.parametrize("place", [results_of, samples_of])
+def test_what_a_sweep_had_finished_and_is_gone_is_named(sweep_of_one, place):
+    file = place(sweep_of_one)
+    file.unlink()
+    loaded = load_experiments([sweep_of_one])
+    ((path, sentence),) = loaded.problems
+    assert path == file
+    assert sentence.endswith(
+        "is gone, though the sweep had finished 8experts_bh_a040_wikitext: run the sweep again."
+    )
+
+
+def test_a_damaged_summary_of_a_sweep_is_named(sweep_of_one):
+    (file,) = (sweep_of_one / "logs").glob("8experts*.json")
+    for text in ("", "[]", "{}", DEEP, '{"files": {"../../etc/results_passwd": "0"}}'):
+        file.write_text(text)
+        ((path, _),) = load_experiments([sweep_of_one]).problems
+        assert path == file
+
+
 # Links
 
 

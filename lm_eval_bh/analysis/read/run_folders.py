@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lm_eval_bh.analysis.read.results_file import DATED, Notices, Run
 from lm_eval_bh.errors import DataError
+from lm_eval_bh.experiment_names import SWEEP_SETTINGS
 from lm_eval_bh.schema import INTERNAL_ROUTING, MANIFEST, TOKENS
 
 UNDATED = "results.json"  # by lm-eval before it put the time into the name
@@ -35,12 +36,15 @@ class Found:
         Results files, in the order of their paths.
     logs : dict of str to Path
         Run id -> folder of its routing log, finished or not.
+    sweeps : list of Path
+        Folders of sweeps.
     problems, notes : list of (Path, str)
         What could not be looked into, and what was not read on purpose.
     """
 
     results: list[Path] = field(default_factory=list)
     logs: dict[str, Path] = field(default_factory=dict)
+    sweeps: list[Path] = field(default_factory=list)
     problems: Notices = field(default_factory=list)
     notes: Notices = field(default_factory=list)
 
@@ -64,6 +68,8 @@ def find_files(folders: Sequence[Path]) -> Found:
             found.logs.setdefault(parent.name, parent)
         elif TOKENS in children or any(name.endswith(INTERNAL_ROUTING) for name in names):
             unfinished.setdefault(parent.name, parent)
+        if SWEEP_SETTINGS in names:
+            found.sweeps.append(parent)
         for name in names:
             if name.endswith(".json") and (name.startswith("results_") or DATED.search(name)):
                 results.add(parent / name)

@@ -16,6 +16,7 @@ from lm_eval_bh.analysis.read.groups import difference, group_runs
 from lm_eval_bh.analysis.read.loaded import Loaded
 from lm_eval_bh.analysis.read.model_arguments import model_of
 from lm_eval_bh.analysis.read.run_folders import find_files, read_runs
+from lm_eval_bh.analysis.read.sweep_losses import lost_files
 from lm_eval_bh.analysis.table import joining
 from lm_eval_bh.analysis.table.columns import COLUMNS, LAYER_COLUMNS, typed
 from lm_eval_bh.analysis.table.matched_budget import matched_budget
@@ -59,6 +60,7 @@ def load_experiments(
         )
     loaded = Loaded(pd.DataFrame(), pd.DataFrame(), found.problems, found.notes, [])
     runs = list(read_runs(found.results, found.logs, check, loaded.problems, loaded.notes))
+    loaded.problems += lost_files(found.sweeps)
     loaded._runs = {run.run_id: run for run in runs}
     loaded.groups = group_runs(runs, loaded.documents)
     if len(loaded.groups) > 1 and not force:

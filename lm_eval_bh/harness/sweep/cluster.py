@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_bh.errors import ParameterError
+from lm_eval_bh.harness.sweep import waiting
 from lm_eval_bh.harness.sweep.local import Finished
 from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig
 from lm_eval_bh.harness.sweep.sweep_folder import SweepFolder
+from lm_eval_bh.harness.sweep.waiting import Progress, Say
 
 if TYPE_CHECKING:
     from lm_eval_bh.harness.sweep.evaluator import Evaluator
 
+ASIDE = "aside"  # the concurrency group of questions to a worker at work
+PATIENCE = 10.0  # seconds that a worker has to answer one
 LOSSES = 3  # workers that an experiment may lose before the sweep gives up on it
 
 logger = logging.getLogger(__name__)
@@ -31,6 +38,10 @@ class Worker:
         self._of = config, experiments, device
         self._folder = SweepFolder(folder, config)
         self._evaluator: Evaluator | None = None
+
+    def used(self) -> float:
+        """Return the seconds of a processor that this process has had, even while it evaluates."""
+        return time.process_time()
 
     def run(self, experiment: Experiment) -> float | None:
         """Evaluate an experiment; return its seconds, None if it runs or has run elsewhere."""
@@ -55,6 +66,7 @@ def run_on_ray(
     address: str,
     workers: int | None = None,
     device: str | None = None,
+    say: Say = print,
 ) -> None:
     """Evaluate the experiments on a Ray cluster; a lost worker's experiment runs again.
 
@@ -69,6 +81,8 @@ def run_on_ray(
         How many; None for one a GPU, or, without GPUs, one a CPU.
     device : str or None
         As lm-eval takes it; None for ``cuda`` where the cluster has GPUs.
+    say : callable
+        Takes a line once a minute: which experiments are waited for, and how many workers live.
 
     Raises
     ------
@@ -88,8 +102,13 @@ def run_on_ray(
     if workers is not None and workers < 1:
         raise ParameterError(f"workers={workers} is no number of workers: give 1 or more.")
     start = {"num_cpus": max(workers or 0, os.cpu_count() or 1)} if address == "local" else {}
+    # Else a sweep beside busy programs gets 3 % of a processor: Ray's own is 15.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **start)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there, without a word
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ParameterError(
@@ -103,7 +122,7 @@ def run_on_ray(
                 f"workers={workers} is more than the cluster's {room} "
                 f"{'GPUs' if gpus else 'CPUs'}: give {room} at most."
             )
-        pool = _Pool(ray, config, experiments, folder, device or ("cuda" if gpus else "cpu"))
+        pool = _Pool(ray, config, experiments, folder, device or ("cuda" if gpus else "cpu"), say)
         pool.run(min(workers or room, len(experiments)), finished)
     except ray.exceptions.RayError as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -125,12 +144,17 @@ class _Pool:
         experiments: Sequence[Experiment],
         folder: SweepFolder,
         device: str,
+        say: Say,
     ) -> None:
         self.ray = ray
+        self.say = say
+        self.progress: dict[Any, Progress] = {}
         self.waiting = list(experiments)
         self.losses: dict[Experiment, int] = {}
         self.under_way: dict[Any, tuple[Any, Experiment]] = {}
-        remote = ray.remote(num_cpus=1, num_gpus=0 if device == "cpu" else 1)(Worker)
+        gpus = 0 if device == "cpu" else 1
+        # A group of its own answers while an experiment runs.
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, concurrency_groups={ASIDE: 1})(Worker)
         # A model is loaded in every worker; the folder may be relative to where this process is.
         self._arguments = config, list(experiments), folder.path.resolve(), device
         self._worker_class = remote
@@ -142,8 +166,13 @@ class _Pool:
         for _ in range(workers):
             self._give(self.new_worker())
         while self.under_way:
-            (answer,), _ = self.ray.wait(list(self.under_way), num_returns=1)
+            done, _ = self.ray.wait(list(self.under_way), num_returns=1, timeout=waiting.EVERY)
+            if not done:
+                self._say_what_is_waited_for()
+                continue
+            (answer,) = done
             worker, experiment = self.under_way.pop(answer)
+            self.progress.pop(answer)
             try:
                 seconds = self.ray.get(answer)
             except self.ray.exceptions.RayTaskError as error:
@@ -164,9 +193,26 @@ class _Pool:
         """Give a worker something to do, or let it go, so that others get its place."""
         if self.waiting:
             experiment = self.waiting.pop(0)
-            self.under_way[worker.run.remote(experiment)] = worker, experiment
+            answer = worker.run.remote(experiment)
+            self.under_way[answer] = worker, experiment
+            self.progress[answer] = Progress()
         else:
             self.ray.kill(worker)
+
+    def _say_what_is_waited_for(self) -> None:
+        asked = {
+            answer: worker.used.options(concurrency_group=ASIDE).remote()
+            for answer, (worker, _) in self.under_way.items()
+        }
+        self.ray.wait(list(asked.values()), num_returns=len(asked), timeout=PATIENCE)
+        lines, alive = [], 0
+        for answer, question in asked.items():
+            used = None
+            with contextlib.suppress(self.ray.exceptions.RayError):  # a lost one is met in run()
+                used = self.ray.get(question, timeout=0)
+                alive += 1
+            lines.append(self.progress[answer].line(self.under_way[answer][1].name, used))
+        self.say(f"{alive} of {len(asked)} workers are alive. Waiting for {'; '.join(lines)}.")
 
     def _lost(self, experiment: Experiment) -> None:
         self.losses[experiment] = self.losses.get(experiment, 0) + 1

@@ -6,13 +6,16 @@ import functools
 import io
 import json
 import logging
+import os
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from lm_eval import simple_evaluate
+from lm_eval import evaluator, simple_evaluate
 from lm_eval.loggers import EvaluationTracker
+from lm_eval.loggers.utils import get_commit_from_path, get_git_commit_hash
 from torch.utils import collect_env
 from tqdm import tqdm
 
@@ -151,11 +154,22 @@ def _written(folder: Path, date: str, documents: int) -> Path:
 _environment = functools.cache(collect_env.get_pretty_env_info)
 
 
+@functools.cache
+def _commit() -> str | None:
+    """Return what the harness would, without git's complaint where there is no repository."""
+    try:
+        subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return get_commit_from_path(os.getcwd())  # type: ignore[no-any-return]
+    return get_git_commit_hash()  # type: ignore[no-any-return]
+
+
 @contextmanager
 def _quiet(level: int) -> Iterator[None]:
     """Keep the harness from talking: a sweep has one bar, and a line an experiment.
 
-    And from asking anew what machine this is, which takes it a second an experiment.
+    And from asking anew what machine this is, which takes it a second an experiment, and of which
+    commit the folder is, about which git complains.
     """
     logger = logging.getLogger("lm_eval")
     before, start, describe = logger.level, tqdm.__init__, collect_env.get_pretty_env_info
@@ -166,10 +180,12 @@ def _quiet(level: int) -> Iterator[None]:
     logger.setLevel(level)
     tqdm.__init__ = disabled
     collect_env.get_pretty_env_info = _environment
+    evaluator.get_git_commit_hash = _commit
     try:
         with redirect_stdout(io.StringIO()):
             yield
     finally:
         tqdm.__init__ = start
         collect_env.get_pretty_env_info = describe
+        evaluator.get_git_commit_hash = get_git_commit_hash
         logger.setLevel(before)

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig
 from lm_eval_bh.harness.sweep.sweep_folder import SweepFolder
+from lm_eval_bh.harness.sweep.waiting import Say, saying
 
 Finished = Callable[[Experiment, float], None]
 
@@ -18,6 +19,7 @@ def run_here(
     folder: SweepFolder,
     finished: Finished,
     device: str | None = None,
+    say: Say = print,
 ) -> None:
     """Evaluate the experiments one after the other with one loaded model.
 
@@ -35,12 +37,15 @@ def run_here(
         written.
     device : str or None
         As lm-eval takes it.
+    say : callable
+        Takes a line once a minute.
     """
     from lm_eval_bh.harness.sweep.evaluator import Evaluator  # torch, transformers, lm-eval
 
     if not experiments:
         return
-    evaluator = Evaluator(config, experiments, device)
+    with saying("the model", say):
+        evaluator = Evaluator(config, experiments, device)
     for experiment in evaluator.agree(list(experiments)):
         with folder.alone(experiment) if evaluator.rank == 0 else nullcontext(False) as mine:
             if not evaluator.agree(mine):
@@ -49,6 +54,7 @@ def run_here(
                 folder.clear(experiment)
             evaluator.agree(None)  # nobody writes before it is cleared
             start = time.perf_counter()
-            evaluator.run(experiment, folder.run(experiment))
+            with saying(experiment.name, say) if evaluator.rank == 0 else nullcontext():
+                evaluator.run(experiment, folder.run(experiment))
             if evaluator.rank == 0:
                 finished(experiment, time.perf_counter() - start)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,13 @@ from lm_eval_bh.harness.preflight import check_run
 from lm_eval_bh.harness.sweep.local import run_here
 from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig, shard_of
 from lm_eval_bh.harness.sweep.sweep_folder import SweepFolder
+from lm_eval_bh.harness.sweep.waiting import Say
 from lm_eval_bh.resources import DEFAULT_MODEL, shipped
 from lm_eval_bh.routing.parameters import canonical
 from lm_eval_bh.schema import SCHEMA_VERSION, ExperimentSummary
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,11 @@ def run(
         ) as bar,
     ):
         tell = say or bar.write
+
+        def meanwhile(text: str) -> None:  # stdout may be the harness's now, and kept silent
+            if first:
+                say(text) if say else bar.write(text, file=sys.stderr)
+
         for experiment, why in todo.again.items() if first else ():
             tell(f"{experiment.name} runs again: {why}.")
 
@@ -145,11 +150,20 @@ def run(
             bar.update()
 
         if ray is None:
-            run_here(todo.config, todo.missing, todo.folder, finished, device)
+            run_here(todo.config, todo.missing, todo.folder, finished, device, meanwhile)
         else:
             from lm_eval_bh.harness.sweep.cluster import run_on_ray
 
-            run_on_ray(todo.config, todo.missing, todo.folder, finished, ray, workers, device)
+            run_on_ray(
+                todo.config,
+                todo.missing,
+                todo.folder,
+                finished,
+                ray,
+                workers,
+                device,
+                meanwhile,
+            )
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lm_eval_bh.errors import DataError
+from lm_eval_bh.experiment_names import SWEEP_SETTINGS as SETTINGS
 from lm_eval_bh.files import replacing
 from lm_eval_bh.harness.logs.log_folder import explaining
 from lm_eval_bh.harness.sweep.done import sealed, summary_file, why_not_done
@@ -39,7 +40,6 @@ from lm_eval_bh.schema import (
     read_summary,
 )
 
-SETTINGS = "sweep.json"
 VERSION = "schema_version"  # of the settings
 FIRST_RELEASE = 0  # which wrote none
 SHOWN = 200  # characters of a setting in a message

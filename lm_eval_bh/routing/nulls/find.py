@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lm_eval_bh.errors import BHError, ModelError, NullModelError
@@ -68,7 +69,7 @@ def resolve_null(
         found = NullModel.from_pickles(null_model)
     else:
         found = NullModel.load(null_model)
-    found.check(fingerprint, len(routers), routers[0].num_experts, name)
+    found.check(fingerprint, len(routers), routers[0].num_experts, name, rounded(routers))
     if fault := found.mismatch(kind):
         given = "that was given" if isinstance(null_model, NullModel) else str(null_model)
         raise NullModelError(
@@ -76,6 +77,16 @@ def resolve_null(
             "use null_model=auto, or make one with lm-eval-bh calibrate."
         )
     return found
+
+
+def rounded(routers: Sequence[Router]) -> str:
+    """Return what to add where a fingerprint differs: float16 changes the smallest weights."""
+    if any(router.weight.dtype == torch.float16 for router in routers):
+        return (
+            "; or load the model with dtype=bfloat16 or float32, as float16 rounds the router "
+            "weights that the fingerprint is of"
+        )
+    return ""
 
 
 def _find(fingerprint: str, kind: NullKind) -> NullModel | None:
@@ -124,7 +135,8 @@ def _calibrate(
         texts = wikitext_train_texts()
     except BHError as error:
         raise NullModelError(
-            f"No null model is known for the routers of {name}, and none can be made now: {error}"
+            f"No null model is known for the routers of {name}, and none can be made now: "
+            f"{str(error).removesuffix('.')}{rounded(routers)}."
         ) from error
     path = cached_null(fingerprint, kind)
     logger.warning(

@@ -7,12 +7,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from lm_eval_bh.errors import NullModelError
-from lm_eval_bh.files import replacing
 from lm_eval_bh.routing.nulls.null_header import COPY_AGAIN, NullHeader
 from lm_eval_bh.routing.scores.statistic import STATISTICS
+from lm_eval_bh.routing.sealed_file import broken_seal, write_sealed
 
 METADATA_KEY = "lm_eval_bh_null"
 
@@ -33,8 +32,7 @@ def write(
     """
     tensors = tensors_of(tables, header, factors)
     try:
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={METADATA_KEY: header.to_json()})
+        write_sealed(tensors, path, {METADATA_KEY: header.to_json()})
     except (OSError, SafetensorError) as error:
         raise NullModelError(
             f"The null model cannot be written to {path}: {error}; free space or give another path."
@@ -88,14 +86,18 @@ def read(path: Path) -> tuple[Tables, NullHeader, NDArray[Any] | None]:
         raise NullModelError(
             f"{path} is a folder and not a null model; import pickles with NullModel.from_pickles."
         )
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise NullModelError(f"{path} is no file and so no null model; give one.")
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = (file.metadata() or {}).get(METADATA_KEY)
-            if metadata is None:
+            metadata = file.metadata() or {}
+            if METADATA_KEY not in metadata:
                 raise NullModelError(
                     f"its metadata have no {METADATA_KEY!r}, so it is no null model; give one"
                 )
-            return read_tensors(file, metadata)
+            if fault := broken_seal(path, metadata, METADATA_KEY):
+                raise NullModelError(f"{fault}; {COPY_AGAIN}")
+            return read_tensors(file, metadata[METADATA_KEY])
     except FileNotFoundError as error:
         raise NullModelError(
             f"There is no null model {path}; check the path, or calibrate one."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from lm_eval_bh.errors import NullModelError, ParameterError
-from lm_eval_bh.routing.nulls import null_file, pickles, survival
+from lm_eval_bh.routing.nulls import null_file, pickles, survival, table_checks
 from lm_eval_bh.routing.nulls.fitting import fit_tables, points_of, unselected
 from lm_eval_bh.routing.nulls.null_header import NullHeader, check_fields, library_versions
 from lm_eval_bh.routing.nulls.null_kind import NullKind
@@ -23,22 +24,7 @@ from lm_eval_bh.routing.scores.statistic import STATISTICS, scores
 
 Array = NDArray[np.float64]
 
-
-def _fault(x: NDArray[Any], cdf: NDArray[Any]) -> str | None:
-    """Say in half a sentence why (x, cdf) is not a CDF on a grid, or return None if it is."""
-    if x.ndim not in (1, 2) or x.shape != cdf.shape or x.shape[-1] < 2:
-        return f"x and cdf have shapes {x.shape} and {cdf.shape}, not both [2 or more points]"
-    if x.dtype != np.float64 or cdf.dtype != np.float64:
-        return f"x and cdf are {x.dtype} and {cdf.dtype}, not float64"
-    if not (np.isfinite(x).all() and np.isfinite(cdf).all()):
-        return "x or cdf is not finite"
-    if (x[..., -1] / 2 - x[..., 0] / 2 >= np.finfo(np.float64).max / 2).any():
-        return "x is too wide for float64"
-    if not (x[..., 1:] > x[..., :-1]).all():
-        return "x is not strictly ascending"
-    if not ((cdf[..., 1:] >= cdf[..., :-1]).all() and cdf.min() >= 0 and cdf.max() <= 1):
-        return "cdf does not rise within [0, 1]"
-    return None
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +65,7 @@ class NullModel:
                 "tables; give one a layer."
             )
         for layer, (x, cdf) in enumerate(self.tables):
-            fault = _fault(x, cdf)
+            fault = table_checks.fault(x, cdf)
             if fault is None and self.header.points not in (None, x.shape[-1]):
                 fault = f"it has {x.shape[-1]} points where the header says {self.header.points}"
             if fault is None and (x.ndim == 2) != (self.header.null_scope == "expert"):
@@ -266,14 +252,15 @@ class NullModel:
         check_fields(header, settable=[f.name for f in fields(NullHeader) if f.name not in own])
         tables = pickles.read_folder(folder)
         for layer, (x, cdf) in enumerate(tables):
-            if fault := _fault(x, cdf):
+            if fault := table_checks.fault(x, cdf):
                 path = Path(folder) / pickles.FILE_NAME.format(layer)
                 raise NullModelError(
                     f"The table {path} is no CDF: {fault}; copy it again from a source you trust."
                 )
         lengths = {len(x) for x, _ in tables}
         points = lengths.pop() if len(lengths) == 1 else None
-        return cls(tuple(tables), NullHeader(num_layers=len(tables), points=points, **header))
+        found = cls(tuple(tables), NullHeader(num_layers=len(tables), points=points, **header))
+        return found._checked(folder)
 
     def save(self, path: Path | str) -> None:
         """Write the null model as one safetensors file; ``path`` never holds half of it.
@@ -296,9 +283,18 @@ class NullModel:
         """
         tables, header, factors = null_file.read(Path(path))
         try:
-            return cls(tables, header, factors)
+            found = cls(tables, header, factors)
         except NullModelError as error:
             raise NullModelError(f"The null model {path} is damaged: {error}") from error
+        return found._checked(path)
+
+    def _checked(self, path: Path | str) -> NullModel:
+        """Return the null model if it can serve, after a warning if that is unlikely."""
+        if reason := table_checks.flat(self.tables):
+            raise NullModelError(f"The null model {path} cannot serve: {reason}; calibrate one.")
+        if doubt := table_checks.doubt(self.tables, self.header.tokens):
+            logger.warning("The null model %s %s: calibrate one on more text.", path, doubt)
+        return self
 
     def digest(self) -> str:
         """Return a SHA-256 of the tables, in hex: what decisions depend on."""
@@ -467,11 +463,17 @@ class NullModel:
         return None
 
     def check(
-        self, fingerprint: str | None, num_layers: int, num_experts: int | None, model_name: str
+        self,
+        fingerprint: str | None,
+        num_layers: int,
+        num_experts: int | None,
+        model_name: str,
+        hint: str = "",
     ) -> None:
         """Raise a :class:`NullModelError` that names both models if the routers are others.
 
-        What is None on either side (imported tables know little) is not compared.
+        What is None on either side (imported tables know little) is not compared. The hint ends the
+        sentence.
         """
         own = self.header
         differences = [
@@ -491,5 +493,5 @@ class NullModel:
             raise NullModelError(
                 f"The null model was fitted on {own.model or 'an unnamed model'}, "
                 f"which is not {model_name} ({'; '.join(differences)}); "
-                f"calibrate one for {model_name}."
+                f"calibrate one for {model_name}{hint}."
             )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lm_eval_bh.errors import ModelError, NullModelError, ParameterError
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.nulls.find import is_auto, resolve_null
+from lm_eval_bh.routing.nulls.find import is_auto, resolve_null, rounded
 from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
 from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.parameters import ALIASES, accepts
@@ -123,7 +123,8 @@ class BHRoutingIntegration:
         self.solution: Solution | None = None
         if policy is not None:
             name = transformers_model(model).name_or_path or type(model).__name__
-            policy.check(router_fingerprint(r.weight for r in self.routers), name)
+            own = router_fingerprint(r.weight for r in self.routers)
+            policy.check(own, name, rounded(self.routers))
         check_fit(self.config, self.routers)
         self._known: NullModel | None = None  # kept while a rule without a test is in force
         self.null_model = self._resolve(self.config)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 
 import lm_eval_bh
@@ -266,6 +269,67 @@ def test_ray_gives_the_same_table_though_a_worker_is_killed(finished, tmp_path, 
     assert_same(table(tmp_path), table(finished))
 
 
+@pytest.mark.slow
+def test_a_sweep_on_ray_beside_busy_programs_goes_on_and_says_what_it_waits_for(
+    finished, tmp_path, monkeypatch
+):
+    pytest.importorskip("ray", reason="needs the extra ray")
+    from lm_eval_bh.harness.sweep import waiting
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("RAY_worker_niceness", raising=False)
+    monkeypatch.setattr(waiting, "EVERY", 1.0)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    lines, niceness = [], set()
+
+    def say(text):
+        lines.append(text)
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline()[0].startswith("ray::Worker"):
+                    niceness.add(process.nice())
+
+    try:
+        todo = runner.plan(SweepConfig(**SETTINGS), tmp_path)
+        runner.run(todo, ray="local", workers=2, say=say)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert niceness == {0}
+    told = [line for line in lines if "workers are alive. Waiting for " in line]
+    assert told
+    assert re.match(
+        r"\d of \d workers are alive. Waiting for 8experts_\w+_demo_lambada, \d+ s", told[0]
+    )
+    assert len(lines) - len(told) == 3
+    assert_same(table(tmp_path), table(finished))
+
+
+def test_a_sweep_here_says_what_it_waits_for(tmp_path, monkeypatch):
+    from lm_eval_bh.harness.sweep import waiting
+
+    monkeypatch.setattr(waiting, "EVERY", 0.02)
+    config = SweepConfig(**SETTINGS | {"alphas": [], "max_k": [], "rules": []})
+    lines = []
+    runner.run(runner.plan(config, tmp_path), device="cpu", say=lines.append)
+    assert any(line.startswith("Waiting for the model, 0 s") for line in lines)
+    assert any(line.startswith("Waiting for 8experts_topk_baseline_demo_la") for line in lines)
+
+
+def test_what_makes_no_progress_is_said(monkeypatch):
+    from lm_eval_bh.harness.sweep import waiting
+
+    now = [100.0]
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: now[0])
+    progress = waiting.Progress()
+    now[0] += 60
+    assert progress.line("x", 30.0) == "x, 60 s"
+    now[0] += 60
+    assert "hardly any progress: its process had 3% of a processor" in progress.line("x", 32.0)
+    assert "120 s, whose worker does not answer" in progress.line("x", None)
+
+
 def test_ray_that_is_not_installed_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     todo = runner.plan(SweepConfig(**SETTINGS), tmp_path)
@@ -333,6 +397,33 @@ def test_an_error_on_a_ray_worker_is_the_sentence_it_would_be_here(tmp_path):
     config = SweepConfig(**SETTINGS | {"pretrained": str(tmp_path / "none")})
     with pytest.raises(ModelError, match="could not be loaded"):
         runner.run(runner.plan(config, tmp_path), ray="local", workers=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_sweep_with_one_line(tmp_path, sent, code):
+    """In a folder that is no repository: nobody hears of that either."""
+    process = subprocess.Popen(
+        [*COMMAND, *FLAGS, "--limit", "40", "--output-dir", tmp_path / "sweep"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    for line in process.stdout:
+        if line.startswith("[1/3]"):
+            break
+    os.killpg(process.pid, sent)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert errors == (
+        "lm-eval-bh: interrupted: finished experiments are kept; "
+        "run the same command again to continue.\n"
+    )
+    assert (tmp_path / "sweep" / "logs" / "8experts_topk_baseline_demo_lambada.json").exists()
 
 
 def test_what_has_no_summary_is_not_done_and_cleared(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from lm_eval_bh.errors import NullModelError, ParameterError
+from lm_eval_bh.resources import shipped
 from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
 from lm_eval_bh.routing.nulls.kde import bandwidth_of, fit_cdf
 from lm_eval_bh.routing.nulls.null_model import NullHeader, NullModel
@@ -281,6 +283,10 @@ class TestFile:
         null = NullModel(tuple(layers), header)
         path = tmp_path_factory.mktemp("null") / "deeper" / "null.safetensors"
         null.save(path)
+        if any(cdf[0] == cdf[-1] for _, cdf in layers):
+            with pytest.raises(NullModelError, match="never rises"):
+                NullModel.load(path)
+            return
         again = NullModel.load(path)
         assert again.header == header
         assert again.num_layers == null.num_layers
@@ -445,3 +451,58 @@ class TestCheck:
         null.check("e" * 64, 1, 64, "b/two")
         with pytest.raises(NullModelError, match=r"an unnamed model.*b/two"):
             null.check("e" * 64, 2, 64, "b/two")
+
+
+class TestDegenerate:
+    """What would select all experts or none is refused, or warned of, when it is loaded."""
+
+    X = np.linspace(-1.0, 1.0, 5)
+
+    @pytest.fixture
+    def saved(self, tmp_path):
+        def save(x, cdf, **header):
+            path = tmp_path / "null.safetensors"
+            NullModel(((x, cdf),), NullHeader(num_layers=1, **header)).save(path)
+            return path
+
+        return save
+
+    @pytest.mark.parametrize(
+        ("level", "effect"),
+        [(0.0, "p-value would be 1, and tests would select none"), (1.0, "0, .* all experts")],
+    )
+    def test_a_cdf_that_never_rises_is_refused(self, saved, level, effect):
+        with pytest.raises(NullModelError, match=f"layer 0 never rises: every .*{effect}"):
+            NullModel.load(saved(self.X, np.full(5, level)))
+
+    def test_one_flat_expert_of_many_is_refused(self, saved):
+        cdf = np.stack([np.linspace(0, 1, 5), np.zeros(5)])
+        with pytest.raises(NullModelError, match="never rises"):
+            NullModel.load(saved(np.stack([self.X] * 2), cdf, null_scope="expert"))
+
+    @pytest.mark.parametrize(
+        ("x", "cdf", "header", "warning"),
+        [
+            (X, np.linspace(0.0, 0.2, 5), {}, "p-values from 0.8 to 1 alone, .* hardly any expert"),
+            (X, np.linspace(0.8, 1.0, 5), {}, "p-values from 0 to 0.2 alone, .* nearly all expert"),
+            (1 + X * 1e-12, np.linspace(0, 1, 5), {}, "2e-12 wide"),
+            (X, np.linspace(0, 1, 5), {"tokens": 1}, "was fitted to 1 token, which tell"),
+        ],
+    )
+    def test_what_is_unlikely_to_serve_is_warned_of(self, saved, caplog, x, cdf, header, warning):
+        NullModel.load(saved(x, cdf, **header))
+        (record,) = caplog.records
+        assert re.search(warning, record.getMessage())
+        assert record.getMessage().endswith("calibrate one on more text.")
+
+    def test_what_ships_is_above_doubt(self, caplog):
+        for path in shipped("kde_models").glob("*.safetensors"):
+            NullModel.load(path)
+        assert not caplog.records
+
+
+def test_a_file_without_a_checksum_is_read_as_before(tmp_path):
+    null = NullModel.fit({0: np.random.default_rng(0).normal(size=(64, 8))})
+    tensors = {"layer.0.x": null.tables[0][0], "layer.0.cdf": null.tables[0][1]}
+    save_file(tensors, tmp_path / "null", metadata={"lm_eval_bh_null": null.header.to_json()})
+    assert NullModel.load(tmp_path / "null").digest() == null.digest()
