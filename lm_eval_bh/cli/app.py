@@ -38,7 +38,17 @@ app = typer.Typer(
 )
 
 for command in (
-    sweep, aggregate, plot, report, patterns, calibrate, analyze, tune, export, verify, path,
+    sweep,
+    aggregate,
+    plot,
+    report,
+    patterns,
+    calibrate,
+    analyze,
+    tune,
+    export,
+    verify,
+    path,
 ):
     app.command()(command)
 app.command("import-kde")(import_kde)
