@@ -6,32 +6,26 @@ comparison. scipy and statsmodels are loaded on use: tables need neither.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from lm_eval_bh.analysis.compare.paired_tests import (
-    adjusted,
-    bootstrap_interval,
-    mcnemar_exact,
-    t_test,
-    tost,
+from lm_eval_bh.analysis.compare.paired_measures import (
+    Interval,
+    check_settings,
+    compare_perplexities,
+    compare_scores,
 )
+from lm_eval_bh.analysis.compare.paired_tests import adjusted, bootstrap_interval
 from lm_eval_bh.analysis.read.loaded import Loaded
 from lm_eval_bh.analysis.table.columns import typed
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 from lm_eval_bh.errors import ParameterError
 
-Floats = NDArray[np.float64]
-Interval = Callable[..., tuple[Floats, Floats]]
-
 BASELINES = ("native", "max_k")
-MOST_RESAMPLES = 1_000_000  # more change no digit that is shown, and take hours
 COMPARISON: dict[str, str] = {
     "group": "int64",
     "task": "object",
@@ -120,20 +114,7 @@ def compare(
     """
     if baseline not in BASELINES:
         raise ParameterError(f"baseline must be native or max_k, not {baseline!r}.")
-    for name, value in (
-        ("margin", margin),
-        ("accuracy_margin", accuracy_margin),
-        ("confidence", confidence),
-    ):
-        if not 0 < value < 1:
-            raise ParameterError(f"{name} must be a number between 0 and 1, not {value}.")
-    if not 1 <= resamples <= MOST_RESAMPLES:
-        raise ParameterError(
-            f"resamples must be an integer from 1 to {MOST_RESAMPLES}, not {resamples}."
-        )
-    if seed < 0:
-        raise ParameterError(f"seed must be an integer of at least 0, not {seed}.")
-
+    check_settings(margin, accuracy_margin, confidence, resamples, seed)
     interval = partial(bootstrap_interval, confidence=confidence, resamples=resamples, seed=seed)
 
     found = []
@@ -153,10 +134,10 @@ def compare(
         ours, theirs = documents
         for metric, unit in PERPLEXITIES.items():
             if {"loglikelihood", unit} <= set(ours) & set(theirs):
-                found.append(common | _compare_perplexity(ours, theirs, metric, margin, interval))
+                found.append(common | _perplexities(ours, theirs, metric, margin, interval))
                 break
         if "accuracy" in ours and "accuracy" in theirs:
-            found.append(common | _compare_accuracy(ours, theirs, accuracy_margin, interval))
+            found.append(common | _accuracies(ours, theirs, accuracy_margin, interval))
     return _adjusted(found, 1 - confidence)
 
 
@@ -208,77 +189,20 @@ def _paired_documents(
     return ours, theirs
 
 
-def _compare_perplexity(
+def _perplexities(
     ours: pd.DataFrame, theirs: pd.DataFrame, metric: str, margin: float, interval: Interval
 ) -> dict[str, Any]:
-    weights = ours[PERPLEXITIES[metric]].to_numpy(np.float64)
-    one = -ours["loglikelihood"].to_numpy(np.float64)
-    other = -theirs["loglikelihood"].to_numpy(np.float64)
-    found: dict[str, Any] = {"metric": metric, "documents": len(ours), "margin": margin}
-    if not (np.isfinite(one).all() and np.isfinite(other).all() and weights.sum() > 0):
-        return found | {"reason": "a loglikelihood is not finite"}
-    losses = one - other
-    log_ratio = float(losses.sum() / weights.sum())
-    total = weights.sum()
-    value, baseline_value = perplexity(one.sum(), total), perplexity(other.sum(), total)
-    (ratio_low, low), (ratio_high, high) = interval(_ratio_and_difference, one, other, weights)
-    # The ratio of two means behaves like the mean of these, its influence on each document.
-    influence = log_ratio + (losses - log_ratio * weights) / weights.mean()
-    return found | {
-        "value": float(value),
-        "baseline_value": float(baseline_value),
-        "difference": float(value - baseline_value),
-        "difference_low": float(low),
-        "difference_high": float(high),
-        "ratio": float(perplexity(losses.sum(), total)),
-        "ratio_low": float(ratio_low),
-        "ratio_high": float(ratio_high),
-        "test": "paired t",
-        "p_value": t_test(influence),
-        "equivalence_p": tost(influence, math.log1p(-margin), math.log1p(margin)),
-    }
+    one, other = (-side["loglikelihood"].to_numpy(np.float64) for side in (ours, theirs))
+    sizes = ours[PERPLEXITIES[metric]].to_numpy(np.float64)
+    return {"metric": metric} | compare_perplexities(one, other, sizes, margin, interval)
 
 
-def _compare_accuracy(
+def _accuracies(
     ours: pd.DataFrame, theirs: pd.DataFrame, margin: float, interval: Interval
 ) -> dict[str, Any]:
     one, other = (side["accuracy"].to_numpy(np.float64) for side in (ours, theirs))
-    difference = one - other
-    low, high = interval(np.asarray, difference)
-    found = {
-        "metric": ours.attrs["accuracy"],
-        "documents": len(ours),
-        "margin": margin,
-        "value": float(one.mean()),
-        "baseline_value": float(other.mean()),
-        "difference": float(difference.mean()),
-        "difference_low": float(low),
-        "difference_high": float(high),
-        "equivalence_p": tost(difference, -margin, margin)
-        if difference.any()
-        else (1 - margin) ** len(difference),
-    }
-    if not (np.isin(one, (0, 1)).all() and np.isin(other, (0, 1)).all()):
-        return found | {"test": "paired t", "p_value": t_test(difference)}
-    better, worse = int((difference > 0).sum()), int((difference < 0).sum())
-    return found | {
-        "flips_worse": worse,
-        "flips_better": better,
-        "test": "McNemar, exact",
-        "p_value": mcnemar_exact(better, worse),
-    }
-
-
-def perplexity(loss: Floats, weight: Floats) -> Floats:
-    """Return exp(loss / weight) of means, or sums, over documents."""
-    with np.errstate(over="ignore"):
-        return np.asarray(np.exp(loss / weight))
-
-
-def _ratio_and_difference(one: Floats, other: Floats, weight: Floats) -> Floats:
-    """Return the ratio of two perplexities and their difference, stacked in front."""
-    ours, theirs = perplexity(one, weight), perplexity(other, weight)
-    return np.stack([perplexity(one - other, weight), ours - theirs])
+    metric = ours.attrs["accuracy"]
+    return {"metric": metric} | compare_scores(one, other, margin, interval)
 
 
 def _adjusted(found: list[dict[str, Any]], level: float) -> pd.DataFrame:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -17,6 +17,8 @@ from lm_eval_bh.validation import mismatch
 
 # lm-eval's accuracies, the preferred one first: acc_norm allows for the endings' lengths.
 ACCURACIES = ("acc_norm", "acc", "exact_match")
+REMEDY = "run the evaluation again with --log_samples"
+Taken = TypeVar("Taken")
 
 
 def read_documents(path: Path, expected: int | None = None) -> pd.DataFrame:
@@ -34,39 +36,64 @@ def read_documents(path: Path, expected: int | None = None) -> pd.DataFrame:
     DataError
         If a line is damaged or a document is missing.
     """
-    remedy = "run the evaluation again with --log_samples"
     rows: dict[int, dict[str, Any]] = {}
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                document, reason = _read_line(line)
-                if reason:
-                    raise DataError(f"Line {number} of {path} is damaged: {reason}; {remedy}.")
-                # A task with several filters has a line for each; lm-eval's first filter counts.
-                rows.setdefault(document.pop("doc_id"), document)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} could not be read: {error}; {remedy}.") from error
-    if expected is not None and len(rows) != expected:
-        raise DataError(f"{path} is incomplete: {len(rows)} of {expected} documents; {remedy}.")
+    for doc_id, document in read_samples(path, _document):
+        # A task with several filters has a line for each; lm-eval's first filter counts.
+        rows.setdefault(doc_id, document)
+    check_complete(path, len(rows), expected)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("doc_id").sort_index()
 
 
-def _read_line(line: str) -> tuple[dict[str, Any], str | None]:
-    """Return the document of a line, or why there is none."""
+def read_samples(
+    path: Path, take: Callable[[Mapping[str, Any]], Taken]
+) -> Iterator[tuple[int, Taken]]:
+    """Yield each line of a file of samples: the document's id, and what ``take`` takes from it.
+
+    Parameters
+    ----------
+    path : Path
+        ``samples_<task>_<time>.jsonl``.
+    take : callable
+        Of a :class:`~lm_eval_bh.analysis.read.harness_format.HarnessSample`; where it raises
+        ValueError the line is damaged.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read, or a line is damaged.
+    """
     try:
-        sample = json.loads(line)
-        reason = mismatch(sample, HarnessSample, "the sample")
-        return ({}, reason) if reason else (_document(sample), None)
-    except (ValueError, RecursionError) as error:
-        return {}, str(error)
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    sample = json.loads(line)
+                    if (reason := mismatch(sample, HarnessSample, "the sample")) is None:
+                        taken = take(sample)
+                except (ValueError, RecursionError) as error:
+                    reason = str(error)
+                if reason is not None:
+                    raise DataError(f"Line {number} of {path} is damaged: {reason}; {REMEDY}.")
+                yield sample["doc_id"], taken
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} could not be read: {error}; {REMEDY}.") from error
+
+
+def check_complete(path: Path, documents: int, expected: int | None) -> None:
+    """Raise :class:`DataError` if a file of samples lacks documents."""
+    if expected is not None and documents != expected:
+        raise DataError(f"{path} is incomplete: {documents} of {expected} documents; {REMEDY}.")
+
+
+def hashes_of(sample: Mapping[str, Any]) -> dict[str, str]:
+    """Return the hashes of a sample's document, prompt and target; ``"None"`` where unknown."""
+    found = {part: str(sample.get(f"{part}_hash")) for part in ("doc", "prompt", "target")}
+    "".join(found.values()).encode()  # half a character is a ValueError
+    return found
 
 
 def _document(sample: Mapping[str, Any]) -> dict[str, Any]:
-    hashes = "-".join(str(sample.get(f"{part}_hash")) for part in ("doc", "prompt", "target"))
-    hashes.encode()  # half a character is a ValueError
     row: dict[str, Any] = {
-        "doc_id": sample["doc_id"],
-        "hash": hashes,
+        "hash": "-".join(hashes_of(sample).values()),
         "output": json.dumps(sample["resps"]),
     }
     for name, unit in (("word_perplexity", "words"), ("byte_perplexity", "bytes")):

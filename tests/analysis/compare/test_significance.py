@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lm_eval_bh.analysis.compare import paired_tests
-from lm_eval_bh.analysis.compare.paired import COMPARISON, compare, perplexity
+from lm_eval_bh.analysis.compare.paired import COMPARISON, compare
+from lm_eval_bh.analysis.compare.paired_measures import perplexity
 from lm_eval_bh.analysis.compare.paired_tests import bootstrap_interval, mcnemar_exact, t_test, tost
 from lm_eval_bh.analysis.table.experiments import load_experiments
 from lm_eval_bh.analysis.table.matched_budget import matched_budget
