@@ -7,11 +7,25 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from lm_eval_bh.errors import DataError, ParameterError
 
 FIGURES = ("png", "pdf", "svg")
 TEMPORARY = ".tmp"
+
+
+def as_path(value: Any) -> Path:
+    """Return a path that was given as text or as a Path.
+
+    Raises
+    ------
+    ParameterError
+        If it is anything else.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise ParameterError(f"A path must be text or a Path: found {value!r:.60}.")
+    return Path(value)
 
 
 def figure_format(path: Path | str) -> str:

@@ -75,6 +75,7 @@ def sweep(
     with on_interrupt(EXPERIMENTS_KEPT):
         from lm_eval_bh.harness.sweep.runner import first_process, plan, run
         from lm_eval_bh.harness.sweep.sweep_config import SweepConfig
+        from lm_eval_bh.routing.placement import placement
 
         settings = SweepConfig.gather(
             preset,
@@ -95,6 +96,8 @@ def sweep(
             },
         )
         check_output(output_dir, "--output-dir", folder=True)
+        if ray is None:  # a cluster has devices of its own
+            placement(device)
         todo = plan(settings, output_dir, repeat=repeat, shard=shard)
         if first_process():
             _show_plan(todo, every=dry_run)

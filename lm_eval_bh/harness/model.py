@@ -206,6 +206,12 @@ class BHLM(HFLM):
     ) -> BHLM:
         """Create the model from a dictionary of arguments, as lm-eval does."""
         show_as_one_sentence()
+        for name, value in (additional_config or {}).items():
+            if value is not None and name in arg_dict:
+                raise ParameterError(
+                    f"{name} is given twice, as {arg_dict[name]} in --model_args and as {value} by "
+                    f"--{name}: leave it out of --model_args."
+                )
         # lm-eval names the results folder after it.
         arg_dict.setdefault("pretrained", DEFAULT_MODEL)
         return super().create_from_arg_obj(arg_dict, additional_config)  # type: ignore[no-any-return]

@@ -13,6 +13,7 @@ from lm_eval_bh.errors import ParameterError, did_you_mean
 from lm_eval_bh.routing.nulls.null_kind import NULL_FROM, NULL_SCOPES, NullKind
 from lm_eval_bh.routing.parameters import (
     Parameter,
+    accepts,
     canonical,
     choice,
     integer,
@@ -25,7 +26,7 @@ from lm_eval_bh.routing.rules.registry import RULES, Rule
 from lm_eval_bh.routing.scores.statistic import STATISTICS
 
 _ALPHA = "a number strictly between 0 and 1, or with rule=min_w a positive number"
-_LAYERS = r"(all|(first|last)[1-9]\d*|\d+(-\d+)?)"
+_LAYERS = r"(all|(first|last)[1-9]\d{0,8}|\d{1,9}(-\d{1,9})?)"
 _SEEDS = f"an integer from 0 to {2**32 - 1}"
 
 
@@ -39,7 +40,7 @@ def _counts(value: Any) -> str:
     """Return numbers joined by '-'; a list of integers is joined."""
     if isinstance(value, (list, tuple)):
         value = "-".join(str(operator.index(k)) for k in value)
-    if isinstance(value, bool) or not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", str(value)):
+    if isinstance(value, bool) or not re.fullmatch(r"[1-9]\d{0,8}(-[1-9]\d{0,8})*", str(value)):
         raise ValueError
     return str(value)
 
@@ -80,7 +81,8 @@ class RoutingConfig:
     temperature: float = parameter(
         1.0,
         "divides the router logits in the softmax of the weights; never touches p-values",
-        number("a positive number", lambda value: value > 0),
+        # Below, the logits of a token overflow, and its weights are NaN.
+        number("a positive number, at least 1e-30", lambda value: value >= 1e-30),
     )
     renormalize: Literal["auto"] | bool = parameter(
         "auto",
@@ -352,6 +354,8 @@ class RoutingConfig:
 
 
 PARAMETERS: dict[str, Parameter] = parameters_of(RoutingConfig)
+# What a dataclass says of an unknown name is a TypeError.
+RoutingConfig.__init__ = accepts({})(RoutingConfig.__init__)  # type: ignore[method-assign]
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(RoutingConfig)}
 
 

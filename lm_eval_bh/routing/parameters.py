@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import numbers
 import operator
@@ -89,6 +90,7 @@ def number(must: str, allowed: Callable[[float], bool]) -> tuple[Any, ...]:
     """Return the check of a finite number; ints and NumPy's scalars are numbers, bools are not."""
 
     def check(value: Any) -> Any:
+        value = _scalar(value)
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError
         found = value if isinstance(value, int | float) else float(value)
@@ -99,14 +101,15 @@ def number(must: str, allowed: Callable[[float], bool]) -> tuple[Any, ...]:
     return check, must
 
 
-def integer(must: str, least: int, most: int | None = None) -> tuple[Any, ...]:
+def integer(must: str, least: int, most: int = 2**31) -> tuple[Any, ...]:
     """Return the check of an integer; NumPy's are integers, bools are not."""
 
     def check(value: Any) -> int:
+        value = _scalar(value)
         if isinstance(value, bool):
             raise TypeError
         found = operator.index(value)
-        if found < least or (most is not None and found > most):
+        if not least <= found <= most:
             raise ValueError
         return found
 
@@ -117,7 +120,9 @@ def choice(values: Collection[Any], renamed: Mapping[str, str] | None = None) ->
     """Return the check of one of some names; ``renamed`` are earlier ones."""
 
     def check(value: Any) -> Any:
-        found = (renamed or {}).get(value, value) if isinstance(value, str) else value
+        found = _scalar(value)
+        if isinstance(found, str):
+            found = (renamed or {}).get(found, str(found))
         if not any(type(found) is type(known) and found == known for known in values):
             raise ValueError
         return found
@@ -148,16 +153,38 @@ def canonical(given: Mapping[str, Any], aliases: Mapping[str, str] = ALIASES) ->
 
 
 def accepts(aliases: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a function take its keyword arguments under their aliases too."""
+    """Let a function take its keyword arguments under their aliases too, and refuse unknown ones.
+
+    Raises
+    ------
+    ParameterError
+        From the function, if it has no parameter of a name.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        known = dict(inspect.signature(function).parameters)
+        takes = ", ".join(name for name in known if name not in ("self", "cls"))
+        owner = function.__qualname__.removesuffix(".__init__")
+        takes_any = any(one.kind is one.VAR_KEYWORD for one in known.values())
+
         @functools.wraps(function)
         def call(*args: P.args, **given: P.kwargs) -> R:
-            return function(*args, **canonical(given, aliases))
+            named = canonical(given, aliases)
+            if unknown := [name for name in named if not takes_any and name not in known]:
+                raise ParameterError(
+                    f"{unknown[0]!r} is not a parameter of {owner}"
+                    f"{did_you_mean(unknown[0], known)}: use one of {takes}."
+                )
+            return function(*args, **named)
 
         return call
 
     return decorate
+
+
+def _scalar(value: Any) -> Any:
+    """Return the Python value of a scalar of NumPy or PyTorch, and all else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def _shown(value: Any) -> str:

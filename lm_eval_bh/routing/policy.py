@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lm_eval_bh.errors import BHError, ParameterError, PolicyError
+from lm_eval_bh.files import as_path
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.nulls import null_file
 from lm_eval_bh.routing.nulls.null_model import NullModel
@@ -91,7 +92,7 @@ class Policy:
         PolicyError
             If it cannot be written.
         """
-        null = self.null_model
+        null, path = self.null_model, as_path(path)
         tensors = (
             {} if null is None else null_file.tensors_of(null.tables, null.header, null.factors)
         )
@@ -120,7 +121,7 @@ class Policy:
         PolicyError
             If the file is missing, damaged, foreign, or of a later format version.
         """
-        path = Path(path)
+        path = as_path(path)
         if not path.is_file():
             raise PolicyError(f"There is no policy {path}: use the path of a policy file.")
         try:

@@ -89,6 +89,11 @@ def find_routers(model: nn.Module) -> list[Router]:
     ModelError
         If the model has none, or only ones that return no (logits, weights, indices).
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"{model!r:.60} is no loaded model: load one, for example with "
+            "AutoModelForCausalLM.from_pretrained."
+        )
     classes = tuple({recorder.target_class for recorder in _recorders(model)})
     found: dict[str, list[tuple[str, nn.Module, bool]]] = {}
     if classes:

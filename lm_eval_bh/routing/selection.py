@@ -20,6 +20,7 @@ from lm_eval_bh.routing.parameters import accepts
 from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.routing.rules.sorted_scores import SortedScores
 from lm_eval_bh.routing.selector import Selector
+from lm_eval_bh.routing.tensors import numbers_of
 
 
 class Selection(NamedTuple):
@@ -243,9 +244,9 @@ def select_experts(
     Benjamini and Hochberg (1995), "Controlling the false discovery rate", J. R. Stat. Soc. B
     57:289.
     """
-    if isinstance(null_model, (str, Path)):
+    if not isinstance(null_model, (NullModel, type(None))):
         null_model = NullModel.load(null_model)
-    router_logits = torch.as_tensor(router_logits)
+    router_logits = numbers_of(router_logits, "router_logits")
     tests = rule in RULES and RULES[rule].tests
     config = RoutingConfig(
         alpha=alpha,
@@ -282,13 +283,15 @@ def select_experts(
     return select(router_logits, selector, hidden_states=hidden_states)
 
 
-def reject(p_values: Tensor, alpha: float, rule: str = "bh") -> Tensor:
+def reject(
+    p_values: Tensor | NDArray[Any] | Sequence[Sequence[float]], alpha: float, rule: str = "bh"
+) -> Tensor:
     """Decide every hypothesis from its p-value: the direct form of the procedure.
 
     Parameters
     ----------
     p_values : Tensor
-        float ``[tokens, N]`` in any order; compared in float64.
+        float ``[tokens, N]``, a tensor, array or lists, in any order; compared in float64.
     alpha : float
         Level, in (0, 1).
     rule : str
@@ -302,9 +305,12 @@ def reject(p_values: Tensor, alpha: float, rule: str = "bh") -> Tensor:
     Raises
     ------
     ParameterError
-        If the rule is not a test or alpha is not a level.
+        If the rule is not a test, alpha is not a level, or a p-value is none.
     """
     test = RULES[RoutingConfig(alpha=alpha, rule=rule).rule]
+    p_values = numbers_of(p_values, "p_values")
+    if p_values.ndim < 1 or not ((p_values >= 0) & (p_values <= 1)).all():
+        raise ParameterError("p_values must be numbers from 0 to 1: some are not.")
     if test.count is None or test.critical_values is None:
         raise ParameterError(
             f"rule={rule!r} is not a test: use a multiple-testing rule such as 'bh'."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -35,6 +36,7 @@ def ground(tmp_path_factory, new_writer) -> Path:
     root = tmp_path_factory.mktemp("ground")
     (root / "folder").mkdir()
     (root / "file").write_text("a file\n")
+    os.mkfifo(root / "pipe")
     _texts(root)
     _runs(root, new_writer)
     _tables(root)
@@ -122,7 +124,7 @@ def _models(root: Path) -> None:
 
 
 def _nulls(root: Path) -> None:
-    from lm_eval_bh import NullModel
+    from lm_eval_bh import NullModel, Policy, RoutingConfig
 
     folder = root / "nulls"
     folder.mkdir()
@@ -134,6 +136,14 @@ def _nulls(root: Path) -> None:
     draws = np.random.default_rng(0).normal(size=(64, 8))
     other = NullModel.fit({0: draws, 1: draws}, header={"fingerprint": "0" * 64})
     other.save(folder / "another.safetensors")
+    _strange_nulls(folder)
+    policy = Policy(RoutingConfig(rule="topk", k_per_layer="2-2-2-2"), "0" * 64, 4, 64, 8)
+    policy.save(root / "policy.safetensors")
+    whole = (root / "policy.safetensors").read_bytes()
+    (root / "cut_policy.safetensors").write_bytes(whole[:-2])
+    (root / "changed_policy.safetensors").write_bytes(whole.replace(b"2-2-2-2", b"3-2-2-2"))
+    (root / "pickles" / "pipe").mkdir(parents=True)
+    os.mkfifo(root / "pickles" / "pipe" / "distribution_model_layer_0.pkl")
     for name, content in {
         "none": None,
         "hostile": pickle.dumps(Hostile()),
@@ -144,6 +154,34 @@ def _nulls(root: Path) -> None:
         if content is not None:
             file = root / "pickles" / name / "distribution_model_layer_0.pkl"
             file.write_bytes(content)
+
+
+def _strange_nulls(folder: Path) -> None:
+    """Write null models that no release of ours would."""
+    import torch
+    from safetensors.torch import save_file
+
+    from lm_eval_bh.routing.nulls.null_header import NullHeader
+
+    x, cdf = torch.linspace(-1, 1, 4).double(), torch.linspace(0, 1, 4).double()
+    for name, (grid, values) in {
+        "flat": (x, torch.zeros_like(cdf)),
+        "full": (x, torch.ones_like(cdf)),
+        "float8": (x.to(torch.float8_e4m3fn), cdf.to(torch.float8_e4m3fn)),
+        "half": (x.half(), cdf.half()),
+        "no_points": (x[:0], cdf[:0]),
+        "one_point": (x[:1], cdf[:1]),
+        "no_experts": (torch.zeros(0, 4).double(), torch.zeros(0, 4).double()),
+        "nan": (x, cdf * torch.nan),
+        "falling": (x, cdf.flip(0)),
+        "wild": (x * 1e308 * 1.7, cdf),
+    }.items():
+        scope = {"null_scope": "expert"} if name == "no_experts" else {}
+        save_file(
+            {"layer.0.x": grid.contiguous(), "layer.0.cdf": values.contiguous()},
+            folder / f"{name}.safetensors",
+            metadata={"lm_eval_bh_null": NullHeader(num_layers=1, **scope).to_json()},
+        )
 
 
 def _settings(root: Path) -> None:

@@ -8,8 +8,11 @@ wrong, 2 for a command line that is, 3 for files that were left out. ``{ground}`
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +49,8 @@ COMMANDS = [
     (f"calibrate {OUT} {MODEL} --text folder", "could not be read", 1),
     (f"calibrate {OUT} {MODEL} --text latin.txt", "give a UTF-8 text file", 1),
     (f"calibrate {OUT} {MODEL} --text empty.txt", "text is empty", 1),
+    (f"calibrate {OUT} {MODEL} --text pipe", "it is no file", 1),
+    (f"calibrate {OUT} {MODEL} --null-from selected", "null_from must be all or unselected", 1),
     (f"calibrate {OUT} {MODEL} --tokens 0", "'--tokens'", 2),
     (f"calibrate {OUT} {MODEL} --tokens many", "'--tokens'", 2),
     (f"calibrate {OUT} {MODEL} --length 0", "'--length'", 2),
@@ -147,7 +152,40 @@ COMMANDS = [
     (f"verify {TOP4} --engine hf --documents 0", "'--documents'", 2),
     (f"verify {TOP4} --engine hf --length 1", "'--length'", 2),
     (f"verify {TOP4} --engine hf --documents 1 --python nowhere", "cannot be run", 1),
+    (f"analyze {MODEL} --kde pipe", "no file", 1),
+    (f"analyze {MODEL} --kde nulls/flat.safetensors", "select none", 1),
+    (f"analyze {MODEL} --kde nulls/full.safetensors", "select all experts", 1),
+    (f"analyze {MODEL} --kde nulls/float8.safetensors", "float8.safetensors", 1),
+    (f"analyze {MODEL} --kde nulls/half.safetensors", "float16, not float64", 1),
+    (f"analyze {MODEL} --kde nulls/no_points.safetensors", "2 or more points", 1),
+    (f"analyze {MODEL} --kde nulls/one_point.safetensors", "2 or more points", 1),
+    (f"analyze {MODEL} --kde nulls/no_experts.safetensors", "2 or more points", 1),
+    (f"analyze {MODEL} --kde nulls/nan.safetensors", "is not finite", 1),
+    (f"analyze {MODEL} --kde nulls/falling.safetensors", "does not rise", 1),
+    (f"analyze {MODEL} --kde nulls/wild.safetensors", "is too wide", 1),
+    (f"analyze {MODEL} --text pipe", "it is no file", 1),
+    (f"analyze {MODEL} --null-from selected", "null_from must be all or unselected", 1),
+    (f"analyze {MODEL} --tokens 1e3", "'--tokens'", 2),
+    # policy.
+    ("policy", "policy needs --model-args and --output", 1),
+    ("policy --output new.safetensors", "policy needs --model-args", 1),
+    ("policy --model-args alpha=0.4 --output folder", "--output cannot be written", 1),
+    ("policy --model-args alpha=0.4 --output file/p", "--output cannot be written", 1),
+    ("policy --model-args alpha=0.4 --output policy.safetensors", "use --force", 1),
+    ("policy --model-args pretrained=tiny-olmoe,rule=bhh --output new", "did you mean 'bh'", 1),
+    ("policy --model-args pretrained=tiny-olmoe,device=cup --output new", "device must be", 1),
+    ("policy show", "Missing argument", 2),
+    ("policy show none", "There is no policy none", 1),
+    ("policy show folder", "There is no policy folder", 1),
+    ("policy show pipe", "There is no policy pipe", 1),
+    ("policy show file", "The policy file is damaged", 1),
+    ("policy show cut_policy.safetensors", "is damaged", 1),
+    ("policy show changed_policy.safetensors", "its checksum differs", 1),
+    ("policy show nulls/another.safetensors", "is not a policy", 1),
+    ("policy shoe x", "No such command 'shoe'", 2),
     # import-kde.
+    (f"import-kde pickles/pipe {OUT}", "it is no file", 1),
+    (f"import-kde pipe {OUT}", "There is no folder pipe", 1),
     ("import-kde", "Missing argument", 2),
     ("import-kde pickles/none", "Missing option '--output'", 2),
     (f"import-kde nowhere {OUT}", "nowhere", 1),
@@ -217,7 +255,19 @@ COMMANDS = [
     (f"{SWEEP} --output-dir new --pretrained models/no_config", "could not be loaded", 1),
     (f"{SWEEP} --output-dir new --pretrained models/cut", "could not be loaded", 1),
     (f"{SWEEP} --output-dir swept", "holds another sweep", 1),
+    (f"{SWEEP} --output-dir new --device cup --dry-run", "device must be cpu, cuda", 1),
+    (f"{SWEEP} --output-dir new --device cuda:77 --dry-run", "'cuda:77' cannot be used", 1),
+    (f"{SWEEP} --output-dir new --config pipe", "it is not a file", 1),
+    (f"{SWEEP} --output-dir pipe", "--output-dir cannot be written", 1),
+    (f"{SWEEP} --output-dir new --model-args batch_size=2", "model_args sets batch_size", 1),
+    (f"{SWEEP} --output-dir new --model-args device=cpu", "model_args sets device", 1),
+    (f"{SWEEP} --output-dir new --model-args log_dir=x", "model_args sets log_dir", 1),
+    (f"{SWEEP} --output-dir new --model-args bnb_4bit_quant_type=nf4", "without load_in_4bit", 1),
+    (f"{SWEEP} --output-dir new --model-args load_in_4bit=True,load_in_8bit=True", "both True", 1),
+    (f"{SWEEP} --output-dir new --max-k 8 --alphas 0.4 --model-args kde=pipe", "no file", 1),
+    (f"{SWEEP} --output-dir new --ray local --workers 0", "workers=0 is no number", 1),
     # aggregate.
+    ("aggregate pipe", "There is no folder pipe", 1),
     ("aggregate", "Missing argument", 2),
     ("aggregate nowhere", "There is no folder nowhere", 1),
     ("aggregate folder", "There is no results_*.json", 1),
@@ -266,7 +316,10 @@ COMMANDS = [
     ("plot runs --output figure", "ends in png, pdf, svg", 1),
     ("plot runs --output file/figure.png", "--output cannot be written", 1),
     ("plot runs --output /proc/none/figure.png", "--output cannot be written", 1),
+    ("plot pipe", "There is no folder pipe", 1),
     # report.
+    ("report pipe", "There is no folder pipe", 1),
+    ("report runs --accuracy-margin nan", "accuracy_margin must be", 1),
     ("report", "Missing argument", 2),
     ("report nowhere", "There is no folder nowhere", 1),
     ("report folder", "There is no results_*.json", 1),
@@ -284,6 +337,9 @@ COMMANDS = [
     ("patterns alone", "log", 1),
     ("patterns runs --tokenizer none.json", "none.json", 1),
     ("patterns runs --tokenizer file", "file", 1),
+    ("patterns runs --tokenizer pipe", "it is no file", 1),
+    ("patterns runs --tokenizer folder", "folder", 1),
+    ("patterns pipe", "There is no folder pipe", 1),
     ("patterns runs --seed -1", "'--seed'", 2),
     ("patterns runs --seed 4294967296", "'--seed'", 2),
     ("patterns runs --output-dir file", "--output-dir cannot be written", 1),
@@ -328,6 +384,42 @@ MODEL_ARGS = [
     ("log_routing=full,log_dir=file", "file"),
     ("log_routing=full,log_dir=/proc/none", "/proc/none"),
     ("log_samples=-1", "log_samples"),
+    ("alpha=0.4,temperature=1e-40", "at least 1e-30"),
+    ("temperature=inf", "temperature"),
+    ("max_k=99999999999999999999", "max_k"),
+    ("layers=last999999999999", "layers"),
+    ("rule=topk,k_per_layer=8-8", "k_per_layer"),
+    ("rule=topk,k_per_layer=8-x-8-8", "k_per_layer"),
+    ("k_per_layer=8-8-8-8", "has no meaning with rule=bh"),
+    ("mass=2", "mass must be a number from 0 to 1"),
+    ("mass=0.5,renormalize=True", "contradicts mass"),
+    ("family=layer", "family must be token or all"),
+    ("rule=topk,family=all", "family='all' has no meaning"),
+    ("null_from=selected", "null_from must be all or unselected"),
+    ("rule=topk,null_from=unselected", "has no meaning with rule=topk"),
+    ("null_scope=layer,null=expert", "given twice"),
+    ("kde=auto,null_model=auto", "given twice"),
+    ("rule=topk,kde=nulls/another.safetensors", "has no meaning with rule=topk"),
+    ("budget=layer", "has no meaning without target_experts"),
+    ("target_experts=4,alpha=0.4", "contradicts target_experts"),
+    ("kde=pipe", "no file"),
+    ("kde=nulls/flat.safetensors", "select none"),
+    ("kde=nulls/float8.safetensors", "float8.safetensors"),
+    ("kde=nulls/no_points.safetensors", "2 or more points"),
+    ("policy=missing", "There is no policy missing"),
+    ("policy=pipe", "There is no policy pipe"),
+    ("policy=file", "is damaged"),
+    ("policy=changed_policy.safetensors", "its checksum differs"),
+    ("policy=policy.safetensors", "make one for"),
+    ("policy=policy.safetensors,alpha=0.4", "contradicts policy="),
+    ("dtype=float16,policy=policy.safetensors", "dtype=bfloat16 or float32"),
+    ("dtype=float16,kde=nulls/another.safetensors", "dtype=bfloat16 or float32"),
+    ("batch_size=2", "batch_size is given twice, as 2 in --model_args and as 1 by --batch_size"),
+    ("load_in_8bit=True,load_in_4bit=True", "only one can be used"),
+    ("bnb_4bit_compute_dtype=float16", "without load_in_4bit=True"),
+    ("load_in_4bit=True,bnb_4bit_quant_type=int4", "must be fp4 or nf4, not 'int4'"),
+    ("load_in_4bit=True,bnb_4bit_compute_dtype=float99", "float99"),
+    ("quantization_config=int8", "use load_in_8bit=True or load_in_4bit=True"),
     ("alpah=0.4", "did you mean 'alpha'"),
     ("dtype=float99", "dtype must be auto"),
     ("dtype=float8_e4m3fn", "dtype must be auto"),
@@ -340,7 +432,16 @@ MODEL_ARGS = [
     ("pretrained=models/dense", "mixture-of-experts"),
 ]
 
+if importlib.util.find_spec("bitsandbytes") is None:
+    MODEL_ARGS += [
+        ("load_in_8bit=True", "pip install bitsandbytes"),
+        ("load_in_4bit=True,bnb_4bit_quant_type=nf4", "pip install bitsandbytes"),
+    ]
+
 NULL = "nulls/another.safetensors"  # of 2 layers and 8 experts
+ZEROS = torch.zeros(3, 8)
+DRAWS = torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
+HUGE = 10**400
 
 
 def compare(**options):
@@ -356,9 +457,28 @@ def load_experiments(*folders, **options):
     return load_experiments(folders, **options)
 
 
-def select(**options):
+def select(logits=ZEROS, **options):
     defaults = {"null": lm_eval_bh.NullModel.load(NULL), "layer": 0, "alpha": 0.4}
-    return lm_eval_bh.select_experts(torch.zeros(3, 8), **defaults | options)
+    return lm_eval_bh.select_experts(logits, **defaults | options)
+
+
+def fit(logits, **options):
+    return lm_eval_bh.NullModel.fit(logits, **options)
+
+
+def integrate(**options):
+    from transformers import AutoModelForCausalLM
+
+    from lm_eval_bh.resources import tiny_olmoe
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_olmoe())
+    return lm_eval_bh.BHRoutingIntegration(model, **options)
+
+
+def reject(p_values, **options):
+    from lm_eval_bh.routing.selection import reject
+
+    return reject(p_values, **{"alpha": 0.4} | options)
 
 
 def sweep(**settings):
@@ -395,6 +515,106 @@ CALLS = [
     (lambda: select(max_k=9), "8 experts"),
     (lambda: select(layer=2), "layer"),
     (lambda: lm_eval_bh.BHRoutingIntegration(torch.nn.Linear(2, 2)), "mixture-of-experts"),
+    # Kinds of values that are none of the parameters' kinds.
+    (lambda: lm_eval_bh.RoutingConfig(alpha=HUGE), "alpha"),
+    (lambda: lm_eval_bh.RoutingConfig(alpha=10**5000), "a number of thousands of digits"),
+    (lambda: lm_eval_bh.RoutingConfig(max_k=HUGE), "max_k"),
+    (lambda: lm_eval_bh.RoutingConfig(max_k="8"), "max_k"),
+    (lambda: lm_eval_bh.RoutingConfig(min_k=np.float64(2)), "min_k"),
+    (lambda: lm_eval_bh.RoutingConfig(alpha=np.array([0.4])), "alpha"),
+    (lambda: lm_eval_bh.RoutingConfig(alpha=0.4 + 0j), "alpha"),
+    (lambda: lm_eval_bh.RoutingConfig(temperature=1e-40), "at least 1e-30"),
+    (lambda: lm_eval_bh.RoutingConfig(temperature=HUGE), "temperature"),
+    (lambda: lm_eval_bh.RoutingConfig(renormalize="yes"), "renormalize"),
+    (lambda: lm_eval_bh.RoutingConfig(layers=True), "layers"),
+    (lambda: lm_eval_bh.RoutingConfig(layers=-1), "layers"),
+    (lambda: lm_eval_bh.RoutingConfig(layers=[0, 1]), "layers"),
+    (lambda: lm_eval_bh.RoutingConfig(layers="9" * 5000), "layers"),
+    (lambda: lm_eval_bh.RoutingConfig(rule="topk", k_per_layer="9" * 5000), "k_per_layer"),
+    (lambda: lm_eval_bh.RoutingConfig(rule="topk", k_per_layer=[8, None]), "k_per_layer"),
+    (lambda: lm_eval_bh.RoutingConfig(rule="random_k", seed=2**32), "seed"),
+    (lambda: lm_eval_bh.RoutingConfig(rule="random_k", seed=1.0), "seed"),
+    (lambda: lm_eval_bh.RoutingConfig(trim=HUGE), "trim"),
+    (lambda: lm_eval_bh.RoutingConfig(target_experts=float("nan")), "target_experts"),
+    (lambda: lm_eval_bh.RoutingConfig(alhpa=0.4), "parameter of RoutingConfig (did you mean 'a"),
+    (lambda: lm_eval_bh.RoutingConfig.of({"alhpa": 0.4}), "did you mean 'alpha'"),
+    # Logits and p-values.
+    (lambda: select([[1.0], [1.0, 2.0]]), "lists of equal length"),
+    (lambda: select("logits"), "router_logits must be"),
+    (lambda: select(None), "router_logits must be"),
+    (lambda: select(np.array([[None] * 8])), "an array of object"),
+    (lambda: select([[1] * 8]), "floating-point"),
+    (lambda: select(ZEROS.to(torch.complex64)), "floating-point"),
+    (lambda: select(ZEROS[0]), "[tokens, experts]"),
+    (lambda: select(ZEROS + torch.nan), "NaN or infinite"),
+    (lambda: select(ZEROS - torch.inf), "NaN or infinite"),
+    (lambda: select(ZEROS[:, :0]), "0 experts"),
+    (lambda: select(ZEROS[:, :7], max_k=4), "8 experts"),
+    (lambda: select(layer=None), "layer"),
+    (lambda: select(layer=True), "layer"),
+    (lambda: select(layer=HUGE), "layer"),
+    (lambda: select(null=None), "needs a null model"),
+    (lambda: select(null=3), "A path must be text or a Path"),
+    (lambda: select(null="nowhere"), "nowhere"),
+    (lambda: select(null="nulls/flat.safetensors"), "select none"),
+    (lambda: select(null=lm_eval_bh.NullModel.load(NULL), null_model=NULL), "given twice"),
+    (lambda: select(alhpa=0.4), "parameter of select_experts (did you mean 'alpha'?)"),
+    (lambda: reject([[0.1], [0.1, 0.2]]), "lists of equal length"),
+    (lambda: reject(None), "p_values must be"),
+    (lambda: reject([[0.1, float("nan")]]), "from 0 to 1"),
+    (lambda: reject([[0.1, 1.5]]), "from 0 to 1"),
+    (lambda: reject([[0.1, 0.5]], rule="topk"), "is not a test"),
+    (lambda: reject([[0.1, 0.5]], alpha=1), "alpha"),
+    # Null models and policies.
+    (lambda: lm_eval_bh.NullModel.load(None), "A path must be text or a Path"),
+    (lambda: lm_eval_bh.NullModel.load(3), "A path must be text or a Path"),
+    (lambda: lm_eval_bh.NullModel.load("a\0b"), "There is no null model"),
+    (lambda: lm_eval_bh.NullModel.load("pipe"), "no file"),
+    (lambda: lm_eval_bh.NullModel.load("nulls/half.safetensors"), "not float64"),
+    (lambda: lm_eval_bh.NullModel.from_pickles(None), "A path must be text or a Path"),
+    (lambda: lm_eval_bh.NullModel.from_pickles("pickles/pipe"), "it is no file"),
+    (lambda: lm_eval_bh.NullModel.from_pickles("pickles/none", modle="x"), "has no field 'modle'"),
+    (lambda: lm_eval_bh.NullModel.load(NULL).save(None), "A path must be text or a Path"),
+    (lambda: fit(None), "by their numbers"),
+    (lambda: fit([DRAWS]), "by their numbers"),
+    (lambda: fit({}), "layers 0, 1"),
+    (lambda: fit({1: DRAWS}), "layers 0, 1"),
+    (lambda: fit({0: "logits"}), "The logits of layer 0 must be"),
+    (lambda: fit({0: [[1.0], [1.0, 2.0]]}), "lists of equal length"),
+    (lambda: fit({0: DRAWS[0]}), "[tokens, experts]"),
+    (lambda: fit({0: DRAWS[:0]}), "0 samples"),
+    (lambda: fit({0: ZEROS}), "equal 0"),
+    (lambda: fit({0: DRAWS * torch.nan}), "NaN or infinite"),
+    (lambda: fit({0: DRAWS, 1: DRAWS[:, :4]}), "as many experts in every layer"),
+    (lambda: fit({0: DRAWS}, trim=4), "trim must be an integer from 0 to 3"),
+    (lambda: fit({0: DRAWS}, points=10**12), "points=1000000000000 is out of range"),
+    (lambda: fit({0: DRAWS}, points=0), "points=0 is out of range"),
+    (lambda: fit({0: DRAWS}, bandwidth=0), "bandwidth=0 is out of range"),
+    (lambda: fit({0: DRAWS}, bandwidth=1e-300), "too few for the bandwidth"),
+    (lambda: fit({0: DRAWS}, bandwidth="silverman"), "bandwidth='silverman' is unknown"),
+    (lambda: fit({0: DRAWS}, kernel="box"), "kernel='box' is unknown"),
+    (lambda: fit({0: DRAWS}, top_k=8), "top_k must be an integer from 1 to 7"),
+    (lambda: fit({0: DRAWS}, kernle="box"), "did you mean 'kernel'"),
+    (lambda: lm_eval_bh.Policy.load(3), "A path must be text or a Path"),
+    (lambda: lm_eval_bh.Policy.load("pipe"), "There is no policy pipe"),
+    (lambda: lm_eval_bh.Policy.load("changed_policy.safetensors"), "its checksum differs"),
+    (lambda: lm_eval_bh.Policy.load("policy.safetensors").save(None), "A path must be"),
+    # Models.
+    (lambda: lm_eval_bh.BHRoutingIntegration(None), "is no loaded model"),
+    (lambda: lm_eval_bh.BHRoutingIntegration("tiny-olmoe"), "is no loaded model"),
+    (lambda: integrate(null_model=3), "A path must be text or a Path"),
+    (lambda: integrate(kde="pipe"), "no file"),
+    (lambda: integrate(kde="nowhere"), "nowhere"),
+    (lambda: integrate(kde=NULL), "fingerprint"),
+    (lambda: integrate(alpha=None), "alpha"),
+    (lambda: integrate(alhpa=0.4), "did you mean 'alpha'"),
+    (lambda: integrate(max_k=65), "64 experts"),
+    (lambda: integrate(layers=4), "layers"),
+    (lambda: integrate(experts="fast"), "experts"),
+    (lambda: integrate(policy=3), "A path must be text or a Path"),
+    (lambda: integrate(policy="policy.safetensors"), "make one for"),
+    (lambda: integrate(policy="policy.safetensors", alpha=0.4), "leave out parameters"),
+    # Tables and sweeps.
     (lambda: load_experiments("nowhere"), "There is no folder nowhere"),
     (lambda: load_experiments("folder"), "There is no results_*.json"),
     (lambda: load_experiments("incomparable"), "max_length 32 and 64"),
@@ -449,6 +669,38 @@ def test_a_bad_call_is_one_sentence(unchanged, call, sentence):
     assert_one_sentence(str(raised.value))
 
 
+def select_plain():
+    return select().counts.tolist()
+
+
+TAKEN = [
+    (lambda: lm_eval_bh.RoutingConfig(max_k=np.int64(8)).max_k, 8),
+    (lambda: lm_eval_bh.RoutingConfig(max_k=np.array(8)).max_k, 8),
+    (lambda: lm_eval_bh.RoutingConfig(alpha=np.float64(0.4)).alpha, 0.4),
+    (lambda: lm_eval_bh.RoutingConfig(alpha=np.float32(0.5)).alpha, 0.5),
+    (lambda: lm_eval_bh.RoutingConfig(alpha=torch.tensor(0.5)).alpha, 0.5),
+    (lambda: lm_eval_bh.RoutingConfig(renormalize=np.True_).renormalize, True),
+    (lambda: lm_eval_bh.RoutingConfig(rule=np.str_("by")).rule, "by"),
+    (lambda: lm_eval_bh.RoutingConfig(layers=3).layers, "3"),
+    (lambda: lm_eval_bh.RoutingConfig(layers=np.int64(3)).layers, "3"),
+    (lambda: select(ZEROS.numpy()).counts.tolist(), select_plain),
+    (lambda: select(ZEROS.tolist()).counts.tolist(), select_plain),
+    (lambda: select(null=NULL).counts.tolist(), select_plain),
+    (lambda: select(null=Path(NULL)).counts.tolist(), select_plain),
+    (lambda: select(layer=np.int64(0)).counts.tolist(), select_plain),
+    (lambda: select(temperature=1e-30).weights.isnan().any().item(), False),
+    (lambda: reject(np.array([[0.01, 0.9]])).tolist(), [[True, False]]),
+    (lambda: reject([[0.01, 0.9]]).tolist(), [[True, False]]),
+]
+
+
+@pytest.mark.parametrize(("call", "expected"), TAKEN)
+def test_what_is_like_a_value_is_one(unchanged, call, expected):
+    found = call()
+    assert found == (expected() if callable(expected) else expected)
+    assert type(found) in (bool, int, float, str, list)
+
+
 def assert_one_sentence(text: str) -> None:
     assert "\n" not in text
     assert text.endswith(".")
@@ -457,4 +709,4 @@ def assert_one_sentence(text: str) -> None:
 
 
 def test_the_table_is_long_enough():
-    assert len(COMMANDS) + len(MODEL_ARGS) + len(CALLS) >= 250
+    assert len(COMMANDS) + len(MODEL_ARGS) + len(CALLS) >= 450

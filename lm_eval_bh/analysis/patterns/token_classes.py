@@ -65,6 +65,8 @@ def vocabulary(tokenizer: Path) -> tuple[list[str], list[str]]:
     from tokenizers import Tokenizer
 
     try:
+        if tokenizer.exists() and not tokenizer.is_file():  # a pipe would be waited for
+            raise OSError("it is no file")
         loaded = Tokenizer.from_file(str(tokenizer))
     except Exception as error:  # the library raises nothing more specific
         raise DataError(

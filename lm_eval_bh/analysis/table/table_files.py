@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -172,9 +173,14 @@ def _cell(value: Any) -> str:
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    head, *body = [[_escaped(cell) for cell in row] for row in rows]
     lines = [head, ["---"] * len(head), *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _escaped(cell: str) -> str:
+    """Return a cell that Markdown shows as it is: no column of its own, no HTML, one line."""
+    return " ".join(html.escape(cell, quote=False).replace("|", "\\|").splitlines())
 
 
 def _latex(rows: Sequence[Sequence[str]]) -> str:

@@ -32,6 +32,8 @@ SET_BY_THE_SWEEP = (
     "log_dir",
     "log_samples",
     "log_logits",
+    "batch_size",
+    "device",
 )
 
 GRID = ("tasks", "baselines", "alphas", "max_k", "rules")  # what names the experiments

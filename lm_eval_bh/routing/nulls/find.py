@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lm_eval_bh.errors import BHError, ModelError, NullModelError
+from lm_eval_bh.files import as_path
 from lm_eval_bh.resources import cache_folder, shipped
 from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
 from lm_eval_bh.routing.nulls.null_kind import LOGITS_OF_A_LAYER, NullKind
@@ -61,7 +62,7 @@ def resolve_null(
         found = found or _calibrate(model, routers, tokenizer, name, fingerprint, kind.made())
     elif isinstance(null_model, NullModel):
         found = null_model
-    elif not Path(null_model).exists():
+    elif not as_path(null_model).exists():
         raise NullModelError(
             f"The null model {str(null_model)!r} does not exist: use a file, or null_model=auto."
         )

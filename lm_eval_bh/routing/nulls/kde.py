@@ -170,8 +170,10 @@ def fit_cdf(
         If the samples have no distribution, or ``points`` are too few to resolve the bandwidth.
     """
     check_kernel(kernel)
-    if isinstance(points, bool) or not isinstance(points, int) or points < 4:
-        raise ParameterError(f"points={points!r} is out of range; use a whole number from 4 up.")
+    if isinstance(points, bool) or not isinstance(points, int) or not 4 <= points <= MAX_BINS:
+        raise ParameterError(
+            f"points={points!r:.60} is out of range; use a whole number from 4 to {MAX_BINS}."
+        )
     samples = np.asarray(samples, dtype=np.float64).ravel()
     h = bandwidth_of(samples, bandwidth)
     kernel_cdf, reach = KERNELS[kernel]
@@ -179,9 +181,11 @@ def fit_cdf(
     # one step more at both ends, so that binning cannot move weight beyond the last point
     step = (high - low) / (points - 3)
     if not step <= h:
+        needed = (high - low) / h + 4
+        advice = f"points={needed:.0f} or more" if needed <= MAX_BINS else "a larger one"
         raise NullModelError(
             f"{points} grid points from {low:g} to {high:g} are too few for the bandwidth {h:g}; "
-            f"use points={(high - low) / h + 4:.0f} or more, or look for outliers."
+            f"use {advice}, or look for outliers."
         )
     x = np.linspace(low - step, high + step, points)
     if not (x[1:] > x[:-1]).all():

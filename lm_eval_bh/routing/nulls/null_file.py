@@ -104,7 +104,7 @@ def read(path: Path) -> tuple[Tables, NullHeader, NDArray[Any] | None]:
         ) from error
     except NullModelError as error:
         raise NullModelError(f"The null model {path} could not be read: {error}.") from error
-    except (SafetensorError, OSError, TypeError) as error:
+    except (AttributeError, SafetensorError, OSError, TypeError) as error:  # foreign dtypes too
         raise NullModelError(
             f"The null model {path} could not be read: {str(error).rstrip('.')}; {COPY_AGAIN}."
         ) from error

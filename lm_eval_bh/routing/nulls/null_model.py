@@ -14,13 +14,15 @@ import torch
 from numpy.typing import NDArray
 
 from lm_eval_bh.errors import NullModelError, ParameterError
+from lm_eval_bh.files import as_path
 from lm_eval_bh.routing.nulls import null_file, pickles, survival, table_checks
 from lm_eval_bh.routing.nulls.fitting import fit_tables, points_of, unselected
 from lm_eval_bh.routing.nulls.null_header import NullHeader, check_fields, library_versions
 from lm_eval_bh.routing.nulls.null_kind import NullKind
-from lm_eval_bh.routing.parameters import ALIASES, accepts
+from lm_eval_bh.routing.parameters import ALIASES, Parameter, accepts, integer
 from lm_eval_bh.routing.scores.predicted import log_predicted_norms
 from lm_eval_bh.routing.scores.statistic import STATISTICS, scores
+from lm_eval_bh.routing.tensors import numbers_of
 
 Array = NDArray[np.float64]
 
@@ -158,6 +160,11 @@ class NullModel:
         NullModelError
             If a layer's logits are not finite, too few, or all equal.
         """
+        if not isinstance(logits, Mapping):
+            raise ParameterError(
+                "A null model needs the logits of layers by their numbers, as in {0: logits}: "
+                f"found a {type(logits).__name__}."
+            )
         if not logits or sorted(logits) != list(range(len(logits))):
             raise ParameterError(
                 f"A null model needs the logits of layers 0, 1, ...; found {sorted(logits)}."
@@ -168,7 +175,7 @@ class NullModel:
         kind = NullKind(statistic or "logit", null_scope, trim, origin).made()
         found = []
         for layer in range(len(logits)):
-            values = torch.as_tensor(logits[layer])
+            values = numbers_of(logits[layer], f"The logits of layer {layer}")
             if values.ndim != 2:
                 raise ParameterError(
                     f"The logits of layer {layer} have shape {tuple(values.shape)}: "
@@ -270,7 +277,7 @@ class NullModel:
         NullModelError
             If it cannot be written.
         """
-        null_file.write(path, self.tables, self.header, self.factors)
+        null_file.write(as_path(path), self.tables, self.header, self.factors)
 
     @classmethod
     def load(cls, path: Path | str) -> NullModel:
@@ -281,7 +288,7 @@ class NullModel:
         NullModelError
             If the file is missing, damaged, foreign, inconsistent, or of a later format version.
         """
-        tables, header, factors = null_file.read(Path(path))
+        tables, header, factors = null_file.read(as_path(path))
         try:
             found = cls(tables, header, factors)
         except NullModelError as error:
@@ -319,16 +326,9 @@ class NullModel:
         ParameterError
             If there is no such layer.
         """
-        if (
-            isinstance(layer, bool)
-            or not isinstance(layer, int)
-            or not 0 <= layer < self.num_layers
-        ):
-            raise ParameterError(
-                f"layer={layer!r} is out of range; "
-                f"this null model has layers 0 to {self.num_layers - 1}."
-            )
-        return self.tables[layer]
+        last = self.num_layers - 1
+        check, must = integer(f"one of the null model's layers 0 to {last}", 0, last)
+        return self.tables[Parameter("", check, must).checked("layer", layer)]
 
     def scores(
         self,
@@ -411,6 +411,7 @@ class NullModel:
         Tensor, float64, same shape and device
             In bfloat16 a p-value could not go below 0.0078, where small levels are decided.
         """
+        router_logits = numbers_of(router_logits, "router_logits")
         x, cdf = (torch.tensor(values, device=router_logits.device) for values in self.cdf(layer))
         z = self.scores(layer, router_logits, hidden_states).double()
         if self.header.null_scope != "expert":

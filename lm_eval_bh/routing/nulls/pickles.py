@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lm_eval_bh.errors import NullModelError
+from lm_eval_bh.files import as_path
 
 FILE_NAME = "distribution_model_layer_{}.pkl"
 
@@ -101,6 +102,8 @@ def read_table(path: Path | str) -> tuple[NDArray[np.float64], NDArray[np.float6
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
         with path.open("rb") as file:
             table = _ArrayUnpickler(file).load()
         if not isinstance(table, dict) or not all(
@@ -128,7 +131,7 @@ def read_folder(folder: Path | str) -> list[tuple[NDArray[np.float64], NDArray[n
         If the folder is missing or holds no tables, a layer is missing in between, or a table
         cannot be read.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if not folder.is_dir():
         raise NullModelError(
             f"There is no folder {folder}; give the folder that holds {FILE_NAME.format('<i>')}."

@@ -47,7 +47,8 @@ class BHRoutingIntegration:
     collect_stats : bool
         Whether :meth:`get_routing_stats` is served. Padding never counts.
     null_model : "auto", path or NullModel
-        The null model; "auto" finds one for this router, or calibrates it. ``kde=`` is an alias.
+        The null model; "auto", or None, finds one for this router, or calibrates it. ``kde=`` is an
+        alias.
     policy : Policy or path, optional
         Everything about routing from a file, in place of all parameters of it.
     texts : sequence of str, optional
@@ -79,7 +80,7 @@ class BHRoutingIntegration:
         mode: Literal["patch", "analyze"] = "patch",
         collect_stats: bool = True,
         *,
-        null_model: str | Path | NullModel = "auto",
+        null_model: str | Path | NullModel | None = "auto",
         experts_implementation: str = "auto",
         tokenizer: Any = None,
         texts: Sequence[str] | None = None,
@@ -119,7 +120,7 @@ class BHRoutingIntegration:
         self.num_experts = self.routers[0].num_experts
         self._tokenizer = tokenizer
         self._texts = texts
-        self._given_null = null_model
+        self._given_null = "auto" if null_model is None else null_model
         self.solution: Solution | None = None
         if policy is not None:
             name = transformers_model(model).name_or_path or type(model).__name__
