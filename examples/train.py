@@ -131,7 +131,7 @@ def main(
     calibration_tokens: Annotated[int, typer.Option(help="Of a fit.")] = 16384,
     batch: Annotated[int, typer.Option(help="Windows a step.")] = 8,
     length: Annotated[int, typer.Option(help="Window length in tokens.")] = 256,
-    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
     train_text: Annotated[
         Path | None, typer.Option(help="Text file; default: WikiText-2's training split.")
     ] = None,
