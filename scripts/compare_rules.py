@@ -15,7 +15,6 @@ so an interrupted run resumes. A file of another model or text is refused.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -23,9 +22,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,7 +34,10 @@ from lm_eval_bh import (
     RoutingConfig,
     UnreachableError,
 )
-from lm_eval_bh.files import replacing
+from lm_eval_bh.analysis.show.pareto_figure import Point, draw_pareto
+from lm_eval_bh.files import figure_format, replacing
+from lm_eval_bh.policies.document_losses import Documents
+from lm_eval_bh.policies.paired_differences import Difference, Ladder, PairedBootstrap
 from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
 from lm_eval_bh.routing.nulls.find import resolve_null
 from lm_eval_bh.routing.nulls.null_kind import NullKind
@@ -46,7 +47,7 @@ from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.routing.scores.statistic import STATISTICS
 
 LENGTH = 512
-RESAMPLES = 10_000
+DRAWN = 6  # rows of the figure
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,17 @@ class Configuration:
     def label(self) -> str:
         """Its name in the file."""
         return f"{self.rule}/{self.statistic}/{self.variant}/{self.target:g}"
+
+    @property
+    def name(self) -> str:
+        """Its name in the figure, without the target."""
+        variant = "" if self.variant == "layer" else f", {self.variant}"
+        return f"{self.rule} {self.statistic}{variant}"
+
+    @property
+    def is_static(self) -> bool:
+        """Whether it is what the others are compared with."""
+        return (self.rule, self.statistic, self.variant) == ("topk", "logit", "layer")
 
 
 @dataclass
@@ -128,18 +140,13 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.train = wikitext_texts("train")
         self.nulls: dict[NullKind, NullModel] = {}
-        self.tokens: list[int] = []
-        windows: list[tuple[int, list[int]]] = []
-        prefix = self.tokenizer.bos_token_id or self.tokenizer.eos_token_id
-        for document, text in enumerate(wikitext_texts("test")[:limit]):
-            ids = [prefix, *self.tokenizer(text, verbose=False)["input_ids"][:length]]
-            self.tokens.append(len(ids) - 1)
-            windows += [
-                (document, ids[start : start + LENGTH + 1])
-                for start in range(0, len(ids) - 1, LENGTH)
-            ]
-        windows.sort(key=lambda window: len(window[1]), reverse=True)
-        self.batches = [windows[i : i + batch] for i in range(0, len(windows), batch)]
+        self.documents = Documents.of(
+            self.tokenizer,
+            wikitext_texts("test")[:limit],
+            length=LENGTH,
+            batch=batch,
+            tokens_per_document=length,
+        )
 
     def measure(self, row: Configuration) -> Measured:
         options: dict[str, Any] = {"max_k": self.max_k, "target_experts": row.target}
@@ -162,28 +169,11 @@ class Bench:
         except ParameterError as error:
             unreachable = isinstance(error, UnreachableError)
             return Measured(failed="out of reach" if unreachable else "not solved", why=str(error))
-        losses = np.zeros(len(self.tokens))
-        with routing, torch.inference_mode():
-            for batch in self.batches:
-                for (document, _), loss in zip(batch, self.losses(batch), strict=True):
-                    losses[document] += float(loss)
+        with routing:
+            losses = self.documents.losses(self.model)
         assert routing.counters is not None
         alpha = None if routing.solution is None else routing.solution.alphas[0]
         return Measured(routing.counters.mean(), alpha, losses.tolist())
-
-    def losses(self, batch: Sequence[tuple[int, list[int]]]) -> Tensor:
-        """Return the summed loss of each window, in nats."""
-        ids = nn.utils.rnn.pad_sequence(
-            [torch.tensor(window) for _, window in batch], batch_first=True, padding_value=-100
-        )
-        inputs, targets = ids[:, :-1], ids[:, 1:]
-        logits = self.model(
-            input_ids=inputs.clamp(min=0), attention_mask=targets != -100, use_cache=False
-        ).logits
-        loss = nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100
-        )
-        return loss.view_as(targets).double().sum(-1)
 
 
 bench: Bench
@@ -197,7 +187,7 @@ def start(*arguments: Any) -> None:
 
 def measured(row: Configuration) -> tuple[Configuration, list[int], Measured]:
     """Measure a row with this process's bench."""
-    return row, bench.tokens, bench.measure(row)
+    return row, bench.documents.tokens.astype(int).tolist(), bench.measure(row)
 
 
 class Table:
@@ -205,36 +195,19 @@ class Table:
 
     def __init__(self, rows: dict[str, Measured], tokens: Sequence[int], seed: int) -> None:
         self.rows = rows
-        self.tokens = np.asarray(tokens, dtype=float)
-        self.static = {
-            int(label.rsplit("/", 1)[1]): np.array(row.losses)
-            for label, row in rows.items()
-            if label.startswith("topk/logit/layer/")
-        }
-        rng = np.random.default_rng(seed)
-        documents = len(self.tokens)
-        self.weights = rng.multinomial(documents, np.full(documents, 1 / documents), RESAMPLES)
+        self.bootstrap = PairedBootstrap(np.asarray(tokens, dtype=float), seed=seed)
+        self.static = Ladder(
+            {
+                float(label.rsplit("/", 1)[1]): np.array(row.losses)
+                for label, row in rows.items()
+                if label.startswith("topk/logit/layer/")
+            }
+        )
 
-    def perplexity(self, losses: np.ndarray[Any, Any]) -> float:
-        return math.exp(losses.sum() / self.tokens.sum())
-
-    def static_at(self, mean: float) -> np.ndarray[Any, Any]:
-        """Return the documents' losses of static top-k, between whole numbers interpolated."""
-        low = min(max(int(mean), min(self.static)), max(self.static) - 1)
-        share = mean - low
-        interpolated: np.ndarray[Any, Any] = (1 - share) * self.static[low] + share * self.static[
-            low + 1
-        ]
-        return interpolated
-
-    def compare(self, row: Measured) -> tuple[float, float, float, float, float]:
-        """Return (perplexity, static perplexity, difference, lower and upper end of it)."""
-        own, static = np.array(row.losses), self.static_at(row.mean_experts or 0.0)
-        tokens = self.weights @ self.tokens
-        differences = np.exp(self.weights @ own / tokens) - np.exp(self.weights @ static / tokens)
-        low, high = np.quantile(differences, [0.025, 0.975])
-        a, b = self.perplexity(own), self.perplexity(static)
-        return a, b, a - b, float(low), float(high)
+    def compare(self, row: Measured) -> Difference:
+        """Compare a row with static top-k at its own mean."""
+        control = self.static.at(row.mean_experts or 0.0)
+        return self.bootstrap.compare(np.array(row.losses), control)
 
     def cell(self, row: Configuration) -> str:
         """Return the difference, its interval, and the mean number of experts."""
@@ -243,14 +216,15 @@ class Table:
             return "not measured"
         if measured.failed is not None:
             return measured.failed
-        _, _, difference, low, high = self.compare(measured)
-        return f"{difference:+.2f} ({low:+.2f} to {high:+.2f}) at {measured.mean_experts:.2f}"
+        found = self.compare(measured)
+        interval = f"({found.low:+.2f} to {found.high:+.2f})"
+        return f"{found.difference:+.2f} {interval} at {measured.mean_experts:.2f}"
 
     def print(self, wanted: Sequence[Configuration], targets: Sequence[float]) -> None:
         """Print static top-k's own perplexity, and everyone else's difference from it."""
         print("| rule | statistic | null, or mass |", *(f" mean {k:g} |" for k in targets), sep="")
         print("|---|---|---|", *("---:|" for _ in targets), sep="")
-        static = [f"{self.perplexity(self.static_at(k)):.2f}" for k in targets]
+        static = [f"{self.bootstrap.perplexity(self.static.at(k)):.2f}" for k in targets]
         print(f"| topk (perplexity) | logit | | {' | '.join(static)} |")
         order = list(RULES)
         others = {(r.rule, r.statistic, r.variant) for r in wanted} - {("topk", "logit", "layer")}
@@ -258,6 +232,35 @@ class Table:
             cells = [self.cell(Configuration(*kind, k)) for k in targets]
             variant = kind[2] if RULES[kind[0]].tests or kind[2].startswith("mass") else ""
             print(f"| {kind[0]} | {kind[1]} | {variant} | {' | '.join(cells)} |")
+
+    def draw(self, wanted: Sequence[Configuration], path: Path) -> None:
+        """Draw the rows that beat static top-k somewhere, the best first, over their means."""
+        points: dict[str, list[Point]] = {}
+        for row in wanted:
+            measured = self.rows.get(row.label)
+            if measured is None or measured.mean_experts is None or row.is_static:
+                continue
+            found = self.compare(measured)
+            points.setdefault(row.name, []).append(
+                Point(
+                    measured.mean_experts,
+                    found.perplexity,
+                    found.difference,
+                    found.low,
+                    found.high,
+                )
+            )
+        least = {name: min(p.difference for p in found) for name, found in points.items()}
+        best = sorted((name for name in points if least[name] < 0), key=least.__getitem__)
+        static = {k: self.bootstrap.perplexity(loss) for k, loss in self.static.rungs.items()}
+        figure = draw_pareto(
+            static,
+            {name: points[name] for name in best[:DRAWN]},
+            title="Policies beside static top-k: all of WikiText-2's test text",
+            best=best[0] if best else None,
+        )
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format=figure_format(path), dpi=160)
 
 
 def main(
@@ -273,6 +276,9 @@ def main(
     batch_size: int = 16,
     workers: Annotated[int, typer.Option(help="Processes; each loads the model.")] = 1,
     seed: int = 0,
+    figure: Annotated[
+        Path | None, typer.Option(help="Also draw the best rows, to this PNG, PDF or SVG.")
+    ] = None,
     table_only: Annotated[bool, typer.Option(help="Only print the rows of the file.")] = False,
 ) -> None:
     """Measure every row that is missing, and print the table."""
@@ -306,7 +312,10 @@ def main(
                 with replacing(output) as temporary:
                     temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
     print(f"{len(tokens)} documents, {sum(tokens)} tokens\n")
-    Table(rows, tokens, seed).print(wanted, sorted(means))
+    table = Table(rows, tokens, seed)
+    table.print(wanted, sorted(means))
+    if figure is not None:
+        table.draw(wanted, figure)
 
 
 if __name__ == "__main__":

@@ -35,34 +35,26 @@ def table(script):
     return script.Table(rows, tokens.tolist(), seed=0)
 
 
-def test_static_top_k_is_itself_at_whole_numbers_and_between_them_a_mixture(table):
-    np.testing.assert_allclose(table.static_at(3), table.static[3])
-    np.testing.assert_allclose(
-        table.static_at(2.25), 0.75 * table.static[2] + 0.25 * table.static[3]
-    )
-    np.testing.assert_allclose(table.static_at(4), table.static[4])
-
-
 def test_a_rule_that_is_static_top_k_differs_by_nothing(table, script):
-    own, static, difference, low, high = table.compare(
-        script.Measured(3.0, 0.4, table.static[3].tolist())
-    )
-    assert own == static
-    assert difference == low == high == 0
+    found = table.compare(script.Measured(3.0, 0.4, table.static.at(3).tolist()))
+    assert found.perplexity == found.control
+    assert found.difference == found.low == found.high == 0
 
 
 def test_what_is_as_much_worse_in_every_document_is_worse_without_doubt(table, script):
-    worse = table.static[3] + 0.1 * np.array([10, 20, 30, 40])  # a tenth of a nat a token
-    own, static, difference, low, high = table.compare(script.Measured(3.0, 0.4, worse.tolist()))
-    assert own == pytest.approx(static * np.exp(0.1))
-    assert 0 < low < difference < high
-    assert high - low < 0.05 * difference  # paired: what documents have in common cancels
+    worse = table.static.at(3) + 0.1 * np.array([10, 20, 30, 40])  # a tenth of a nat a token
+    found = table.compare(script.Measured(3.0, 0.4, worse.tolist()))
+    assert found.perplexity == pytest.approx(found.control * np.exp(0.1))
+    assert 0 < found.low < found.difference < found.high
+    assert (
+        found.high - found.low < 0.05 * found.difference
+    )  # paired: what documents have in common cancels
 
 
 def test_losses_that_differ_by_chance_alone_are_undecided(table, script):
-    mixed = table.static[3] + np.array([1, -1, 1, -1])
-    _, _, _, low, high = table.compare(script.Measured(3.0, 0.4, mixed.tolist()))
-    assert low < 0 < high
+    mixed = table.static.at(3) + np.array([1, -1, 1, -1])
+    found = table.compare(script.Measured(3.0, 0.4, mixed.tolist()))
+    assert found.low < 0 < found.high
 
 
 def test_a_file_of_other_settings_is_refused_and_left_as_it_was(script, tmp_path):
