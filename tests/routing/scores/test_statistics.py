@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from lm_eval_bh import (
     BHRoutingIntegration,
@@ -187,9 +187,12 @@ class TestFile:
         fitted("contribution", "layer").save(path)
         from safetensors import safe_open
 
+        from lm_eval_bh.routing.nulls.null_file import METADATA_KEY
+        from lm_eval_bh.routing.sealed_file import write_sealed
+
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata()
-        save_file(load_file(path) | {"norms": np.ascontiguousarray(broken)}, path, metadata)
+            header = {METADATA_KEY: file.metadata()[METADATA_KEY]}
+        write_sealed(load_file(path) | {"norms": np.ascontiguousarray(broken)}, path, header)
         with pytest.raises(NullModelError, match="experts' norms"):
             NullModel.load(path)
 
