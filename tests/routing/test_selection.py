@@ -353,7 +353,5 @@ def test_a_null_model_of_other_routers_is_refused(rule, norms):
     null = NullModel.fit({0: torch.randn(50, 8)}, norms=norms)
     with pytest.raises(ParameterError, match="of 8 experts a layer, and the router logits are of"):
         select_experts(torch.randn(3, 16), null, rule=rule)
-    with pytest.raises(
-        ParameterError, match="layer must be one of the null model.s layers 0 to 0: found 1"
-    ):
+    with pytest.raises(ParameterError, match="layers 0 to 0: found 1"):
         select_experts(torch.randn(3, 8), null, layer=1, rule=rule)
