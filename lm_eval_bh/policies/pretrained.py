@@ -190,8 +190,6 @@ def paragraphs(path: Path) -> list[str]:
         If it cannot be read as UTF-8.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise OSError("it is no file")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error

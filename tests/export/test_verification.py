@@ -58,7 +58,7 @@ def test_engines_that_are_not_there(policies, documents, tmp_path):
     without = tmp_path / "python"
     without.write_text(f"#!/bin/sh\nexit {engine_scores.NOT_INSTALLED}\n")
     without.chmod(0o755)
-    with pytest.raises(ModelError, match=r"vllm is not installed for .*lm-eval-bh\[vllm\]"):
+    with pytest.raises(ModelError, match=r"vllm is not installed for .*verify_vllm.sh"):
         run(policies, "bh", documents[:1], engine="vllm", python=str(without))
     with pytest.raises(ModelError, match="cannot be run"):
         run(policies, "bh", documents[:1], engine="hf", python=str(tmp_path / "none"))

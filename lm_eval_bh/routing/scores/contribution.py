@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from lm_eval_bh.errors import DataError, ModelError
 from lm_eval_bh.routing.patching.experts import each_expert
+
+HearExperts = Callable[[int, Any, Tensor, Tensor], None]
 
 
 class OutputNorms:
@@ -60,19 +62,35 @@ def measuring_norms(model: nn.Module, routers: Sequence[nn.Module]) -> Iterator[
     """
     experts = [experts_beside(model, router) for router in routers]
     norms = OutputNorms(experts)
+    with hearing_experts(experts, norms.add):
+        yield norms
+
+
+@contextmanager
+def hearing_experts(experts: Sequence[nn.Module], hear: HearExperts) -> Iterator[None]:
+    """Hand on what the experts of every layer are given in the forward passes inside.
+
+    Parameters
+    ----------
+    experts : sequence of nn.Module
+        In the order of the layers.
+    hear : callable
+        Takes a layer, its experts, the hidden states ``[tokens, hidden]`` and the index of the
+        experts ``[tokens, k]``.
+    """
     handles = []
     try:
         for layer, module in enumerate(experts):
-            handles.append(module.register_forward_pre_hook(_listener(norms, layer)))
-        yield norms
+            handles.append(module.register_forward_pre_hook(_listener(hear, layer)))
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _listener(norms: OutputNorms, layer: int) -> Any:
+def _listener(hear: HearExperts, layer: int) -> Any:
     def listen(module: nn.Module, args: tuple[Any, ...]) -> None:
-        norms.add(layer, module, args[0], args[1])
+        hear(layer, module, args[0], args[1])
 
     return listen
 

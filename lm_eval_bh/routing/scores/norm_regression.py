@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.routing.patching.experts import each_expert
-from lm_eval_bh.routing.scores.contribution import experts_beside
+from lm_eval_bh.routing.scores.contribution import experts_beside, hearing_experts
 
 PENALTY = 1e-3  # of the mean variance of a hidden state's entries
 TOKENS = 8192  # whose norms are measured, for all experts: far more than a hidden state's entries
@@ -84,21 +84,10 @@ def measuring_predictors(
     """
     experts = [experts_beside(model, router) for router in routers]
     regression = NormRegression(experts)
-    handles = []
-    try:
-        for layer, module in enumerate(experts):
-            handles.append(module.register_forward_pre_hook(_listener(regression, layer)))
+    with hearing_experts(
+        experts, lambda layer, module, hidden, index: regression.add(layer, module, hidden)
+    ):
         yield regression
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _listener(regression: NormRegression, layer: int) -> Any:
-    def listen(module: nn.Module, args: tuple[Any, ...]) -> None:
-        regression.add(layer, module, args[0])
-
-    return listen
 
 
 def _with_one(x: Tensor) -> Tensor:
