@@ -286,7 +286,7 @@ def test_a_sweep_on_ray_beside_busy_programs_goes_on_and_says_what_it_waits_for(
         lines.append(text)
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if process.cmdline()[0].startswith("ray::Worker"):
+                if "".join(process.cmdline()[:1]).startswith("ray::Worker"):
                     niceness.add(process.nice())
 
     try:
