@@ -174,6 +174,23 @@ def test_gradients_are_finite_differences(tiny, null, ids, experts, checkpointed
     assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=5e-3)
 
 
+def test_all_ways_to_compute_experts_have_the_same_gradients(tiny, null, ids, masks):
+    """Of every parameter in float64, checkpointed or not, where experts a token vary."""
+    tiny.double()
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            checkpointing(tiny, use_reentrant=False)
+        for experts in ("eager", "ragged"):
+            tiny.zero_grad()
+            with BHRoutingIntegration(tiny, alpha=0.5, kde=null, experts=experts) as routing:
+                contrast(tiny, ids, masks).backward()
+                assert routing.get_routing_stats()["std_experts_per_token"] > 0
+            found.append({name: p.grad.clone() for name, p in tiny.named_parameters()})
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-6, atol=1e-12)
+
+
 @pytest.mark.parametrize("experts", ["ragged", "eager"])
 @pytest.mark.parametrize("models", [1, 2])
 def test_threads_do_not_meet(tiny_model_folder, null, ids, masks, experts, models):
