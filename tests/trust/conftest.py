@@ -214,3 +214,17 @@ def _state(folder: Path) -> dict[str, str]:
         else "folder"
         for path in sorted(folder.rglob("*"))
     }
+
+
+@pytest.fixture(scope="module")
+def original(new_writer, tmp_path_factory):
+    """Return a folder of two runs with samples and logs; only ``one`` will be damaged."""
+    write = new_writer(tmp_path_factory.mktemp("runs"))
+    write("one", alpha=0.3, log=True)
+    write("two", alpha=0.5, log=True)
+    return write.folder
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "runs")

@@ -188,7 +188,7 @@ class TestFile:
         from safetensors import safe_open
 
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata()
+            metadata = {k: v for k, v in file.metadata().items() if k != "sha256"}
         save_file(load_file(path) | {"norms": np.ascontiguousarray(broken)}, path, metadata)
         with pytest.raises(NullModelError, match="experts' norms"):
             NullModel.load(path)
