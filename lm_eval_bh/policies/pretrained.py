@@ -176,8 +176,6 @@ def _check_length(length: int, config: Any) -> None:
 
 def _paragraphs(path: Path) -> list[str]:
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise OSError("it is no file")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -48,7 +48,6 @@ COMMANDS = [
     (f"calibrate {OUT} {MODEL} --text folder", "could not be read", 1),
     (f"calibrate {OUT} {MODEL} --text latin.txt", "give a UTF-8 text file", 1),
     (f"calibrate {OUT} {MODEL} --text empty.txt", "text is empty", 1),
-    (f"calibrate {OUT} {MODEL} --text pipe", "it is no file", 1),
     (f"calibrate {OUT} {MODEL} --null-from selected", "null_from must be all or unselected", 1),
     (f"calibrate {OUT} {MODEL} --tokens 0", "'--tokens'", 2),
     (f"calibrate {OUT} {MODEL} --tokens many", "'--tokens'", 2),
@@ -129,7 +128,6 @@ COMMANDS = [
     (f"analyze {MODEL} --kde nulls/nan.safetensors", "is not finite", 1),
     (f"analyze {MODEL} --kde nulls/falling.safetensors", "does not rise", 1),
     (f"analyze {MODEL} --kde nulls/wild.safetensors", "is too wide", 1),
-    (f"analyze {MODEL} --text pipe", "it is no file", 1),
     (f"analyze {MODEL} --null-from selected", "null_from must be all or unselected", 1),
     (f"analyze {MODEL} --tokens 1e3", "'--tokens'", 2),
     # policy.
