@@ -46,7 +46,7 @@ def main(
             capture_output=True,
             text=True,
         )
-        if done.returncode:
+        if done.returncode or "passing" not in done.stdout:
             print(done.stdout, done.stderr)
             raise typer.Exit(1)
         rounds += 1
@@ -54,7 +54,7 @@ def main(
         for line in done.stdout.splitlines():
             if found := re.match(r".*::test_(\S+):$", line):
                 name = found[1]
-            elif found := re.search(r"(\d+) passing examples", line):
+            elif found := re.search(r"(\d+) passing\b", line):
                 tried[name] += int(found[1])
     print(f"Seeds {first} to {first + rounds - 1}; files that were read or refused by a sentence:")
     for name, number in sorted(tried.items()):
