@@ -48,6 +48,9 @@ def main(
         )
         if done.returncode or "passing" not in done.stdout:
             print(done.stdout, done.stderr)
+            print(
+                f"pytest ended with {done.returncode}; a negative number is the signal that killed it."
+            )
             raise typer.Exit(1)
         rounds += 1
         name = ""
