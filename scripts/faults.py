@@ -102,7 +102,7 @@ def small_disk(bench: Bench) -> Iterator[Trial]:
     for _ in range(few(bench)):
         trial = bench.trial()
         trial.folder.mkdir()
-        pages = bench.rng.randint(4, 60)
+        pages = bench.rng.randint(4, 200)
         mount = ["mount", "-t", "tmpfs", "-o", f"size={4 * pages}k", "none", str(trial.folder)]
         if subprocess.run(mount, capture_output=True).returncode:
             raise Skipped("no file system can be mounted here")
@@ -204,43 +204,50 @@ def lost_worker(bench: Bench) -> Iterator[Trial]:
         yield bench.judge(trial)
 
 
-def damaged(bench: Bench, change: Callable[[Trial, Path], object]) -> Iterator[Trial]:
-    """Change a random file of a finished sweep; aggregate as it is, then go on."""
-    kinds = (
-        "runs/*/*/results_*",
-        "runs/*/*/samples_*",
-        "runs/*/routing/*/*",
-        "logs/*",
-        "sweep.json",
-    )
-    for kind in itertools.islice(itertools.cycle(kinds), len(kinds) if bench.kills > 4 else 2):
+KINDS = ("runs/*/*/results_*", "runs/*/*/samples_*", "runs/*/routing/*/*", "logs/*", "sweep.json")
+
+
+def damaged(bench: Bench, change: Callable[[Trial, Path], Path]) -> Iterator[Trial]:
+    """Damage a random file of a finished sweep; aggregate as it is, then go on.
+
+    ``change`` returns what it has damaged. No other experiment may run again.
+    """
+    for kind in itertools.islice(itertools.cycle(KINDS), few(bench) + 1):
         trial = bench.trial(copy=True)
-        change(trial, trial.rng.choice(sorted(f for f in trial.folder.glob(kind) if f.is_file())))
+        files = [file for file in trial.folder.glob(kind) if file.is_file()]
+        hit = change(trial, trial.rng.choice(sorted(files)))
+        name = hit.relative_to(trial.folder).as_posix()
+        left_alone = {n: t for n, t in trial.finished().items() if Path(n).stem not in name}
         ended, tables = trial.aggregate()
         told = any(word in ended.text for word in ("left out: ", "note: "))
         if not (same(tables, bench.undisturbed()[1]) or told or ended.code):
-            trial.silent.append(f"{kind}: aggregate gives another table, and no word")
-        yield bench.judge(trial, {})
+            trial.silent.append(f"{name}: aggregate gives another table, and no word")
+        yield bench.judge(trial, left_alone)
 
 
 def deleted(bench: Bench) -> Iterator[Trial]:
-    yield from damaged(bench, lambda trial, file: file.unlink())
+    def delete(trial: Trial, file: Path) -> Path:
+        file.unlink()
+        return file
+
+    yield from damaged(bench, delete)
 
 
 def truncated(bench: Bench) -> Iterator[Trial]:
-    def cut(trial: Trial, file: Path) -> None:
+    def cut(trial: Trial, file: Path) -> Path:
         os.truncate(file, trial.rng.randrange(file.stat().st_size))
+        return file
 
     yield from damaged(bench, cut)
 
 
 def deleted_folder(bench: Bench) -> Iterator[Trial]:
-    yield from damaged(
-        bench,
-        lambda trial, file: shutil.rmtree(
-            trial.rng.choice([folder for folder in (trial.folder / "runs").iterdir()])
-        ),
-    )
+    def delete(trial: Trial, _: Path) -> Path:
+        folder = trial.rng.choice(sorted((trial.folder / "runs").iterdir()))
+        shutil.rmtree(folder)
+        return folder
+
+    yield from damaged(bench, delete)
 
 
 def clock_set_back(bench: Bench) -> Iterator[Trial]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import tarfile
 import tomllib
 import venv
 import zipfile
-from importlib.metadata import version
+from importlib.metadata import metadata, version
 from pathlib import Path
 
 import pytest
@@ -245,3 +246,36 @@ def test_no_newer_torch_is_asked_for():
     ]
     pinned = {r.name for r in constraints}
     assert {Requirement(r).name for r in project["dependencies"]} <= pinned
+
+
+def stated_licence(name: str) -> str:
+    """Return all that an installed package says of its licence."""
+    told = metadata(name)
+    classifiers = [c for c in told.get_all("Classifier") or [] if c.startswith("License")]
+    return " ".join([told.get("License-Expression") or "", told.get("License") or "", *classifiers])
+
+
+def test_every_dependency_has_its_reason_and_its_licence():
+    from packaging.requirements import Requirement
+
+    tomllib = pytest.importorskip("tomllib", reason="tomllib is in Python from 3.11 on")
+    text = (ROOT / "pyproject.toml").read_text()
+    project = tomllib.loads(text)["project"]
+    extras = project["optional-dependencies"]
+    optional = [requirement for extra in extras.values() for requirement in extra]
+    for requirement in [*project["dependencies"], *optional]:
+        lines = [line for line in text.splitlines() if f'"{requirement}"' in line]
+        assert any(re.search(r"  # \w.{4,}", line) for line in lines), f"{requirement}: no reason"
+    listed: dict[str, set[str]] = {"run": set(), "development": set()}
+    for line in (ROOT / "SECURITY.md").read_text().splitlines():
+        if not line.startswith("| ") or line.startswith("| licence"):
+            continue
+        licence, *columns = (cell.strip() for cell in line.strip("|").split("|"))
+        for column, cell in zip(listed, columns, strict=True):
+            for name in filter(None, cell.split(", ")):
+                listed[column].add(name)
+                assert licence.split("-")[0] in stated_licence(name), name
+    needed = {Requirement(r).name for r in project["dependencies"]}
+    assert listed["run"] == needed
+    tools = {Requirement(r).name for r in optional} - {"lm-eval-bh"}
+    assert listed["development"] == tools

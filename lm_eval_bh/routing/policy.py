@@ -20,11 +20,14 @@ from lm_eval_bh.files import as_path
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.nulls import null_file
 from lm_eval_bh.routing.nulls.null_model import NullModel
+from lm_eval_bh.routing.parameters import Parameter, integer
 from lm_eval_bh.routing.sealed_file import broken_seal, write_sealed
 from lm_eval_bh.routing.target import Solution
 
 METADATA_KEY = "lm_eval_bh_policy"
 FORMAT_VERSION = 1
+# Whatever a damaged file says: layers are counted one by one.
+_COUNT = Parameter("", *integer("an integer from 1 to 65536", 1, 2**16))
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +68,8 @@ class Policy:
             raise PolicyError("A policy whose rule needs a null model must have it.")
         if self.config.solves and self.solution is None:
             raise PolicyError("A policy whose parameter was solved must have the solution.")
+        for name in ("num_layers", "num_experts", "native_top_k"):
+            object.__setattr__(self, name, _COUNT.checked(name, getattr(self, name)))
         self.config.check_experts(self.num_experts)
         self.config.select_layers(self.num_layers)
 

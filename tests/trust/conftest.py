@@ -238,3 +238,17 @@ def _policies(root: Path) -> None:
     (root / "policies" / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     nameless = Policy(RoutingConfig(rule="topk"), own, 4, 64, 8)
     nameless.save(root / "policies" / "nameless.safetensors")
+
+
+@pytest.fixture(scope="module")
+def original(new_writer, tmp_path_factory):
+    """Return a folder of two runs with samples and logs; only ``one`` will be damaged."""
+    write = new_writer(tmp_path_factory.mktemp("runs"))
+    write("one", alpha=0.3, log=True)
+    write("two", alpha=0.5, log=True)
+    return write.folder
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "runs")

@@ -473,6 +473,11 @@ def integrate(**options):
     return lm_eval_bh.BHRoutingIntegration(model, **options)
 
 
+def policy(**counts):
+    known = {"fingerprint": "0" * 64, "num_layers": 2, "num_experts": 8, "native_top_k": 2}
+    return lm_eval_bh.Policy(lm_eval_bh.RoutingConfig(rule="topk"), **known | counts)
+
+
 def reject(p_values, **options):
     from lm_eval_bh.routing.selection import reject
 
@@ -593,6 +598,11 @@ CALLS = [
     (lambda: fit({0: DRAWS}, kernel="box"), "kernel='box' is unknown"),
     (lambda: fit({0: DRAWS}, top_k=8), "top_k must be an integer from 1 to 7"),
     (lambda: fit({0: DRAWS}, kernle="box"), "did you mean 'kernel'"),
+    (lambda: policy(num_layers=2**63), "num_layers must be an integer from 1 to 65536"),
+    (lambda: policy(num_layers=HUGE), "num_layers must be an integer from 1 to 65536"),
+    (lambda: policy(num_experts=2.0), "num_experts must be an integer from 1 to 65536"),
+    (lambda: policy(native_top_k=0), "native_top_k must be an integer from 1 to 65536"),
+    (lambda: policy(num_experts=4), "more than the model's 4 experts"),
     (lambda: lm_eval_bh.Policy.load(3), "A path must be text or a Path"),
     (lambda: lm_eval_bh.Policy.load("pipe"), "There is no policy pipe"),
     (lambda: lm_eval_bh.Policy.load("changed_policy.safetensors"), "its checksum differs"),

@@ -2,60 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
-from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from damaged_runs import (
+    HUGE,
+    LONG,
+    SUMMARY_OF_A_SWEEP,
+    log_of,
+    manifest_of,
+    results_of,
+    samples_of,
+)
 from typer.testing import CliRunner
 
-from lm_eval_bh.analysis.read.documents import read_documents
-from lm_eval_bh.analysis.read.results_file import Run
 from lm_eval_bh.analysis.table.experiments import load_experiments
 from lm_eval_bh.cli.app import app
 from lm_eval_bh.errors import DataError, ParameterError
 from lm_eval_bh.harness.sweep.settings_file import read_settings
-from lm_eval_bh.schema import read_internal_routing, read_json, read_manifest, read_summary
 
-WIKITEXT = "bh_wikitext"
 DEEP = "[" * 100_000 + "]" * 100_000
-HUGE = 10**400
-LONG = "x" * 300
-
-
-@pytest.fixture(scope="module")
-def original(new_writer, tmp_path_factory):
-    """Return a folder of two runs with samples and logs; only ``one`` will be damaged."""
-    write = new_writer(tmp_path_factory.mktemp("runs"))
-    write("one", alpha=0.3, log=True)
-    write("two", alpha=0.5, log=True)
-    return write.folder
-
-
-@pytest.fixture
-def folder(original, tmp_path):
-    return shutil.copytree(original, tmp_path / "runs")
-
-
-def results_of(folder):
-    return next((folder / "one").glob("results_*.json"))
-
-
-def samples_of(folder):
-    return next((folder / "one").glob(f"samples_{WIKITEXT}_*.jsonl"))
-
-
-def manifest_of(folder):
-    return folder / "logs" / "run-1" / "routing.json"
-
-
-def log_of(folder):
-    return next((folder / "logs" / "run-1").glob("*_wikitext_internal_routing.json"))
 
 
 def put(place, value):
@@ -347,157 +315,6 @@ def test_a_results_file_without_a_date_is_told_of(folder):
         load_experiments([folder])
 
 
-# Fuzzing
-
-ODD = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.sampled_from([HUGE, -HUGE, 2**63, -1, 0, float("nan"), float("inf"), 1e308, -1e308]),
-    st.sampled_from(["", "x", LONG, "a/b", "../x", "\0", "\ud800", "1", "[/b]"]),
-    st.sampled_from([[], {}, [[]], [None], [HUGE], {"": None}, [[1], 2], {"a": {"b": [1]}}]),
-    st.recursive(st.integers() | st.text(max_size=3), lambda x: st.lists(x, max_size=3)),
-)
-
-
-def places(content, place=()):
-    """Yield the place of every value in JSON content."""
-    yield place
-    if isinstance(content, dict):
-        items = content.items()
-    else:
-        items = enumerate(content[:2]) if isinstance(content, list) else ()
-    for name, value in items:
-        yield from places(value, (*place, name))
-
-
-@st.composite
-def damaged(draw, content):
-    """Return content with one to three values replaced or removed, as bytes, perhaps cut."""
-    content = copy.deepcopy(content)
-    for _ in range(draw(st.integers(1, 3))):
-        place = draw(st.sampled_from(list(places(content))))
-        if not place:
-            continue
-        inside = content
-        for name in place[:-1]:
-            inside = inside[name]
-        if draw(st.booleans()):
-            inside[place[-1]] = copy.deepcopy(draw(ODD))
-        else:
-            del inside[place[-1]]
-    text = json.dumps(content).encode()
-    if draw(st.integers(0, 9)) == 0:
-        text = text[: draw(st.integers(0, len(text)))] + draw(st.binary(max_size=4))
-    return text
-
-
-bounded = settings(
-    max_examples=150,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
-
-def fuzz(read, file: Path, whole: Path, data) -> None:
-    """Let a reader read a damaged copy of a file: it returns, or raises one sentence of ours."""
-    first = whole.read_text().split("\n")[0] if file.suffix == ".jsonl" else whole.read_text()
-    file.write_bytes(data.draw(damaged(json.loads(first))))
-    with suppress(DataError), one_sentence():
-        read(file)
-
-
-@contextmanager
-def one_sentence():
-    try:
-        yield
-    except (DataError, ParameterError) as error:
-        text = str(error)
-        if "\n" in text or len(text) > 2000:
-            raise AssertionError(text) from error
-        raise
-
-
-@bounded
-@given(data=st.data())
-def test_results_files(folder, original, data):
-    def read(file):
-        run = Run.read(file)
-        run.find_log({"run-1": folder / "logs" / "run-1"})
-        run.settings()
-        run.samples_file(WIKITEXT)
-
-    fuzz(read, results_of(folder), results_of(original), data)
-
-
-@settings(bounded, max_examples=60)
-@given(data=st.data())
-def test_a_damaged_results_file_never_stops_the_others(folder, original, data):
-    fuzz(lambda file: None, results_of(folder), results_of(original), data)
-    frame = load_experiments([folder], force=True, context_length=7).frame
-    assert 0.5 in set(frame["alpha"])
-
-
-@bounded
-@given(data=st.data())
-def test_samples(folder, original, data):
-    fuzz(read_documents, samples_of(folder), samples_of(original), data)
-
-
-@bounded
-@given(data=st.data())
-def test_manifests(folder, original, data):
-    fuzz(lambda file: read_manifest(file.parent), manifest_of(folder), manifest_of(original), data)
-
-
-@bounded
-@given(data=st.data())
-def test_internal_routing_logs(folder, original, data):
-    fuzz(read_internal_routing, log_of(folder), log_of(original), data)
-
-
-SUMMARY_OF_A_SWEEP = {
-    "schema_version": 1,
-    "run_id": "run-1",
-    "config": "8experts_bh_a040_wikitext",
-    "strategy": "bh",
-    "k_or_max_k": 8,
-    "alpha": 0.4,
-    "num_experts": 64,
-    "dataset": WIKITEXT,
-    "metrics": {"perplexity": 3.0, "accuracy": None},
-    "summary": {"total_samples": 4, "elapsed_time_seconds": 1.5},
-    "settings": {"limit": 3},
-    "files": {"runs/x": "0"},
-    "digest": "0",
-}
-
-
-@bounded
-@given(data=st.data())
-def test_summaries_of_sweeps(tmp_path, data):
-    from lm_eval_bh.harness.sweep.done import why_not_done
-    from lm_eval_bh.harness.sweep.sweep_config import SweepConfig
-
-    name = SUMMARY_OF_A_SWEEP["config"]
-    file = tmp_path / "logs" / f"{name}.json"
-    file.parent.mkdir(exist_ok=True)
-    whole = tmp_path / "whole.json"
-    whole.write_text(json.dumps(SUMMARY_OF_A_SWEEP))
-    fuzz(read_summary, file, whole, data)
-    config = SweepConfig(tasks=("bh_wikitext",), baselines=(8,))
-    for earlier in (None, {}):
-        assert why_not_done(tmp_path, name, config.as_dict(grid=False), earlier)
-
-
-@bounded
-@given(content=st.binary(max_size=60))
-def test_any_bytes(tmp_path, content):
-    file = tmp_path / "file.json"
-    file.write_bytes(content)
-    for read in (read_json, read_internal_routing, read_summary, read_documents, Run.read):
-        with suppress(DataError), one_sentence():
-            read(file)
-
-
 # Settings of sweeps
 
 YAML = {
@@ -548,15 +365,3 @@ def test_a_folder_a_pipe_and_nothing_are_no_settings(tmp_path):
     for file in (tmp_path, tmp_path / "pipe", tmp_path / "none"):
         with pytest.raises(ParameterError, match="could not be read"):
             read_settings(file)
-
-
-@bounded
-@given(
-    content=st.binary(max_size=80)
-    | st.text(alphabet="ab:[]{}&*!|>-? \n\t'\"#%,0.", max_size=80).map(lambda t: t.encode())
-)
-def test_any_settings(tmp_path, content):
-    file = tmp_path / "sweep.yaml"
-    file.write_bytes(content)
-    with suppress(ParameterError), one_sentence():
-        read_settings(file)
