@@ -10,6 +10,7 @@ import typer
 from lm_eval_bh.cli.aggregate_command import aggregate
 from lm_eval_bh.cli.analyze_command import analyze
 from lm_eval_bh.cli.calibrate_command import calibrate
+from lm_eval_bh.cli.compare_command import compare
 from lm_eval_bh.cli.import_kde_command import import_kde
 from lm_eval_bh.cli.interrupts import INTERRUPTED, NOTHING_HALF_WRITTEN, StoppedByUserError
 from lm_eval_bh.cli.path_command import path
@@ -34,7 +35,7 @@ app = typer.Typer(
     ),
 )
 
-for command in (sweep, aggregate, plot, report, patterns, calibrate, analyze, path):
+for command in (sweep, aggregate, compare, plot, report, patterns, calibrate, analyze, path):
     app.command()(command)
 app.command("import-kde")(import_kde)
 app.add_typer(policy, name="policy")
