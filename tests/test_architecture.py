@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "policies": COMMON | {"routing"},
     "harness": COMMON | {"routing"},
     "analysis": COMMON,
-    "cli": COMMON | {"analysis", "harness", "policies", "routing"},
+    "traces": COMMON | {"harness"},
+    "cli": COMMON | {"analysis", "harness", "policies", "routing", "traces"},
     "__init__": COMMON | {"analysis", "harness", "routing"},
     "__main__": {"cli"},
 }
