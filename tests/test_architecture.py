@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "policies": COMMON | {"routing"},
     "harness": COMMON | {"routing"},
     "analysis": COMMON,
+    "doctor": COMMON | {"harness", "routing"},
     "traces": COMMON | {"harness"},
-    "cli": COMMON | {"analysis", "harness", "policies", "routing", "traces"},
+    "cli": COMMON | {"analysis", "doctor", "harness", "policies", "routing", "traces"},
     "__init__": COMMON | {"analysis", "harness", "routing"},
     "__main__": {"cli"},
 }

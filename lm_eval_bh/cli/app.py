@@ -11,6 +11,7 @@ from lm_eval_bh.cli.aggregate_command import aggregate
 from lm_eval_bh.cli.analyze_command import analyze
 from lm_eval_bh.cli.calibrate_command import calibrate
 from lm_eval_bh.cli.compare_command import compare
+from lm_eval_bh.cli.doctor_command import doctor
 from lm_eval_bh.cli.import_kde_command import import_kde
 from lm_eval_bh.cli.import_routing_command import import_routing
 from lm_eval_bh.cli.interrupts import INTERRUPTED, NOTHING_HALF_WRITTEN, StoppedByUserError
@@ -36,10 +37,12 @@ app = typer.Typer(
     ),
 )
 
-for command in (sweep, aggregate, compare, plot, report, patterns, calibrate, analyze, path):
+for command in (sweep, aggregate, compare, plot, report, patterns, calibrate, analyze):
     app.command()(command)
 app.command("import-kde")(import_kde)
 app.command("import-routing")(import_routing)
+app.command()(doctor)
+app.command()(path)
 app.add_typer(policy, name="policy")
 app.command(
     "lm-eval",

@@ -113,6 +113,9 @@ COMMANDS = [
     (f"analyze {MODEL} --dtype float99", "dtype must be auto, float32", 1),
     (f"analyze {MODEL} --output folder", "--output cannot be written", 1),
     (f"analyze {MODEL} --output /proc/none/x.json", "--output cannot be written", 1),
+    # doctor.
+    ("doctor --policy none.safetensors", "--policy needs --pretrained", 1),
+    ("doctor tiny-olmoe", "unexpected extra argument", 2),
     # import-kde.
     ("import-kde", "Missing argument", 2),
     ("import-kde pickles/none", "Missing option '--output'", 2),

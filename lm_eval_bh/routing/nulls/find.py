@@ -56,8 +56,11 @@ def resolve_null(
     fingerprint = router_fingerprint(router.weight for router in routers)
     if is_auto(null_model):
         kind = replace(kind, trim=kind.trim or 0)
-        found = _find(fingerprint, kind)
-        found = found or _calibrate(model, routers, tokenizer, name, fingerprint, kind.made())
+        known = known_null(fingerprint, kind)
+        if known is not None:
+            found = known[1]
+        else:
+            found = _calibrate(model, routers, tokenizer, name, fingerprint, kind.made())
     elif isinstance(null_model, NullModel):
         found = null_model
     elif not Path(null_model).exists():
@@ -78,7 +81,8 @@ def resolve_null(
     return found
 
 
-def _find(fingerprint: str, kind: NullKind) -> NullModel | None:
+def known_null(fingerprint: str, kind: NullKind) -> tuple[Path, NullModel] | None:
+    """Return the null model of a kind that ships or is cached for some routers, and its file."""
     for path in _candidates():
         try:
             found = NullModel.load(path)
@@ -90,7 +94,7 @@ def _find(fingerprint: str, kind: NullKind) -> NullModel | None:
                 logger.debug("The null model %s %s", path, fault)
                 continue
             logger.info("Null model: %s", path)
-            return found
+            return path, found
     return None
 
 
