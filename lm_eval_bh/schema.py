@@ -234,10 +234,10 @@ def token_schema(with_logits: bool, num_experts: int) -> pa.Schema:
         pa.field("repeat", pa.int16()),
         pa.field("layer", pa.int16()),
         pa.field("position", pa.int32()),
-        pa.field("token_id", pa.int32()),
+        pa.field("token_id", pa.int32()),  # null in an imported trace without ids
         pa.field("count", pa.int16()),
         pa.field("experts", pa.list_(pa.int16())),
-        pa.field("weights", pa.list_(pa.float32())),
+        pa.field("weights", pa.list_(pa.float32())),  # null in an imported trace without weights
     ]
     if with_logits:
         fields.append(pa.field("logits", pa.list_(pa.float16(), num_experts)))

@@ -28,7 +28,9 @@ MAY_IMPORT = {
     "export": COMMON | {"routing"},
     "harness": COMMON | {"routing"},
     "analysis": COMMON,
-    "cli": COMMON | {"analysis", "export", "harness", "policies", "routing"},
+    "doctor": COMMON | {"harness", "routing"},
+    "traces": COMMON | {"harness"},
+    "cli": COMMON | {"analysis", "doctor", "export", "harness", "policies", "routing", "traces"},
     "__init__": COMMON | {"analysis", "harness", "routing"},
     "__main__": {"cli"},
 }

@@ -94,6 +94,8 @@ def test_wheel_metadata(wheel):
         points = archive.read(f"{info}/entry_points.txt").decode()
         metadata = archive.read(f"{info}/METADATA").decode()
         licence = archive.read(f"{info}/licenses/LICENSE").decode()
+        tested = archive.read(f"{info}/extra_metadata/constraints.txt").decode()
+    assert tested == (ROOT / "constraints.txt").read_text()
     assert "lm-eval-bh = lm_eval_bh.cli:main" in points
     assert "[lm_eval.models]\nhf-bh = lm_eval_bh.harness.model:BHLM" in points
     assert "License-Expression: MIT" in metadata

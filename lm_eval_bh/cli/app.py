@@ -10,8 +10,11 @@ import typer
 from lm_eval_bh.cli.aggregate_command import aggregate
 from lm_eval_bh.cli.analyze_command import analyze
 from lm_eval_bh.cli.calibrate_command import calibrate
+from lm_eval_bh.cli.compare_command import compare
+from lm_eval_bh.cli.doctor_command import doctor
 from lm_eval_bh.cli.export_command import export
 from lm_eval_bh.cli.import_kde_command import import_kde
+from lm_eval_bh.cli.import_routing_command import import_routing
 from lm_eval_bh.cli.interrupts import INTERRUPTED, NOTHING_HALF_WRITTEN, StoppedByUserError
 from lm_eval_bh.cli.path_command import path
 from lm_eval_bh.cli.patterns_command import patterns
@@ -40,6 +43,7 @@ app = typer.Typer(
 for command in (
     sweep,
     aggregate,
+    compare,
     plot,
     report,
     patterns,
@@ -48,10 +52,12 @@ for command in (
     tune,
     export,
     verify,
+    doctor,
     path,
 ):
     app.command()(command)
 app.command("import-kde")(import_kde)
+app.command("import-routing")(import_routing)
 app.add_typer(policy, name="policy")
 app.command(
     "lm-eval",

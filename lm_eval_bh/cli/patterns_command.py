@@ -52,18 +52,25 @@ def patterns(
 
 def find_tokenizer(results: Path) -> Path | None:
     """Return the tokenizer.json of a run's model, if it is local or in the hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-
     arguments = read_json(results)["config"].get("model_args") or {}
     if isinstance(arguments, str):
         arguments = dict(part.partition("=")[::2] for part in arguments.split(","))
     name = arguments.get("tokenizer") or arguments.get("pretrained")
-    if name is None:
-        return None
-    folder = tiny_olmoe() if name == TINY_OLMOE else Path(name)
-    if (folder / "tokenizer.json").is_file():
-        return folder / "tokenizer.json"
+    return name and file_of_model(name, "tokenizer.json", arguments.get("revision"))
+
+
+def file_of_model(model: str, file: str, revision: str | None = None) -> Path | None:
+    """Return a file of a model, if it is local or in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    folder = tiny_olmoe() if model == TINY_OLMOE else Path(model)
+    if (folder / file).is_file():
+        return folder / file
     if folder.is_absolute():
         return None
-    cached = try_to_load_from_cache(name, "tokenizer.json", revision=arguments.get("revision"))
+    try:
+        cached = try_to_load_from_cache(model, file, revision=revision)
+    except HFValidationError:  # a folder that is gone is no name of the hub
+        return None
     return Path(cached) if isinstance(cached, str) else None

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lm_eval_bh.analysis.patterns.log_reader import Ints, Piece
+from lm_eval_bh.analysis.patterns.log_reader import UNKNOWN_TOKEN, Ints, Piece
 from lm_eval_bh.errors import DataError
 
 
@@ -104,7 +104,7 @@ class Counts:
     def token_table(self) -> pd.DataFrame:
         """Return ``token_id, token_class, occurrences, mean_experts``, one row per token id."""
         rows = self._of_token["size"] // len(self.layers)  # a token is once in every layer
-        rows = rows[rows > 0]
+        rows = rows[(rows > 0) & (rows.index != UNKNOWN_TOKEN)]
         ids = rows.index.to_numpy(np.int64)
         experts = self._of_token["sum"].loc[ids].to_numpy()
         return pd.DataFrame(
@@ -155,7 +155,7 @@ class Counts:
         return documents, served
 
     def _kinds(self, tokens: Ints) -> Ints:
-        """Return the place of the class of each token id."""
+        """Return the place of the class of each token id; of an unknown one, the last."""
         return self._class_of[np.minimum(tokens, len(self._class_of) - 1)]
 
 

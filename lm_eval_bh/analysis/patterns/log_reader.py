@@ -15,6 +15,7 @@ from lm_eval_bh.schema import TOKENS, UNUSED, read_internal_routing, read_manife
 
 Ints = NDArray[np.int64]
 
+UNKNOWN_TOKEN = 2**63 - 1  # no token log has one as large
 ROWS = 65536  # of a token log in memory at a time
 COLUMNS = ["task", "doc_id", "request", "repeat", "layer", "token_id", "experts"]
 
@@ -30,7 +31,8 @@ class Piece:
     file : Path
         Where they are from.
     task, document, layer, token, count : int64 [rows]
-        Index of the task, document, layer, token id, and how many experts served.
+        Index of the task, document, layer, token id (:data:`UNKNOWN_TOKEN` where an imported trace
+        has none), and how many experts served.
     experts : int64 [count.sum()]
         The experts of all rows, one row after the other.
     """
@@ -83,7 +85,8 @@ def read_token_log(
                 )
                 for batch in batches:
                     for name in COLUMNS:
-                        _refuse_nulls(batch.column(name), name)
+                        if name != "token_id":
+                            _refuse_nulls(batch.column(name), name)
                     names = batch.column("task").cast(pa.string())
                     keep = pc.is_in(names, wanted)
                     for name in ("request", "repeat"):
@@ -97,7 +100,9 @@ def read_token_log(
                         task=ints(pc.index_in(names.filter(keep), known)),
                         document=ints(kept.column("doc_id")),
                         layer=ints(kept.column("layer")),
-                        token=ints(kept.column("token_id")),
+                        token=ints(
+                            pc.fill_null(kept.column("token_id").cast(pa.int64()), UNKNOWN_TOKEN)
+                        ),
                         count=ints(pc.list_value_length(lists)),
                         experts=ints(experts),
                     )

@@ -33,6 +33,7 @@ class HarnessSettings(TypedDict, total=False):
     configs: dict[str, Any] | None
     versions: dict[str, Any] | None
     task_hashes: dict[str, str] | None
+    higher_is_better: dict[str, dict[str, bool | None] | None] | None
     date: float | None
     max_length: int | None
     model_name: str | None

@@ -114,6 +114,8 @@ def read_runs(
     check: Callable[[Run], object],
     problems: Notices,
     notes: Notices,
+    *,
+    routing: bool = True,
 ) -> Iterator[Run]:
     """Yield the complete runs.
 
@@ -125,6 +127,8 @@ def read_runs(
         Raises what later reading would raise if something in the run is missing or wrong.
     problems, notes : list of (Path, str)
         Filled with why files are left out, and with remarks on others.
+    routing : bool
+        Whether anybody will ask for what was logged of the routing.
     """
     seen: dict[str, Run] = {}
     for file in files:
@@ -147,6 +151,10 @@ def read_runs(
                 )
                 problems.append((file, sentence))
             continue
+        seen[run.run_id] = run
+        if not routing:
+            yield run
+            continue
         if problem := run.find_log(logs):
             problems.append((file, str(problem)))
         if run.info and run.info["log_dir"] and not (problem or run.log_folder):
@@ -161,5 +169,4 @@ def read_runs(
                 "its routing numbers are of the others only."
             )
             notes.append((file, sentence))
-        seen[run.run_id] = run
         yield run

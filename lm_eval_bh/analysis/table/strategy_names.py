@@ -35,6 +35,8 @@ def strategy_label(config: Mapping[str, Any], rule: RuleInfo) -> str:
         name = f"{label[:-1]}{k}" if label.endswith("-k") else f"{label} {k}"
         return name + _further(config, rule)
     alpha, target = config["alpha"], config.get("target_experts")
+    if alpha is None:  # of an imported trace
+        return f"{label}, max {max_k}{_further(config, rule)}"
     level = f"a={alpha:.2f}" if round(alpha, 2) == alpha else f"a={alpha:.6g}"
     if target is not None:
         level = f"{_target(config)} {target:g}"

@@ -58,8 +58,11 @@ def resolve_null(
     fingerprint = router_fingerprint(router.weight for router in routers)
     if is_auto(null_model):
         kind = replace(kind, trim=kind.trim or 0)
-        found = _find(fingerprint, kind)
-        found = found or _calibrate(model, routers, tokenizer, name, fingerprint, kind.made())
+        known = known_null(fingerprint, kind)
+        if known is not None:
+            found = known[1]
+        else:
+            found = _calibrate(model, routers, tokenizer, name, fingerprint, kind.made())
     elif isinstance(null_model, NullModel):
         found = null_model
     elif not as_path(null_model).exists():
@@ -90,7 +93,8 @@ def rounded(routers: Sequence[Router]) -> str:
     return ""
 
 
-def _find(fingerprint: str, kind: NullKind) -> NullModel | None:
+def known_null(fingerprint: str, kind: NullKind) -> tuple[Path, NullModel] | None:
+    """Return the null model of a kind that ships or is cached for some routers, and its file."""
     for path in _candidates():
         try:
             found = NullModel.load(path)
@@ -102,7 +106,7 @@ def _find(fingerprint: str, kind: NullKind) -> NullModel | None:
                 logger.debug("The null model %s %s", path, fault)
                 continue
             logger.info("Null model: %s", path)
-            return found
+            return path, found
     return None
 
 

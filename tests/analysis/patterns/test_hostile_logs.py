@@ -108,7 +108,7 @@ TABLES: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
     "no column": (lambda table: table.drop_columns("token_id"), "token_id"),
     **{
         f"{name} is null": (with_column(name, last(None)), f"{name} is null in 1 rows")
-        for name in ("task", "doc_id", "request", "repeat", "layer", "token_id", "experts")
+        for name in ("task", "doc_id", "request", "repeat", "layer", "experts")
     },
     "an expert is null": (with_column("experts", last([None])), "experts is null in 1 rows"),
     "documents are words": (with_column("doc_id", lambda v: ["a"] * len(v), pa.string()), "'a'"),

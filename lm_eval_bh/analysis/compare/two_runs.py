@@ -1,0 +1,322 @@
+"""Compares any two runs of lm-eval, of whatever models, document by document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lm_eval_bh.analysis.compare.paired_measures import (
+    Interval,
+    check_settings,
+    compare_perplexities,
+    compare_scores,
+)
+from lm_eval_bh.analysis.compare.paired_tests import adjusted, bootstrap_interval
+from lm_eval_bh.analysis.compare.power import detectable, documents_needed
+from lm_eval_bh.analysis.compare.verdicts import verdict_of
+from lm_eval_bh.analysis.read.results_file import Notices, Run
+from lm_eval_bh.analysis.read.run_folders import find_files, read_runs
+from lm_eval_bh.analysis.read.sample_scores import LOSSES, SampleScores, read_scores
+from lm_eval_bh.analysis.table.columns import typed
+from lm_eval_bh.analysis.table.strategy_names import strategy_label
+from lm_eval_bh.errors import DataError, ParameterError, did_you_mean
+
+NAMED = 5  # tasks or files in a message
+COLUMNS: dict[str, str] = {
+    "task": "object",
+    "metric": "object",
+    "filter": "object",
+    "documents": "Int64",
+    "a": "float64",
+    "b": "float64",
+    "difference": "float64",  # b - a
+    "difference_low": "float64",
+    "difference_high": "float64",
+    "ratio": "float64",  # b / a; of perplexities only
+    "ratio_low": "float64",
+    "ratio_high": "float64",
+    "only_a": "Int64",  # documents that only A got right
+    "only_b": "Int64",
+    "test": "object",
+    "p_value": "float64",  # of no difference
+    "p_adjusted": "float64",
+    "margin": "float64",  # relative of perplexities, absolute of others
+    "equivalence_p": "float64",  # of a difference as large as the margin
+    "equivalence_p_adjusted": "float64",
+    "documents_needed": "Int64",  # that a difference of this size is seen in
+    "detectable": "float64",  # the smallest difference that is seen in these documents
+    "higher_is_better": "object",
+    "verdict": "object",  # better, worse, higher, lower, equivalent or undecided
+    "sentence": "object",
+    "reason": "object",  # why there is no comparison; None where there is one
+}
+_RENAMED = {
+    "value": "b",
+    "baseline_value": "a",
+    "flips_worse": "only_a",
+    "flips_better": "only_b",
+}
+
+
+@dataclass
+class TwoRuns:
+    """The comparison of B with A.
+
+    Attributes
+    ----------
+    table : DataFrame
+        One row per task, metric and filter, with the columns :data:`COLUMNS`.
+    names : tuple of str
+        What A and B are: model, and routing where hf-bh ran it.
+    problems, notes : list of (Path, str)
+        Files that could not be used, and remarks on what was compared.
+    """
+
+    table: pd.DataFrame
+    names: tuple[str, str]
+    problems: Notices = field(default_factory=list)
+    notes: Notices = field(default_factory=list)
+
+
+def compare_runs(
+    a: Path | str,
+    b: Path | str,
+    *,
+    tasks: Sequence[str] = (),
+    margin: float = 0.01,
+    accuracy_margin: float = 0.01,
+    confidence: float = 0.95,
+    power: float = 0.8,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> TwoRuns:
+    """Compare two runs of lm-eval on the documents that both have, whatever ran them.
+
+    The tests are those of :func:`~lm_eval_bh.analysis.compare.paired.compare`: a paired bootstrap
+    for intervals, McNemar's exact test of right and wrong, paired t tests of everything else, and
+    two one-sided t tests of equivalence. P-values are adjusted by Benjamini-Hochberg over the whole
+    table.
+
+    Parameters
+    ----------
+    a, b : Path or str
+        Results files, or folders that hold one run of each task, with ``--log_samples``.
+    tasks : sequence of str
+        Only these; by default all that both have.
+    margin : float
+        Relative difference of perplexity that does not matter.
+    accuracy_margin : float
+        Difference of a score that does not matter; of a metric that exceeds 1, this share of its
+        largest score.
+    confidence : float
+        Of the intervals; ``1 - confidence`` is the level of all decisions.
+    power : float
+        Chance with which ``documents_needed`` documents would show a difference of this size.
+    resamples, seed : int
+        Of the bootstrap.
+
+    Raises
+    ------
+    ParameterError
+        If an argument is out of range.
+    DataError
+        If a folder has no run, or several of one task, or the two have no task in common.
+    """
+    check_settings(margin, accuracy_margin, confidence, resamples, seed)
+    if not 0 < power < 1:
+        raise ParameterError(f"power must be a number between 0 and 1, not {power}.")
+    problems: Notices = []
+    notes: Notices = []
+    sides = [_runs_by_task(Path(path), problems) for path in (a, b)]
+    interval = partial(bootstrap_interval, confidence=confidence, resamples=resamples, seed=seed)
+    rows: list[dict[str, Any]] = []
+    for task in _shared(sides, (a, b), tasks, notes):
+        runs = [side[task] for side in sides]
+        found = _scores_of_both(runs, task, problems)
+        if isinstance(found, str):
+            rows.append({"task": task, "reason": found})
+            continue
+        shared = _shared_documents(runs, task, found, notes)
+        if isinstance(shared, str):
+            rows.append({"task": task, "reason": shared})
+            continue
+        better = (runs[1].of_task("higher_is_better", task) or {}) | {m: False for m in LOSSES}
+        for row in _compared(found, shared, margin, accuracy_margin, interval):
+            rows.append({"task": task, "higher_is_better": better.get(row.get("metric"))} | row)
+    table = _decided(rows, 1 - confidence, power)
+    names = [", ".join(sorted({_name(run) for run in side.values()})) for side in sides]
+    return TwoRuns(table, (names[0], names[1]), problems, notes)
+
+
+def _runs_by_task(path: Path, problems: Notices) -> dict[str, Run]:
+    """Return the run of each task below a path; several of one task are refused."""
+    found = find_files([path])
+    problems += found.problems
+    runs = read_runs(found.results, {}, _check, problems, [], routing=False)
+    by_task: dict[str, list[Run]] = {}
+    for run in runs:
+        for task in run.tasks:
+            by_task.setdefault(task, []).append(run)
+    for task, several in by_task.items():
+        if len(several) > 1:
+            raise DataError(
+                f"{path} has {len(several)} runs of {task}: give the one to compare, such as "
+                f"{several[-1].file}."
+            )
+    if not by_task:
+        why = f" that can be read ({problems[-1][1].rstrip('.')})" if problems else ""
+        raise DataError(
+            f"There is no results_*.json in or below {path}{why}: use a folder that "
+            "lm_eval --output_path wrote to."
+        )
+    return {task: several[0] for task, several in by_task.items()}
+
+
+def _check(run: Run) -> None:
+    for task in run.tasks:
+        run.documents(task)
+    _name(run)
+
+
+def _name(run: Run) -> str:
+    if run.info is None or "rule" not in run.info:
+        return run.model
+    return f"{run.model}, {strategy_label(run.info['config'], run.info['rule'])}"
+
+
+def _shared(
+    sides: Sequence[dict[str, Run]],
+    paths: Sequence[Path | str],
+    asked: Sequence[str],
+    notes: Notices,
+) -> list[str]:
+    """Return the tasks to compare, and note which ones only one of the two has."""
+    known = sorted(sides[0].keys() & sides[1].keys())
+    if not known:
+        has = " and ".join(
+            f"{path} has {_listed(sorted(side))}" for path, side in zip(paths, sides, strict=True)
+        )
+        raise DataError(f"The two have no task in common: {has}; run the same tasks.")
+    for task in asked:
+        if task not in known:
+            raise ParameterError(
+                f"The two have no task {task!r} in common: use {_listed(known)}"
+                f"{did_you_mean(task, known)}."
+            )
+    if any(sides[0][task].fingerprint == sides[1][task].fingerprint for task in known):
+        raise ParameterError("A and B are the same run: give two different ones.")
+    for name, path, only in (
+        ("A", paths[0], sides[0].keys() - sides[1].keys()),
+        ("B", paths[1], sides[1].keys() - sides[0].keys()),
+    ):
+        if only and not asked:
+            notes.append((Path(path), f"Only {name} has {_listed(sorted(only))}."))
+    return [task for task in known if not asked or task in asked]
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:NAMED])
+    return shown + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def _scores_of_both(
+    runs: Sequence[Run], task: str, problems: Notices
+) -> tuple[SampleScores, SampleScores] | str:
+    """Return what both runs logged of a task, or why that is not known."""
+    found = []
+    for name, run in zip("AB", runs, strict=True):
+        path = run.samples_file(task)
+        if path is None:
+            return f"there are no samples of {name}: run it with --log_samples"
+        try:
+            found.append(read_scores(path, run.documents(task)))
+        except DataError as error:
+            problems.append((path, str(error)))
+            return f"the samples of {name} could not be read"
+    return found[0], found[1]
+
+
+def _shared_documents(
+    runs: Sequence[Run], task: str, found: tuple[SampleScores, SampleScores], notes: Notices
+) -> pd.Index | str:
+    """Return the ids of the documents that both have, or why there are none."""
+    one, other = (scores.hashes for scores in found)
+    shared = one.index.intersection(other.index).sort_values()
+    if len(shared) < 2:
+        return "fewer than two documents in common: raise --limit"
+    if (one["doc"][shared] != other["doc"][shared]).any():
+        return "the documents differ: run both on the same data set"
+    file = runs[1].file
+    if len(shared) < max(len(one), len(other)):
+        sentence = (
+            f"{task}: A has {len(one)} documents and B {len(other)}; the {len(shared)} that both "
+            "have are compared."
+        )
+        notes.append((file, sentence))
+    if (one["prompt"][shared] != other["prompt"][shared]).any():
+        sentence = (
+            f"{task}: the prompts differ (few-shot examples, chat template or version of the "
+            "task), and with them more than the models."
+        )
+        notes.append((file, sentence))
+    return shared
+
+
+def _compared(
+    found: tuple[SampleScores, SampleScores],
+    shared: pd.Index,
+    margin: float,
+    accuracy_margin: float,
+    interval: Interval,
+) -> Iterator[dict[str, Any]]:
+    """Yield one row per metric and filter that both have."""
+    keys = [key for key in found[0].scores if key in found[1].scores]
+    if not keys:
+        yield {"reason": "no metric of single documents in common"}
+    for metric, filter_name in keys:
+        row: dict[str, Any] = {"metric": metric, "filter": filter_name}
+        pair = [scores.scores[metric, filter_name].reindex(shared) for scores in found]
+        a, b = (side["value"].to_numpy(np.float64) for side in pair)
+        sizes = [side["size"].to_numpy(np.float64) for side in pair]
+        if metric in LOSSES and np.array_equal(*sizes):
+            row |= compare_perplexities(-b, -a, sizes[0], margin, interval)
+        elif metric in LOSSES:
+            row["reason"] = f"the {LOSSES[metric]} of the documents differ"
+        elif not (np.isfinite(a).all() and np.isfinite(b).all()):
+            row["reason"] = "a document has no score, or one that is not finite"
+        else:
+            row |= _scores(b, a, accuracy_margin, interval)
+        yield {_RENAMED.get(name, name): value for name, value in row.items()}
+
+
+def _scores(b: Any, a: Any, margin: float, interval: Interval) -> dict[str, Any]:
+    """Compare scores of any scale: those that exceed 1 as shares of the largest."""
+    scale = max(1.0, float(np.abs([a, b]).max()))
+    row = compare_scores(b / scale, a / scale, margin, interval)
+    scaled = ("value", "baseline_value", "difference", "difference_low", "difference_high")
+    return row | {name: row[name] * scale for name in (*scaled, "margin", "effect", "spread")}
+
+
+def _decided(rows: list[dict[str, Any]], level: float, power: float) -> pd.DataFrame:
+    """Return the table, with adjusted p-values, power and verdicts."""
+    for row in rows:
+        if row.get("reason") is None:
+            row["documents_needed"] = documents_needed(row["effect"], row["spread"], level, power)
+            least = detectable(row["spread"], row["documents"], level, power)
+            if least is not None and row["metric"] in LOSSES:
+                least = float(np.expm1(least))  # the log ratio of perplexities was tested
+            row["detectable"] = least
+    table = typed(rows, COLUMNS)
+    table["p_adjusted"] = adjusted(table["p_value"])
+    table["equivalence_p_adjusted"] = adjusted(table["equivalence_p"])
+    told = [verdict_of(row, level, power) for _, row in table.iterrows()]
+    table["verdict"], table["sentence"] = (
+        pd.Series([part[i] for part in told], table.index, dtype=object) for i in (0, 1)
+    )
+    return table

@@ -1,0 +1,75 @@
+"""``lm-eval-bh import-routing``: traces of other engines as a run that tables can read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lm_eval_bh.cli.interrupts import NOTHING_HALF_WRITTEN, on_interrupt
+from lm_eval_bh.cli.patterns_command import file_of_model
+from lm_eval_bh.cli.printing import say, warn
+from lm_eval_bh.files import check_output
+from lm_eval_bh.schema import read_json
+
+# How configurations of transformers call the number of experts of a layer.
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def import_routing(
+    sources: Annotated[
+        list[Path], typer.Argument(help="Traces, or folders of them, all of one model.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to make.")],
+    engine: Annotated[
+        str | None,
+        typer.Option("--format", help="vllm, sglang, megatron or csv; default: by the file."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Hub name or folder of the model, for its tokenizer and experts.")
+    ] = "unknown",
+    num_experts: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of a layer; default: the model's, else the highest seen."),
+    ] = None,
+    task: Annotated[str, typer.Option(help="What to call the texts.")] = "imported",
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the folder of an earlier import.")
+    ] = False,
+) -> None:
+    """Turn expert traces of vLLM, SGLang, Megatron or a CSV into a run for aggregate and patterns.
+
+    vLLM: responses of its server with routed_experts (.json, .jsonl), or one array (.npy). SGLang:
+    its expert distribution record per token (.pt). Megatron: its router trace (.jsonl). CSV: the
+    columns document, token, layer, expert, and weight and token_id where known.
+    """
+    with on_interrupt(NOTHING_HALF_WRITTEN):
+        from lm_eval_bh.traces.read_trace import format_of, read_traces, trace_files
+        from lm_eval_bh.traces.trace_run import TraceSource, write_trace
+
+        check_output(output, "--output", folder=True)
+        files, notes = trace_files(sources), list[str]()
+        config = _config(model)
+        if num_experts is None:
+            found = (config.get(name) for name in NUM_EXPERTS)
+            num_experts = next((n for n in found if type(n) is int and n > 0), None)
+        documents = read_traces(files, engine, notes)
+        source = TraceSource(engine or format_of(files[0]), model, task, num_experts, config)
+        counters = write_trace(documents, source, output, force=force)
+    low, high = counters.extremes
+    say(
+        f"{counters.documents} documents, {counters.tokens} tokens, {len(counters.layers)} layers, "
+        f"{low if low == high else f'{low} to {high}'} of {counters.experts(num_experts)} experts."
+    )
+    if num_experts is None:
+        notes.append("the number of experts is that of the highest one seen: see --num-experts.")
+    for note in notes:
+        warn(f"note: {note}")
+    say(f"Written to {output}: aggregate, plot, report and patterns read it.")
+
+
+def _config(model: str) -> dict[str, Any]:
+    """Return the model's configuration, if it is local or in the hub's cache."""
+    path = file_of_model(model, "config.json")
+    return {} if path is None else read_json(path)
