@@ -15,7 +15,7 @@ from lm_eval_bh.schema import TOKENS, UNUSED, read_internal_routing, read_manife
 
 Ints = NDArray[np.int64]
 
-UNKNOWN_TOKEN = 2**63 - 1  # no token log has one as large
+UNKNOWN_TOKEN = 2**62  # no log has one as large; pandas adds 1 to it
 ROWS = 65536  # of a token log in memory at a time
 COLUMNS = ["task", "doc_id", "request", "repeat", "layer", "token_id", "experts"]
 
