@@ -114,15 +114,16 @@ def select(
     selection = keep(indices, weights, counts, selector.num_experts)
     if config.mass is not None:
         first = slice(native_k)
-        if softmax and normalizes and own is not None:
-            top = own[1][:, first]
-            weights, whole = _plain_weights(router_logits, selection, top, config.temperature)
-            weights = weights / whole.sum(-1, keepdim=True)
-            whole = whole / whole.sum(-1, keepdim=True)
-        elif softmax and own is not None and config.temperature == 1.0:
+        if not softmax or own is None:
+            weights, whole = selection.weights, native[:, first]
+        elif config.temperature == 1.0 and not normalizes:
             weights, whole = selection.weights, own[0][:, first]
         else:
-            weights, whole = selection.weights, native[:, first]
+            top = own[1][:, first]
+            weights, whole = _plain_weights(router_logits, selection, top, config.temperature)
+            if normalizes:
+                weights = weights / whole.sum(-1, keepdim=True)
+                whole = whole / whole.sum(-1, keepdim=True)
         return selection._replace(weights=_compensated(weights, whole, config.mass))
     if not rescales:
         return selection
