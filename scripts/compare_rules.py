@@ -129,7 +129,8 @@ def configurations(
     targets: Sequence[float], most: int, rules: Sequence[str]
 ) -> list[Configuration]:
     """Return all rows: static top-k, which the others are compared with, then target by target."""
-    rows = [Configuration("topk", "logit", "layer", k) for k in range(2, most + 1)]
+    least = max(1, int(min(targets)) - 1)  # a mean that is missed stays between two of them
+    rows = [Configuration("topk", "logit", "layer", k) for k in range(least, most + 1)]
     for k in targets:
         rows += [Configuration(name, *kind, k) for name in rules for kind in kinds_of(name)]
     return rows
