@@ -23,6 +23,7 @@ from lm_eval_bh.errors import DataError
 from lm_eval_bh.harness.logs.log_options import LogOptions
 from lm_eval_bh.harness.model import BHLM
 from lm_eval_bh.harness.plugin.registration import MODEL_NAME
+from lm_eval_bh.harness.sweep.exact_bootstrap import exact_bootstrap
 from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig
 from lm_eval_bh.harness.sweep.task_names import are_ours, new_task_manager
 from lm_eval_bh.routing.placement import placement
@@ -109,7 +110,7 @@ class Evaluator:
         # lm-eval tells a task of the model's arguments when it loads it.
         task.set_config("metadata", self._metadata[experiment.task] | model_args)
         tracker = EvaluationTracker(output_path=str(folder))
-        with _quiet(logging.WARNING):
+        with _quiet(logging.WARNING), exact_bootstrap():
             results = simple_evaluate(
                 self.lm,
                 model_args=model_args,
