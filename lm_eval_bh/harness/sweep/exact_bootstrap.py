@@ -75,14 +75,15 @@ def _picks(seed: int, size: int, n: int) -> NDArray[np.intp]:
     """Return what ``random.Random(seed).choices(range(n), k=n)`` does, ``[size, n]`` in all."""
     *words, position = random.Random(seed).getstate()[1]
     generator = np.random.RandomState()
-    generator.set_state(("MT19937", np.array(words, dtype=np.uint32), position))
+    state = {"key": np.array(words, dtype=np.uint32), "pos": position}
+    generator.set_state({"bit_generator": "MT19937", "state": state})
     return (generator.random_sample((size, n)) * float(n)).astype(np.intp)
 
 
 def _sums(values: Floats, picks: NDArray[np.intp]) -> Floats:
     """Add the values of each resample in their order, as Python's ``sum`` does."""
     columns = values[picks.T]
-    total = columns[0].copy()
+    total: Floats = columns[0].copy()
     if sys.version_info < (3, 12):
         for column in columns[1:]:
             total += column
