@@ -30,7 +30,9 @@ MAY_IMPORT = {
     "analysis": COMMON,
     "doctor": COMMON | {"harness", "routing"},
     "traces": COMMON | {"harness"},
-    "cli": COMMON | {"analysis", "doctor", "export", "harness", "policies", "routing", "traces"},
+    "speed": COMMON | {"harness", "routing"},
+    "cli": COMMON
+    | {"analysis", "doctor", "export", "harness", "policies", "routing", "speed", "traces"},
     "__init__": COMMON | {"analysis", "harness", "routing"},
     "__main__": {"cli"},
 }

@@ -9,6 +9,7 @@ import typer
 
 from lm_eval_bh.cli.aggregate_command import aggregate
 from lm_eval_bh.cli.analyze_command import analyze
+from lm_eval_bh.cli.bench_command import bench
 from lm_eval_bh.cli.calibrate_command import calibrate
 from lm_eval_bh.cli.compare_command import compare
 from lm_eval_bh.cli.doctor_command import doctor
@@ -44,6 +45,7 @@ for command in (
     sweep,
     aggregate,
     compare,
+    bench,
     plot,
     report,
     patterns,

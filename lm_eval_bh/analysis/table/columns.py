@@ -10,6 +10,13 @@ import pandas as pd
 from lm_eval_bh.analysis.table import metrics
 
 _FLOAT, _INT, _TEXT, _BOOL = "float64", "Int64", "object", "bool"
+# Workload of the speed phase -> its ratio to the model as it is, with the ends of its interval.
+RATIO_OF = {
+    "prefill": "speed_ratio",
+    "decode 1": "decode_speed_ratio",
+    "decode 8": "decode_8_speed_ratio",
+}
+SPEED_RATIOS = [name + end for name in RATIO_OF.values() for end in ("", "_low", "_high")]
 COLUMNS: dict[str, str] = {
     "run_id": _TEXT,
     "file": _TEXT,
@@ -37,6 +44,7 @@ COLUMNS: dict[str, str] = {
     "documents": _INT,
     "tokens": _INT,
     "seconds": _FLOAT,
+    "evaluation_tokens_per_second": _FLOAT,  # for information: no two runs can be compared by it
     "cached_requests": _INT,
     "mean_experts": _FLOAT,  # over the routed layers
     "std_experts": _FLOAT,
@@ -55,6 +63,7 @@ COLUMNS: dict[str, str] = {
     "accuracy": _FLOAT,  # the first of ACCURACIES that the task has
     "accuracy_stderr": _FLOAT,
     **dict.fromkeys(metrics.METRICS, _FLOAT),
+    **dict.fromkeys(SPEED_RATIOS, _FLOAT),
     "perplexity_stderr": _FLOAT,
     "adaptive_range": _INT,
     "context_length": _INT,  # that FLOPs are counted at

@@ -18,7 +18,7 @@ from lm_eval_bh.analysis.table import metrics
 from lm_eval_bh.analysis.table.columns import COLUMNS
 from lm_eval_bh.analysis.table.flops import Architecture
 from lm_eval_bh.analysis.table.strategy_names import strategy_label, variant_label
-from lm_eval_bh.schema import RunInfo, TaskSummary, dataset_name
+from lm_eval_bh.schema import RunInfo, SpeedRouting, TaskSummary, dataset_name
 
 
 def check(run: Run) -> None:
@@ -54,7 +54,12 @@ def row_of(
         "documents": run.documents(task),
         "context_length": context_length,
     }
-    row |= _routing_of(run) if run.info else _routing_of_baseline(run, model)
+    if run.info is not None:
+        engine = f" ({engine_of(run.content)})" if run.exported else ""
+        known = _counts_of_fixed(run.info) if run.exported else {}
+        row |= known | routing_of(run.info, engine)
+    else:
+        row |= _routing_of_baseline(run, model)
     for name, harness in {
         **{name: name for name in ("word_perplexity", "byte_perplexity", *ACCURACIES)},
         "target_perplexity": "perplexity",
@@ -95,10 +100,15 @@ def _number(value: Any) -> float | None:
     return float(value) if real else None
 
 
-def _routing_of(run: Run) -> dict[str, Any]:
-    """Return the columns that describe the routing of a run of hf-bh."""
-    assert run.info is not None
-    config, rule = run.info["config"], run.info["rule"]
+def routing_of(info: RunInfo | SpeedRouting, engine: str = "") -> dict[str, Any]:
+    """Return the columns that describe a routing.
+
+    Parameters
+    ----------
+    engine : str
+        What the name of another engine than hf-bh adds to that of the strategy.
+    """
+    config, rule = info["config"], info["rule"]
     min_k = config["max_k"] if rule["fixed_count"] else config["min_k"]
     analyze = config["mode"] == "analyze"
     plain = (
@@ -108,9 +118,9 @@ def _routing_of(run: Run) -> dict[str, Any]:
         and config.get("renormalize", "auto") == "auto"
         and config.get("statistic", "logit") == "logit"
         and not since_first_release(config)
-        and len(run.info["routed_layers"]) == run.info["num_layers"]
+        and len(info["routed_layers"]) == info["num_layers"]
     )
-    header = run.info["null_model"] or {}
+    header = info["null_model"] or {}
     if rule["tests"] and config.get("trim") is None:
         config = config | {"trim": header.get("trim") or 0}
     target = config.get("target_experts")
@@ -123,12 +133,9 @@ def _routing_of(run: Run) -> dict[str, Any]:
         if name != "null_scope" and (name not in LATER or name in later)
     }
     null = {k: v for k, v in header.items() if k not in ("versions", "health")}
-    engine, known = "", {}
-    if run.exported:
-        engine = f" ({engine_of(run.content)})"
+    if engine:
         digested["engine"] = engine
-        known = _counts_of_fixed(run.info)
-    return known | {
+    return {
         "rule": rule["name"],
         "alpha": routing["alpha"],
         "min_k": min_k,
@@ -141,9 +148,9 @@ def _routing_of(run: Run) -> dict[str, Any]:
         "baseline": plain,
         "adaptive": min_k < config["max_k"],
         "mode": config["mode"],
-        "configuration": _digest(digested | {"null": null}),
-        "native_top_k": run.info["native_top_k"],
-        "num_experts": run.info["num_experts"],
+        "configuration": digest_of(digested | {"null": null}),
+        "native_top_k": info["native_top_k"],
+        "num_experts": info["num_experts"],
     }
 
 
@@ -177,7 +184,7 @@ def _routing_of_baseline(run: Run, model: RunInfo | None) -> dict[str, Any]:
         "adaptive": False,
         "mode": "native",
         # The model's own k, written out, is no other configuration.
-        "configuration": _digest({"model": engine} | ({} if k == native else {"top_k": k})),
+        "configuration": digest_of({"model": engine} | ({} if k == native else {"top_k": k})),
         "native_top_k": native,
         "num_experts": model["num_experts"] if model else None,
         # By construction; metrics of the experts' use stay null.
@@ -187,7 +194,8 @@ def _routing_of_baseline(run: Run, model: RunInfo | None) -> dict[str, Any]:
     }
 
 
-def _digest(content: Any) -> str:
+def digest_of(content: Any) -> str:
+    """Return what is equal for two runs of one configuration."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -207,8 +215,7 @@ def _routing_metrics(info: RunInfo, summary: TaskSummary, row: Mapping[str, Any]
         "tokens": tokens,
         "seconds": seconds,
         "std_experts": summary["std_experts_per_token"],
-        "tokens_per_second": metrics.tokens_per_second(tokens, seconds),
-        "latency_ms_per_token": metrics.latency_ms_per_token(tokens, seconds),
+        "evaluation_tokens_per_second": metrics.tokens_per_second(tokens, seconds),
         "expert_utilization": metrics.expert_utilization(usage),
         "gini_coefficient": metrics.gini_coefficient(usage),
         "adaptive_range": metrics.adaptive_range(histogram),
