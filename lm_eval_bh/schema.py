@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from lm_eval_bh.errors import DataError
+from lm_eval_bh.experiment_names import configuration_name as configuration_name
 from lm_eval_bh.experiment_names import dataset_name as dataset_name
 from lm_eval_bh.experiment_names import experiment_name as experiment_name
 from lm_eval_bh.experiment_names import is_file_name

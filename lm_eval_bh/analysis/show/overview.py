@@ -48,7 +48,7 @@ def _table(rows: pd.DataFrame, compared: pd.DataFrame, level: float, title: str)
         of_perplexity = of_row["metric"].isin(PERPLEXITIES)
         perplexity = _perplexity(row[metric] if metric else None)
         for name, cell in {
-            "experts": _number(row["mean_experts"], ".2f"),
+            "experts": _number(row["avg_experts"], ".2f"),
             f"perplexity\nper {PERPLEXITY_UNITS[metric] if metric else ''}": perplexity
             + _change(of_row[of_perplexity], level),
             "accuracy": _number(row["accuracy"], ".3f") + _change(of_row[~of_perplexity], level),

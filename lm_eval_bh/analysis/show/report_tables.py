@@ -127,7 +127,7 @@ def results_table(frame: pd.DataFrame) -> Table:
             "configuration": Cell(row["strategy"]),
             "task": Cell(row["task"]),
             **({"group": number(row["group"])} if groups > 1 else {}),
-            "experts": number(row["mean_experts_model"], ".2f"),
+            "experts": number(row["avg_experts_model"], ".2f"),
             "perplexity": number(perplexity, then=f" / {PER[metric]}" if metric else ""),
             "accuracy": number(
                 row["accuracy"], ".3f", f" ± {error:.3f}" if pd.notna(error) else ""

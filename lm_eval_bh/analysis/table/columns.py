@@ -17,15 +17,28 @@ RATIO_OF = {
     "decode 8": "decode_8_speed_ratio",
 }
 SPEED_RATIOS = [name + end for name in RATIO_OF.values() for end in ("", "_low", "_high")]
+# Names that columns had in tables of earlier releases.
+EARLIER = {
+    "mean_experts": "avg_experts",
+    "mean_experts_model": "avg_experts_model",
+    "would_select_mean_experts": "would_select_avg_experts",
+}
+# The first seven are the earlier prototype's, whose readers know them.
 COLUMNS: dict[str, str] = {
+    "config_name": _TEXT,  # such as 8experts_bh_a040
+    "routing_type": _TEXT,  # the rule, for those readers
+    "k_or_max_k": _INT,
+    "alpha": _FLOAT,
+    "dataset": _TEXT,
+    "perplexity": _FLOAT,
+    "avg_experts": _FLOAT,  # over the routed layers
+    "perplexity_of": _TEXT,  # a token, or else what the task's own perplexity is of
     "run_id": _TEXT,
     "file": _TEXT,
     "group": "int64",
     "model": _TEXT,
     "task": _TEXT,
-    "dataset": _TEXT,
     "rule": _TEXT,
-    "alpha": _FLOAT,
     "min_k": _INT,
     "max_k": _INT,
     "target_experts": _FLOAT,  # that alpha was solved for
@@ -46,10 +59,9 @@ COLUMNS: dict[str, str] = {
     "seconds": _FLOAT,
     "evaluation_tokens_per_second": _FLOAT,  # for information: no two runs can be compared by it
     "cached_requests": _INT,
-    "mean_experts": _FLOAT,  # over the routed layers
     "std_experts": _FLOAT,
-    "mean_experts_model": _FLOAT,  # over all layers; those that are not routed take the model's k
-    "would_select_mean_experts": _FLOAT,  # with mode=analyze, where the model's own k served
+    "avg_experts_model": _FLOAT,  # over all layers; those that are not routed take the model's k
+    "would_select_avg_experts": _FLOAT,  # with mode=analyze, where the model's own k served
     "word_perplexity": _FLOAT,
     "word_perplexity_stderr": _FLOAT,
     "byte_perplexity": _FLOAT,

@@ -20,6 +20,7 @@ from lm_eval_bh.analysis.read.sweep_losses import lost_files
 from lm_eval_bh.analysis.table import joining
 from lm_eval_bh.analysis.table.columns import COLUMNS, LAYER_COLUMNS, typed
 from lm_eval_bh.analysis.table.matched_budget import matched_budget
+from lm_eval_bh.analysis.table.perplexities import fill_perplexity
 from lm_eval_bh.analysis.table.rows import check, layer_rows, row_of
 from lm_eval_bh.analysis.table.speed_phase import add_speed
 from lm_eval_bh.errors import DataError, ParameterError
@@ -88,6 +89,7 @@ def load_experiments(
     loaded.frame = typed(rows, COLUMNS)
     for name, column in matched_budget(loaded.frame).items():
         loaded.frame[name] = column.astype(COLUMNS[str(name)])
+    fill_perplexity(loaded.frame)
     number = {(row["run_id"], row["task"]): i for i, row in enumerate(rows)}
     layers.sort(key=lambda layer: (number[layer["run_id"], layer["task"]], layer["layer"]))
     loaded.layers = pd.DataFrame(layers, columns=list(LAYER_COLUMNS))

@@ -17,8 +17,14 @@ from lm_eval_bh.analysis.read.results_file import Run
 from lm_eval_bh.analysis.table import metrics
 from lm_eval_bh.analysis.table.columns import COLUMNS
 from lm_eval_bh.analysis.table.flops import Architecture
-from lm_eval_bh.analysis.table.strategy_names import strategy_label, variant_label
-from lm_eval_bh.schema import RunInfo, SpeedRouting, TaskSummary, dataset_name
+from lm_eval_bh.analysis.table.strategy_names import config_name, strategy_label, variant_label
+from lm_eval_bh.schema import (
+    RunInfo,
+    SpeedRouting,
+    TaskSummary,
+    configuration_name,
+    dataset_name,
+)
 
 
 def check(run: Run) -> None:
@@ -72,16 +78,17 @@ def row_of(
     if summary is not None and run.info is not None:
         row |= _routing_metrics(run.info, summary, row)
         row["cached_requests"] = run.cached_requests
-    if model is not None and context_length and row["mean_experts_model"] is not None:
+    if model is not None and context_length and row["avg_experts_model"] is not None:
         architecture = Architecture.from_config(model["model_config"], model["num_layers"])
         if architecture is not None:
             row["flops_reduction_pct"] = metrics.flops_reduction_pct(
-                architecture.flops(row["mean_experts_model"], context_length),
+                architecture.flops(row["avg_experts_model"], context_length),
                 architecture.flops(model["native_top_k"], context_length),
             )
     row["expert_activation_ratio"] = metrics.expert_activation_ratio(
-        row["mean_experts"], row["max_k"]
+        row["avg_experts"], row["max_k"]
     )
+    row |= {"routing_type": row["rule"], "k_or_max_k": row["max_k"]}
     return {name: row[name] for name in COLUMNS} | {"_date": run.content.get("date") or 0}
 
 
@@ -143,6 +150,7 @@ def routing_of(info: RunInfo | SpeedRouting, engine: str = "") -> dict[str, Any]
         "target_experts": target,
         "budget": None if target is None else config["budget"],
         "trim": config.get("trim"),
+        "config_name": config_name(config, rule, engine),
         "strategy": strategy_label(config, rule) + engine,
         "variant": variant_label(config, rule),
         "baseline": plain,
@@ -163,7 +171,7 @@ def _counts_of_fixed(info: RunInfo) -> dict[str, Any]:
     total = sum(map(int, given.split("-"))) if given else routed * config["max_k"]
     unrouted = info["num_layers"] - routed
     whole = total + unrouted * info["native_top_k"]
-    return {"mean_experts": total / routed, "mean_experts_model": whole / info["num_layers"]}
+    return {"avg_experts": total / routed, "avg_experts_model": whole / info["num_layers"]}
 
 
 def _routing_of_baseline(run: Run, model: RunInfo | None) -> dict[str, Any]:
@@ -178,6 +186,7 @@ def _routing_of_baseline(run: Run, model: RunInfo | None) -> dict[str, Any]:
         "rule": "topk",
         "min_k": k,
         "max_k": k,
+        "config_name": f"{configuration_name('topk', k, None)}_{engine}" if k else None,
         "strategy": f"top-{k} ({engine})" if k else f"top-k ({engine})",
         "variant": "top-k",
         "baseline": True,
@@ -188,9 +197,9 @@ def _routing_of_baseline(run: Run, model: RunInfo | None) -> dict[str, Any]:
         "native_top_k": native,
         "num_experts": model["num_experts"] if model else None,
         # By construction; metrics of the experts' use stay null.
-        "mean_experts": k,
+        "avg_experts": k,
         "std_experts": 0.0 if k else None,
-        "mean_experts_model": k,
+        "avg_experts_model": k,
     }
 
 
@@ -230,12 +239,12 @@ def _routing_metrics(info: RunInfo, summary: TaskSummary, row: Mapping[str, Any]
         "layer_consistency_score": metrics.layer_consistency_score(
             histogram, [layer["cross"] for layer in summary["layers"]]
         ),
-        "would_select_mean_experts": None if served else mean,
+        "would_select_avg_experts": None if served else mean,
     }
     if served and mean is not None:
         routed = len(info["routed_layers"])
-        found["mean_experts"] = mean
-        found["mean_experts_model"] = (mean * routed + info["native_top_k"] * unrouted) / (
+        found["avg_experts"] = mean
+        found["avg_experts_model"] = (mean * routed + info["native_top_k"] * unrouted) / (
             routed + unrouted
         )
     return found

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from lm_eval_bh.analysis.table.columns import EARLIER
+from lm_eval_bh.analysis.table.perplexities import own_perplexities
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.files import replacing_all
 
@@ -31,7 +33,7 @@ READABLE = {
     "group": "group",
     "task": "task",
     "strategy": "strategy",
-    "mean_experts": "experts",
+    "avg_experts": "experts",
     "perplexity": "token ppl",
     "word_perplexity": "word ppl",
     "target_perplexity": "target ppl",
@@ -99,7 +101,7 @@ def read_table(path: Path) -> pd.DataFrame:
         If it cannot be read, or is no table.
     """
     try:
-        return pd.read_csv(path)
+        return pd.read_csv(path).rename(columns=EARLIER)
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise DataError(
@@ -154,6 +156,7 @@ def plain(value: Any) -> Any:
 
 def _readable(frame: pd.DataFrame) -> list[list[str]]:
     """Return the header and the rows of the columns that people compare and that hold something."""
+    frame = own_perplexities(frame)
     shown = {
         name: title
         for name, title in READABLE.items()

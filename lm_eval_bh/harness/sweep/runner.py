@@ -218,7 +218,8 @@ def summarize(folder: Path, experiment: Experiment, seconds: float) -> Experimen
         "num_experts": int(row["num_experts"]),
         "dataset": experiment.task,
         "metrics": {
-            name: plain(row[name]) for name in dict.fromkeys([*METRICS, *further, "mean_experts"])
+            name: plain(row[name])
+            for name in dict.fromkeys([*METRICS, "perplexity_of", *further, "avg_experts"])
         },
         "summary": {
             "total_samples": plain(row["documents"]),
@@ -235,7 +236,7 @@ def line(summary: ExperimentSummary) -> str:
         "word_perplexity": "word perplexity",
         "target_perplexity": "perplexity",
         "accuracy": "accuracy",
-        "mean_experts": "mean experts",
+        "avg_experts": "mean experts",
     }
     shown = [
         f"{label} {value:,.{3 if abs(value) < 1000 else 0}f}"

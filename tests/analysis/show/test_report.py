@@ -419,7 +419,7 @@ def header(page, title: str):
 @pytest.mark.slow
 def test_sorting_in_a_browser(page, runs):
     frame = load_experiments([runs]).frame
-    experts = [f"{value:.2f}" for value in sorted(frame["mean_experts_model"])]
+    experts = [f"{value:.2f}" for value in sorted(frame["avg_experts_model"])]
     assert column(page, "experts") != experts
     button = header(page, "experts").find_element("tag name", "button")
     button.click()
