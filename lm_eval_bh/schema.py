@@ -397,7 +397,7 @@ def read_speed(path: Path) -> SpeedFile:
     configurations, workloads = len(found["configurations"]), len(found["workloads"])
     tables: list[list[Any]] = [found["work"], *(list(one["seconds"]) for one in found["rounds"])]
     shapes = {(len(table), *map(len, table)) for table in tables}
-    if shapes != {(configurations, *[workloads] * configurations)}:
+    if not found["rounds"] or shapes != {(configurations, *[workloads] * configurations)}:
         _expect("its tables are not of its configurations and workloads", str(path))
     seconds = [s for one in found["rounds"] for row in one["seconds"] for s in row]
     if not all(0 < s < float("inf") for s in seconds):

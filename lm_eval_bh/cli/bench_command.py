@@ -94,14 +94,16 @@ def print_speeds(files: list[SpeedFile]) -> None:
     from lm_eval_bh.analysis.table.speed_phase import conditions, speed_frame
 
     for (task, workload), rows in speed_frame(files).groupby(["task", "workload"], sort=False):
-        table = Table(title=f"{task}, {workload}", title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(
+            title=f"{task}, {workload}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        )
         table.add_column("configuration", no_wrap=True)
-        table.add_column("tokens\n/s", justify="right")
-        table.add_column("ms a\npass", justify="right")
+        table.add_column("tokens\n/s", justify="right", no_wrap=True)
+        table.add_column("ms a\npass", justify="right", no_wrap=True)
         table.add_column("times as fast", justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
-        table.add_column("expert rows\na token", justify="right")
-        table.add_column("times\nthe floor", justify="right")
+        table.add_column("rows a\ntoken", justify="right", no_wrap=True)
+        table.add_column("times\nfloor", justify="right", no_wrap=True)
         for _, row in rows.iterrows():
             ends = f" [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]" if row["verdict"] else ""
             known, floor = row["expert_rows_per_token"], row["times_floor"]
@@ -114,7 +116,10 @@ def print_speeds(files: list[SpeedFile]) -> None:
                 "" if pd.isna(known) else f"{known:.2f}{'' if row['rows_counted'] else '*'}",
                 "" if pd.isna(floor) else f"{floor:.1f}",
             )
-        table.caption = "* as selected: transformers' own code computed them, uncounted"
+        table.caption = (
+            "Rows: one expert applied to one token. * as selected: transformers' own code computed "
+            "them, uncounted"
+        )
         table.caption_justify = "left"
         show(table)
     for file in files:

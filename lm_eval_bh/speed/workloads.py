@@ -114,6 +114,7 @@ def dense_flops(workload: Workload, model: Any, rows: int, expert_elements: int)
     rows : int
         Expert rows that it computes in this workload.
     """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     whole = transformers_model(model)
@@ -121,7 +122,8 @@ def dense_flops(workload: Workload, model: Any, rows: int, expert_elements: int)
     whole.set_experts_implementation("eager")
     try:
         prepared = workload.prepare(model)
-        with FlopCounterMode(display=False) as counter:
+        # Fused attention is not counted on every device.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             workload.run(model, prepared)
     finally:
         whole.set_experts_implementation(before)

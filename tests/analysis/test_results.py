@@ -19,6 +19,7 @@ from lm_eval_bh.analysis.table.columns import COLUMNS, LAYER_COLUMNS
 from lm_eval_bh.analysis.table.experiments import load_experiments
 from lm_eval_bh.analysis.table.flops import Architecture
 from lm_eval_bh.analysis.table.metrics import METRICS
+from lm_eval_bh.analysis.table.perplexities import fill_perplexity
 from lm_eval_bh.analysis.table.strategy_names import strategy_label
 from lm_eval_bh.analysis.table.table_files import read_table, write_tables
 from lm_eval_bh.errors import DataError
@@ -69,7 +70,9 @@ def test_routing_metrics_are_those_of_the_counters(write):
     used = [len(np.unique(layer[layer >= 0])) for layer in selected]
     assert row["expert_utilization"] == pytest.approx(sum(used) / (write.layers * write.experts))
     assert (row["tokens"], row["seconds"], row["documents"]) == (TOKENS, 0.5, DOCUMENTS)
-    assert row["tokens_per_second"] == TOKENS / 0.5
+    assert row["evaluation_tokens_per_second"] == TOKENS / 0.5
+    assert pd.isna(row["tokens_per_second"])  # no speed phase ran
+    assert pd.isna(row["latency_ms_per_token"])
     shape = Architecture.from_config(write.model_config, write.layers)
     assert row["context_length"] == 64
     assert row["flops_reduction_pct"] == pytest.approx(
@@ -95,7 +98,8 @@ def test_what_was_not_measured_is_null(write):
     write("top", rule="topk", samples=False)
     row = row_of(load_experiments([write.folder]).frame, WIKITEXT, "top-4")
     null = {
-        "perplexity",  # no log tells how many tokens were scored
+        "tokens_per_second",  # no speed phase
+        "latency_ms_per_token",
         "layer_consistency_score",  # constant counts
         "normalized_selection_entropy",
         "expert_overlap_score",  # one run
@@ -732,7 +736,7 @@ def test_a_routing_log_of_some_documents_gives_no_token_perplexity(write):
         content = json.loads(file.read_text())
         content["samples"].pop()
         file.write_text(json.dumps(content))
-    assert load_experiments([write.folder]).frame["perplexity"].isna().all()
+    assert "token" not in load_experiments([write.folder]).frame["perplexity_of"].tolist()
 
 
 def test_a_routing_log_is_found_where_it_was_moved_to(write, tmp_path_factory):
@@ -880,33 +884,28 @@ def test_the_earlier_prototypes_readers_find_their_columns(write, tmp_path):
 def test_a_task_without_token_perplexity_shows_its_own_and_says_so(write, tmp_path):
     write("bh")
     frame = load_experiments([write.folder]).frame.set_index("task")
-    assert frame["perplexity_of"].to_dict() == {
-        WIKITEXT: "token",
-        LAMBADA: "target word",
-        HELLASWAG: None,
-    }
-    lambada = frame.loc[LAMBADA]
-    assert lambada["perplexity"] == lambada["target_perplexity"]
-    assert lambada["perplexity_stderr"] == lambada["target_perplexity_stderr"]
-    assert frame.loc[WIKITEXT, "perplexity"] == pytest.approx(math.exp(2))
+    kinds = {WIKITEXT: "word", LAMBADA: "target word", HELLASWAG: None}
+    assert frame["perplexity_of"].to_dict() == kinds
+    for task, own in ((WIKITEXT, "word_perplexity"), (LAMBADA, "target_perplexity")):
+        row = frame.loc[task]
+        assert row["perplexity"] == row[own]
+        assert row["perplexity_stderr"] == pytest.approx(row[f"{own}_stderr"], nan_ok=True)
     assert pd.isna(frame.loc[HELLASWAG, "perplexity"])
     # For people, each kind has a column of its own.
     write_tables(frame.reset_index(), tmp_path)
-    head, _, *lines = (tmp_path / "bh_routing_results.md").read_text().splitlines()
-    column = [cell.strip() for cell in head.split("|")].index("token ppl")
-    cells = {line.split("|")[1].strip(): line.split("|")[column].strip() for line in lines}
-    assert cells[LAMBADA] == ""
-    assert cells[WIKITEXT] == "7.389"
+    head = (tmp_path / "bh_routing_results.md").read_text().splitlines()[0]
+    assert "target ppl" in head
+    assert "token ppl" not in head
 
 
-def test_a_task_that_has_token_perplexity_is_never_given_another(write):
-    write("with", alpha=0.4)
-    write("without", alpha=0.5, samples=False)
-    frame = load_experiments([write.folder]).frame
-    rows = frame[frame["task"] == WIKITEXT].set_index("alpha")
-    assert rows["perplexity_of"].to_dict() == {0.4: "token", 0.5: None}
-    assert pd.isna(rows.loc[0.5, "perplexity"])
-    assert rows["word_perplexity"].notna().all()
+def test_a_task_that_has_token_perplexity_is_never_given_another():
+    names = ["perplexity", "word_perplexity", "target_perplexity", "byte_perplexity"]
+    frame = pd.DataFrame({"group": 1, "task": [WIKITEXT] * 2} | dict.fromkeys(names, math.nan))
+    frame = frame.assign(perplexity=[7.0, math.nan], word_perplexity=[90.0, 95.0])
+    frame = frame.assign(perplexity_of=None, **{f"{name}_stderr": math.nan for name in names})
+    fill_perplexity(frame)
+    assert frame["perplexity"].tolist() == pytest.approx([7.0, math.nan], nan_ok=True)
+    assert frame["perplexity_of"].tolist() == ["token", None]
 
 
 def test_tables_of_earlier_releases_are_read_by_their_names(write, tmp_path):

@@ -33,6 +33,12 @@ def overview(frame: pd.DataFrame, compared: pd.DataFrame, level: float) -> list[
         table.caption = (
             "In brackets: more or less than the baseline; * significant, = equivalent, both "
             "corrected for all comparisons. (i): interpolated between two static top-k."
+            + (
+                " Times as fast: prefill, against the model as it is; an interval that holds 1 "
+                "shows no difference."
+                if frame["speed_ratio"].notna().any()
+                else ""
+            )
         )
     return tables
 
@@ -54,7 +60,7 @@ def _table(rows: pd.DataFrame, compared: pd.DataFrame, level: float, title: str)
             "accuracy": _number(row["accuracy"], ".3f") + _change(of_row[~of_perplexity], level),
             "top-k at\nequal\nexperts": _matched(row),
             "FLOPs\nsaved\n(%)": _number(row["flops_reduction_pct"], ".1f"),
-            "tokens\n/s": _number(row["tokens_per_second"], ".0f"),
+            "times\nas\nfast": _speed(row),
         }.items():
             cells.setdefault(name, []).append(cell)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -89,6 +95,13 @@ def _change(rows: pd.DataFrame, level: float) -> str:
     mark = "*" if row["p_adjusted"] <= level else ""
     equal = "=" if row["equivalent"] else ""
     return f" ({change:+.1f}{'%' if relative else ''}{mark}{equal})"
+
+
+def _speed(row: pd.Series) -> str:
+    """Return the ratio to the model as it is, with its interval."""
+    ratio, low, high = (row[f"speed_ratio{end}"] for end in ("", "_low", "_high"))
+    known = pd.notna(low) and pd.notna(high)
+    return _number(ratio, ".2f") + (f"\n[{low:.2f},\n{high:.2f}]" if known else "")
 
 
 def _matched(row: pd.Series) -> str:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from lm_eval_bh.analysis.table.perplexities import perplexity_column
+from lm_eval_bh.analysis.table.speed_phase import speed_frame
 
 if TYPE_CHECKING:
     from lm_eval_bh.analysis.compare.recommendation import Recommendation
     from lm_eval_bh.analysis.read.loaded import Loaded
+    from lm_eval_bh.schema import SpeedFile
 
 PER = {
     "perplexity": "token",
@@ -102,7 +104,8 @@ RESULTS = {
     "static from": "measured, or interpolated between two measured k",
     "against static (%)": "perplexity; below 0 is better",
     "FLOPs saved (%)": "of the whole model, against its own top-k",
-    "tokens/s": "forward passes only",
+    "times as fast": "prefill, against the model as it is; an interval that holds 1 shows nothing",
+    "decoding, times as fast": "one sequence, token by token",
     "ceiling (%)": "tokens with max_k experts",
     "floor (%)": "tokens with min_k experts",
     "Gini": "0: all experts serve equally often",
@@ -137,7 +140,8 @@ def results_table(frame: pd.DataFrame) -> Table:
             "static from": Cell(_how(row)),
             "against static (%)": number(against, "+.2f"),
             "FLOPs saved (%)": number(row["flops_reduction_pct"], ".1f"),
-            "tokens/s": number(row["tokens_per_second"], ",.0f"),
+            "times as fast": interval(row, "speed_ratio", ".2f"),
+            "decoding, times as fast": interval(row, "decode_speed_ratio", ".2f"),
             "ceiling (%)": number(row["ceiling_hit_rate"], ".1f"),
             "floor (%)": number(row["floor_hit_rate"], ".1f"),
             "Gini": number(row["gini_coefficient"], ".3f"),
@@ -152,6 +156,36 @@ def _how(row: pd.Series) -> str:
         return "not measured" if row["adaptive"] else ""
     ks = sorted({int(row["matched_k_low"]), int(row["matched_k_high"])})
     return f"{row['matched_by']}, k = {' to '.join(map(str, ks))}"
+
+
+SPEEDS = {
+    "tokens/s": "median over rounds",
+    "ms a pass": "median over rounds; when decoding, a pass gives each sequence one token",
+    "times as fast": "against the model as it is in the same round, with its interval",
+    "verdict": "undecided where the interval holds 1",
+    "expert rows a token": "one expert applied to one token, as computed",
+    "times the floor": "the floor: arithmetic, or reading the weights that are needed",
+}
+
+
+def speed_table(speeds: Sequence[SpeedFile]) -> Table:
+    """Return what speed phases measured: a row per configuration and workload."""
+    rows = []
+    for _, row in speed_frame(speeds).iterrows():
+        counted = "" if row["rows_counted"] else " (selected)"
+        cells = {
+            "configuration": Cell(row["strategy"]),
+            "task": Cell(row["task"]),
+            "workload": Cell(row["workload"]),
+            "tokens/s": number(row["tokens_per_second"], ",.0f"),
+            "ms a pass": number(row["ms_per_pass"], ".3g"),
+            "times as fast": interval(row, "ratio", ".2f"),
+            "verdict": Cell(row["verdict"]),
+            "expert rows a token": number(row["expert_rows_per_token"], ".2f", counted),
+            "times the floor": number(row["times_floor"], ".1f"),
+        }
+        rows.append(Row(cells, task=row["task"]))
+    return Table(rows, SPEEDS)
 
 
 COMPARISONS = {

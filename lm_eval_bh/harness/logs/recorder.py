@@ -75,14 +75,14 @@ class Recorder:
         owned = place < torch.tensor([[length] for _, length, _ in rows])
         batch = Batch([owners for _, _, owners in rows], owned, input_ids.cpu(), [0] * len(rows))
         self._batch, self._device, self._begun = batch, input_ids.device, False
-        seconds = self._sinks.stopwatch(input_ids.device)
+        span = self._sinks.stopwatch(input_ids.device)
         try:
             yield real
         finally:
             logged = self._begun and self._batch is batch
             self._batch = None
         if logged:
-            self._summary.took(batch, seconds())
+            self._summary.took(batch, span())
             self._sinks.end()
 
     @contextmanager
@@ -116,8 +116,8 @@ class Recorder:
         finally:
             self._generation = None
             handle.remove()
-        if generation.logged and generation.seconds is not None:
-            self._summary.took(generation.prompt, generation.seconds)
+        if generation.logged and generation.span is not None:
+            self._summary.took(generation.prompt, generation.span)
 
     def observe(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
         """Take one layer's selection; called by the router hooks, in the order of the layers."""

@@ -101,6 +101,7 @@ def test_markdown_holds_every_part(output):
         "Results",
         "Figure",
         "Significance",
+        "Speed",
         "Layers",
         "Calibration",
         "Run it again",

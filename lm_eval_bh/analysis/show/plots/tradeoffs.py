@@ -75,14 +75,34 @@ def _unmatched(data: Experiments) -> str:
 
 
 def speed(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
-    """Draw perplexity against tokens per second of forward passes."""
+    """Draw perplexity against how many times as fast a configuration is as the model as it is.
+
+    Bars along the axis are the intervals of the ratios: one that crosses the line at 1 shows no
+    difference. Ratios come from the speed phase alone.
+    """
     missing = (
-        "No perplexity with a speed yet. Run lm_eval --model hf-bh on bh_wikitext with "
-        "log_routing=summary; the stock model logs no forward times."
+        "No perplexity with a speed ratio yet. Run lm-eval-bh sweep with --speed, or lm-eval-bh "
+        "bench on the task, and aggregate both."
     )
-    for axes, rows, column in _perplexity_axes(figure, data, "tokens_per_second", missing):
-        _scatter(axes, rows, "tokens_per_second", column, style, labels)
-    axes.set_xlabel("tokens per second, forward passes")
+    drawn = _perplexity_axes(figure, data, "speed_ratio", missing)
+    ratios = ["speed_ratio", "speed_ratio_low", "speed_ratio_high"]
+    along = [1.0, *np.concatenate([rows[ratios].to_numpy().ravel() for _, rows, _ in drawn])]
+    for axes, rows, column in drawn:
+        _scatter(axes, rows, "speed_ratio", column, style, labels)
+        for _, row in rows.dropna(subset=["speed_ratio_low", "speed_ratio_high"]).iterrows():
+            at, _ = beyond(axes, row[column])
+            axes.plot(
+                [row["speed_ratio_low"], row["speed_ratio_high"]],
+                [at, at],
+                color=style.colour(row["max_k"]),
+                linewidth=0.9,
+                marker="|",
+                markersize=4,
+                zorder=2,
+            )
+        axes.axvline(1.0, color=NEUTRAL, linewidth=0.8, zorder=1)
+        fit_scale(axes, "x", along)  # all tasks share it
+    axes.set_xlabel("times as fast as the model as it is (prefill)")
     figure.supylabel("perplexity", fontsize="medium")
 
 
