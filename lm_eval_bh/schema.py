@@ -312,6 +312,10 @@ def token_schema(with_logits: bool, num_experts: int) -> pa.Schema:
         pa.field("count", pa.int16()),
         pa.field("experts", pa.list_(pa.int16())),
         pa.field("weights", pa.list_(pa.float32())),  # null in an imported trace without weights
+        # Nats, of this token given those before it in its row; null for the first of a row (of a
+        # window, where a document is longer than the context), for generations and their prompts,
+        # and in imported traces. Earlier logs lack the column.
+        pa.field("loss", pa.float32()),
     ]
     if with_logits:
         fields.append(pa.field("logits", pa.list_(pa.float16(), num_experts)))

@@ -31,9 +31,20 @@ MAY_IMPORT = {
     "doctor": COMMON | {"harness", "routing"},
     "traces": COMMON | {"harness"},
     "speed": COMMON | {"harness", "routing"},
+    "viewing": COMMON | {"analysis", "routing"},
     "cli": COMMON
-    | {"analysis", "doctor", "export", "harness", "policies", "routing", "speed", "traces"},
-    "__init__": COMMON | {"analysis", "harness", "routing"},
+    | {
+        "analysis",
+        "doctor",
+        "export",
+        "harness",
+        "policies",
+        "routing",
+        "speed",
+        "traces",
+        "viewing",
+    },
+    "__init__": COMMON | {"analysis", "harness", "routing", "viewing"},
     "__main__": {"cli"},
 }
 # A sweep reads its own results the way the tables do, so that both have the same numbers.

@@ -27,6 +27,7 @@ from lm_eval_bh.cli.run_lm_eval_command import run_lm_eval
 from lm_eval_bh.cli.sweep_command import sweep
 from lm_eval_bh.cli.tune_command import tune
 from lm_eval_bh.cli.verify_command import verify
+from lm_eval_bh.cli.view_command import view
 from lm_eval_bh.errors import BHError, DataError
 
 FAILED, MISUSED = 1, 2  # exit codes; 3: files were left out, see options.py
@@ -48,6 +49,7 @@ for command in (
     bench,
     plot,
     report,
+    view,
     patterns,
     calibrate,
     analyze,

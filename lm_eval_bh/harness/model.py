@@ -309,6 +309,7 @@ class BHLM(HFLM):
                 real = None
             with nullcontext() if real is None else self.integration.real_tokens(real):
                 logits: Tensor = super()._model_call(inps, *args, **kwargs)
+            self.log.recorder.scored(logits)
         return logits
 
     def tok_batch_encode(

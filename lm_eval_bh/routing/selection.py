@@ -17,6 +17,7 @@ from lm_eval_bh.errors import ParameterError, RoutingError
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.parameters import accepts
+from lm_eval_bh.routing.rich_display import selection_html
 from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.routing.rules.sorted_scores import SortedScores
 from lm_eval_bh.routing.selector import Selector
@@ -40,6 +41,9 @@ class Selection(NamedTuple):
     indices: Tensor
     weights: Tensor
     counts: Tensor
+
+    def _repr_html_(self) -> str:
+        return selection_html(*self)
 
 
 def select(

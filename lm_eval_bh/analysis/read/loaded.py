@@ -45,6 +45,12 @@ class Loaded:
     _runs: dict[str, Run] = field(default_factory=dict, repr=False)
     _documents: dict[tuple[str, str], pd.DataFrame | None] = field(default_factory=dict, repr=False)
 
+    def _repr_html_(self) -> str:
+        known = self.frame.dropna(axis="columns", how="all").drop(columns=["file"], errors="ignore")
+        table = known.to_html(index=False, max_rows=60, na_rep="", float_format="{:.4g}".format)
+        left_out = f"<p>Files left out: {len(self.problems)}.</p>" if self.problems else ""
+        return f"{table}{left_out}"
+
     def documents(self, run_id: str, task: str) -> pd.DataFrame | None:
         """Return lm-eval's samples of an experiment, one row per document, or None.
 

@@ -23,6 +23,9 @@ class Sink(Protocol):
     def layer(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
         """Take one layer's selection for the tokens of the batch, flattened to ``[tokens]``."""
 
+    def scored(self, losses: Callable[[], Tensor]) -> None:
+        """Take the tokens' losses: a function computes float ``[rows, length]``, NaN where none."""
+
     def end(self) -> None:
         """Finish the forward pass."""
 
@@ -49,6 +52,12 @@ class Sinks:
         with self._timed():
             for sink in self._sinks:
                 sink.layer(layer, router_logits, selection)
+
+    def scored(self, losses: Callable[[], Tensor]) -> None:
+        """Take the tokens' losses, which are computed only where a log keeps them."""
+        with self._timed():
+            for sink in self._sinks:
+                sink.scored(losses)
 
     def end(self) -> None:
         """Finish the forward pass."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,6 +95,9 @@ class SummaryLog:
             if self._previous is not None:
                 counters.add_cross(layer, selection.counts, self._previous, weight)
         self._previous = selection.counts
+
+    def scored(self, losses: Callable[[], Tensor]) -> None:
+        """Do nothing: losses are lm-eval's to count."""
 
     def end(self) -> None:
         """Count the tokens that were computed."""
