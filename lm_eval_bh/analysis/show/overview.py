@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from lm_eval_bh.analysis.table.chance import with_note
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES, PERPLEXITY_UNITS, perplexity_column
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ def _table(rows: pd.DataFrame, compared: pd.DataFrame, level: float, title: str)
             "experts": _number(row["avg_experts"], ".2f"),
             f"perplexity\nper {PERPLEXITY_UNITS[metric] if metric else ''}": perplexity
             + _change(of_row[of_perplexity], level),
-            "accuracy": _number(row["accuracy"], ".3f") + _change(of_row[~of_perplexity], level),
+            "accuracy": with_note(
+                _number(row["accuracy"], ".3f") + _change(of_row[~of_perplexity], level), row
+            ),
             "top-k at\nequal\nexperts": _matched(row),
             "FLOPs\nsaved\n(%)": _number(row["flops_reduction_pct"], ".1f"),
             "times\nas\nfast": _speed(row),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from lm_eval_bh.analysis.table.chance import with_note
 from lm_eval_bh.analysis.table.perplexities import perplexity_column
 from lm_eval_bh.analysis.table.speed_phase import speed_frame
 
@@ -96,9 +97,17 @@ def interval(row: pd.Series, name: str, form: str) -> Cell:
     return number(row[name], form, f" [{low:{form}}, {high:{form}}]" if known else "")
 
 
+def accuracy(row: pd.Series) -> Cell:
+    """Return an accuracy with its standard error, or with what it says in their place."""
+    error = row["accuracy_stderr"]
+    cell = number(row["accuracy"], ".3f", f" ± {error:.3f}" if pd.notna(error) else "")
+    return replace(cell, text=with_note(cell.text, row))
+
+
 RESULTS = {
     "experts": "mean experts per token over all layers",
     "perplexity": "per token, word, target or byte; lower is better",
+    "accuracy": "at chance: its binomial interval holds what guessing has",
     "static perplexity": "of static top-k at the same mean number of experts",
     "static accuracy": "of static top-k at the same mean number of experts",
     "static from": "measured, or interpolated between two measured k",
@@ -125,16 +134,13 @@ def results_table(frame: pd.DataFrame) -> Table:
         same = metric is not None and metric == row["matched_metric"]
         static = row["matched_perplexity"] if same else None
         against = 100 * (perplexity / static - 1) if perplexity and static else None
-        error = row["accuracy_stderr"]
         cells = {
             "configuration": Cell(row["strategy"]),
             "task": Cell(row["task"]),
             **({"group": number(row["group"])} if groups > 1 else {}),
             "experts": number(row["avg_experts_model"], ".2f"),
             "perplexity": number(perplexity, then=f" / {PER[metric]}" if metric else ""),
-            "accuracy": number(
-                row["accuracy"], ".3f", f" ± {error:.3f}" if pd.notna(error) else ""
-            ),
+            "accuracy": accuracy(row),
             "static perplexity": number(static),
             "static accuracy": number(row["matched_accuracy"], ".3f"),
             "static from": Cell(_how(row)),

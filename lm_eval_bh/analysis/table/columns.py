@@ -74,6 +74,8 @@ COLUMNS: dict[str, str] = {
     "acc_norm_stderr": _FLOAT,
     "accuracy": _FLOAT,  # the first of ACCURACIES that the task has
     "accuracy_stderr": _FLOAT,
+    "chance_accuracy": _FLOAT,  # of guessing among the choices
+    "accuracy_note": _TEXT,  # "at chance" or "none right": it compares nothing
     **dict.fromkeys(metrics.METRICS, _FLOAT),
     **dict.fromkeys(SPEED_RATIOS, _FLOAT),
     "perplexity_stderr": _FLOAT,

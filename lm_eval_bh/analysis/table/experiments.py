@@ -18,6 +18,7 @@ from lm_eval_bh.analysis.read.model_arguments import model_of, one_name
 from lm_eval_bh.analysis.read.run_folders import find_files, read_runs, read_speeds
 from lm_eval_bh.analysis.read.sweep_losses import lost_files
 from lm_eval_bh.analysis.table import joining
+from lm_eval_bh.analysis.table.chance import add_chance
 from lm_eval_bh.analysis.table.columns import COLUMNS, LAYER_COLUMNS, typed
 from lm_eval_bh.analysis.table.matched_budget import matched_budget
 from lm_eval_bh.analysis.table.perplexities import fill_perplexity
@@ -79,6 +80,7 @@ def load_experiments(
             rows.append(row | common | {"_model": name})
             layers += [common | layer for layer in layer_rows(run.summary(task))]
     joining.add_token_perplexity(rows, loaded)
+    add_chance(rows, loaded)
     joining.add_average_accuracy(rows)
     joining.add_stability(rows, loaded)
     names = {row["_model"] for row in rows}

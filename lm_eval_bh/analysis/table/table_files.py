@@ -38,6 +38,7 @@ READABLE = {
     "word_perplexity": "word ppl",
     "target_perplexity": "target ppl",
     "accuracy": "accuracy",
+    "accuracy_note": "which is",
     "matched_perplexity": "ppl of top-k at equal experts",
     "matched_accuracy": "accuracy of top-k at equal experts",
     "matched_by": "how",
