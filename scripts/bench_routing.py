@@ -223,7 +223,7 @@ class Bench:
             config = RoutingConfig(alpha=float(1 / (1 + np.exp(-log_odds))), max_k=8)
             counts = []
             for at, z in pooled.items():
-                counts.append(Selector(config, null, at, z.shape[-1])(z)[0])
+                counts.append(torch.as_tensor(Selector(config, null, at, z.shape[-1])(z)[0]))
             return float(torch.cat(counts).double().mean())
 
         levels: dict[float, tuple[float, float]] = {}
