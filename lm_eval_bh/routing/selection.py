@@ -6,20 +6,23 @@ The router hooks and :func:`select_experts` both call :func:`select`; there is n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lm_eval_bh.errors import ParameterError, RoutingError
 from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.host import bits_of, on_host, tensor_of
 from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.parameters import accepts
 from lm_eval_bh.routing.rich_display import selection_html
 from lm_eval_bh.routing.rules.registry import RULES
-from lm_eval_bh.routing.rules.sorted_scores import SortedScores
+from lm_eval_bh.routing.rules.sorted_scores import Array, SortedScores
 from lm_eval_bh.routing.selector import Selector
 from lm_eval_bh.routing.tensors import numbers_of
 
@@ -103,28 +106,30 @@ def select(
             and config.mass is None
             and (normalizes or not rescales)
         ):
-            return Selection(indices, weights, counts)
+            return Selection(indices, weights, _counts(counts))
         if rank is not None and not all_serve:
             order = rank(router_logits).gather(-1, indices)
             order = order.argsort(dim=-1, descending=True, stable=True)
             weights, indices = weights.gather(-1, order), indices.gather(-1, order)
-    first = slice(config.max_k)
     native = weights
-    weights, indices = weights[:, first], indices[:, first]
+    if indices.shape[-1] > config.max_k:
+        first = slice(config.max_k)
+        weights, indices = weights[:, first], indices[:, first]
     if counts is None:
         counts, slots = selector.among(router_logits, indices, hidden_states)
         if slots is not None:
             weights, indices = weights.gather(-1, slots), indices.gather(-1, slots)
     selection = keep(indices, weights, counts, selector.num_experts)
     if config.mass is not None:
-        first = slice(native_k)
+        top = slice(native_k)
         if not softmax or own is None:
-            weights, whole = selection.weights, native[:, first]
+            weights, whole = selection.weights, native[:, top]
         elif config.temperature == 1.0 and not normalizes:
-            weights, whole = selection.weights, own[0][:, first]
+            weights, whole = selection.weights, own[0][:, top]
         else:
-            top = own[1][:, first]
-            weights, whole = _plain_weights(router_logits, selection, top, config.temperature)
+            weights, whole = _plain_weights(
+                router_logits, selection, own[1][:, top], config.temperature
+            )
             if normalizes:
                 weights = weights / whole.sum(-1, keepdim=True)
                 whole = whole / whole.sum(-1, keepdim=True)
@@ -139,12 +144,32 @@ def _serves(indices: Tensor, ranked: Tensor | None, config: RoutingConfig) -> bo
     return ranked is None and indices.shape[-1] == config.max_k and config.temperature == 1.0
 
 
-def keep(indices: Tensor, weights: Tensor, counts: Tensor, num_experts: int) -> Selection:
+def keep(indices: Tensor, weights: Tensor, counts: Array, num_experts: int) -> Selection:
     """Empty the slots beyond each token's count of a selection ``[tokens, slots]``."""
-    used = torch.arange(indices.shape[-1], device=indices.device) < counts.unsqueeze(-1)
+    slots = indices.shape[-1]
+    if on_host(weights):
+        found = counts.numpy() if isinstance(counts, Tensor) else counts
+        kept = _first_slots(slots).take(found, axis=0)
+        return Selection(
+            torch.from_numpy(np.where(kept, indices.numpy(), num_experts)),
+            tensor_of(np.where(kept, bits_of(weights), 0), weights.dtype),
+            _counts(counts),
+        )
+    counts = _counts(counts)
+    used = torch.arange(slots, device=indices.device) < counts.unsqueeze(-1)
     return Selection(
         torch.where(used, indices, num_experts), torch.where(used, weights, 0.0), counts
     )
+
+
+def _counts(counts: Array) -> Tensor:
+    return counts if isinstance(counts, Tensor) else torch.from_numpy(counts)
+
+
+@cache
+def _first_slots(slots: int) -> NDArray[np.bool_]:
+    """Return which slots the first 0, 1, ... are: bool ``[slots + 1, slots]``."""
+    return np.arange(slots) < np.arange(slots + 1)[:, None]
 
 
 def _softmax_top(
@@ -322,7 +347,7 @@ def reject(
         )
     critical = torch.from_numpy(test.critical_values(alpha, p_values.shape[-1]))
     ascending, order = p_values.double().sort(dim=-1)
-    count = test.count(SortedScores(ascending), alpha, critical.to(p_values.device))
+    count = test.counts(SortedScores(ascending), alpha, critical)
     rank = torch.arange(p_values.shape[-1], device=p_values.device)
     decisions = rank < count.unsqueeze(-1)
     return torch.zeros_like(decisions).scatter(-1, order, decisions)

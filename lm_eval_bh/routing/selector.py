@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.host import exact, on_host
 from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.rules.random_k import random_experts
-from lm_eval_bh.routing.rules.sorted_scores import SortedScores
+from lm_eval_bh.routing.rules.sorted_scores import Array, SortedScores
 from lm_eval_bh.routing.rules.thresholds import round_down, thresholds_of
+from lm_eval_bh.routing.rules.within_bounds import WithinBounds
 from lm_eval_bh.routing.scores.statistic import STATISTICS
 from lm_eval_bh.routing.scores.statistic import scores as statistic_scores
 
@@ -66,9 +71,15 @@ def sort_scores(
     if statistic.factors:
         largest, experts = scores.sort(dim=-1, descending=True, stable=True)
         return SortedScores(-largest, experts)
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        # NumPy sorts rows of 64 in a 50th of torch's time. It knows ascending order only.
-        return SortedScores(torch.from_numpy(np.sort(-scores.numpy(), axis=-1)))
+    return by_size(scores)
+
+
+def by_size(scores: Tensor) -> SortedScores:
+    """Sort scores that need no gradient, float ``[tokens, experts]``, the largest first."""
+    if on_host(scores):
+        ascending = -scores.numpy()
+        ascending.sort(axis=-1)
+        return SortedScores(ascending)
     return SortedScores((-scores).sort(dim=-1).values)
 
 
@@ -122,11 +133,15 @@ class Selector:
         if thresholds is None:
             [thresholds] = thresholds_of([(self.rule, self.alpha)], null_model, layer, num_experts)
         self._exact = thresholds
-        self._ready: Tensor | None = None
+        self._ready: dict[Any, Any] = {}
+        self._within: dict[Any, WithinBounds | None] = {}
+        self._clamped = np.arange(num_experts + 1).clip(config.min_k, config.max_k)
+        self._fixed, self._by_logit = config.fixed_count, config.ranks_by_logit
+        self._sorts_logits = config.scored_by == "logit" and not (own or self.rule.alone)
 
     def __call__(
         self, router_logits: Tensor, hidden_states: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Array, Tensor | None]:
         """Say how many experts each token gets, and which come first.
 
         Parameters
@@ -138,8 +153,8 @@ class Selector:
 
         Returns
         -------
-        counts : Tensor
-            int64 ``[tokens]``, from ``min_k`` to ``max_k``.
+        counts : Tensor or ndarray
+            int64 ``[tokens]``, an array where NumPy has decided; from ``min_k`` to ``max_k``.
         experts : Tensor or None
             int64 ``[tokens, max_k]``, the first experts; None where they are those with the largest
             logits.
@@ -147,17 +162,26 @@ class Selector:
         config = self.config
         if self.rule.random:
             return self._full(router_logits), self.draw(router_logits, config.max_k)
-        if config.fixed_count and config.ranks_by_logit:
+        if self._fixed and self._by_logit:
             return self._full(router_logits), None
-        scores = sort_scores(router_logits, self._null_model, self.layer, config, hidden_states)
+        if self._sorts_logits:
+            logits = exact(router_logits)
+            if on_host(logits):
+                array = logits.numpy()
+                if (within := self._within_bounds(array.dtype)) is not None:
+                    return within(array), None
+            scores = by_size(logits)
+        else:
+            scores = sort_scores(router_logits, self._null_model, self.layer, config, hidden_states)
         experts = None if scores.experts is None else scores.experts[:, : config.max_k]
-        if config.fixed_count:
+        if self._fixed:
             return self._full(router_logits), experts
-        return self.count(scores).clamp_(config.min_k, config.max_k), experts
+        found = self._count(scores)
+        return self._bounded(found), experts
 
     def among(
         self, router_logits: Tensor, candidates: Tensor, hidden_states: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Array, Tensor | None]:
         """Decide each of some candidates by itself, for a rule that is ``alone``: no sort.
 
         Parameters
@@ -171,17 +195,15 @@ class Selector:
 
         Returns
         -------
-        counts : Tensor
-            int64 ``[tokens]``, from ``min_k`` to ``max_k``.
+        counts : Tensor or ndarray
+            int64 ``[tokens]``, an array where NumPy has decided; from ``min_k`` to ``max_k``.
         order : Tensor or None
             int64 ``[tokens, max_k]``, the slots by descending score; None where they lie so.
         """
         scores = self._candidate_scores(router_logits.detach(), candidates, hidden_states)
-        thresholds = self._thresholds_for(scores)
-        assert thresholds is not None
-        counts = (-scores <= thresholds[0, 0]).sum(-1)
-        counts = counts.clamp_(self.config.min_k, self.config.max_k)
-        if self.config.ranks_by_logit:
+        found = self._count(SortedScores(-scores))
+        counts = self._bounded(found)
+        if self._by_logit:
             return counts, None
         return counts, scores.argsort(dim=-1, descending=True, stable=True)
 
@@ -210,18 +232,40 @@ class Selector:
 
     def count(self, scores: SortedScores) -> Tensor:
         """Return how many experts the rule takes, whatever the bounds: int64 ``[tokens]``."""
+        return torch.as_tensor(self._count(scores), dtype=torch.int64)
+
+    def _count(self, scores: SortedScores) -> Any:
+        """Return what :meth:`count` does, as an array where the scores are one."""
         assert self.rule.count is not None
-        return self.rule.count(scores, self.alpha, self._thresholds_for(scores.ascending))
+        return self.rule.count(scores, self.alpha, self._thresholds_for(scores))
+
+    def _within_bounds(self, dtype: np.dtype[Any]) -> WithinBounds | None:
+        if dtype not in self._within:
+            found = None
+            if self._exact is not None:
+                kind = torch.float64 if dtype == np.float64 else torch.float32
+                thresholds = round_down(self._exact, kind).numpy()
+                bounds = self.config.min_k, self.config.max_k
+                found = WithinBounds.of(self.rule, thresholds, *bounds)
+            self._within[dtype] = found
+        return self._within[dtype]
+
+    def _bounded(self, found: Any) -> Array:
+        if isinstance(found, np.ndarray):
+            bounded: NDArray[np.int64] = self._clamped.take(found)
+            return bounded
+        return torch.clamp(found, self.config.min_k, self.config.max_k)
 
     def _full(self, router_logits: Tensor) -> Tensor:
         tokens, k = router_logits.shape[:-1], self.config.max_k
         return torch.full(tokens, k, dtype=torch.int64, device=router_logits.device)
 
-    def _thresholds_for(self, ascending: Tensor) -> Tensor | None:
+    def _thresholds_for(self, scores: SortedScores) -> Any:
         if self._exact is None:
             return None
-        ready = self._ready
-        if ready is None or (ready.device, ready.dtype) != (ascending.device, ascending.dtype):
-            ready = round_down(self._exact, ascending.dtype).to(ascending.device)
-            self._ready = ready
-        return ready
+        values = scores.values
+        key = values.dtype if isinstance(values, np.ndarray) else (values.device, values.dtype)
+        if key not in self._ready:
+            rounded = round_down(self._exact, scores.ascending.dtype)
+            self._ready[key] = scores.alike(rounded)
+        return self._ready[key]

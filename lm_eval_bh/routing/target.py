@@ -315,8 +315,7 @@ def _mean(integration: Routed, scores: SortedScores) -> Mean:
             thresholds: Tensor | None = torch.from_numpy(rule.critical_values(alpha, experts))
         else:
             [thresholds] = thresholds_of([(rule, alpha)], None, 0, experts)
-        assert rule.count is not None
-        counts = rule.count(scores, alpha, thresholds)
+        counts = rule.counts(scores, alpha, thresholds)
         return float(counts.clamp(config.min_k, config.max_k).double().mean())
 
     return mean

@@ -56,7 +56,8 @@ class Batch:
     @cached_property
     def lengths(self) -> list[int]:
         """Real tokens of each row."""
-        return [int(length) for length in self.mask.sum(-1)]
+        lengths: list[int] = self.mask.numpy().sum(-1).tolist()
+        return lengths
 
     @cached_property
     def flat(self) -> list[Tensor]:

@@ -6,12 +6,14 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lm_eval_bh.harness.logs.ownership import Batch
 from lm_eval_bh.harness.logs.stopwatch import Span
-from lm_eval_bh.routing.patching.counters import RoutingCounters
+from lm_eval_bh.routing.patching.counters import LayerSums, RoutingCounters, Selections
 from lm_eval_bh.routing.selection import Selection
 
 BEHIND = 8  # passes whose time is not asked for yet: a device may be that far behind
@@ -22,29 +24,32 @@ class TaskCounters(RoutingCounters):
 
     Attributes
     ----------
-    cross : list of Tensor
-        One int64 scalar a layer: the sum over tokens of this layer's count times the count of the
-        routed layer before it; 0 in the first.
     seconds : float
         Time of the forward passes, shared among tasks by their tokens.
     """
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         super().__init__(num_layers, num_experts)
-        self.cross = [torch.zeros((), dtype=torch.int64) for _ in range(num_layers)]
+        # The sum over tokens of a layer's count times the count of the routed layer before it; 0
+        # in the first.
+        self._cross = LayerSums(num_layers, 1)
         self.seconds = 0.0
 
-    def add_cross(self, layer: int, counts: Tensor, previous: Tensor, weight: Tensor) -> None:
-        """Add the products of the counts of two adjacent layers, all int64 ``[tokens]``."""
-        total = (counts * previous.to(counts.device) * weight).sum()
-        self.cross[layer] = self.cross[layer].to(counts.device) + total
+    def add(self, selections: Selections, weight: Tensor | None = None) -> None:
+        """Count what the layers selected, in their order; int64 ``[tokens]`` says how often."""
+        super().add(selections, weight)
+        assert weight is not None
+        device = selections[0][1].counts.device
+        counts = torch.stack([selection.counts.to(device) for _, selection in selections])
+        products = (counts[1:] * counts[:-1] * weight.to(device)).sum(-1, keepdim=True)
+        self._cross.of(device, tuple(layer for layer, _ in selections[1:])).add_(products)
 
     def state(self) -> dict[str, Any]:
         """Return the counters as plain values, for other processes."""
         return {
-            "histogram": torch.stack([h.cpu() for h in self.histogram]).tolist(),
-            "usage": torch.stack([u.cpu() for u in self.usage]).tolist(),
-            "cross": [int(c) for c in self.cross],
+            "histogram": torch.stack(self.histogram).tolist(),
+            "usage": torch.stack(self.usage).tolist(),
+            "cross": self._cross.total().flatten().tolist(),
             "seconds": self.seconds,
         }
 
@@ -65,42 +70,39 @@ class SummaryLog:
         self.padding_tokens = 0
         self._weights: dict[str, Tensor] = {}
         self._spans: deque[tuple[Span, dict[str, float]]] = deque()
-        self._previous: Tensor | None = None
+        self._selections: list[tuple[int, Selection]] = []
 
     def begin(self, batch: Batch, device: torch.device) -> None:
         """Weigh every token by how many requests of each task own its row."""
-        times: dict[str, Tensor] = {}
+        mask, rows = batch.mask.numpy(), len(batch.owners)
+        times: dict[str, NDArray[np.int64]] = {}
         for row, owners in enumerate(batch.owners):
             for task, number in Counter(owner.task for owner in owners).items():
-                times.setdefault(task, torch.zeros(len(batch.owners), dtype=torch.int64))[row] = (
-                    number
-                )
+                times.setdefault(task, np.zeros(rows, dtype=np.int64))[row] = number
         self._weights = {
-            task: (batch.mask * number.unsqueeze(-1)).flatten().to(device)
+            task: torch.from_numpy((mask * number[:, None]).ravel()).to(device)
             for task, number in times.items()
         }
         for task in times:
             if task not in self.tasks:
                 self.tasks[task] = TaskCounters(*self._shape)
-        self._previous = None
-        self._computed = int(batch.mask.sum())
-        self._padding = batch.mask.numel() - self._computed
+        self._selections = []
+        self._computed = int(mask.sum())
+        self._padding = mask.size - self._computed
 
     def layer(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
-        """Count one layer's selection."""
-        for task, weight in self._weights.items():
-            counters = self.tasks[task]
-            weight = weight.to(selection.counts.device)
-            counters.add(layer, selection, weight)
-            if self._previous is not None:
-                counters.add_cross(layer, selection.counts, self._previous, weight)
-        self._previous = selection.counts
+        """Keep one layer's selection until the end of the pass."""
+        self._selections.append((layer, selection))
 
     def scored(self, losses: Callable[[], Tensor]) -> None:
         """Do nothing: losses are lm-eval's to count."""
 
     def end(self) -> None:
-        """Count the tokens that were computed."""
+        """Count what was selected, and the tokens that were computed."""
+        for task, weight in self._weights.items():
+            if self._selections:
+                self.tasks[task].add(self._selections, weight)
+        self._selections = []
         self.computed_tokens += self._computed
         self.padding_tokens += self._padding
 

@@ -2,51 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lm_eval_bh.routing.selection import Selection
 
+Selections = Sequence[tuple[int, Selection]]  # each with its position among the layers
+
+
+class LayerSums:
+    """Integers that are summed up layer by layer, where they are made; :meth:`total` waits."""
+
+    def __init__(self, num_layers: int, width: int) -> None:
+        self._shape = num_layers, width
+        # A device's layers that are counted together; int64 [layers, width].
+        self._parts: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
+
+    def of(self, device: torch.device, layers: tuple[int, ...]) -> Tensor:
+        """Return the sums of some layers on a device, int64 ``[layers, width]``, to be added to."""
+        key = device, layers
+        if key not in self._parts:
+            with torch.inference_mode(False):  # or nothing could be added outside of it
+                shape = len(layers), self._shape[1]
+                self._parts[key] = torch.zeros(shape, dtype=torch.int64, device=device)
+        return self._parts[key]
+
+    def total(self) -> Tensor:
+        """Return the sums of all layers, int64 ``[num_layers, width]``, on the CPU."""
+        total = torch.zeros(self._shape, dtype=torch.int64)
+        for (_, layers), part in self._parts.items():
+            total[list(layers)] += part.cpu()
+        return total
+
 
 class RoutingCounters:
-    """Histogram of experts per token and usage of each expert, layer by layer.
-
-    Attributes
-    ----------
-    histogram : list of Tensor
-        One int64 ``[experts + 1]`` a layer: how many tokens got 0, 1, ... experts.
-    usage : list of Tensor
-        One int64 ``[experts]`` a layer: how many tokens each expert served.
-    """
+    """Histogram of experts per token and usage of each expert, layer by layer."""
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self.num_experts = num_experts
-        self.histogram = [
-            torch.zeros(num_experts + 1, dtype=torch.int64) for _ in range(num_layers)
-        ]
-        self.usage = [torch.zeros(num_experts, dtype=torch.int64) for _ in range(num_layers)]
+        # How many tokens got 0, 1, ... experts; then how many tokens each expert served, and last
+        # how many slots were unused.
+        self._sums = LayerSums(num_layers, 2 * (num_experts + 1))
 
-    def add(self, layer: int, selection: Selection, weight: Tensor | None = None) -> None:
-        """Count one layer's selection of a batch.
+    def add(self, selections: Selections, weight: Tensor | None = None) -> None:
+        """Count what the layers selected in one forward pass.
 
         Parameters
         ----------
-        layer : int
-            Position among the layers.
-        selection : Selection
+        selections : sequence of (int, Selection)
             What was selected for ``[tokens]``.
         weight : Tensor or None
-            int64 ``[tokens]``, how often each token counts (0 for padding); None counts all once.
+            int64 or bool ``[tokens]``, how often each token counts (0 for padding). None, or
+            another number of tokens than were selected for, counts all once.
         """
-        counts, indices = selection.counts, selection.indices
-        if self.histogram[layer].device != counts.device:
-            self.histogram[layer] = self.histogram[layer].to(counts.device)
-            self.usage[layer] = self.usage[layer].to(counts.device)
-        weight = torch.ones_like(counts) if weight is None else weight.to(counts.device)
-        self.histogram[layer].scatter_add_(0, counts, weight)
-        usage = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=counts.device)
-        usage.scatter_add_(0, indices.flatten(), weight.unsqueeze(-1).expand_as(indices).flatten())
-        self.usage[layer] += usage[:-1]
+        alike: dict[tuple[torch.device, torch.Size], list[tuple[int, Selection]]] = {}
+        for layer, selection in selections:
+            key = selection.indices.device, selection.indices.shape
+            alike.setdefault(key, []).append((layer, selection))
+        for (device, (tokens, slots)), group in alike.items():
+            columns = [
+                torch.stack([selection.counts for _, selection in group]),
+                torch.stack([selection.indices for _, selection in group])
+                .flatten(1)
+                .add_(self.num_experts + 1),
+            ]
+            if weight is None or len(weight) != tokens:
+                times = [torch.ones((), dtype=torch.int64, device=device)] * 2
+            else:
+                weight = weight.to(device, torch.int64)
+                times = [weight, weight.repeat_interleave(slots)]
+            sums = self._sums.of(device, tuple(layer for layer, _ in group))
+            for column, once in zip(columns, times, strict=True):
+                sums.scatter_add_(1, column, once.expand_as(column))
+
+    @property
+    def histogram(self) -> list[Tensor]:
+        """How many tokens got 0, 1, ... experts: one int64 ``[experts + 1]`` a layer."""
+        return list(self._sums.total()[:, : self.num_experts + 1].unbind())
+
+    @property
+    def usage(self) -> list[Tensor]:
+        """How many tokens each expert served: one int64 ``[experts]`` a layer."""
+        return list(self._sums.total()[:, self.num_experts + 1 : -1].unbind())
 
     def tokens(self, layer: int) -> int:
         """Return how many tokens the layer has seen."""
@@ -62,7 +101,7 @@ class RoutingCounters:
         Both are None before any token.
         """
         chosen = self.histogram if layer is None else [self.histogram[layer]]
-        histogram = torch.stack([h.cpu() for h in chosen]).sum(0).double()
+        histogram = torch.stack(chosen).sum(0).double()
         total = histogram.sum()
         if total == 0:
             return None, None

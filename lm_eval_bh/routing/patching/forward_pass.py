@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lm_eval_bh.errors import ParameterError, RoutingError
+from lm_eval_bh.routing.host import on_host
 from lm_eval_bh.routing.patching.patch import Patch
 from lm_eval_bh.routing.selection import Selection
 
@@ -49,14 +51,21 @@ class ForwardPass:
         self.outer: ForwardPass | None = None
         self.selections: list[tuple[int, Selection]] = []
         self._extremes: list[tuple[int, Tensor]] = []
+        self._broken: set[int] = set()
         self._padding: dict[torch.device, Tensor] = {}
 
     def note(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
         """Keep what a router said, until the end of the pass.
 
-        Of its logits the extremes: where one is NaN, both of them are.
+        Of its logits whether they are finite; or, where asking makes the host wait for a device,
+        the extremes: where one is NaN, both of them are.
         """
-        self._extremes.extend((layer, each) for each in router_logits.detach().aminmax())
+        logits = router_logits.detach()
+        if on_host(logits) and logits.dtype != torch.bfloat16:
+            if not np.isfinite(logits.numpy()).all():
+                self._broken.add(layer)
+        else:
+            self._extremes.extend((layer, each) for each in logits.aminmax())
         if self.patch.counters is not None:
             self.selections.append((layer, selection))
 
@@ -80,26 +89,23 @@ class ForwardPass:
         RoutingError
             If they were not.
         """
-        extremes, selections = self._extremes, self.selections
-        self._extremes, self.selections = [], []
+        extremes, broken, selections = self._extremes, self._broken, self.selections
+        self._extremes, self._broken, self.selections = [], set(), []
         if extremes:
             device = extremes[0][1].device
             finite = torch.stack([each.to(device) for _, each in extremes]).isfinite().tolist()
-            broken = {layer for (layer, _), fine in zip(extremes, finite, strict=True) if not fine}
-            if broken:
-                names = ", ".join(map(str, sorted(broken)))
-                raise RoutingError(
-                    f"The router logits of layer {names} hold NaN or infinite values: "
-                    "check the model's weights and its dtype."
-                )
-        counters = self.patch.counters
-        if counters is None:
-            return
-        weight = None if self.real is None else self.real.to(torch.int64)
-        with _counting:
-            for layer, selection in selections:
-                known = weight is not None and len(weight) == len(selection.counts)
-                counters.add(layer, selection, weight if known else None)
+            broken.update(
+                layer for (layer, _), fine in zip(extremes, finite, strict=True) if not fine
+            )
+        if broken:
+            names = ", ".join(map(str, sorted(broken)))
+            raise RoutingError(
+                f"The router logits of layer {names} hold NaN or infinite values: "
+                "check the model's weights and its dtype."
+            )
+        if self.patch.counters is not None and selections:
+            with _counting:
+                self.patch.counters.add(selections, self.real)
 
 
 def current_pass(patch: Patch) -> ForwardPass:

@@ -13,7 +13,7 @@ from lm_eval_bh.routing.patching.patch import Patch
 from lm_eval_bh.routing.probe import choice_scores
 from lm_eval_bh.routing.routers import Router
 from lm_eval_bh.routing.scores.statistic import STATISTICS
-from lm_eval_bh.routing.selection import select
+from lm_eval_bh.routing.selection import Selection, select
 from lm_eval_bh.routing.selector import Selector
 
 
@@ -42,20 +42,14 @@ class RouterHook:
                 f"The router {self._name} ({type(module).__name__}) does not return "
                 "(logits, weights, indices): routers of this family are not supported."
             )
-        router_logits, weights, indices = output
+        router_logits = output[0]
         analyze = self.patch.mode == "analyze"
-        # What only counts leaves no trace in the graph, nor in what checkpointing recomputes.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not analyze):
-            selection = select(
-                router_logits,
-                self.selector,
-                (weights, indices),
-                softmax=self._softmax,
-                normalizes=self._normalizes,
-                hidden_states=args[0].flatten(0, -2) if self._predicts else None,
-                native_k=self._native_k,
-                rank=None if self._order is None else lambda logits: self._rank(module, logits),
-            )
+        if analyze and torch.is_grad_enabled():
+            # What only counts leaves no trace in the graph, nor in what checkpointing recomputes.
+            with torch.no_grad():
+                selection = self._select(module, args, output)
+        else:
+            selection = self._select(module, args, output)
         now = current_pass(self.patch)
         if not now.recomputed:
             now.note(self.layer, router_logits, selection)
@@ -64,11 +58,24 @@ class RouterHook:
         if analyze:
             return None
         selected = selection.indices
-        if self.patch.skips_unused:
+        if now.real is not None and self.patch.skips_unused:
             padding = now.padding(len(selected), selected.device)
             if padding is not None:
                 selected = selected.masked_fill(padding, self.selector.num_experts)
         return router_logits, selection.weights, selected
+
+    def _select(self, module: nn.Module, args: Any, output: Any) -> Selection:
+        router_logits, weights, indices = output
+        return select(
+            router_logits,
+            self.selector,
+            (weights, indices),
+            softmax=self._softmax,
+            normalizes=self._normalizes,
+            hidden_states=args[0].flatten(0, -2) if self._predicts else None,
+            native_k=self._native_k,
+            rank=None if self._order is None else lambda logits: self._rank(module, logits),
+        )
 
     def _rank(self, module: nn.Module, router_logits: Tensor) -> Tensor:
         assert self._order is not None

@@ -5,17 +5,18 @@ Their critical values have several rows, one for each value that the estimate ca
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from lm_eval_bh.routing.rules.sorted_scores import SortedScores
+from lm_eval_bh.routing.rules.sorted_scores import Array, SortedScores
 from lm_eval_bh.routing.rules.stepwise import last_rank
 
 STOREY_LAMBDA = 0.5
 
 
-def two_stage(scores: SortedScores, alpha: float, thresholds: Tensor) -> Tensor:
+def two_stage(scores: SortedScores, alpha: float, thresholds: Array) -> Any:
     """Step up, then step up again in the row of the first number of rejections."""
     first = last_rank(scores.at_most(thresholds[0]))
     return last_rank(scores.at_most(thresholds[first]))
@@ -29,7 +30,7 @@ def two_stage_critical_values(alpha: float, n: int) -> NDArray[np.float64]:
     return np.arange(1, n + 1) / float(n) * level[:, None]
 
 
-def storey(scores: SortedScores, alpha: float, thresholds: Tensor) -> Tensor:
+def storey(scores: SortedScores, alpha: float, thresholds: Array) -> Any:
     """Step up in the row of the number of p-values above lambda."""
     at_most_lambda = scores.at_most(thresholds[0])
     above = at_most_lambda.shape[-1] - at_most_lambda.sum(-1)

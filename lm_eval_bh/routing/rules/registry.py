@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,8 +20,9 @@ from lm_eval_bh.routing.rules import adaptive_levels, controls, stepwise
 from lm_eval_bh.routing.rules.sorted_scores import SortedScores
 from lm_eval_bh.schema import RuleInfo
 
-# (sorted scores, alpha, thresholds: float [rows, experts] or None) -> int64 [tokens]
-Count = Callable[[SortedScores, float, Any], Tensor]
+# (sorted scores, alpha, thresholds: float [rows, experts] or None) -> int [tokens]; thresholds and
+# counts are arrays where the scores are
+Count = Callable[[SortedScores, float, Any], Any]
 CriticalValues = Callable[[float, int], NDArray[np.float64]]
 
 FDR, FWER = "level of the false discovery rate", "level of the family-wise error rate"
@@ -42,8 +44,8 @@ class Rule:
     alpha : str
         What ``alpha`` means, in half a sentence; empty for a rule without it.
     count : callable or None
-        From :class:`~lm_eval_bh.routing.rules.sorted_scores.SortedScores`, alpha and thresholds to
-        int64 ``[tokens]``; None always takes ``max_k``.
+        From :class:`~lm_eval_bh.routing.rules.sorted_scores.SortedScores`, alpha and thresholds,
+        both tensors or both arrays, to an integer ``[tokens]``; None always takes ``max_k``.
     critical_values : callable or None
         For a multiple-testing rule, ``(alpha, N) -> float64 [rows, N]``: what the ascending
         p-values are compared with. Rules that look once have one row.
@@ -79,6 +81,12 @@ class Rule:
     def tests(self) -> bool:
         """Whether it is a multiple-testing procedure, so that it needs a null distribution."""
         return self.critical_values is not None
+
+    def counts(self, scores: SortedScores, alpha: float, thresholds: Tensor | None) -> Tensor:
+        """Return how many experts the rule takes, whatever the bounds: int64 ``[tokens]``."""
+        assert self.count is not None
+        alike = None if thresholds is None else scores.alike(thresholds)
+        return torch.as_tensor(self.count(scores, alpha, alike), dtype=torch.int64)
 
     def describe(self) -> RuleInfo:
         """Return what results say about the rule, see :class:`lm_eval_bh.schema.RuleInfo`."""
