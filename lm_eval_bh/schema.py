@@ -103,8 +103,7 @@ class RoutingInfo(TypedDict):
 
 class _NotAlwaysWritten(TypedDict, total=False):
     rule: RuleInfo  # the first release did not write it
-    # A digest of each task's documents, whatever their order; without it they are unknown.
-    documents: dict[str, str]
+    documents: dict[str, str]  # a digest of each task's, whatever their order
 
 
 class RunInfo(_NotAlwaysWritten):
