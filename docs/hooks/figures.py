@@ -1,4 +1,4 @@
-"""Draws the figures of the explanations while the site is built, from tiny-olmoe and the demo articles."""
+"""Draws the figures of the explanations for the site, of tiny-olmoe on the demo articles."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Measured:
 
 
 def two_tokens(measured: Measured) -> Figure:
-    """Sorted p-values against the line of Benjamini and Hochberg."""
+    """Draw sorted p-values against the line of Benjamini and Hochberg."""
     logits = measured.logits[LAYER]
     counts = select_experts(
         logits, measured.null, layer=LAYER, alpha=LEVEL, max_k=64, min_k=1
@@ -66,7 +66,9 @@ def two_tokens(measured: Measured) -> Figure:
         taken = ranks <= wanted
         axes.plot(ranks, line, color=NEUTRAL, linestyle=BASELINE_LINE, label=f"k · {LEVEL} / 64")
         axes.plot(ranks[taken], values[taken], "o", color=PALETTE[0], label="selected")
-        axes.plot(ranks[~taken], values[~taken], "o", mfc="none", color=PALETTE[4], label="left out")
+        axes.plot(
+            ranks[~taken], values[~taken], "o", mfc="none", color=PALETTE[4], label="left out"
+        )
         axes.set(title=f"A token that gets {wanted} experts", xlabel="rank k of the p-value")
         axes.set_ylim(0, 0.16)
     figure.axes[0].set_ylabel("p-value")
@@ -75,7 +77,7 @@ def two_tokens(measured: Measured) -> Figure:
 
 
 def null_of_a_layer(measured: Measured) -> Figure:
-    """The null distribution over the logits, and the p-values that it gives."""
+    """Draw the null distribution over the logits, and the p-values that it gives."""
     logits = measured.logits[LAYER].flatten().numpy()
     x, cdf = measured.null.cdf(LAYER)
     figure = Figure(figsize=(8, 3.1), layout="constrained")
@@ -83,6 +85,7 @@ def null_of_a_layer(measured: Measured) -> Figure:
     left.hist(logits, bins=120, density=True, color=PALETTE[5], label="router logits of this text")
     left.plot(x, np.gradient(cdf, x), color=NEUTRAL, label="null model, of other text")
     left.set(xlabel="router logit", ylabel="density", title=f"Layer {LAYER} of tiny-olmoe")
+    left.set_ylim(0, 1.3 * np.gradient(cdf, x).max())
     left.legend(loc="upper right")
     left.set_xlim(*np.quantile(logits, [0.0001, 0.9999]))
     right.semilogy(x, np.maximum(1 - cdf, 1e-12), color=PALETTE[0])
@@ -91,15 +94,16 @@ def null_of_a_layer(measured: Measured) -> Figure:
         f"{LEVEL} / 64: what the best expert must reach alone",
         (0.02, LEVEL / 64),
         xycoords=("axes fraction", "data"),
-        xytext=(0, 3),
+        xytext=(0, -4),
         textcoords="offset points",
+        verticalalignment="top",
     )
     right.set(xlabel="router logit", ylabel="p-value = 1 - F(logit)", ylim=(1e-4, 1.5))
     return figure
 
 
 def numbers_of_experts(measured: Measured) -> Figure:
-    """How many experts tokens get at four levels."""
+    """Draw how many experts tokens get at four levels."""
     figure = Figure(figsize=(8, 2.9), layout="constrained")
     axes = figure.subplots()
     levels = (0.3, 0.4, 0.5, 0.6)
@@ -115,7 +119,7 @@ def numbers_of_experts(measured: Measured) -> Figure:
 
 
 def means_of_rules(measured: Measured) -> Figure:
-    """Mean number of experts over the parameter of each rule."""
+    """Draw the mean number of experts over the parameter of each rule."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     panels = {
@@ -137,7 +141,7 @@ def means_of_rules(measured: Measured) -> Figure:
 
 
 def factors_of_experts(measured: Measured) -> Figure:
-    """What the weight is multiplied by: norms, and root mean squares of gradient . output."""
+    """Draw what the weight is multiplied by: norms, and effects on the loss."""
     figure = Figure(figsize=(8, 3.1), layout="constrained")
     panels = {"contribution": "Mean output norm", "benefit": "Effect on the loss (RMS)"}
     for axes, (statistic, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):

@@ -1,4 +1,4 @@
-"""Writes the reference of commands from typer, and that of files from schema.py, while the site is built."""
+"""Writes the reference of commands from typer, and of files from schema.py, for the site."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ def commands() -> str:
     command = typer.main.get_command(app)
     with typer.Context(command) as context:
         text = get_docs_for_click(obj=command, ctx=context, name="lm-eval-bh", title="Commands")
+        names = command.list_commands(context)
+        helps = {name: command.get_command(context, name).help or "" for name in names}
+    # Whole sentences, where typer cuts them at 45 characters.
+    listed = [f"* [`{name}`](#lm-eval-bh-{name}): {first(helps[name])}" for name in names]
+    begin, end = text.index("* `"), text.index("## ")
+    text = text[:begin] + "\n".join(listed) + "\n\n" + text[end:]
     text = re.sub(r"^\* `--help`: .*\n", "", text, flags=re.M)
     text = text.replace("**Options**:\n\n\n", "")
     intro = (
@@ -29,6 +35,11 @@ def commands() -> str:
         "left out, which are named; 130 for Ctrl-C, 143 for SIGTERM.\n\n"
     )
     return text.replace("**Usage**:", intro + "**Usage**:", 1).replace("%%", "%")
+
+
+def first(help: str) -> str:
+    """Return the first paragraph in one line."""
+    return " ".join(help.partition("\n\n")[0].split())
 
 
 def file_formats() -> str:
@@ -50,7 +61,7 @@ def file_formats() -> str:
             for field in owner.body:
                 if isinstance(field, ast.AnnAssign):
                     kind = html.escape(ast.unparse(field.annotation)).replace("|", "\\|")
-                    maybe = "" if owner is node else " Not in files of every release."
+                    maybe = " May be missing." if optional(owner) else ""
                     told = re.sub(r"([\[|])", r"\\\1", comments.get(field.lineno, ""))
                     told = told[:1].upper() + told[1:]
                     told = f"{told.rstrip('.')}." if told else ""
@@ -71,7 +82,7 @@ def file_formats() -> str:
 
 
 def comments_by_line(source: Path) -> dict[int, str]:
-    """Return what comments say of each line of code: at its end and going on below it, or above it."""
+    """Return what comments say of each line of code: at its end and going on below, or above."""
     found: dict[int, str] = {}
     above, owner = "", None
     for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
@@ -102,6 +113,16 @@ def ancestors(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> list[ast.
     """Return the classes whose fields it has too, the nearest first."""
     bases = [classes[base.id] for base in node.bases if getattr(base, "id", "") in classes]
     return [found for base in bases for found in (base, *ancestors(base, classes))]
+
+
+def optional(node: ast.ClassDef) -> bool:
+    """Whether its fields may be missing."""
+    return any(word.arg == "total" for word in node.keywords)
+
+
+def on_page_content(content: str, page: Any, **_: Any) -> str:
+    """Take the roles of ReST out of docstrings."""
+    return re.sub(r":\w+:<code>~?(?:[\w.]*\.)?(\w+)</code>", r"<code>\1</code>", content)
 
 
 def on_files(files: Files, config: Any) -> Files:

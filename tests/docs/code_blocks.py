@@ -14,7 +14,7 @@ NOT_RUN = 'title="Not run here: '
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, its text, its first line, and why it is not run, if it is not."""
+    """A fenced block: its language, text and first line, and why it is not run, if it is not."""
 
     language: str
     code: str

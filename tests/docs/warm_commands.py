@@ -1,7 +1,7 @@
 """The commands lm-eval-bh and lm_eval, each a fork of one process that has imported everything.
 
-A start of lm_eval takes 20 seconds, of which nearly all are imports and the index of 14,000 tasks, and
-the pages have dozens of commands. ``warm_commands.py serve SOCKET`` does this once; each of its forks
+A start of lm_eval takes 20 seconds, of which nearly all are imports and the index of 14,000 tasks,
+and the pages have dozens of commands. ``warm_commands.py SOCKET`` does this once; each of its forks
 then runs the whole command with the arguments, folder, environment and streams of its client.
 """
 
@@ -20,12 +20,11 @@ from pathlib import Path
 
 PROGRAMS = ("lm-eval-bh", "lm_eval")
 CLIENT = """#!{python} -SE
-import array, json, os, socket, sys
+import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
     told = json.dumps([{program!r}, sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
-    streams = array.array("i", [0, 1, 2])
-    server.sendmsg([len(told).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+    socket.send_fds(server, [len(told).to_bytes(8, "big")], [0, 1, 2])
     server.sendall(told)
     code = server.recv(1)
 sys.exit(code[0] if code else 1)
@@ -62,7 +61,7 @@ def serve(address: str) -> None:
 
     import lm_eval_bh.cli.app as ours
     import lm_eval_bh.harness.model
-    import lm_eval_bh.harness.sweep.runner
+    import lm_eval_bh.harness.sweep.runner  # noqa: F401  what commands import when called
 
     mains = dict(zip(PROGRAMS, (ours.main, harness.cli_evaluate), strict=True))
     # The default tasks are indexed once; whoever asks again gets a copy.
@@ -96,6 +95,10 @@ def answer(client: socket.socket, mains: dict) -> None:
         os._exit(0)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
+    # The server's own know what it had there: a file can be sought, a pipe cannot.
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", buffering=1, closefd=False)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
