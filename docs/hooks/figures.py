@@ -91,7 +91,7 @@ def null_of_a_layer(measured: Measured) -> Figure:
     right.semilogy(x, np.maximum(1 - cdf, 1e-12), color=PALETTE[0])
     right.axhline(LEVEL / 64, color=NEUTRAL, linestyle=BASELINE_LINE)
     right.annotate(
-        f"{LEVEL} / 64: what the best expert must reach alone",
+        f"{LEVEL} / 64: the line of the best expert",
         (0.02, LEVEL / 64),
         xycoords=("axes fraction", "data"),
         xytext=(0, -4),

@@ -26,8 +26,8 @@ def commands() -> str:
         helps = {name: command.get_command(context, name).help or "" for name in names}
     # Whole sentences, where typer cuts them at 45 characters.
     listed = [f"* [`{name}`](#lm-eval-bh-{name}): {first(helps[name])}" for name in names]
-    begin, end = text.index("* `"), text.index("## ")
-    text = text[:begin] + "\n".join(listed) + "\n\n" + text[end:]
+    begin, end = text.index("**Options**"), text.index("## ")
+    text = text[:begin] + "\n".join(["**Commands**:", "", *listed, "", ""]) + text[end:]
     text = re.sub(r"^\* `--help`: .*\n", "", text, flags=re.M)
     text = text.replace("**Options**:\n\n\n", "")
     intro = (
