@@ -55,6 +55,12 @@ def warm_commands(folder: Path) -> Iterator[Path]:
 
 def serve(address: str) -> None:
     """Import everything, and run what clients ask for, until killed."""
+    from torch.utils import collect_env
+
+    # What lm_eval puts into every results file: it lists all packages, which takes seconds.
+    described = collect_env.get_pretty_env_info()
+    collect_env.get_pretty_env_info = lambda: described
+
     import lm_eval.__main__ as harness
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import TaskIndex
