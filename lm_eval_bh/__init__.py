@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lm_eval_bh.routing.patching.unpatch import unpatch
     from lm_eval_bh.routing.policy import Policy
     from lm_eval_bh.routing.selection import Selection, select_experts
+    from lm_eval_bh.viewing.text_view import view
 
     __version__: str
 
@@ -55,6 +56,7 @@ __all__ = [
     "create_single_panel",
     "select_experts",
     "unpatch",
+    "view",
 ]
 
 _HOME = {
@@ -68,6 +70,7 @@ _HOME = {
     "create_single_panel": "lm_eval_bh.analysis.show.plots",
     "select_experts": "lm_eval_bh.routing.selection",
     "unpatch": "lm_eval_bh.routing.patching.unpatch",
+    "view": "lm_eval_bh.viewing.text_view",
 }
 
 

@@ -13,20 +13,31 @@ def dataset_name(task: str) -> str:
     return task.removeprefix("bh_")
 
 
+def configuration_name(rule: str, max_k: int, alpha: float | None) -> str:
+    """Return the name of a configuration, as the earlier prototype built it.
+
+    Examples
+    --------
+    >>> configuration_name("bh", 8, 0.4)
+    '8experts_bh_a040'
+    >>> configuration_name("topk", 8, None)
+    '8experts_topk_baseline'
+    """
+    if rule == "topk" or alpha is None:
+        return f"{max_k}experts_{rule}_baseline"
+    digits = f"{alpha:.2f}" if round(alpha, 2) == alpha else f"{alpha:.10f}".rstrip("0")
+    return f"{max_k}experts_{rule}_a{digits.replace('.', '')}"
+
+
 def experiment_name(rule: str, max_k: int, alpha: float | None, task: str) -> str:
-    """Return the name of an experiment, as the earlier prototype built it.
+    """Return the name of an experiment: a configuration on a task.
 
     Examples
     --------
     >>> experiment_name("bh", 8, 0.4, "bh_wikitext")
     '8experts_bh_a040_wikitext'
-    >>> experiment_name("topk", 8, None, "bh_wikitext")
-    '8experts_topk_baseline_wikitext'
     """
-    if rule == "topk" or alpha is None:
-        return shortened(f"{max_k}experts_{rule}_baseline_{dataset_name(task)}")
-    digits = f"{alpha:.2f}" if round(alpha, 2) == alpha else f"{alpha:.10f}".rstrip("0")
-    return shortened(f"{max_k}experts_{rule}_a{digits.replace('.', '')}_{dataset_name(task)}")
+    return shortened(f"{configuration_name(rule, max_k, alpha)}_{dataset_name(task)}")
 
 
 def shortened(name: str) -> str:

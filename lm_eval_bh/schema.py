@@ -16,6 +16,8 @@ Files
     The :class:`Manifest`, written last: without it the run did not finish.
 ``logs/<experiment>.json``
     Written by sweeps: an :class:`ExperimentSummary`.
+``bh_speed*.json``
+    Written by the speed phase: a :class:`SpeedFile`, the only source of speeds that are compared.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from lm_eval_bh.errors import DataError
+from lm_eval_bh.experiment_names import configuration_name as configuration_name
 from lm_eval_bh.experiment_names import dataset_name as dataset_name
 from lm_eval_bh.experiment_names import experiment_name as experiment_name
 from lm_eval_bh.experiment_names import is_file_name
@@ -38,6 +41,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "routing.json"
 TOKENS = "tokens"
 INTERNAL_ROUTING = "_internal_routing.json"
+SPEED = "bh_speed"  # begins the names of the speed phase's files
 UNUSED = -1  # pads selected_experts in JSON; in the model the sentinel is the number of experts
 
 
@@ -222,6 +226,76 @@ class ExperimentSummary(_SummaryOfThisRelease):
     summary: dict[str, float | int | None]  # total_samples, total_tokens, elapsed_time_seconds
 
 
+class SpeedWorkload(TypedDict):
+    """What is fed to every configuration of a speed phase, the same tokens to each."""
+
+    name: str  # prefill, decode 1 or decode 8
+    task: str  # whose text it is
+    batch_size: int
+    passes: int  # forward passes of one measurement
+    tokens: int  # in all of them; none is padding
+    dense_flops: int  # without the experts
+
+
+class SpeedRouting(TypedDict):
+    """What a :class:`RunInfo` says of the routing itself."""
+
+    schema_version: int
+    rule: RuleInfo
+    config: dict[str, Any]
+    routed_layers: list[int]
+    num_layers: int
+    num_experts: int
+    native_top_k: int
+    null_model: dict[str, Any] | None
+
+
+class SpeedConfiguration(TypedDict):
+    """One of the configurations that ran in turn."""
+
+    name: str
+    routing: dict[str, Any] | None  # RunInfo without its run; None: the model as it is
+
+
+class SpeedWork(TypedDict):
+    """What one configuration computes in one workload."""
+
+    expert_rows: int | None  # one expert applied to one token, as selected
+    expert_rows_computed: int | None  # None where transformers' own code computes them
+    experts_touched: int | None  # pairs of a pass and an expert of a layer whose weights are read
+    floor_seconds: float | None  # that no implementation can beat on this machine
+
+
+class SpeedRound(TypedDict):
+    """One round: every configuration once."""
+
+    order: list[int]  # of the configurations
+    seconds: list[list[float]]  # [configuration][workload]
+
+
+class SpeedFile(TypedDict):
+    """``bh_speed*.json``: what was measured, how and where; all else follows from it."""
+
+    schema_version: int
+    created: str  # ISO 8601, UTC
+    model: str  # as it was given
+    asked: dict[str, Any]  # the settings of the phase: equal for the same phase again
+    device: str
+    processor: str
+    threads: int
+    dtype: str
+    load_before: list[float]  # load averages over 1, 5 and 15 minutes
+    load_after: list[float]
+    versions: dict[str, str]
+    matmul_flops_per_second: float
+    bytes_per_second: float  # of the faster of copying and reading
+    native: int  # which of the configurations is the model as it is
+    workloads: list[SpeedWorkload]
+    configurations: list[SpeedConfiguration]
+    work: list[list[SpeedWork]]  # [configuration][workload]
+    rounds: list[SpeedRound]
+
+
 def token_schema(with_logits: bool, num_experts: int) -> pa.Schema:
     """Return the Arrow schema of the token log: one row per token, layer and owning request."""
     import pyarrow as pa
@@ -237,6 +311,10 @@ def token_schema(with_logits: bool, num_experts: int) -> pa.Schema:
         pa.field("count", pa.int16()),
         pa.field("experts", pa.list_(pa.int16())),
         pa.field("weights", pa.list_(pa.float32())),  # null in an imported trace without weights
+        # Nats, of this token given those before it in its row; null for the first of a row (of a
+        # window, where a document is longer than the context), for generations and their prompts,
+        # and in imported traces. Earlier logs lack the column.
+        pa.field("loss", pa.float32()),
     ]
     if with_logits:
         fields.append(pa.field("logits", pa.list_(pa.float16(), num_experts)))
@@ -308,6 +386,33 @@ def read_summary(path: Path) -> ExperimentSummary:
     return cast(
         ExperimentSummary, _of_kind(read_json(path), ExperimentSummary, str(path), "the summary")
     )
+
+
+def read_speed(path: Path) -> SpeedFile:
+    """Read what a speed phase has measured.
+
+    Raises
+    ------
+    DataError
+        If it is missing or damaged, or its schema is newer than this release.
+    """
+    found = cast(SpeedFile, _of_kind(read_json(path), SpeedFile, str(path), "the file"))
+    configurations, workloads = len(found["configurations"]), len(found["workloads"])
+    tables: list[list[Any]] = [found["work"], *(list(one["seconds"]) for one in found["rounds"])]
+    shapes = {(len(table), *map(len, table)) for table in tables}
+    if not found["rounds"] or shapes != {(configurations, *[workloads] * configurations)}:
+        _expect("its tables are not of its configurations and workloads", str(path))
+    seconds = [s for one in found["rounds"] for row in one["seconds"] for s in row]
+    if not all(0 < s < float("inf") for s in seconds):
+        _expect("a time must be a positive number of seconds", str(path))
+    if not 0 <= found["native"] < configurations:
+        _expect("it lacks the model as it is", str(path))
+    for one in found["configurations"]:
+        if one["routing"] is not None:
+            check_version(one["routing"], str(path))
+            _expect(mismatch(one["routing"], SpeedRouting, "a routing"), str(path))
+            _expect(mismatch(one["routing"]["config"], RoutingInfo, "a routing.config"), str(path))
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -310,6 +310,7 @@ def write_tokens(folder: Path, rows: int, chunk: int = 250_000) -> int:
             "weights": pa.ListArray.from_arrays(
                 offsets, pa.array(rng.random(counts.sum(), np.float32))
             ),
+            "loss": pa.array(rng.exponential(3.0, size), pa.float32()),
         }
         arrays = [
             value

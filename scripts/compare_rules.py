@@ -8,6 +8,10 @@ static top-k at *that* mean: between whole numbers its loss is interpolated, doc
 about what mixing the two over the tokens would give. The interval is of the paired difference, by a
 bootstrap over documents.
 
+    python scripts/compare_rules.py --text hellaswag --limit 2000 --output hellaswag.json
+
+scores other texts, with the parameters that were solved on WikiText-2: what carries over.
+
 Every row is written as soon as it is measured, and a row that is in the file is not measured again,
 so an interrupted run resumes. A file of another model or text is refused.
 """
@@ -15,7 +19,7 @@ so an interrupted run resumes. A file of another model or text is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,6 +27,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from datasets import load_dataset
+from lm_eval.tasks.hellaswag.utils import preprocess
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,6 +42,7 @@ from lm_eval_bh import (
 )
 from lm_eval_bh.analysis.show.pareto_figure import Point, draw_pareto
 from lm_eval_bh.files import figure_format, replacing
+from lm_eval_bh.harness.demo_texts import demo_documents
 from lm_eval_bh.policies.document_losses import Documents
 from lm_eval_bh.policies.paired_differences import Difference, Ladder, PairedBootstrap
 from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
@@ -122,17 +129,43 @@ def configurations(
     targets: Sequence[float], most: int, rules: Sequence[str]
 ) -> list[Configuration]:
     """Return all rows: static top-k, which the others are compared with, then target by target."""
-    rows = [Configuration("topk", "logit", "layer", k) for k in range(2, most + 1)]
+    least = max(1, int(min(targets)) - 1)  # a mean that is missed stays between two of them
+    rows = [Configuration("topk", "logit", "layer", k) for k in range(least, most + 1)]
     for k in targets:
         rows += [Configuration(name, *kind, k) for name in rules for kind in kinds_of(name)]
     return rows
+
+
+def hellaswag_texts() -> list[str]:
+    """Return HellaSwag's validation split, each context with its right ending."""
+    rows = load_dataset("Rowan/hellaswag", split="validation")
+    return [preprocess(f"{row['ctx']} {row['endings'][int(row['label'])]}") for row in rows]
+
+
+def lambada_texts() -> list[str]:
+    """Return LAMBADA's passages with their last words."""
+    return list(load_dataset("EleutherAI/lambada_openai", "default", split="test")["text"])
+
+
+TEXTS: dict[str, Callable[[], list[str]]] = {
+    "wikitext": lambda: wikitext_texts("test"),
+    "demo": lambda: demo_documents(10**6),
+    "hellaswag": hellaswag_texts,
+    "lambada": lambada_texts,
+}
 
 
 class Bench:
     """The model, the text, and the null models, loaded once."""
 
     def __init__(
-        self, pretrained: str, limit: int | None, length: int | None, max_k: int, batch: int
+        self,
+        pretrained: str,
+        limit: int | None,
+        length: int | None,
+        max_k: int,
+        text: str,
+        batch: int,
     ) -> None:
         folder = str(tiny_olmoe()) if pretrained == TINY_OLMOE else pretrained
         self.max_k = max_k
@@ -142,7 +175,7 @@ class Bench:
         self.nulls: dict[NullKind, NullModel] = {}
         self.documents = Documents.of(
             self.tokenizer,
-            wikitext_texts("test")[:limit],
+            TEXTS[text]()[:limit],
             length=LENGTH,
             batch=batch,
             tokens_per_document=length,
@@ -233,7 +266,7 @@ class Table:
             variant = kind[2] if RULES[kind[0]].tests or kind[2].startswith("mass") else ""
             print(f"| {kind[0]} | {kind[1]} | {variant} | {' | '.join(cells)} |")
 
-    def draw(self, wanted: Sequence[Configuration], path: Path) -> None:
+    def draw(self, wanted: Sequence[Configuration], path: Path, title: str) -> None:
         """Draw the rows that beat static top-k somewhere, the best first, over their means."""
         points: dict[str, list[Point]] = {}
         for row in wanted:
@@ -256,7 +289,7 @@ class Table:
         figure = draw_pareto(
             static,
             {name: points[name] for name in best[:DRAWN]},
-            title="Policies beside static top-k: all of WikiText-2's test text",
+            title=f"Policies beside static top-k: {title}",
             best=best[0] if best else None,
         )
         with replacing(path) as temporary:
@@ -268,6 +301,7 @@ def main(
     pretrained: str = TINY_OLMOE,
     targets: str = "3,4,5,6",
     max_k: int = 8,
+    text: Annotated[str, typer.Option(help=f"What is scored: {', '.join(TEXTS)}.")] = "wikitext",
     limit: Annotated[int | None, typer.Option(help="Documents; default: all.")] = None,
     tokens_per_document: Annotated[
         int | None, typer.Option(help="Tokens per document; default: all.")
@@ -289,6 +323,7 @@ def main(
         "limit": limit,
         "tokens_per_document": tokens_per_document,
         "max_k": max_k,
+        "text": text,
     }
     rows: dict[str, Measured] = {}
     tokens: list[int] = []
@@ -315,7 +350,7 @@ def main(
     table = Table(rows, tokens, seed)
     table.print(wanted, sorted(means))
     if figure is not None:
-        table.draw(wanted, figure)
+        table.draw(wanted, figure, f"{pretrained.rsplit('/', 1)[-1]}, {text}")
 
 
 if __name__ == "__main__":

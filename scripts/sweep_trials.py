@@ -23,7 +23,7 @@ import pandas as pd
 PROGRAM = [sys.executable, "-m", "lm_eval_bh"]
 GRID = {"tasks": "bh_demo_lambada", "baselines": "8", "max-k": "8", "alphas": "0.4,0.5,0.6"}
 LIMIT, OTHER_LIMIT = 40, 30
-OWN = ("run_id", "baseline_run_id", "file", "seconds", "tokens_per_second", "latency_ms_per_token")
+OWN = ("run_id", "baseline_run_id", "file", "seconds", "evaluation_tokens_per_second")
 TABLES = ("results", "layers", "comparisons")
 PATIENCE = 300  # seconds until a command counts as hanging
 

@@ -8,6 +8,11 @@ Language Models").
     python scripts/train_tiny_olmoe.py --output tiny-olmoe            # from a fixed seed
     python scripts/train_tiny_olmoe.py --output tiny-olmoe --resume   # after an interruption
 
+Other subjects of the same recipe, which do not ship, tell whether a result is an accident of one:
+
+    python scripts/train_tiny_olmoe.py --output another --seed 7
+    python scripts/train_tiny_olmoe.py --output renormalised --experts 32 --top-k 4 --norm-topk-prob
+
 The text is WikiText-2's training split. Its full word-level form writes rare words as ``<unk>``,
 which the raw text one evaluates on never contains. So the articles that the raw training split
 holds are taken raw, and in the others every ``<unk>`` is replaced, anew in every epoch, by a rare
@@ -265,6 +270,11 @@ def main(
     hidden: int = 128,
     intermediate: int = 32,
     layers: int = 4,
+    experts: Annotated[int, typer.Option(help="Experts of a layer.")] = 64,
+    top_k: Annotated[int, typer.Option(help="Experts of a token, in training too.")] = 8,
+    norm_topk_prob: Annotated[
+        bool, typer.Option(help="Whether the selected experts' weights are made to sum to 1.")
+    ] = False,
     vocab: int = 4096,
     length: Annotated[int, typer.Option(help="Window length in tokens.")] = 512,
     batch: Annotated[int, typer.Option(help="Windows per step.")] = 8,
@@ -301,9 +311,9 @@ def main(
         intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        num_experts=64,
-        num_experts_per_tok=8,
-        norm_topk_prob=False,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=norm_topk_prob,
         tie_word_embeddings=True,
         max_position_embeddings=length,
         pad_token_id=tokenizer.pad_token_id,

@@ -43,10 +43,10 @@ def test_two_toy_rules_from_hf_bh_to_the_report(toys, tmp_path, run):
     assert table.loc["toy_mean", "strategy"] == "toy mean a=0.90, max 8"
     assert table.loc["toy_k", "strategy"] == "toy-8"
     assert table.loc["toy_mean", "adaptive"]
-    assert 1 <= table.loc["toy_mean", "mean_experts"] < 8
+    assert 1 <= table.loc["toy_mean", "avg_experts"] < 8
     assert not table.loc["toy_k", "adaptive"]
     assert pd.isna(table.loc["toy_k", "alpha"])
-    assert table.loc["toy_k", "mean_experts"] == 8
+    assert table.loc["toy_k", "avg_experts"] == 8
     # All of them serve the eight largest logits, so top-k's numbers are theirs.
     assert table.loc["toy_k", "accuracy"] == table.loc["topk", "accuracy"]
     assert "toy mean a=0.90" in out

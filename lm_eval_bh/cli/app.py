@@ -9,6 +9,7 @@ import typer
 
 from lm_eval_bh.cli.aggregate_command import aggregate
 from lm_eval_bh.cli.analyze_command import analyze
+from lm_eval_bh.cli.bench_command import bench
 from lm_eval_bh.cli.calibrate_command import calibrate
 from lm_eval_bh.cli.compare_command import compare
 from lm_eval_bh.cli.doctor_command import doctor
@@ -26,6 +27,7 @@ from lm_eval_bh.cli.run_lm_eval_command import run_lm_eval
 from lm_eval_bh.cli.sweep_command import sweep
 from lm_eval_bh.cli.tune_command import tune
 from lm_eval_bh.cli.verify_command import verify
+from lm_eval_bh.cli.view_command import view
 from lm_eval_bh.errors import BHError, DataError
 
 FAILED, MISUSED = 1, 2  # exit codes; 3: files were left out, see options.py
@@ -44,8 +46,10 @@ for command in (
     sweep,
     aggregate,
     compare,
+    bench,
     plot,
     report,
+    view,
     patterns,
     calibrate,
     analyze,

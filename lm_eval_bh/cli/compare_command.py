@@ -83,11 +83,13 @@ def _table(task: str, rows: pd.DataFrame, confidence: float) -> Table:
 
     from lm_eval_bh.analysis.compare.verdicts import change_of, interval_of, size_of
 
-    table = Table(title=task, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("metric", overflow="fold")
+    table = Table(
+        title=task, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    table.add_column("metric", overflow="fold", min_width=len("perplexity"))
     change = f"B against A\n[{100 * confidence:g} % interval]"
     for name in ("A", "B", change, "p", "p of\nmargin", "documents\nneeded"):
-        table.add_column(name, justify="right", no_wrap=name == change)
+        table.add_column(name, justify="right", no_wrap=True)
     for _, row in rows[rows["reason"].isna()].iterrows():
         value = change_of(row)
         table.add_row(

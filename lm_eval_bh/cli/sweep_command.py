@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,8 @@ from lm_eval_bh.files import check_output
 
 if TYPE_CHECKING:
     from lm_eval_bh.harness.sweep.runner import Plan
+    from lm_eval_bh.harness.sweep.sweep_config import SweepConfig
+    from lm_eval_bh.speed.of_sweep import SweepSpeed
 
 SHOWN = 12  # experiments that a plan lists; --dry-run lists all
 MOST_REPEATS = 1000
@@ -69,6 +72,13 @@ def sweep(
     workers: Annotated[
         int | None, typer.Option(help="Workers on Ray; default: one per GPU.")
     ] = None,
+    speed: Annotated[
+        bool | None,
+        typer.Option(
+            "--speed/--no-speed",
+            help="Measure the speed of all configurations at the end; default: with a preset.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
 ) -> None:
     """Run a grid of routing configurations on tasks, with one loaded model; resume by repeating."""
@@ -99,13 +109,43 @@ def sweep(
         if ray is None:  # a cluster has devices of its own
             placement(device)
         todo = plan(settings, output_dir, repeat=repeat, shard=shard)
+        phase = _speed_phase(settings, output_dir, speed, preset, config)
+        alone = ray is None and shard is None and int(os.environ.get("WORLD_SIZE", "1")) == 1
         if first_process():
             _show_plan(todo, every=dry_run)
         if dry_run:
             return
-        run(todo, device=device, ray=ray, workers=workers)
+        to_measure = phase is not None and alone and not phase.done
+        then = phase.run if phase is not None and to_measure else None
+        run(todo, device=device, ray=ray, workers=workers, then=then)
         if first_process():
+            if phase is not None:
+                say(
+                    f"Speeds are in {phase.file}."
+                    if alone
+                    else "Speed was not measured: that takes one process with all experiments; "
+                    "run the same command without --shard or --ray for it."
+                )
             _say_done(todo, output_dir)
+
+
+def _speed_phase(
+    settings: SweepConfig,
+    output_dir: Path,
+    wanted: bool | None,
+    preset: str | None,
+    config: Path | None,
+) -> SweepSpeed | None:
+    """Return the speed phase that is asked for, or that a preset has unless told otherwise."""
+    if wanted is False:
+        return None
+    from lm_eval_bh.harness.sweep.settings_file import read_settings
+    from lm_eval_bh.speed.of_sweep import OF_PRESET, SweepSpeed
+    from lm_eval_bh.speed.phase import SpeedSettings
+
+    preset = preset or (None if config is None else read_settings(config).get("preset"))
+    amount = OF_PRESET.get(preset or "", SpeedSettings() if wanted else None)
+    return None if amount is None else SweepSpeed(settings, output_dir, amount)
 
 
 def _show_plan(todo: Plan, every: bool) -> None:

@@ -93,11 +93,6 @@ def _refuse_inexpressible(config: RoutingConfig) -> None:
             f"rule={rule.name} counts experts in a way that no engine has code for: export one of "
             "the rules that compare scores with thresholds, such as bh or min_w."
         )
-    if config.mass is not None and config.temperature != 1:
-        raise PolicyError(
-            f"mass={config.mass} with temperature={config.temperature} cannot be exported: "
-            "make the policy with temperature=1, or without mass."
-        )
 
 
 def _layer(config: RoutingConfig, policy: Policy, layer: int, normalizes: bool) -> LayerTables:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -145,6 +146,7 @@ class BHLM(HFLM):
         )
         self.integration.patch_model()
         self._name = name
+        self._warm: set[tuple[torch.device, torch.dtype]] = set()
         self.log = RunLog(self.integration, options, new_run_id(self.world_size), self.rank)
         announce_evaluations()
 
@@ -287,12 +289,27 @@ class BHLM(HFLM):
         with self.log.recorder.expecting(ExpectedRows()):  # probes are nobody's
             return int(super()._detect_batch_size(*args, **kwargs))
 
+    def _warm_up(self, inps: Tensor) -> None:
+        """Run a row through the model before the first pass that is measured.
+
+        The first pass on a device and in a type pays for libraries, kernels and memory, up to 14
+        times what the others take: whichever came first would look that slow.
+        """
+        key = inps.device, self.model.dtype
+        if key not in self._warm:
+            self._warm.add(key)
+            with self.log.unlogged():
+                super()._model_call(inps[:1])
+
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not (args or kwargs):
+            self._warm_up(inps)
         with self.log.recorder.forward(inps) as real:
             if self.peft:  # prompt tuning adds tokens of its own
                 real = None
             with nullcontext() if real is None else self.integration.real_tokens(real):
                 logits: Tensor = super()._model_call(inps, *args, **kwargs)
+            self.log.recorder.scored(logits)
         return logits
 
     def tok_batch_encode(
@@ -308,6 +325,7 @@ class BHLM(HFLM):
         owners, mask = self.log.served.take_batch(), kwargs.get("attention_mask")
         if mask is None:  # not lm-eval's call: it belongs to no request
             owners, mask = [], context
+        self._warm_up(context)
         with self.log.recorder.generation(owners, context, mask) as generation:
             output: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
             if generation is not None:

@@ -17,6 +17,7 @@ from lm_eval_bh.errors import ParameterError, RoutingError
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.parameters import accepts
+from lm_eval_bh.routing.rich_display import selection_html
 from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.routing.rules.sorted_scores import SortedScores
 from lm_eval_bh.routing.selector import Selector
@@ -40,6 +41,9 @@ class Selection(NamedTuple):
     indices: Tensor
     weights: Tensor
     counts: Tensor
+
+    def _repr_html_(self) -> str:
+        return selection_html(*self)
 
 
 def select(
@@ -114,15 +118,16 @@ def select(
     selection = keep(indices, weights, counts, selector.num_experts)
     if config.mass is not None:
         first = slice(native_k)
-        if softmax and normalizes and own is not None:
-            top = own[1][:, first]
-            weights, whole = _plain_weights(router_logits, selection, top, config.temperature)
-            weights = weights / whole.sum(-1, keepdim=True)
-            whole = whole / whole.sum(-1, keepdim=True)
-        elif softmax and own is not None and config.temperature == 1.0:
+        if not softmax or own is None:
+            weights, whole = selection.weights, native[:, first]
+        elif config.temperature == 1.0 and not normalizes:
             weights, whole = selection.weights, own[0][:, first]
         else:
-            weights, whole = selection.weights, native[:, first]
+            top = own[1][:, first]
+            weights, whole = _plain_weights(router_logits, selection, top, config.temperature)
+            if normalizes:
+                weights = weights / whole.sum(-1, keepdim=True)
+                whole = whole / whole.sum(-1, keepdim=True)
         return selection._replace(weights=_compensated(weights, whole, config.mass))
     if not rescales:
         return selection

@@ -150,6 +150,7 @@ def _rows(document: TraceDocument, task: str, schema: pa.Schema) -> pa.Table:
         "count": counts,
         "experts": pa.ListArray.from_arrays(offsets, pa.array(experts[used], pa.int16())),
         "weights": weights,
+        "loss": pa.nulls(number, schema.field("loss").type),
     }
     arrays = [
         column if isinstance(column, pa.Array) else pa.array(column).cast(schema.field(name).type)

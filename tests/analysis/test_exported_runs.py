@@ -69,8 +69,8 @@ def test_they_are_aggregated_beside_the_others(write, folders, run):
     assert set(frame["group"]) == {1}
     assert set(frame["model"]) == {"tiny-olmoe"}
     assert frame["configuration"].is_unique
-    assert frame.loc["top-5-3-3-5 (vllm)", "mean_experts_model"] == 4
-    assert frame["mean_experts"].isna()["min-p a=0.30, max 8 (vllm)"]
+    assert frame.loc["top-5-3-3-5 (vllm)", "avg_experts_model"] == 4
+    assert frame["avg_experts"].isna()["min-p a=0.30, max 8 (vllm)"]
     assert frame.loc["top-8 (vllm)", "baseline"]
     assert frame.loc["min-p a=0.30, max 8 (vllm)", "alpha"] == 0.3
 

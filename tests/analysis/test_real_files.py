@@ -63,7 +63,7 @@ def test_internal_routing_agrees_with_the_summary(loaded):
         for layer in sample["layers"]
         for count in layer["expert_counts"]
     ]
-    assert row["mean_experts"] == pytest.approx(sum(counts) / len(counts))
+    assert row["avg_experts"] == pytest.approx(sum(counts) / len(counts))
     assert row["ceiling_hit_rate"] == pytest.approx(100 * counts.count(8) / len(counts))
 
 

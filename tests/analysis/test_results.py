@@ -19,8 +19,9 @@ from lm_eval_bh.analysis.table.columns import COLUMNS, LAYER_COLUMNS
 from lm_eval_bh.analysis.table.experiments import load_experiments
 from lm_eval_bh.analysis.table.flops import Architecture
 from lm_eval_bh.analysis.table.metrics import METRICS
+from lm_eval_bh.analysis.table.perplexities import fill_perplexity
 from lm_eval_bh.analysis.table.strategy_names import strategy_label
-from lm_eval_bh.analysis.table.table_files import write_tables
+from lm_eval_bh.analysis.table.table_files import read_table, write_tables
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.routing.rules.registry import RULES
 
@@ -58,7 +59,7 @@ def test_routing_metrics_are_those_of_the_counters(write):
     row = row_of(load_experiments([write.folder]).frame, WIKITEXT, "BH a=0.40, max 4")
     selected = write.select(np.random.default_rng(7), 1, write.native)
     counts = (selected >= 0).sum(-1)
-    assert row["mean_experts"] == row["mean_experts_model"] == pytest.approx(counts.mean())
+    assert row["avg_experts"] == row["avg_experts_model"] == pytest.approx(counts.mean())
     assert row["expert_activation_ratio"] == pytest.approx(counts.mean() / write.native)
     assert row["ceiling_hit_rate"] == pytest.approx(100 * (counts == write.native).mean())
     assert row["floor_hit_rate"] == pytest.approx(100 * (counts == 1).mean())
@@ -69,7 +70,9 @@ def test_routing_metrics_are_those_of_the_counters(write):
     used = [len(np.unique(layer[layer >= 0])) for layer in selected]
     assert row["expert_utilization"] == pytest.approx(sum(used) / (write.layers * write.experts))
     assert (row["tokens"], row["seconds"], row["documents"]) == (TOKENS, 0.5, DOCUMENTS)
-    assert row["tokens_per_second"] == TOKENS / 0.5
+    assert row["evaluation_tokens_per_second"] == TOKENS / 0.5
+    assert pd.isna(row["tokens_per_second"])  # no speed phase ran
+    assert pd.isna(row["latency_ms_per_token"])
     shape = Architecture.from_config(write.model_config, write.layers)
     assert row["context_length"] == 64
     assert row["flops_reduction_pct"] == pytest.approx(
@@ -95,7 +98,8 @@ def test_what_was_not_measured_is_null(write):
     write("top", rule="topk", samples=False)
     row = row_of(load_experiments([write.folder]).frame, WIKITEXT, "top-4")
     null = {
-        "perplexity",  # no log tells how many tokens were scored
+        "tokens_per_second",  # no speed phase
+        "latency_ms_per_token",
         "layer_consistency_score",  # constant counts
         "normalized_selection_entropy",
         "expert_overlap_score",  # one run
@@ -113,7 +117,7 @@ def test_no_routing_log_no_routing_metrics(write):
     write("bh", change=off)
     row = load_experiments([write.folder]).frame.iloc[0]
     assert {name for name in METRICS if pd.notna(row[name])} == {"avg_task_accuracy"}
-    assert pd.isna(row["mean_experts"])
+    assert pd.isna(row["avg_experts"])
 
 
 @pytest.mark.parametrize(
@@ -182,12 +186,12 @@ def test_a_stock_baseline_learns_its_k_from_other_runs_of_the_model(write):
     alone = load_experiments([write.folder]).frame.iloc[0]
     assert (alone["rule"], alone["strategy"], alone["baseline"]) == ("topk", "top-k (hf)", True)
     assert pd.isna(alone["max_k"])
-    assert pd.isna(alone["mean_experts"])
+    assert pd.isna(alone["avg_experts"])
     assert pd.isna(alone["flops_reduction_pct"])
     assert alone["run_id"].startswith("hf-")
     write("bh")
     row = row_of(load_experiments([write.folder]).frame, WIKITEXT, "top-4 (hf)")
-    assert (row["max_k"], row["mean_experts"], row["flops_reduction_pct"]) == (4, 4, 0)
+    assert (row["max_k"], row["avg_experts"], row["flops_reduction_pct"]) == (4, 4, 0)
     assert pd.isna(row["ceiling_hit_rate"])
     assert pd.isna(row["tokens_per_second"])
 
@@ -196,8 +200,8 @@ def test_analyze_saves_nothing(write):
     write("bh", mode="analyze")
     row = load_experiments([write.folder]).frame.iloc[0]
     assert row["strategy"] == "BH a=0.40, max 4, analyze only"
-    assert 1 < row["would_select_mean_experts"] < 4
-    for name in ("mean_experts", "expert_activation_ratio", "flops_reduction_pct"):
+    assert 1 < row["would_select_avg_experts"] < 4
+    for name in ("avg_experts", "expert_activation_ratio", "flops_reduction_pct"):
         assert pd.isna(row[name])
     assert pd.notna(row["selection_entropy"])
 
@@ -214,7 +218,7 @@ def test_layers_that_are_not_routed_take_the_models_own_k(write):
     loaded = load_experiments([write.folder])
     row = loaded.frame.iloc[0]
     assert row["strategy"] == "BH a=0.40, max 4, layers 1"
-    assert row["mean_experts_model"] == pytest.approx((row["mean_experts"] + 2 * write.native) / 3)
+    assert row["avg_experts_model"] == pytest.approx((row["avg_experts"] + 2 * write.native) / 3)
     assert pd.isna(row["layer_expert_variance"])
     assert set(loaded.layers["layer"]) == {1}
 
@@ -479,7 +483,7 @@ def test_a_stock_model_with_another_k_is_that_baseline(write):
     frame = load_experiments([write.folder]).frame
     stock = frame[(frame["task"] == WIKITEXT) & (frame["mode"] == "native")]
     assert stock["strategy"].tolist() == ["top-2 (hf)", "top-4 (hf)", "top-4 (hf)"]
-    assert stock["max_k"].tolist() == stock["mean_experts"].tolist() == [2, 4, 4]
+    assert stock["max_k"].tolist() == stock["avg_experts"].tolist() == [2, 4, 4]
     assert stock["native_top_k"].tolist() == [4, 4, 4]
     assert stock["configuration"].nunique() == 2
     assert stock["flops_reduction_pct"].tolist()[1:] == [0, 0]
@@ -743,7 +747,7 @@ def test_a_routing_log_of_some_documents_gives_no_token_perplexity(write):
         content = json.loads(file.read_text())
         content["samples"].pop()
         file.write_text(json.dumps(content))
-    assert load_experiments([write.folder]).frame["perplexity"].isna().all()
+    assert "token" not in load_experiments([write.folder]).frame["perplexity_of"].tolist()
 
 
 def test_a_routing_log_is_found_where_it_was_moved_to(write, tmp_path_factory):
@@ -817,7 +821,7 @@ def test_tables(write):
     csv, records = pd.read_csv(paths[0]), json.loads(paths[1].read_text())
     assert list(csv) == list(records[0]) == list(COLUMNS)
     assert len(csv) == len(records) == 6
-    for name in ("mean_experts", "perplexity", "gini_coefficient"):
+    for name in ("avg_experts", "perplexity", "gini_coefficient"):
         assert csv[name].to_numpy() == pytest.approx(frame[name].to_numpy(), nan_ok=True)
         assert [record[name] for record in records] == [
             None if math.isnan(value) else value for value in frame[name]
@@ -856,3 +860,70 @@ def test_reading_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_earlier_prototypes_readers_find_their_columns(write, tmp_path):
+    write("top", rule="topk", max_k=2)
+    write("bh", alpha=0.4)
+    write("by", rule="by", alpha=0.35, statistic="contribution", target_experts=3.0, budget="model")
+    write("stock", model="hf")
+    frame = load_experiments([write.folder]).frame
+    write_tables(frame, tmp_path)
+    table = pd.read_csv(tmp_path / "bh_routing_results.csv")
+    assert list(table)[:8] == [
+        "config_name",
+        "routing_type",
+        "k_or_max_k",
+        "alpha",
+        "dataset",
+        "perplexity",
+        "avg_experts",
+        "perplexity_of",
+    ]
+    assert not {"mean_experts", "mean_experts_model"} & set(table)
+    rows = table[table["dataset"] == "wikitext"].set_index("config_name")
+    assert rows["routing_type"].to_dict() == {
+        "2experts_topk_baseline": "topk",
+        "4experts_topk_baseline_hf": "topk",
+        "4experts_bh_a040": "bh",
+        "4experts_by_target_3_contribution": "by",
+    }
+    assert rows["k_or_max_k"].tolist() == rows["max_k"].tolist()
+    assert rows.loc["4experts_bh_a040", "alpha"] == 0.4
+
+
+def test_a_task_without_token_perplexity_shows_its_own_and_says_so(write, tmp_path):
+    write("bh")
+    frame = load_experiments([write.folder]).frame.set_index("task")
+    kinds = {WIKITEXT: "word", LAMBADA: "target word", HELLASWAG: None}
+    assert frame["perplexity_of"].to_dict() == kinds
+    for task, own in ((WIKITEXT, "word_perplexity"), (LAMBADA, "target_perplexity")):
+        row = frame.loc[task]
+        assert row["perplexity"] == row[own]
+        assert row["perplexity_stderr"] == pytest.approx(row[f"{own}_stderr"], nan_ok=True)
+    assert pd.isna(frame.loc[HELLASWAG, "perplexity"])
+    # For people, each kind has a column of its own.
+    write_tables(frame.reset_index(), tmp_path)
+    head = (tmp_path / "bh_routing_results.md").read_text().splitlines()[0]
+    assert "target ppl" in head
+    assert "token ppl" not in head
+
+
+def test_a_task_that_has_token_perplexity_is_never_given_another():
+    names = ["perplexity", "word_perplexity", "target_perplexity", "byte_perplexity"]
+    frame = pd.DataFrame({"group": 1, "task": [WIKITEXT] * 2} | dict.fromkeys(names, math.nan))
+    frame = frame.assign(perplexity=[7.0, math.nan], word_perplexity=[90.0, 95.0])
+    frame = frame.assign(perplexity_of=None, **{f"{name}_stderr": math.nan for name in names})
+    fill_perplexity(frame)
+    assert frame["perplexity"].tolist() == pytest.approx([7.0, math.nan], nan_ok=True)
+    assert frame["perplexity_of"].tolist() == ["token", None]
+
+
+def test_tables_of_earlier_releases_are_read_by_their_names(write, tmp_path):
+    write("bh")
+    frame = load_experiments([write.folder]).frame
+    earlier = {"avg_experts": "mean_experts", "avg_experts_model": "mean_experts_model"}
+    frame.rename(columns=earlier).to_csv(tmp_path / "earlier.csv", index=False)
+    pd.testing.assert_series_equal(
+        read_table(tmp_path / "earlier.csv")["avg_experts"], frame["avg_experts"]
+    )

@@ -41,7 +41,7 @@ def test_aggregate_writes_tables_comparisons_and_the_figure(run, runs, tmp_path)
     # On the terminal: who, how many experts, how good, and what static top-k there was beside it.
     row = loaded.frame.query("task == @WIKITEXT and adaptive").iloc[0]
     (line,) = [part for part in out.split(WIKITEXT)[1].splitlines() if row["strategy"] in part]
-    assert f"{row['mean_experts']:.2f}" in line
+    assert f"{row['avg_experts']:.2f}" in line
     assert f"{row['perplexity']:.2f}" in line
     assert f"{row['matched_perplexity']:.4g}" in out
     for path in files:

@@ -46,6 +46,7 @@ CONFIGS = [
     {"rule": "bh", "layers": "last1"},
     {"rule": "bh", "min_k": 2, "max_k": 3},
     {"rule": "bh", "temperature": 0.5},
+    {"rule": "min_w", "alpha": 0.03, "max_k": 5, "mass": 0.5, "temperature": 1.5},
     {"rule": "bh", "temperature": 2.0, "statistic": "contribution"},
     {"rule": "bh", "renormalize": True},
     {"rule": "bh", "renormalize": False},
@@ -149,7 +150,6 @@ def test_a_cast_of_the_model_rounds_no_threshold():
     [
         ({"rule": "random_k"}, "the nearest that can be exported is rule=topk"),
         ({"rule": "topk", "mode": "analyze"}, "only counts"),
-        ({"rule": "min_w", "mass": 1.0, "temperature": 2.0}, "mass=1.0 with temperature=2.0"),
     ],
 )
 def test_what_no_engine_can_do_is_refused(parameters, sentence):

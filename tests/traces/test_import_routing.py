@@ -253,7 +253,7 @@ def test_metrics_are_those_of_the_trace(run, adaptive, tmp_path):
     counts = rows.groupby(["document", "token", "layer"]).size()
     assert (row["task"], row["strategy"]) == ("mine", "as csv routed, max 4")
     assert (row["tokens"], row["documents"], row["min_k"], row["max_k"]) == (600, 30, 1, 4)
-    assert row["mean_experts"] == pytest.approx(counts.mean())
+    assert row["avg_experts"] == pytest.approx(counts.mean())
     assert row["std_experts"] == pytest.approx(counts.std(ddof=0))
     assert row["ceiling_hit_rate"] == pytest.approx(100 * (counts == 4).mean())
     wide = counts.unstack("layer")

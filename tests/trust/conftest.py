@@ -80,7 +80,7 @@ def _tables(root: Path) -> None:
 
     frame = load_experiments([root / "runs"]).frame
     write_tables(frame, root / "tables")
-    frame.assign(perplexity=np.inf, mean_experts=-np.inf).to_csv(root / "infinite.csv")
+    frame.assign(perplexity=np.inf, avg_experts=-np.inf).to_csv(root / "infinite.csv")
     frame.assign(perplexity="high", max_k="many").to_csv(root / "words.csv")
     frame.head(0).to_csv(root / "headed.csv")
     frame.assign(group=[1, 2] * (len(frame) // 2)).drop(columns="rule").to_csv(root / "no_rule.csv")

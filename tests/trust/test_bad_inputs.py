@@ -23,6 +23,7 @@ MODEL = "--pretrained tiny-olmoe --text text.txt --tokens 64 --length 32"
 SWEEP = "sweep --pretrained tiny-olmoe --tasks bh_demo_lambada --baselines 8 --limit 2"
 OUT = "--output new.safetensors"
 TOP4 = "policies/top4.safetensors"
+VIEW = "view --model-args pretrained=tiny-olmoe"
 
 COMMANDS = [
     # The program.
@@ -374,6 +375,35 @@ COMMANDS = [
     ("patterns runs --seed -1", "'--seed'", 2),
     ("patterns runs --seed 4294967296", "'--seed'", 2),
     ("patterns runs --output-dir file", "--output-dir cannot be written", 1),
+    # view.
+    ("view", "give either --model-args or one or two folders", 1),
+    ("view runs/bh --model-args alpha=0.4", "give either --model-args or one or two folders", 1),
+    ("view --model-args ''", "give either --model-args or one or two folders", 1),
+    (f"{VIEW},alpha=2", "alpha", 1),
+    (f"{VIEW},alpah=0.4", "did you mean 'alpha'", 1),
+    (f"{VIEW} --against rule=bhh", "did you mean 'bh'", 1),
+    (f"{VIEW} --against pretrained=no/such", "could not be loaded", 1),
+    (f"{VIEW} --against layers=0", "The two configurations route different layers", 1),
+    (f"{VIEW} --text none.txt", "could not be read", 1),
+    (f"{VIEW} --text folder", "it is no file", 1),
+    (f"{VIEW} --text pipe", "it is no file", 1),
+    (f"{VIEW} --text latin.txt", "give a UTF-8 text file", 1),
+    (f"{VIEW} --text empty.txt", "holds no text", 1),
+    (f"{VIEW} --string ' '", "holds no text", 1),
+    (f"{VIEW} --string a --text text.txt", "The text is given twice", 1),
+    (f"{VIEW} --task bh_lambada", "--task is of runs", 1),
+    (f"{VIEW} --tokenizer file", "--tokenizer is of runs", 1),
+    (f"{VIEW} --documents 0", "'--documents'", 2),
+    (f"{VIEW} --tokens 1", "'--tokens'", 2),
+    (f"{VIEW} --output folder", "--output cannot be written", 1),
+    (f"{VIEW} --output file/view.html", "--output cannot be written", 1),
+    ("view nowhere", "There is no folder nowhere", 1),
+    ("view runs_broken", "could not be read", 1),
+    ("view runs/bh", "has no log of every token", 1),
+    ("view runs/bh runs/top4 alone", "At most two runs", 1),
+    ("view runs/bh --against rule=topk", "--against needs --model-args", 1),
+    ("view runs/bh --string text", "--string needs --model-args", 1),
+    ("view runs/bh --text text.txt", "--text needs --model-args", 1),
 ]
 
 if not torch.cuda.is_available():  # lm_eval's own default is cuda:0, on every machine

@@ -152,7 +152,7 @@ def _judge(
     candidate = Candidate(
         strategy=first["strategy"],
         run_id=first["run_id"],
-        experts=float(rows["mean_experts_model"].mean()),
+        experts=float(rows["avg_experts_model"].mean()),
         adaptive=bool(first["adaptive"]),
         native=first["mode"] == "native" or _takes_the_native_k(first),
     )

@@ -1,8 +1,9 @@
-"""Whether hard texts and rare tokens get more experts."""
+"""Whether hard texts, hard tokens and rare tokens get more experts."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,19 @@ import pandas as pd
 
 ENOUGH = 10  # fewest pairs for a rank correlation
 OFTEN = 5  # fewest occurrences of a token that counts
-COMPLEXITY = ("task", "against", "unit", "n", "spearman", "low", "high", "p_value", "reason")
+COMPLEXITY = (
+    "task",
+    "against",
+    "layer",  # of the experts; null for the mean over all
+    "unit",
+    "n",
+    "spearman",
+    "low",
+    "high",
+    "p_value",
+    "reason",
+)
+OF_TOKEN = "loss of the token"
 
 
 def spearman(first: Any, second: Any, confidence: float = 0.95) -> dict[str, Any]:
@@ -38,23 +51,64 @@ def spearman(first: Any, second: Any, confidence: float = 0.95) -> dict[str, Any
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return found | {"reason": "one of the two does not vary"}
     r, p = map(float, stats.spearmanr(x, y))
+    return found | _interval(r, n, confidence) | {"p_value": p}
+
+
+def spearman_of_table(table: Any, confidence: float = 0.95) -> dict[str, Any]:
+    """Return what :func:`spearman` does, of pairs that were counted.
+
+    Parameters
+    ----------
+    table : int [first, second]
+        How many pairs have which of two ordered values.
+    confidence : float
+        Of the interval.
+    """
+    from scipy import stats
+
+    counts = np.asarray(table, dtype=np.float64)
+    rows, columns = counts.sum(1), counts.sum(0)
+    n = int(counts.sum())
+    found: dict[str, Any] = dict.fromkeys(("spearman", "low", "high", "p_value", "reason"))
+    found["n"] = n
+    if n < ENOUGH:
+        return found | {"reason": f"fewer than {ENOUGH} to correlate"}
+    if (rows > 0).sum() < 2 or (columns > 0).sum() < 2:
+        return found | {"reason": "one of the two does not vary"}
+    # Ties share the mean of their ranks, here from the middle of all.
+    x, y = (of.cumsum() - of / 2 - n / 2 for of in (rows, columns))
+    r = float(x @ counts @ y / math.sqrt((rows @ x**2) * (columns @ y**2)))
+    r = min(max(r, -1.0), 1.0)
+    t = r * math.sqrt((n - 2) / max(1 - r * r, 1e-300))
+    p = float(2 * stats.t.sf(abs(t), n - 2))
+    return found | _interval(r, n, confidence) | {"p_value": p}
+
+
+def _interval(r: float, n: int, confidence: float) -> dict[str, float]:
+    from scipy import stats
+
     low = high = r
     if abs(r) <= 1 - 1e-12:
         width = stats.norm.ppf((1 + confidence) / 2) * math.sqrt((1 + r * r / 2) / (n - 3))
         low, high = map(float, np.tanh(np.arctanh(r) + np.array([-width, width])))
-    return found | {"spearman": r, "low": low, "high": high, "p_value": p}
+    return {"spearman": r, "low": low, "high": high}
 
 
-def complexity(documents: pd.DataFrame, tokens: pd.DataFrame) -> pd.DataFrame:
-    """Correlate the experts with the loss of documents, and with the frequency of tokens.
+def complexity(
+    documents: pd.DataFrame, tokens: pd.DataFrame, losses: Mapping[tuple[str, int], Any]
+) -> pd.DataFrame:
+    """Correlate the experts with the loss of documents and of tokens, and how often tokens occur.
 
     Parameters
     ----------
     documents : DataFrame
         ``task, mean_experts, loss, loss_unit``, one row per document; loss is NaN where unknown.
-        Logs have a loss for each request, not for each token.
     tokens : DataFrame
         ``occurrences, mean_experts``, one row per token id. Those below :data:`OFTEN` do not count.
+
+    losses : mapping
+        (task, layer) -> how many tokens had which loss and number of experts, see
+        :meth:`~lm_eval_bh.analysis.patterns.log_counts.Counts.loss_tables`.
 
     Returns
     -------
@@ -70,7 +124,15 @@ def complexity(documents: pd.DataFrame, tokens: pd.DataFrame) -> pd.DataFrame:
             found["reason"] = "no loss was logged: run with log_samples=N or --log_samples"
         unit = known["loss_unit"].iloc[0] if len(known) else None
         rows.append(found | {"task": task, "against": "loss of the document", "unit": unit})
+        tables = {layer: table for (of, layer), table in losses.items() if of == task}
+        for layer, table in tables.items():
+            found = spearman_of_table(table)
+            rows.append(found | {"task": task, "against": OF_TOKEN, "layer": layer, "unit": "nats"})
+        if not tables:
+            reason = "no loss of a token was logged: run with log_routing=full"
+            rows.append({"task": task, "against": OF_TOKEN, "n": 0, "reason": reason})
     often = tokens[tokens["occurrences"] >= OFTEN]
     found = spearman(often["occurrences"], often["mean_experts"])
     rows.append(found | {"task": "all", "against": "frequency of the token", "unit": "occurrences"})
-    return pd.DataFrame(rows, columns=list(COMPLEXITY))
+    table = pd.DataFrame(rows, columns=list(COMPLEXITY))
+    return table.astype({"layer": "Int64"})

@@ -178,8 +178,9 @@ def _describe(
     )
     tokens = counts.token_table()
     tokens.insert(1, "text", tokens["token_id"].map(dict(enumerate(texts))))
+    correlations = complexity(documents, tokens, counts.loss_tables())
     tables = {
-        "complexity": _with_adjusted(complexity(documents, tokens), "against"),
+        "complexity": _with_adjusted(correlations, "against"),
         "classes": counts.class_table(),
         "tokens": tokens,
         "specialisation": _with_adjusted(specialisation(counts, seed), "of"),

@@ -11,6 +11,9 @@ import pandas as pd
 from lm_eval_bh.analysis.patterns.log_reader import UNKNOWN_TOKEN, Ints, Piece
 from lm_eval_bh.errors import DataError
 
+LOSS_STEP, LOSS_STEPS = 0.02, 1024  # nats; what is larger than all counts as the largest
+ROUNDING = 1e-3  # nats below zero that float32 may make of none
+
 
 class Counts:
     """Counts over the logs of one configuration.
@@ -54,11 +57,14 @@ class Counts:
         self.served = np.zeros((*shape, experts), dtype=np.int64)
         self._class_of = np.append(class_of, len(self.classes) - 1)
         # Any number may stand in a log as a token id, so only those that occur have a row.
-        self._of_token = pd.DataFrame({"size": [], "sum": []}, dtype=np.int64)
+        self._of_token = pd.DataFrame(
+            {"size": [], "sum": []}, index=pd.Index([], dtype=np.int64), dtype=np.int64
+        )
         # Takes memory only for documents that occur: the system maps pages on demand.
         self._of_document = np.zeros(
             (len(self.tasks), documents, len(self.layers), experts), dtype=np.int32
         )
+        self._of_loss: dict[int, Ints] = {}  # by task: [layers, steps of the loss, experts + 1]
         self._rows_of_document = np.zeros((len(self.tasks), documents), dtype=np.int64)
 
     def add(self, piece: Piece) -> None:
@@ -81,6 +87,7 @@ class Counts:
                     f"{piece.file} is damaged: found {name} {numbers[~known][0]}, which is out of "
                     "range; run the evaluation again."
                 )
+        self._add_losses(piece, layer)
         kind = self._kinds(piece.token)
         row = np.repeat(np.arange(len(piece.token)), piece.count)  # of each expert
         _count(self.tokens, piece.task, layer, kind)
@@ -91,6 +98,38 @@ class Counts:
         _count(self._rows_of_document, piece.task[kept], piece.document[kept])
         row, experts = row[kept[row]], piece.experts[kept[row]]
         _count(self._of_document, piece.task[row], piece.document[row], layer[row], experts)
+
+    def _add_losses(self, piece: Piece, layer: Ints) -> None:
+        if piece.loss is None:
+            return
+        known = ~np.isnan(piece.loss)
+        if (piece.loss[known] < -ROUNDING).any():
+            raise DataError(
+                f"{piece.file} is damaged: found a loss of {np.nanmin(piece.loss):g} nats, which "
+                "is out of range; run the evaluation again."
+            )
+        steps = np.clip(piece.loss[known] / LOSS_STEP, 0, LOSS_STEPS - 1).astype(np.int64)
+        task, layer, count = piece.task[known], layer[known], piece.count[known]
+        for one in np.unique(task):
+            if one not in self._of_loss:
+                shape = len(self.layers), LOSS_STEPS, self.experts + 1
+                self._of_loss[int(one)] = np.zeros(shape, dtype=np.int64)
+            some = task == one
+            _count(self._of_loss[int(one)], layer[some], steps[some], count[some])
+
+    def loss_tables(self) -> dict[tuple[str, int], Ints]:
+        """Return, of tasks whose tokens have losses, how many tokens had which loss and experts.
+
+        Returns
+        -------
+        dict
+            (task, layer) -> int64 ``[steps of the loss, experts + 1]``.
+        """
+        return {
+            (self.tasks[task], layer): table
+            for task, tables in sorted(self._of_loss.items())
+            for layer, table in zip(self.layers, tables, strict=True)
+        }
 
     def require_rows(self, task: int, folder: Path) -> None:
         """Raise :class:`DataError` unless all layers have the same number of a task's tokens."""

@@ -15,7 +15,7 @@ from lm_eval_bh.schema import TOKENS, UNUSED, read_internal_routing, read_manife
 
 Ints = NDArray[np.int64]
 
-UNKNOWN_TOKEN = 2**63 - 1  # no token log has one as large
+UNKNOWN_TOKEN = 2**62  # no log has one as large; pandas adds 1 to it
 ROWS = 65536  # of a token log in memory at a time
 COLUMNS = ["task", "doc_id", "request", "repeat", "layer", "token_id", "experts"]
 
@@ -35,6 +35,8 @@ class Piece:
         has none), and how many experts served.
     experts : int64 [count.sum()]
         The experts of all rows, one row after the other.
+    loss : float64 [rows] or None
+        Of the token, in nats; NaN where it has none, None where the log has none.
     """
 
     file: Path
@@ -44,6 +46,7 @@ class Piece:
     token: Ints
     count: Ints
     experts: Ints
+    loss: NDArray[np.float64] | None = None
 
 
 def token_files(folder: Path | None) -> list[Path]:
@@ -77,8 +80,10 @@ def read_token_log(
     for file in files:
         try:
             with pq.ParquetFile(file) as parquet:
+                has_loss = "loss" in parquet.schema_arrow.names  # not in earlier logs
+                columns = [*COLUMNS, "loss"] if has_loss else COLUMNS
                 batches = tqdm(
-                    parquet.iter_batches(batch_size=ROWS, columns=COLUMNS),
+                    parquet.iter_batches(batch_size=ROWS, columns=columns),
                     desc=file.name,
                     total=-(-parquet.metadata.num_rows // ROWS),
                     disable=None,  # quiet when not a terminal
@@ -94,6 +99,7 @@ def read_token_log(
                     kept = batch.filter(keep)
                     lists = kept.column("experts")
                     experts = pc.list_flatten(lists)
+                    loss = kept.column("loss").cast(pa.float64()) if has_loss else None
                     _refuse_nulls(experts, "experts")
                     yield Piece(
                         file,
@@ -105,6 +111,7 @@ def read_token_log(
                         ),
                         count=ints(pc.list_value_length(lists)),
                         experts=ints(experts),
+                        loss=None if loss is None else loss.to_numpy(zero_copy_only=False),
                     )
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise DataError(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lm_eval_bh.analysis.patterns.complexity import OF_TOKEN
 from lm_eval_bh.analysis.patterns.findings import TABLES, Patterns, find_patterns
 from lm_eval_bh.analysis.patterns.pictures import (
     clusters_picture,
@@ -25,9 +26,12 @@ PICTURES = {
 LEVEL = 0.05  # of the p-values that the sentences count
 
 CAVEATS = """\
-- The logs have one loss for a request, not one for a token: difficulty is that of documents. A
-  multiple-choice task's loss is of its ending, its experts are those of the whole text; of its
-  requests the first is read, since all of a document repeat its text.
+- The loss of a document is one for its request. A multiple-choice task's loss is of its ending, its
+  experts are those of the whole text; of its requests the first is read, since all of a document
+  repeat its text.
+- The loss of a token is that of reading it, given the tokens before it, and its experts are those
+  that serve it; each layer is correlated by itself, with losses in steps of 0.02 nats. Tokens of
+  one document are not independent, so these intervals are too narrow and p-values too small.
 - Correlations are Spearman's; tokens are correlated as types (each token id once, if it occurs at
   least five times). A correlation is not a cause: long documents, common words and easy texts go
   together.
@@ -104,6 +108,8 @@ def sentences(found: Patterns) -> list[str]:
     """Return what was found for a configuration, in sentences."""
     written = []
     for _, row in found.tables["complexity"].iterrows():
+        if pd.notna(row["layer"]):
+            continue
         what = row["against"] if row["task"] == "all" else f"{row['against']}, {row['task']}"
         if row["reason"]:
             written.append(f"Experts and {what}: {row['reason']}.")
@@ -112,6 +118,7 @@ def sentences(found: Patterns) -> list[str]:
                 f"Experts and {what}: rank correlation {row['spearman']:+.2f} "
                 f"[{row['low']:+.2f}, {row['high']:+.2f}] over {row['n']} ({row['unit']})."
             )
+    written += _sentences_of_layers(found.tables["complexity"].dropna(subset="layer"))
     for of, some in found.tables["specialisation"].groupby("of"):
         first = some.loc[some["corrected"].idxmax()]
         clear = int((some["p_adjusted"] <= LEVEL).sum())
@@ -128,5 +135,24 @@ def sentences(found: Patterns) -> list[str]:
         written.append(
             f"Clusters: {best.number} of documents, silhouette "
             f"{best.silhouette:.2f} ({best.remark}), agreement with the tasks {best.agreement:.2f}."
+        )
+    return written
+
+
+def _sentences_of_layers(table: pd.DataFrame) -> list[str]:
+    """Return a sentence for each task whose layers were correlated with the loss of tokens."""
+    written = []
+    for task, some in table.groupby("task", sort=False):
+        known = some.dropna(subset="spearman")
+        if known.empty:
+            written.append(f"Experts and {OF_TOKEN}, {task}: {some['reason'].iloc[0]}.")
+            continue
+        low, high = known["spearman"].min(), known["spearman"].max()
+        first = known.loc[known["spearman"].abs().idxmax()]
+        written.append(
+            f"Experts and {OF_TOKEN}, {task}: rank correlations {low:+.2f} to {high:+.2f} over "
+            f"{len(known)} layers, {first['n']} tokens each; furthest from 0 in layer "
+            f"{first['layer']}: {first['spearman']:+.2f} "
+            f"[{first['low']:+.2f}, {first['high']:+.2f}]."
         )
     return written

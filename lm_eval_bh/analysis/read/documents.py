@@ -95,6 +95,7 @@ def _document(sample: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "hash": "-".join(hashes_of(sample).values()),
         "output": json.dumps(sample["resps"]),
+        "choices": len(sample["resps"]),
     }
     for name, unit in (("word_perplexity", "words"), ("byte_perplexity", "bytes")):
         if isinstance(sample.get(name), list):

@@ -11,7 +11,7 @@ from lm_eval_bh.analysis.read.documents import read_documents
 from lm_eval_bh.analysis.read.groups import Group
 from lm_eval_bh.analysis.read.results_file import Notices, Run
 from lm_eval_bh.errors import DataError
-from lm_eval_bh.schema import InternalRouting, read_internal_routing
+from lm_eval_bh.schema import InternalRouting, SpeedFile, read_internal_routing
 
 
 @dataclass
@@ -32,6 +32,8 @@ class Loaded:
         Remarks on files that were read.
     groups : list of Group
         One, unless files that cannot be compared were kept in separate groups.
+    speeds : list of SpeedFile
+        The speed phases of these models.
     """
 
     frame: pd.DataFrame
@@ -39,8 +41,15 @@ class Loaded:
     problems: Notices
     notes: Notices
     groups: list[Group]
+    speeds: list[SpeedFile] = field(default_factory=list)
     _runs: dict[str, Run] = field(default_factory=dict, repr=False)
     _documents: dict[tuple[str, str], pd.DataFrame | None] = field(default_factory=dict, repr=False)
+
+    def _repr_html_(self) -> str:
+        known = self.frame.dropna(axis="columns", how="all").drop(columns=["file"], errors="ignore")
+        table = known.to_html(index=False, max_rows=60, na_rep="", float_format="{:.4g}".format)
+        left_out = f"<p>Files left out: {len(self.problems)}.</p>" if self.problems else ""
+        return f"{table}{left_out}"
 
     def documents(self, run_id: str, task: str) -> pd.DataFrame | None:
         """Return lm-eval's samples of an experiment, one row per document, or None.

@@ -10,7 +10,14 @@ from pathlib import Path
 from lm_eval_bh.analysis.read.results_file import DATED, Notices, Run
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.experiment_names import SWEEP_SETTINGS
-from lm_eval_bh.schema import INTERNAL_ROUTING, MANIFEST, TOKENS
+from lm_eval_bh.schema import (
+    INTERNAL_ROUTING,
+    MANIFEST,
+    SPEED,
+    TOKENS,
+    SpeedFile,
+    read_speed,
+)
 
 UNDATED = "results.json"  # by lm-eval before it put the time into the name
 
@@ -38,6 +45,8 @@ class Found:
         Run id -> folder of its routing log, finished or not.
     sweeps : list of Path
         Folders of sweeps.
+    speeds : list of Path
+        Files of speed phases.
     problems, notes : list of (Path, str)
         What could not be looked into, and what was not read on purpose.
     """
@@ -45,6 +54,7 @@ class Found:
     results: list[Path] = field(default_factory=list)
     logs: dict[str, Path] = field(default_factory=dict)
     sweeps: list[Path] = field(default_factory=list)
+    speeds: list[Path] = field(default_factory=list)
     problems: Notices = field(default_factory=list)
     notes: Notices = field(default_factory=list)
 
@@ -59,7 +69,9 @@ def find_files(folders: Sequence[Path]) -> Found:
         found.problems.append((Path(error.filename), sentence))
 
     for folder in folders:
-        if folder.is_file():
+        if folder.is_file() and is_speed(folder.name):
+            found.speeds.append(folder)
+        elif folder.is_file():
             results.add(folder)
         elif not folder.is_dir():
             raise DataError(f"There is no folder {folder}: use one that lm_eval wrote to.")
@@ -70,6 +82,7 @@ def find_files(folders: Sequence[Path]) -> Found:
             unfinished.setdefault(parent.name, parent)
         if SWEEP_SETTINGS in names:
             found.sweeps.append(parent)
+        found.speeds += [parent / name for name in names if is_speed(name)]
         for name in names:
             if name.endswith(".json") and (name.startswith("results_") or DATED.search(name)):
                 results.add(parent / name)
@@ -81,6 +94,22 @@ def find_files(folders: Sequence[Path]) -> Found:
                 found.notes.append((parent / name, sentence))
     found.results = sorted(results, key=lambda file: file.as_posix())
     found.logs = unfinished | found.logs
+    return found
+
+
+def is_speed(name: str) -> bool:
+    """Whether a file of this name is of a speed phase."""
+    return name.startswith(SPEED) and name.endswith(".json")
+
+
+def read_speeds(files: Iterable[Path], problems: Notices) -> list[SpeedFile]:
+    """Return what speed phases have measured; what cannot be read is added to the problems."""
+    found = []
+    for file in files:
+        try:
+            found.append(read_speed(file))
+        except DataError as error:
+            problems.append((file, str(error)))
     return found
 
 

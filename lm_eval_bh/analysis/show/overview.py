@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from lm_eval_bh.analysis.table.chance import with_note
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES, PERPLEXITY_UNITS, perplexity_column
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ def overview(frame: pd.DataFrame, compared: pd.DataFrame, level: float) -> list[
         table.caption = (
             "In brackets: more or less than the baseline; * significant, = equivalent, both "
             "corrected for all comparisons. (i): interpolated between two static top-k."
+            + (
+                " Times as fast: prefill, against the model as it is; an interval that holds 1 "
+                "shows no difference."
+                if frame["speed_ratio"].notna().any()
+                else ""
+            )
         )
     return tables
 
@@ -48,13 +55,15 @@ def _table(rows: pd.DataFrame, compared: pd.DataFrame, level: float, title: str)
         of_perplexity = of_row["metric"].isin(PERPLEXITIES)
         perplexity = _perplexity(row[metric] if metric else None)
         for name, cell in {
-            "experts": _number(row["mean_experts"], ".2f"),
+            "experts": _number(row["avg_experts"], ".2f"),
             f"perplexity\nper {PERPLEXITY_UNITS[metric] if metric else ''}": perplexity
             + _change(of_row[of_perplexity], level),
-            "accuracy": _number(row["accuracy"], ".3f") + _change(of_row[~of_perplexity], level),
+            "accuracy": with_note(
+                _number(row["accuracy"], ".3f") + _change(of_row[~of_perplexity], level), row
+            ),
             "top-k at\nequal\nexperts": _matched(row),
             "FLOPs\nsaved\n(%)": _number(row["flops_reduction_pct"], ".1f"),
-            "tokens\n/s": _number(row["tokens_per_second"], ".0f"),
+            "times\nas\nfast": _speed(row),
         }.items():
             cells.setdefault(name, []).append(cell)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -89,6 +98,13 @@ def _change(rows: pd.DataFrame, level: float) -> str:
     mark = "*" if row["p_adjusted"] <= level else ""
     equal = "=" if row["equivalent"] else ""
     return f" ({change:+.1f}{'%' if relative else ''}{mark}{equal})"
+
+
+def _speed(row: pd.Series) -> str:
+    """Return the ratio to the model as it is, with its interval."""
+    ratio, low, high = (row[f"speed_ratio{end}"] for end in ("", "_low", "_high"))
+    known = pd.notna(low) and pd.notna(high)
+    return _number(ratio, ".2f") + (f"\n[{low:.2f},\n{high:.2f}]" if known else "")
 
 
 def _matched(row: pd.Series) -> str:

@@ -21,8 +21,10 @@ from lm_eval_bh.analysis.show.report_tables import (
     health_table,
     layer_table,
     results_table,
+    speed_table,
     verdict_table,
 )
+from lm_eval_bh.analysis.table.speed_phase import conditions
 from lm_eval_bh.files import replacing, write_text
 from lm_eval_bh.schema import read_json
 
@@ -87,6 +89,8 @@ def write_report(
         "recommendations": [(found, verdict_table(found)) for found in recommendations],
         "results": results_table(loaded.frame),
         "comparisons": comparison_table(comparisons),
+        "speeds": speed_table(loaded.speeds),
+        "conditions": [conditions(one) for one in loaded.speeds],
         "layers": layer_table(loaded),
         "figures": _figures(loaded, folder),
         "nulls": _nulls(contents, folder),

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from lm_eval_bh.analysis.table.chance import with_note
 from lm_eval_bh.analysis.table.perplexities import perplexity_column
+from lm_eval_bh.analysis.table.speed_phase import speed_frame
 
 if TYPE_CHECKING:
     from lm_eval_bh.analysis.compare.recommendation import Recommendation
     from lm_eval_bh.analysis.read.loaded import Loaded
+    from lm_eval_bh.schema import SpeedFile
 
 PER = {
     "perplexity": "token",
@@ -94,15 +97,24 @@ def interval(row: pd.Series, name: str, form: str) -> Cell:
     return number(row[name], form, f" [{low:{form}}, {high:{form}}]" if known else "")
 
 
+def accuracy(row: pd.Series) -> Cell:
+    """Return an accuracy with its standard error, or with what it says in their place."""
+    error = row["accuracy_stderr"]
+    cell = number(row["accuracy"], ".3f", f" ± {error:.3f}" if pd.notna(error) else "")
+    return replace(cell, text=with_note(cell.text, row))
+
+
 RESULTS = {
     "experts": "mean experts per token over all layers",
     "perplexity": "per token, word, target or byte; lower is better",
+    "accuracy": "at chance: its binomial interval holds what guessing has",
     "static perplexity": "of static top-k at the same mean number of experts",
     "static accuracy": "of static top-k at the same mean number of experts",
     "static from": "measured, or interpolated between two measured k",
     "against static (%)": "perplexity; below 0 is better",
     "FLOPs saved (%)": "of the whole model, against its own top-k",
-    "tokens/s": "forward passes only",
+    "times as fast": "prefill, against the model as it is; an interval that holds 1 shows nothing",
+    "decoding, times as fast": "one sequence, token by token",
     "ceiling (%)": "tokens with max_k experts",
     "floor (%)": "tokens with min_k experts",
     "Gini": "0: all experts serve equally often",
@@ -122,22 +134,20 @@ def results_table(frame: pd.DataFrame) -> Table:
         same = metric is not None and metric == row["matched_metric"]
         static = row["matched_perplexity"] if same else None
         against = 100 * (perplexity / static - 1) if perplexity and static else None
-        error = row["accuracy_stderr"]
         cells = {
             "configuration": Cell(row["strategy"]),
             "task": Cell(row["task"]),
             **({"group": number(row["group"])} if groups > 1 else {}),
-            "experts": number(row["mean_experts_model"], ".2f"),
+            "experts": number(row["avg_experts_model"], ".2f"),
             "perplexity": number(perplexity, then=f" / {PER[metric]}" if metric else ""),
-            "accuracy": number(
-                row["accuracy"], ".3f", f" ± {error:.3f}" if pd.notna(error) else ""
-            ),
+            "accuracy": accuracy(row),
             "static perplexity": number(static),
             "static accuracy": number(row["matched_accuracy"], ".3f"),
             "static from": Cell(_how(row)),
             "against static (%)": number(against, "+.2f"),
             "FLOPs saved (%)": number(row["flops_reduction_pct"], ".1f"),
-            "tokens/s": number(row["tokens_per_second"], ",.0f"),
+            "times as fast": interval(row, "speed_ratio", ".2f"),
+            "decoding, times as fast": interval(row, "decode_speed_ratio", ".2f"),
             "ceiling (%)": number(row["ceiling_hit_rate"], ".1f"),
             "floor (%)": number(row["floor_hit_rate"], ".1f"),
             "Gini": number(row["gini_coefficient"], ".3f"),
@@ -152,6 +162,36 @@ def _how(row: pd.Series) -> str:
         return "not measured" if row["adaptive"] else ""
     ks = sorted({int(row["matched_k_low"]), int(row["matched_k_high"])})
     return f"{row['matched_by']}, k = {' to '.join(map(str, ks))}"
+
+
+SPEEDS = {
+    "tokens/s": "median over rounds",
+    "ms a pass": "median over rounds; when decoding, a pass gives each sequence one token",
+    "times as fast": "against the model as it is in the same round, with its interval",
+    "verdict": "undecided where the interval holds 1",
+    "expert rows a token": "one expert applied to one token, as computed",
+    "times the floor": "the floor: arithmetic, or reading the weights that are needed",
+}
+
+
+def speed_table(speeds: Sequence[SpeedFile]) -> Table:
+    """Return what speed phases measured: a row per configuration and workload."""
+    rows = []
+    for _, row in speed_frame(speeds).iterrows():
+        counted = "" if row["rows_counted"] else " (selected)"
+        cells = {
+            "configuration": Cell(row["strategy"]),
+            "task": Cell(row["task"]),
+            "workload": Cell(row["workload"]),
+            "tokens/s": number(row["tokens_per_second"], ",.0f"),
+            "ms a pass": number(row["ms_per_pass"], ".3g"),
+            "times as fast": interval(row, "ratio", ".2f"),
+            "verdict": Cell(row["verdict"]),
+            "expert rows a token": number(row["expert_rows_per_token"], ".2f", counted),
+            "times the floor": number(row["times_floor"], ".1f"),
+        }
+        rows.append(Row(cells, task=row["task"]))
+    return Table(rows, SPEEDS)
 
 
 COMPARISONS = {

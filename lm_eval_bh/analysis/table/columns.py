@@ -10,15 +10,35 @@ import pandas as pd
 from lm_eval_bh.analysis.table import metrics
 
 _FLOAT, _INT, _TEXT, _BOOL = "float64", "Int64", "object", "bool"
+# Workload of the speed phase -> its ratio to the model as it is, with the ends of its interval.
+RATIO_OF = {
+    "prefill": "speed_ratio",
+    "decode 1": "decode_speed_ratio",
+    "decode 8": "decode_8_speed_ratio",
+}
+SPEED_RATIOS = [name + end for name in RATIO_OF.values() for end in ("", "_low", "_high")]
+# Names that columns had in tables of earlier releases.
+EARLIER = {
+    "mean_experts": "avg_experts",
+    "mean_experts_model": "avg_experts_model",
+    "would_select_mean_experts": "would_select_avg_experts",
+}
+# The first seven are the earlier prototype's, whose readers know them.
 COLUMNS: dict[str, str] = {
+    "config_name": _TEXT,  # such as 8experts_bh_a040
+    "routing_type": _TEXT,  # the rule, for those readers
+    "k_or_max_k": _INT,
+    "alpha": _FLOAT,
+    "dataset": _TEXT,
+    "perplexity": _FLOAT,
+    "avg_experts": _FLOAT,  # over the routed layers
+    "perplexity_of": _TEXT,  # a token, or else what the task's own perplexity is of
     "run_id": _TEXT,
     "file": _TEXT,
     "group": "int64",
     "model": _TEXT,
     "task": _TEXT,
-    "dataset": _TEXT,
     "rule": _TEXT,
-    "alpha": _FLOAT,
     "min_k": _INT,
     "max_k": _INT,
     "target_experts": _FLOAT,  # that alpha was solved for
@@ -37,11 +57,11 @@ COLUMNS: dict[str, str] = {
     "documents": _INT,
     "tokens": _INT,
     "seconds": _FLOAT,
+    "evaluation_tokens_per_second": _FLOAT,  # for information: no two runs can be compared by it
     "cached_requests": _INT,
-    "mean_experts": _FLOAT,  # over the routed layers
     "std_experts": _FLOAT,
-    "mean_experts_model": _FLOAT,  # over all layers; those that are not routed take the model's k
-    "would_select_mean_experts": _FLOAT,  # with mode=analyze, where the model's own k served
+    "avg_experts_model": _FLOAT,  # over all layers; those that are not routed take the model's k
+    "would_select_avg_experts": _FLOAT,  # with mode=analyze, where the model's own k served
     "word_perplexity": _FLOAT,
     "word_perplexity_stderr": _FLOAT,
     "byte_perplexity": _FLOAT,
@@ -54,7 +74,10 @@ COLUMNS: dict[str, str] = {
     "acc_norm_stderr": _FLOAT,
     "accuracy": _FLOAT,  # the first of ACCURACIES that the task has
     "accuracy_stderr": _FLOAT,
+    "chance_accuracy": _FLOAT,  # of guessing among the choices
+    "accuracy_note": _TEXT,  # "at chance" or "none right": it compares nothing
     **dict.fromkeys(metrics.METRICS, _FLOAT),
+    **dict.fromkeys(SPEED_RATIOS, _FLOAT),
     "perplexity_stderr": _FLOAT,
     "adaptive_range": _INT,
     "context_length": _INT,  # that FLOPs are counted at

@@ -14,13 +14,16 @@ import pandas as pd
 
 from lm_eval_bh.analysis.read.groups import difference, group_runs
 from lm_eval_bh.analysis.read.loaded import Loaded
-from lm_eval_bh.analysis.read.model_arguments import model_of
-from lm_eval_bh.analysis.read.run_folders import find_files, read_runs
+from lm_eval_bh.analysis.read.model_arguments import model_of, one_name
+from lm_eval_bh.analysis.read.run_folders import find_files, read_runs, read_speeds
 from lm_eval_bh.analysis.read.sweep_losses import lost_files
 from lm_eval_bh.analysis.table import joining
+from lm_eval_bh.analysis.table.chance import add_chance
 from lm_eval_bh.analysis.table.columns import COLUMNS, LAYER_COLUMNS, typed
 from lm_eval_bh.analysis.table.matched_budget import matched_budget
+from lm_eval_bh.analysis.table.perplexities import fill_perplexity
 from lm_eval_bh.analysis.table.rows import check, layer_rows, row_of
+from lm_eval_bh.analysis.table.speed_phase import add_speed
 from lm_eval_bh.errors import DataError, ParameterError
 
 
@@ -72,16 +75,23 @@ def load_experiments(
     for run in runs:
         for task in run.tasks:
             common = {"run_id": run.run_id, "task": task, "group": group_of[run.file]}
-            model = models.get(model_of(run.content))
-            rows.append(row_of(run, task, model, context_length) | common)
+            name = model_of(run.content)
+            row = row_of(run, task, models.get(name), context_length)
+            rows.append(row | common | {"_model": name})
             layers += [common | layer for layer in layer_rows(run.summary(task))]
     joining.add_token_perplexity(rows, loaded)
+    add_chance(rows, loaded)
     joining.add_average_accuracy(rows)
     joining.add_stability(rows, loaded)
+    names = {row["_model"] for row in rows}
+    speeds = read_speeds(found.speeds, loaded.problems)
+    loaded.speeds = [one for one in speeds if one_name(one["model"]) in names]
+    add_speed(rows, loaded.speeds)
     rows.sort(key=joining.order)
     loaded.frame = typed(rows, COLUMNS)
     for name, column in matched_budget(loaded.frame).items():
         loaded.frame[name] = column.astype(COLUMNS[str(name)])
+    fill_perplexity(loaded.frame)
     number = {(row["run_id"], row["task"]): i for i, row in enumerate(rows)}
     layers.sort(key=lambda layer: (number[layer["run_id"], layer["task"]], layer["layer"]))
     loaded.layers = pd.DataFrame(layers, columns=list(LAYER_COLUMNS))

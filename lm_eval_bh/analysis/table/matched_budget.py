@@ -45,7 +45,7 @@ def matched_budget(frame: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFrame
         accuracy = of_k["accuracy"].mean()
         known = accuracy if log_perplexity is None else log_perplexity
         measured = [int(k) for k in known.index[known.notna()]]
-        for index, experts in rows.loc[~rows["baseline"], "mean_experts_model"].dropna().items():
+        for index, experts in rows.loc[~rows["baseline"], "avg_experts_model"].dropna().items():
             bounds = _neighbours(measured, float(experts), tolerance)
             if bounds is None:
                 continue

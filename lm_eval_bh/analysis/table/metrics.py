@@ -129,18 +129,19 @@ def flops_reduction_pct(flops: float | None, native_flops: float | None) -> floa
 def tokens_per_second(tokens: int | None, seconds: float | None) -> float | None:
     """Return tokens a second of forward passes, from 0 upwards; None without tokens or time.
 
-    Tokens are those of the requests, not padding; loading, tokenising and scoring take no part.
+    The metric of this name is that of the speed phase, over its prefill: all configurations on the
+    same tokens in turn. Of an evaluation's passes it is called ``evaluation_tokens_per_second``:
+    that depends on padding, the order of batches and what ran before.
     """
     return None if not tokens or not seconds else tokens / seconds
 
 
-def latency_ms_per_token(tokens: int | None, seconds: float | None) -> float | None:
-    """Return milliseconds of forward pass a token, from 0 upwards; None without tokens or time.
+def latency_ms_per_token(passes: int | None, seconds: float | None) -> float | None:
+    """Return milliseconds a token when one sequence is decoded; None without passes or time.
 
-    ``1000 * seconds / tokens``: the inverse of the throughput, at the batch size of the run. It is
-    not the latency of a single request.
+    ``1000 * seconds / passes`` of the speed phase, from 0 upwards: each pass gives one token.
     """
-    return None if not tokens or not seconds else 1000 * seconds / tokens
+    return None if not passes or not seconds else 1000 * seconds / passes
 
 
 def expert_utilization(usage: Ints) -> float | None:

@@ -18,6 +18,8 @@ PERPLEXITY_UNITS = {
     "target_perplexity": "target word",
     "byte_perplexity": "byte",
 }
+TOKEN = PERPLEXITY_UNITS["perplexity"]
+FILLED = ("perplexity", "perplexity_stderr")
 
 
 def perplexity_column(frame: pd.DataFrame) -> str | None:
@@ -25,5 +27,37 @@ def perplexity_column(frame: pd.DataFrame) -> str | None:
 
     The first of :data:`PERPLEXITIES` known for every row with a perplexity, or None.
     """
+    frame = own_perplexities(frame)
     known = frame[frame[list(PERPLEXITIES)].notna().any(axis=1)]
     return next((name for name in PERPLEXITIES if len(known) and known[name].notna().all()), None)
+
+
+def own_perplexities(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table in which ``perplexity`` is only that of tokens."""
+    if "perplexity_of" not in frame:  # of an earlier release
+        return frame
+    of_tokens = frame["perplexity_of"].isna() | (frame["perplexity_of"] == TOKEN)
+    masked = {name: frame[name].where(of_tokens) for name in FILLED if name in frame}
+    return frame.assign(**masked)
+
+
+def fill_perplexity(frame: pd.DataFrame) -> None:
+    """Give a task without token perplexity its own one as ``perplexity``; say what it is of.
+
+    A task has one kind: a row that lacks what the others have stays empty.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        The results; changed in place.
+    """
+    for _, rows in frame.groupby(["group", "task"], sort=False):
+        column = perplexity_column(rows)
+        if column is None:
+            continue
+        if rows["perplexity"].notna().any():
+            column = "perplexity"
+        for name in FILLED:
+            frame.loc[rows.index, name] = rows[name.replace("perplexity", column)]
+        known = rows.index[rows[column].notna()]
+        frame.loc[known, "perplexity_of"] = PERPLEXITY_UNITS[column]

@@ -17,8 +17,14 @@ from lm_eval_bh.analysis.read.results_file import Run
 from lm_eval_bh.analysis.table import metrics
 from lm_eval_bh.analysis.table.columns import COLUMNS
 from lm_eval_bh.analysis.table.flops import Architecture
-from lm_eval_bh.analysis.table.strategy_names import strategy_label, variant_label
-from lm_eval_bh.schema import RunInfo, TaskSummary, dataset_name
+from lm_eval_bh.analysis.table.strategy_names import config_name, strategy_label, variant_label
+from lm_eval_bh.schema import (
+    RunInfo,
+    SpeedRouting,
+    TaskSummary,
+    configuration_name,
+    dataset_name,
+)
 
 
 def check(run: Run) -> None:
@@ -54,7 +60,12 @@ def row_of(
         "documents": run.documents(task),
         "context_length": context_length,
     }
-    row |= _routing_of(run) if run.info else _routing_of_baseline(run, model)
+    if run.info is not None:
+        engine = f" ({engine_of(run.content)})" if run.exported else ""
+        known = _counts_of_fixed(run.info) if run.exported else {}
+        row |= known | routing_of(run.info, engine)
+    else:
+        row |= _routing_of_baseline(run, model)
     for name, harness in {
         **{name: name for name in ("word_perplexity", "byte_perplexity", *ACCURACIES)},
         "target_perplexity": "perplexity",
@@ -67,16 +78,17 @@ def row_of(
     if summary is not None and run.info is not None:
         row |= _routing_metrics(run.info, summary, row)
         row["cached_requests"] = run.cached_requests
-    if model is not None and context_length and row["mean_experts_model"] is not None:
+    if model is not None and context_length and row["avg_experts_model"] is not None:
         architecture = Architecture.from_config(model["model_config"], model["num_layers"])
         if architecture is not None:
             row["flops_reduction_pct"] = metrics.flops_reduction_pct(
-                architecture.flops(row["mean_experts_model"], context_length),
+                architecture.flops(row["avg_experts_model"], context_length),
                 architecture.flops(model["native_top_k"], context_length),
             )
     row["expert_activation_ratio"] = metrics.expert_activation_ratio(
-        row["mean_experts"], row["max_k"]
+        row["avg_experts"], row["max_k"]
     )
+    row |= {"routing_type": row["rule"], "k_or_max_k": row["max_k"]}
     return {name: row[name] for name in COLUMNS} | {"_date": run.content.get("date") or 0}
 
 
@@ -95,10 +107,15 @@ def _number(value: Any) -> float | None:
     return float(value) if real else None
 
 
-def _routing_of(run: Run) -> dict[str, Any]:
-    """Return the columns that describe the routing of a run of hf-bh."""
-    assert run.info is not None
-    config, rule = run.info["config"], run.info["rule"]
+def routing_of(info: RunInfo | SpeedRouting, engine: str = "") -> dict[str, Any]:
+    """Return the columns that describe a routing.
+
+    Parameters
+    ----------
+    engine : str
+        What the name of another engine than hf-bh adds to that of the strategy.
+    """
+    config, rule = info["config"], info["rule"]
     min_k = config["max_k"] if rule["fixed_count"] else config["min_k"]
     analyze = config["mode"] == "analyze"
     plain = (
@@ -108,9 +125,9 @@ def _routing_of(run: Run) -> dict[str, Any]:
         and config.get("renormalize", "auto") == "auto"
         and config.get("statistic", "logit") == "logit"
         and not since_first_release(config)
-        and len(run.info["routed_layers"]) == run.info["num_layers"]
+        and len(info["routed_layers"]) == info["num_layers"]
     )
-    header = run.info["null_model"] or {}
+    header = info["null_model"] or {}
     if rule["tests"] and config.get("trim") is None:
         config = config | {"trim": header.get("trim") or 0}
     target = config.get("target_experts")
@@ -123,12 +140,9 @@ def _routing_of(run: Run) -> dict[str, Any]:
         if name != "null_scope" and (name not in LATER or name in later)
     }
     null = {k: v for k, v in header.items() if k not in ("versions", "health")}
-    engine, known = "", {}
-    if run.exported:
-        engine = f" ({engine_of(run.content)})"
+    if engine:
         digested["engine"] = engine
-        known = _counts_of_fixed(run.info)
-    return known | {
+    return {
         "rule": rule["name"],
         "alpha": routing["alpha"],
         "min_k": min_k,
@@ -136,14 +150,15 @@ def _routing_of(run: Run) -> dict[str, Any]:
         "target_experts": target,
         "budget": None if target is None else config["budget"],
         "trim": config.get("trim"),
+        "config_name": config_name(config, rule, engine),
         "strategy": strategy_label(config, rule) + engine,
         "variant": variant_label(config, rule),
         "baseline": plain,
         "adaptive": min_k < config["max_k"],
         "mode": config["mode"],
-        "configuration": _digest(digested | {"null": null}),
-        "native_top_k": run.info["native_top_k"],
-        "num_experts": run.info["num_experts"],
+        "configuration": digest_of(digested | {"null": null}),
+        "native_top_k": info["native_top_k"],
+        "num_experts": info["num_experts"],
     }
 
 
@@ -156,7 +171,7 @@ def _counts_of_fixed(info: RunInfo) -> dict[str, Any]:
     total = sum(map(int, given.split("-"))) if given else routed * config["max_k"]
     unrouted = info["num_layers"] - routed
     whole = total + unrouted * info["native_top_k"]
-    return {"mean_experts": total / routed, "mean_experts_model": whole / info["num_layers"]}
+    return {"avg_experts": total / routed, "avg_experts_model": whole / info["num_layers"]}
 
 
 def _routing_of_baseline(run: Run, model: RunInfo | None) -> dict[str, Any]:
@@ -171,23 +186,25 @@ def _routing_of_baseline(run: Run, model: RunInfo | None) -> dict[str, Any]:
         "rule": "topk",
         "min_k": k,
         "max_k": k,
+        "config_name": f"{configuration_name('topk', k, None)}_{engine}" if k else None,
         "strategy": f"top-{k} ({engine})" if k else f"top-k ({engine})",
         "variant": "top-k",
         "baseline": True,
         "adaptive": False,
         "mode": "native",
         # The model's own k, written out, is no other configuration.
-        "configuration": _digest({"model": engine} | ({} if k == native else {"top_k": k})),
+        "configuration": digest_of({"model": engine} | ({} if k == native else {"top_k": k})),
         "native_top_k": native,
         "num_experts": model["num_experts"] if model else None,
         # By construction; metrics of the experts' use stay null.
-        "mean_experts": k,
+        "avg_experts": k,
         "std_experts": 0.0 if k else None,
-        "mean_experts_model": k,
+        "avg_experts_model": k,
     }
 
 
-def _digest(content: Any) -> str:
+def digest_of(content: Any) -> str:
+    """Return what is equal for two runs of one configuration."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -207,8 +224,7 @@ def _routing_metrics(info: RunInfo, summary: TaskSummary, row: Mapping[str, Any]
         "tokens": tokens,
         "seconds": seconds,
         "std_experts": summary["std_experts_per_token"],
-        "tokens_per_second": metrics.tokens_per_second(tokens, seconds),
-        "latency_ms_per_token": metrics.latency_ms_per_token(tokens, seconds),
+        "evaluation_tokens_per_second": metrics.tokens_per_second(tokens, seconds),
         "expert_utilization": metrics.expert_utilization(usage),
         "gini_coefficient": metrics.gini_coefficient(usage),
         "adaptive_range": metrics.adaptive_range(histogram),
@@ -223,12 +239,12 @@ def _routing_metrics(info: RunInfo, summary: TaskSummary, row: Mapping[str, Any]
         "layer_consistency_score": metrics.layer_consistency_score(
             histogram, [layer["cross"] for layer in summary["layers"]]
         ),
-        "would_select_mean_experts": None if served else mean,
+        "would_select_avg_experts": None if served else mean,
     }
     if served and mean is not None:
         routed = len(info["routed_layers"])
-        found["mean_experts"] = mean
-        found["mean_experts_model"] = (mean * routed + info["native_top_k"] * unrouted) / (
+        found["avg_experts"] = mean
+        found["avg_experts_model"] = (mean * routed + info["native_top_k"] * unrouted) / (
             routed + unrouted
         )
     return found

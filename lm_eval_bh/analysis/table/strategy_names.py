@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from lm_eval_bh.schema import RuleInfo
+from lm_eval_bh.schema import RuleInfo, configuration_name
 
 
 def strategy_label(config: Mapping[str, Any], rule: RuleInfo) -> str:
@@ -54,6 +55,31 @@ def variant_label(config: Mapping[str, Any], rule: RuleInfo) -> str:
     """
     solved = "" if config.get("target_experts") is None else f", {_target(config)}"
     return f"{rule['label']}{solved}{_further(config, rule)}"
+
+
+def config_name(config: Mapping[str, Any], rule: RuleInfo, engine: str = "") -> str:
+    """Return the earlier prototype's name of a configuration, and behind it what that had not.
+
+    Examples
+    --------
+    >>> bh = {"name": "bh", "label": "BH", "fixed_count": False}
+    >>> config_name({"alpha": 0.4, "max_k": 8}, bh)
+    '8experts_bh_a040'
+    >>> solved = {"alpha": 0.37, "target_experts": 4.0, "budget": "model", "max_k": 8, "mass": 0.2}
+    >>> config_name(solved, bh)
+    '8experts_bh_target_4_mass_02'
+    """
+    max_k = config["max_k"]
+    further = _further(config, rule) + engine
+    if rule["fixed_count"]:
+        name = configuration_name(rule["name"], max_k, None)
+        further = (config.get("k_per_layer") or "") + further
+    elif config.get("target_experts") is None:
+        name = configuration_name(rule["name"], max_k, config["alpha"])
+    else:
+        name = f"{max_k}experts_{rule['name']}"
+        further = f"{_target(config)} {config['target_experts']:g}{further}"
+    return "_".join([name, *re.findall(r"[a-z0-9]+", further.lower().replace(".", ""))])
 
 
 def _target(config: Mapping[str, Any]) -> str:

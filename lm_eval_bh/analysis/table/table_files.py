@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from lm_eval_bh.analysis.table.columns import EARLIER
+from lm_eval_bh.analysis.table.perplexities import own_perplexities
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.files import replacing_all
 
@@ -31,16 +33,17 @@ READABLE = {
     "group": "group",
     "task": "task",
     "strategy": "strategy",
-    "mean_experts": "experts",
+    "avg_experts": "experts",
     "perplexity": "token ppl",
     "word_perplexity": "word ppl",
     "target_perplexity": "target ppl",
     "accuracy": "accuracy",
+    "accuracy_note": "which is",
     "matched_perplexity": "ppl of top-k at equal experts",
     "matched_accuracy": "accuracy of top-k at equal experts",
     "matched_by": "how",
     "flops_reduction_pct": "FLOPs saved (%)",
-    "tokens_per_second": "tokens/s",
+    "speed_ratio": "times as fast",
     "ceiling_hit_rate": "ceiling (%)",
     "floor_hit_rate": "floor (%)",
     "gini_coefficient": "Gini",
@@ -99,12 +102,27 @@ def read_table(path: Path) -> pd.DataFrame:
         If it cannot be read, or is no table.
     """
     try:
-        return pd.read_csv(path)
+        return of_this_release(pd.read_csv(path))
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise DataError(
             f"The table {path} could not be read ({reason}); write it again with aggregate."
         ) from error
+
+
+def of_this_release(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table as this release names its columns.
+
+    What earlier ones called ``tokens_per_second`` was of an evaluation's passes, and is compared
+    with nothing.
+    """
+    if set(EARLIER) & set(frame):
+        frame = frame.rename(columns=EARLIER)
+    if "tokens_per_second" not in frame or "evaluation_tokens_per_second" in frame:
+        return frame
+    return frame.rename(columns={"tokens_per_second": "evaluation_tokens_per_second"}).drop(
+        columns="latency_ms_per_token", errors="ignore"
+    )
 
 
 def _texts(frame: pd.DataFrame) -> dict[str, str]:
@@ -154,6 +172,7 @@ def plain(value: Any) -> Any:
 
 def _readable(frame: pd.DataFrame) -> list[list[str]]:
     """Return the header and the rows of the columns that people compare and that hold something."""
+    frame = own_perplexities(frame)
     shown = {
         name: title
         for name, title in READABLE.items()
@@ -165,6 +184,12 @@ def _readable(frame: pd.DataFrame) -> list[list[str]]:
         [_cell(plain(value)) for value in record]
         for record in frame[list(shown)].itertuples(index=False, name=None)
     ]
+    if "speed_ratio" in shown:  # a ratio without its interval says little
+        at = list(shown).index("speed_ratio")
+        ratios = frame[["speed_ratio", "speed_ratio_low", "speed_ratio_high"]]
+        for row, (ratio, low, high) in zip(cells, ratios.to_numpy(float), strict=True):
+            if not (np.isnan(ratio) or np.isnan(low)):
+                row[at] = f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
     return [list(shown.values()), *cells]
 
 

@@ -77,7 +77,7 @@ class AdaptiveSelection(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         weights = weights.masked_fill(~used, 0.0)
         if own["mass"] is not None:
-            native = plain.topk(own["native_k"], dim=-1).values.sum(-1, keepdim=True)
+            native = tempered.topk(own["native_k"], dim=-1).values.sum(-1, keepdim=True)
             weights = weights * (native / weights.sum(-1, keepdim=True)) ** own["mass"]
             if own["normalizes"]:
                 weights = weights / native

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lm_eval_bh.harness.logs.ownership import Batch, Owner
 from lm_eval_bh.harness.logs.sinks import Sinks
+from lm_eval_bh.harness.logs.stopwatch import Span
 from lm_eval_bh.routing.selection import Selection
 
 
@@ -85,7 +86,7 @@ class Generation:
     ) -> None:
         mask = attention_mask.cpu().bool() & torch.tensor([[bool(row)] for row in owners])
         self.prompt = Batch(owners, mask, prompt.cpu(), [0] * len(owners))
-        self.seconds: float | None = None  # that the model took; None until it has finished
+        self.span: Span | None = None  # that the model took; None until it has finished
         self.logged = 0  # columns of the prompt
         self._device = prompt.device
         self._sinks = sinks
@@ -160,7 +161,7 @@ class Generation:
         eos : int, list of int or None
             What ends a row too.
         """
-        self.seconds = self._stopwatch()
+        self.span = self._stopwatch()
         self._end_pass()
         if self._refused or len(output) != len(self.prompt.owners):
             return

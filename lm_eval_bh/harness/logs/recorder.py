@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lm_eval_bh.harness.logs.expected_rows import ExpectedRows
 from lm_eval_bh.harness.logs.generation import Generation
@@ -75,14 +76,14 @@ class Recorder:
         owned = place < torch.tensor([[length] for _, length, _ in rows])
         batch = Batch([owners for _, _, owners in rows], owned, input_ids.cpu(), [0] * len(rows))
         self._batch, self._device, self._begun = batch, input_ids.device, False
-        seconds = self._sinks.stopwatch(input_ids.device)
+        span = self._sinks.stopwatch(input_ids.device)
         try:
             yield real
         finally:
             logged = self._begun and self._batch is batch
             self._batch = None
         if logged:
-            self._summary.took(batch, seconds())
+            self._summary.took(batch, span())
             self._sinks.end()
 
     @contextmanager
@@ -116,8 +117,8 @@ class Recorder:
         finally:
             self._generation = None
             handle.remove()
-        if generation.logged and generation.seconds is not None:
-            self._summary.took(generation.prompt, generation.seconds)
+        if generation.logged and generation.span is not None:
+            self._summary.took(generation.prompt, generation.span)
 
     def observe(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
         """Take one layer's selection; called by the router hooks, in the order of the layers."""
@@ -136,7 +137,37 @@ class Recorder:
             self._begun = True
         self._sinks.layer(layer, router_logits, selection)
 
+    def scored(self, logits: Tensor) -> None:
+        """Take the logits ``[rows, length, vocabulary]`` of the pass that is under way."""
+        batch = self._batch
+        if batch is not None and self._begun and logits.shape[:2] == batch.token_ids.shape:
+            self._sinks.scored(lambda: token_losses(logits, batch.token_ids))
+
     def _warn_once(self, sentence: str) -> None:
         if sentence not in self._warned:
             logger.warning(sentence)
             self._warned.add(sentence)
+
+
+def token_losses(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """Return each token's loss in nats, given those before it in its row.
+
+    Parameters
+    ----------
+    logits : Tensor
+        float ``[rows, length, vocabulary]``.
+    token_ids : Tensor
+        int64 ``[rows, length]``.
+
+    Returns
+    -------
+    Tensor
+        float32 ``[rows, length]`` on the CPU; NaN for the first token of a row.
+    """
+    losses = torch.full(token_ids.shape, float("nan"))
+    for row, (of_row, ids) in enumerate(zip(logits.detach(), token_ids, strict=True)):
+        # Row by row: in float32 the logits of a whole batch would need the memory of another one.
+        losses[row, 1:] = F.cross_entropy(
+            of_row[:-1].float(), ids[1:].to(of_row.device), reduction="none"
+        ).cpu()
+    return losses

@@ -6,7 +6,7 @@ from lm_eval_bh.harness.logs.run_log import RunLog
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.routing.routers import transformers_model
 from lm_eval_bh.routing.rules.registry import RULES
-from lm_eval_bh.schema import SCHEMA_VERSION, RunInfo
+from lm_eval_bh.schema import SCHEMA_VERSION, RunInfo, SpeedRouting
 
 # What the FLOPs of a forward pass are counted from.
 FLOPS_FIELDS = (
@@ -26,22 +26,29 @@ FLOPS_FIELDS = (
 
 def run_info(integration: BHRoutingIntegration, log: RunLog) -> RunInfo:
     """Describe the routing of an evaluation, and what came of it, as plain values."""
-    null = integration.null_model
     config = transformers_model(integration.model).config.get_text_config().to_dict()
     return {
-        "schema_version": SCHEMA_VERSION,
+        **described_routing(integration),
         "run_id": log.run_id,
-        "rule": RULES[integration.config.rule].describe(),
-        "config": integration.describe(),
         "experts": integration.experts_implementation,
         "log_routing": log.options.log_routing,
         "log_dir": log.options.log_dir,
+        "model_config": {name: config.get(name) for name in FLOPS_FIELDS},
+        "summary": log.summary(),
+        "documents": log.documents.digests(log.cached_requests),
+    }
+
+
+def described_routing(integration: BHRoutingIntegration) -> SpeedRouting:
+    """Describe what decides experts: equal wherever it is measured."""
+    null = integration.null_model
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "rule": RULES[integration.config.rule].describe(),
+        "config": integration.describe(),
         "routed_layers": integration.layers,
         "num_layers": len(integration.routers),
         "num_experts": integration.num_experts,
         "native_top_k": integration.routers[0].top_k,
-        "model_config": {name: config.get(name) for name in FLOPS_FIELDS},
         "null_model": None if null is None else null.header.as_dict(),
-        "summary": log.summary(),
-        "documents": log.documents.digests(log.cached_requests),
     }

@@ -126,6 +126,15 @@ class RunLog:
         finally:
             self.served = ServedRequests()
 
+    @contextmanager
+    def unlogged(self) -> Iterator[None]:
+        """Let what runs inside leave no trace, not even in the expert rows that were computed."""
+        before = self._integration.rows_computed
+        yield
+        after = self._integration.rows_computed
+        if None not in (before, after, self._rows_before):
+            self._rows_before += after - before  # type: ignore[operator]
+
     def add_losses(self, log_likelihoods: Iterable[float]) -> None:
         """Note the log-likelihoods of the requests that are served, in their order."""
         for owner, loss in self.served.losses(log_likelihoods):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +87,9 @@ class SampleLog:
                 logits[flat[:LOGITS_SAMPLE]].numpy(),
             )
             self._requests[key_of(owner)].layers[layer][start] = piece
+
+    def scored(self, losses: Callable[[], Tensor]) -> None:
+        """Do nothing: a sample has one loss, that of its request."""
 
     def end(self) -> None:
         """Do nothing: rows are kept as they come."""

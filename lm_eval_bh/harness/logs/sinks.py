@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_bh.harness.logs.ownership import Batch
+from lm_eval_bh.harness.logs.stopwatch import Moment, Span, moment
 from lm_eval_bh.routing.selection import Selection
 
 
@@ -23,6 +23,9 @@ class Sink(Protocol):
     def layer(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
         """Take one layer's selection for the tokens of the batch, flattened to ``[tokens]``."""
 
+    def scored(self, losses: Callable[[], Tensor]) -> None:
+        """Take the tokens' losses: a function computes float ``[rows, length]``, NaN where none."""
+
     def end(self) -> None:
         """Finish the forward pass."""
 
@@ -32,7 +35,8 @@ class Sinks:
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = sinks
-        self._seconds = 0.0
+        self._breaks: list[tuple[Moment, Moment]] = []
+        self._device = torch.device("cpu")
 
     def __bool__(self) -> bool:
         return bool(self._sinks)
@@ -49,26 +53,27 @@ class Sinks:
             for sink in self._sinks:
                 sink.layer(layer, router_logits, selection)
 
+    def scored(self, losses: Callable[[], Tensor]) -> None:
+        """Take the tokens' losses, which are computed only where a log keeps them."""
+        with self._timed():
+            for sink in self._sinks:
+                sink.scored(losses)
+
     def end(self) -> None:
         """Finish the forward pass."""
         with self._timed():
             for sink in self._sinks:
                 sink.end()
 
-    def stopwatch(self, device: torch.device) -> Callable[[], float]:
-        """Return a function that says how many seconds the model has taken since now."""
-        start, before = _now(device), self._seconds
-        return lambda: _now(device) - start - (self._seconds - before)
+    def stopwatch(self, device: torch.device) -> Callable[[], Span]:
+        """Return a function that says what the model has taken from now until it is called."""
+        self._device = device
+        breaks = self._breaks = []
+        start = moment(device)
+        return lambda: Span(start, moment(device), list(breaks))
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
-        start = time.perf_counter()
+        start = moment(self._device)
         yield
-        self._seconds += time.perf_counter() - start
-
-
-def _now(device: torch.device) -> float:
-    """Return the time in seconds, once the device has finished what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        self._breaks.append((start, moment(self._device)))

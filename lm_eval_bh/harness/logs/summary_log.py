@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lm_eval_bh.harness.logs.ownership import Batch
+from lm_eval_bh.harness.logs.stopwatch import Span
 from lm_eval_bh.routing.patching.counters import RoutingCounters
 from lm_eval_bh.routing.selection import Selection
+
+BEHIND = 8  # passes whose time is not asked for yet: a device may be that far behind
 
 
 class TaskCounters(RoutingCounters):
@@ -60,6 +64,7 @@ class SummaryLog:
         self.computed_tokens = 0
         self.padding_tokens = 0
         self._weights: dict[str, Tensor] = {}
+        self._spans: deque[tuple[Span, dict[str, float]]] = deque()
         self._previous: Tensor | None = None
 
     def begin(self, batch: Batch, device: torch.device) -> None:
@@ -91,22 +96,39 @@ class SummaryLog:
                 counters.add_cross(layer, selection.counts, self._previous, weight)
         self._previous = selection.counts
 
+    def scored(self, losses: Callable[[], Tensor]) -> None:
+        """Do nothing: losses are lm-eval's to count."""
+
     def end(self) -> None:
         """Count the tokens that were computed."""
         self.computed_tokens += self._computed
         self.padding_tokens += self._padding
 
-    def took(self, batch: Batch, seconds: float) -> None:
-        """Share the time of a pass among the tasks whose tokens it computed."""
+    def took(self, batch: Batch, span: Span) -> None:
+        """Share the time of a pass among the tasks whose tokens it computed.
+
+        How long it was is asked for some passes later, when the device has done with it.
+        """
         shares: defaultdict[str, float] = defaultdict(float)
         for length, owners in zip(batch.lengths, batch.owners, strict=True):
             for owner in owners:
                 shares[owner.task] += length / len(owners)
+        whole = sum(shares.values())
+        self._spans.append((span, {task: share / whole for task, share in shares.items()}))
+        while len(self._spans) > BEHIND:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Add the oldest pass whose time is not known yet."""
+        span, shares = self._spans.popleft()
+        seconds = span.seconds()
         for task, share in shares.items():
-            self.tasks[task].seconds += seconds * share / sum(shares.values())
+            self.tasks[task].seconds += seconds * share
 
     def state(self) -> dict[str, Any]:
         """Return all counters as plain values, for other processes."""
+        while self._spans:
+            self._settle()
         return {
             "tasks": {task: counters.state() for task, counters in self.tasks.items()},
             "computed_tokens": self.computed_tokens,

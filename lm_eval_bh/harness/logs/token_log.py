@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,14 @@ class TokenLog:
         self._writer: pq.ParquetWriter | None = None
         self._take: Tensor | None = None
         self._columns: dict[str, Any] = {}
+        self._layers: list[dict[str, Any]] = []  # of the pass that is under way
+        self._loss: pa.Array | None = None
         self.parts: list[str] = []
         self.rows = 0
 
     def begin(self, batch: Batch, device: torch.device) -> None:
         """List every (owner, token) pair of the pass: one row a layer each."""
+        self._gather()
         take, tasks, documents, requests, repeats, positions = [], [], [], [], [], []
         codes: dict[str, int] = {}
         for row, owners in enumerate(batch.owners):
@@ -95,19 +99,23 @@ class TokenLog:
             columns["logits"] = pa.FixedSizeListArray.from_arrays(
                 pa.array(logits.reshape(-1)), self._num_experts
             )
-        arrays = [
-            pa.array(columns[name], self._schema.field(name).type) for name in self._schema.names
-        ]
-        self._waiting.append(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
-        self._rows_waiting += len(counts)
+        self._layers.append(columns)
+
+    def scored(self, losses: Callable[[], Tensor]) -> None:
+        """Keep the losses of the tokens of this pass."""
+        if self._take is not None:
+            values = losses().flatten()[self._take].numpy()
+            self._loss = pa.array(values, pa.float32(), mask=np.isnan(values))
 
     def end(self) -> None:
         """Write a row group if enough rows have gathered."""
+        self._gather()
         if self._rows_waiting >= ROW_GROUP:
             self._write()
 
     def flush(self) -> None:
         """Finish the part that is being written, and give it its name."""
+        self._gather()
         if self._waiting:
             self._write()
         if self._writer is not None:
@@ -124,6 +132,17 @@ class TokenLog:
             self._writer.close()
             self._temporary.unlink(missing_ok=True)
             self._writer = None
+
+    def _gather(self) -> None:
+        """Make rows of the layers of a pass, once it is known whether it has losses."""
+        for columns in self._layers:
+            number = len(columns["count"])
+            loss = pa.nulls(number, pa.float32()) if self._loss is None else self._loss
+            of_layer = columns | {"loss": loss}
+            arrays = [pa.array(of_layer[field.name], field.type) for field in self._schema]
+            self._waiting.append(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+            self._rows_waiting += number
+        self._layers, self._loss = [], None
 
     def _write(self) -> None:
         table = pa.Table.from_batches(self._waiting).unify_dictionaries()

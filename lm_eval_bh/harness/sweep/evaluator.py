@@ -23,6 +23,7 @@ from lm_eval_bh.errors import DataError
 from lm_eval_bh.harness.logs.log_options import LogOptions
 from lm_eval_bh.harness.model import BHLM
 from lm_eval_bh.harness.plugin.registration import MODEL_NAME
+from lm_eval_bh.harness.sweep.exact_bootstrap import exact_bootstrap
 from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig
 from lm_eval_bh.harness.sweep.task_names import are_ours, new_task_manager
 from lm_eval_bh.routing.placement import placement
@@ -59,7 +60,7 @@ class Evaluator:
         self.lm = BHLM.create_from_arg_obj(config.model_args_of(first), options)
         for experiment in experiments:
             config.routing_of(experiment).check_experts(self.lm.integration.num_experts)
-        with _quiet(logging.ERROR):  # custom data sets warn of options that nobody needs
+        with quiet(logging.ERROR):  # custom data sets warn of options that nobody needs
             self._manager = new_task_manager(
                 defaults=not are_ours(config.tasks),
                 metadata=config.model_args_of(first, routing=False),
@@ -109,7 +110,7 @@ class Evaluator:
         # lm-eval tells a task of the model's arguments when it loads it.
         task.set_config("metadata", self._metadata[experiment.task] | model_args)
         tracker = EvaluationTracker(output_path=str(folder))
-        with _quiet(logging.WARNING):
+        with quiet(logging.WARNING), exact_bootstrap():
             results = simple_evaluate(
                 self.lm,
                 model_args=model_args,
@@ -165,7 +166,7 @@ def _commit() -> str | None:
 
 
 @contextmanager
-def _quiet(level: int) -> Iterator[None]:
+def quiet(level: int) -> Iterator[None]:
     """Keep the harness from talking: a sweep has one bar, and a line an experiment.
 
     And from asking anew what machine this is, which takes it a second an experiment, and of which

@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig
 from lm_eval_bh.harness.sweep.sweep_folder import SweepFolder
 from lm_eval_bh.harness.sweep.waiting import Say, saying
+
+if TYPE_CHECKING:
+    from lm_eval_bh.harness.sweep.evaluator import Evaluator
 
 Finished = Callable[[Experiment, float], None]
 
@@ -20,6 +24,7 @@ def run_here(
     finished: Finished,
     device: str | None = None,
     say: Say = print,
+    then: Callable[[Evaluator], None] | None = None,
 ) -> None:
     """Evaluate the experiments one after the other with one loaded model.
 
@@ -39,13 +44,15 @@ def run_here(
         As lm-eval takes it.
     say : callable
         Takes a line once a minute.
+    then : callable or None
+        Called at the end with the loaded model, which is loaded for it where no experiment is left.
     """
     from lm_eval_bh.harness.sweep.evaluator import Evaluator  # torch, transformers, lm-eval
 
-    if not experiments:
+    if not experiments and then is None:
         return
     with saying("the model", say):
-        evaluator = Evaluator(config, experiments, device)
+        evaluator = Evaluator(config, experiments or config.experiments(), device)
     for experiment in evaluator.agree(list(experiments)):
         with folder.alone(experiment) if evaluator.rank == 0 else nullcontext(False) as mine:
             if not evaluator.agree(mine):
@@ -58,3 +65,5 @@ def run_here(
                 evaluator.run(experiment, folder.run(experiment))
             if evaluator.rank == 0:
                 finished(experiment, time.perf_counter() - start)
+    if then is not None:
+        then(evaluator)

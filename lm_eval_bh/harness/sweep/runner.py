@@ -9,7 +9,7 @@ import itertools
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ from lm_eval_bh.schema import SCHEMA_VERSION, ExperimentSummary
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from lm_eval_bh.harness.sweep.evaluator import Evaluator
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def run(
     ray: str | None = None,
     workers: int | None = None,
     say: Say | None = None,
+    then: Callable[[Evaluator], None] | None = None,
 ) -> None:
     """Run what is missing of a sweep, with one progress bar and a line an experiment.
 
@@ -107,6 +110,8 @@ def run(
         Of the Ray cluster.
     say : callable or None
         Takes the lines; None prints them above the bar.
+    then : callable or None
+        See :func:`~lm_eval_bh.harness.sweep.local.run_here`; not called on a Ray cluster.
 
     Raises
     ------
@@ -150,7 +155,7 @@ def run(
             bar.update()
 
         if ray is None:
-            run_here(todo.config, todo.missing, todo.folder, finished, device, meanwhile)
+            run_here(todo.config, todo.missing, todo.folder, finished, device, meanwhile, then)
         else:
             from lm_eval_bh.harness.sweep.cluster import run_on_ray
 
@@ -201,7 +206,8 @@ def summarize(folder: Path, experiment: Experiment, seconds: float) -> Experimen
             f"{folder} must hold one finished experiment, not {found}; run the same command again."
         )
     row = loaded.frame.iloc[0]
-    quality = ["word_perplexity", "byte_perplexity", "target_perplexity", "accuracy"]
+    further = ["word_perplexity", "byte_perplexity", "target_perplexity", "accuracy"]
+    further.append("evaluation_tokens_per_second")
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": str(row["run_id"]),
@@ -212,7 +218,8 @@ def summarize(folder: Path, experiment: Experiment, seconds: float) -> Experimen
         "num_experts": int(row["num_experts"]),
         "dataset": experiment.task,
         "metrics": {
-            name: plain(row[name]) for name in dict.fromkeys([*METRICS, *quality, "mean_experts"])
+            name: plain(row[name])
+            for name in dict.fromkeys([*METRICS, "perplexity_of", *further, "avg_experts"])
         },
         "summary": {
             "total_samples": plain(row["documents"]),
@@ -229,7 +236,7 @@ def line(summary: ExperimentSummary) -> str:
         "word_perplexity": "word perplexity",
         "target_perplexity": "perplexity",
         "accuracy": "accuracy",
-        "mean_experts": "mean experts",
+        "avg_experts": "mean experts",
     }
     shown = [
         f"{label} {value:,.{3 if abs(value) < 1000 else 0}f}"

@@ -26,6 +26,7 @@ from lm_eval_bh.routing.patching.hook import RouterHook
 from lm_eval_bh.routing.patching.patch import Observer, Patch
 from lm_eval_bh.routing.patching.unpatch import put_in, refuse_patched, unpatch
 from lm_eval_bh.routing.policy import Policy, described
+from lm_eval_bh.routing.rich_display import integration_html
 from lm_eval_bh.routing.routers import find_routers, transformers_model
 from lm_eval_bh.routing.selector import Selector
 from lm_eval_bh.routing.target import Solution, solve
@@ -317,6 +318,9 @@ class BHRoutingIntegration:
         self.counters = RoutingCounters(len(self.routers), self.num_experts)
         if self._patch is not None:
             self._patch.counters = self.counters
+
+    def _repr_html_(self) -> str:
+        return integration_html(self)
 
     def _refuse_stale(self) -> None:
         known = None if self.null_model is None else self.null_model.header.fingerprint

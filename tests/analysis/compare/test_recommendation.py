@@ -33,7 +33,7 @@ def tables(*configurations, tasks=(WIKITEXT,), native=True, group=1):
                     "baseline": static,
                     "max_k": experts if static else 8,
                     "native_top_k": 8,
-                    "mean_experts_model": float(experts),
+                    "avg_experts_model": float(experts),
                     "perplexity": 10.0 * ratio,
                     "word_perplexity": None,
                     "target_perplexity": None,
@@ -135,7 +135,7 @@ def test_without_a_perplexity_nothing_is_judged():
 
 def test_unknown_experts_and_analysis_are_not_recommended():
     frame, compared = tables(("BH", 4, 1.0, 1.0), ("BH only looked at", 1, 1.0, 1.0))
-    frame.loc[frame["strategy"] == "BH", "mean_experts_model"] = math.nan
+    frame.loc[frame["strategy"] == "BH", "avg_experts_model"] = math.nan
     frame.loc[frame["strategy"] == "BH only looked at", "mode"] = "analyze"
     found = recommend(frame, compared)[0]
     assert found.chosen.strategy == "top-8"
@@ -144,8 +144,8 @@ def test_unknown_experts_and_analysis_are_not_recommended():
 
 def test_the_unmodified_model_alone():
     frame, compared = tables()
-    frame = frame.assign(mode="native", max_k=pd.NA, native_top_k=pd.NA, mean_experts_model=None)
-    found = recommend(frame.astype({"mean_experts_model": float}), compared)[0]
+    frame = frame.assign(mode="native", max_k=pd.NA, native_top_k=pd.NA, avg_experts_model=None)
+    found = recommend(frame.astype({"avg_experts_model": float}), compared)[0]
     assert found.chosen is None
     assert "run --model hf-bh too" in found.sentence
 

@@ -238,7 +238,7 @@ def frame_of(*rows):
                 "task": "t",
                 "baseline": k is not None,
                 "max_k": k if k is not None else 8,
-                "mean_experts_model": experts,
+                "avg_experts_model": experts,
                 "perplexity": np.nan,
                 "word_perplexity": perplexity,
                 "target_perplexity": np.nan,
@@ -324,7 +324,7 @@ def test_the_table_of_experiments_has_the_matches(write):
     write("bh", loss=2.1, log=True)
     frame = load_experiments([write.folder]).frame
     row = frame[frame["adaptive"] & (frame["task"] == WIKITEXT)].iloc[0]
-    share = (row["mean_experts"] - 2) / 2
+    share = (row["avg_experts"] - 2) / 2
     assert 0 < share < 1
     assert row["matched_metric"] == "perplexity"
     assert row["matched_perplexity"] == pytest.approx(math.exp(3 - share))

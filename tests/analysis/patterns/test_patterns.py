@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from lm_eval_bh.analysis.patterns.clusters import cluster
-from lm_eval_bh.analysis.patterns.complexity import complexity, spearman
+from lm_eval_bh.analysis.patterns.complexity import complexity, spearman, spearman_of_table
 from lm_eval_bh.analysis.patterns.log_counts import Counts
 from lm_eval_bh.analysis.patterns.log_reader import Piece
 from lm_eval_bh.analysis.patterns.specialisation import (
@@ -203,6 +204,63 @@ def test_correlation_is_scipys(pairs):
     assert -1 <= found["low"] <= found["spearman"] <= found["high"] <= 1
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, max_size=40),
+    st.booleans(),
+)
+def test_correlation_of_counted_pairs_is_that_of_the_pairs(pairs, equal):
+    pairs = [(x, x) for x, _ in pairs] if equal else pairs
+    table = np.zeros((6, 6), dtype=np.int64)
+    for pair in pairs:
+        table[pair] += 1
+    expected = spearman(*zip(*pairs, strict=True))
+    found = spearman_of_table(table)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, float):
+            assert found[name] == pytest.approx(value, abs=1e-7)
+        else:
+            assert found[name] == value
+
+
+def with_losses(rows, losses) -> Counts:
+    counts = Counts(["a", "b"], [0, 2], 4, ["x", "y", "unknown"], np.array([0, 1, 0]), 100)
+    counts.add(replace(piece(rows), loss=np.array(losses)))
+    return counts
+
+
+def test_losses_of_tokens_are_counted_by_task_layer_and_experts():
+    tables = with_losses(ROWS, [np.nan, 1.01, np.nan, 1.01, 1e9, -1e-7]).loss_tables()
+    found = {key: np.argwhere(table).tolist() for key, table in tables.items()}
+    assert found == {
+        ("a", 0): [[50, 1]],
+        ("a", 2): [[50, 3]],
+        ("b", 0): [[1023, 1]],
+        ("b", 2): [[0, 2]],
+    }
+    assert counted(ROWS).loss_tables() == {}
+    with pytest.raises(DataError, match="found a loss of -2 nats"):
+        with_losses(ROWS, [-2.0] * 6)
+
+
+def test_experts_go_with_the_loss_of_tokens_in_one_layer_only():
+    rng = np.random.default_rng(0)
+    rows, losses = [], []
+    for _ in range(400):
+        loss = rng.exponential(3.0)
+        hard, drawn = (4 if loss > 2 else 1), int(rng.integers(1, 5))
+        for layer, count in ((0, hard), (2, drawn)):
+            rows.append((0, 0, layer, 0, tuple(range(count))))
+            losses.append(loss)
+    counts = with_losses(rows, losses)
+    documents = pd.DataFrame({"task": ["a"], "mean_experts": 2.0, "loss": np.nan, "loss_unit": ""})
+    table = complexity(documents, counts.token_table(), counts.loss_tables())
+    some = table[table["against"] == "loss of the token"].set_index("layer")
+    assert some["n"].tolist() == [400, 400]
+    assert some["spearman"][0] > 0.8
+    assert some["low"][2] < 0 < some["high"][2]
+
+
 def test_interval_of_a_correlation_holds_what_it_promises():
     rng, rho = np.random.default_rng(0), 0.5
     truth = 6 / math.pi * math.asin(rho / 2)  # Spearman's, of a bivariate normal
@@ -224,7 +282,11 @@ def test_complexity_by_hand():
         }
     )
     tokens = pd.DataFrame({"occurrences": [*range(5, 25), 1], "mean_experts": [*range(20), 99]})
-    table = complexity(documents, tokens.assign(mean_experts=-tokens["mean_experts"]))
+    table = complexity(documents, tokens.assign(mean_experts=-tokens["mean_experts"]), {})
+    unknown = table[table["against"] == "loss of the token"]
+    assert unknown["task"].tolist() == ["a", "b"]
+    assert unknown["reason"].str.startswith("no loss of a token was logged").all()
+    table = table.drop(unknown.index).reset_index()
     assert table["task"].tolist() == ["a", "b", "all"]
     assert table["spearman"].tolist() == pytest.approx([1, np.nan, -1], nan_ok=True)
     assert table["n"].tolist() == [12, 0, 20]  # the token that occurs once does not count

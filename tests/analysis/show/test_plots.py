@@ -54,13 +54,15 @@ def experiment(task, k, alpha=None, variant="BH"):
         "adaptive": not top,
         "mode": "patch",
         "native_top_k": 8,
-        "mean_experts": experts,
-        "mean_experts_model": experts,
+        "avg_experts": experts,
+        "avg_experts_model": experts,
         "perplexity": np.nan if task == "bh_hellaswag" else loss,
         "perplexity_stderr": np.nan if task == "bh_hellaswag" else 0.2,
         "accuracy": np.nan if task == "bh_wikitext" else 0.8 - loss / 100,
         "accuracy_stderr": np.nan if task == "bh_wikitext" else 0.03,
-        "tokens_per_second": 2000 / (2 + experts),
+        "speed_ratio": 10 / (2 + experts),
+        "speed_ratio_low": 9 / (2 + experts),
+        "speed_ratio_high": 12 / (2 + experts),
         "expert_utilization": 0.9 if top else 0.97,
         "gini_coefficient": 0.3,
         "floor_hit_rate": 0.0 if top else 50.0,
@@ -83,7 +85,7 @@ def layers_of(frame, count=16):
         [
             {"run_id": run, "task": task, "layer": layer, "tokens": 10, "mean": mean + layer / 8}
             for run, task, mean in zip(
-                adaptive["run_id"], adaptive["task"], adaptive["mean_experts"], strict=True
+                adaptive["run_id"], adaptive["task"], adaptive["avg_experts"], strict=True
             )
             for layer in range(count)
         ]
@@ -160,7 +162,7 @@ def test_a_panel_draws_or_says_which_run_would_fill_it(drawn):
         messages = messages_of(part)
         if panel in EMPTY.get(name, ()):
             assert not part.axes, panel
-            assert "Run lm_eval" in messages[0] or "lm-eval-bh plot" in messages[0], panel
+            assert "Run lm" in messages[0] or "lm-eval-bh plot" in messages[0], panel
         else:
             assert part.axes, panel
             assert not messages, panel
@@ -192,7 +194,7 @@ def test_lines_show_the_numbers_of_the_table_in_the_colour_of_their_max_k():
     for name, column, task, factor in (
         ("perplexity", "perplexity", "bh_wikitext", 1),
         ("accuracy", "accuracy", "bh_lambada", 100),
-        ("experts", "mean_experts", "bh_wikitext", 1),
+        ("experts", "avg_experts", "bh_wikitext", 1),
     ):
         lines = lines_of(axes_of(panel(name))[0])
         rows = frame[(frame["task"] == task) & frame["adaptive"]]
@@ -223,7 +225,7 @@ def test_every_baseline_is_on_the_pareto_panel():
 def test_small_multiples_share_an_axis_that_holds_all_their_points():
     frame = DATA["full preset"].copy()
     slow = (frame["task"] == "bh_lambada") & frame["baseline"]
-    frame.loc[slow, "tokens_per_second"] /= 100
+    frame.loc[slow, ["speed_ratio", "speed_ratio_low", "speed_ratio_high"]] /= 100
     for axes in axes_of(create_single_panel(frame, "speed")):
         low, high = axes.get_xlim()
         shown = np.concatenate([line.get_xdata() for line in axes.lines])
@@ -253,7 +255,7 @@ def test_static_top_k_stands_beside_every_adaptive_point():
     rows = rows[(rows["task"] == "bh_wikitext") & rows["adaptive"]]
     assert len(rows) == 20
     for _, row in rows.iterrows():
-        face = diamonds[row["mean_experts_model"], row["matched_perplexity"]]
+        face = diamonds[row["avg_experts_model"], row["matched_perplexity"]]
         assert (face == "#ffffff") == (row["matched_by"] == "interpolated")
     missing = axes_of(panel("pareto", "quick run"))[-1].get_xlabel()
     assert "run k=" in missing
@@ -263,7 +265,7 @@ def test_static_top_k_stands_beside_every_adaptive_point():
 def test_cells_and_bars_hold_the_means_over_tasks():
     texts = [text.get_text() for text in axes_of(panel("heatmap"))[0].texts]
     rows = DATA["full preset"]
-    means = rows[rows["adaptive"]].groupby(["max_k", "alpha"])["mean_experts"].mean()
+    means = rows[rows["adaptive"]].groupby(["max_k", "alpha"])["avg_experts"].mean()
     assert texts == [f"{mean:.2f}" if mean < 10 else f"{mean:.1f}" for mean in means]
     bars = axes_of(panel("constraints"))[0].patches
     assert [bar.get_width() for bar in bars] == pytest.approx(
@@ -277,7 +279,7 @@ def test_configurations_that_lack_a_task_are_in_no_mean_over_tasks():
     frame = DATA["full preset"]
     partial = frame.drop(frame.index[(frame["task"] == "bh_lambada") & (frame["alpha"] == 0.3)])
     data = Experiments(partial, None)
-    assert set(data.over_tasks(data.adaptive, ["mean_experts"])["alpha"]) == {0.4, 0.5, 0.6}
+    assert set(data.over_tasks(data.adaptive, ["avg_experts"])["alpha"]) == {0.4, 0.5, 0.6}
 
 
 def test_repeats_are_averaged_and_analyze_runs_are_left_out():
@@ -294,7 +296,7 @@ def test_layers_show_the_middle_level():
     axes = axes_of(panel("layers"))[0]
     marked = [line for line in axes.lines if line.get_marker() not in ("None", "")]
     assert len(marked) == len(SIZES)
-    mean = DATA["full preset"].query("alpha == 0.4 and max_k == 8")["mean_experts"].mean()
+    mean = DATA["full preset"].query("alpha == 0.4 and max_k == 8")["avg_experts"].mean()
     assert marked[0].get_ydata() == pytest.approx(mean + np.arange(16) / 8)
     figure = create_single_panel(DATA["full preset"], "layers")
     assert "lm-eval-bh plot FOLDER" in messages_of(figure.subfigs[0].subfigs[0])[0]
@@ -459,7 +461,7 @@ def test_what_was_solved_for_a_target_is_no_place_on_the_axis_of_levels():
     frame = frame_of([(8,), (8, 0.4), (8, 0.6), (8, 0.47, "BH, target"), (8, 0.53, "BH, target")])
     frame["target_experts"] = frame["alpha"].map({0.47: 4.0, 0.53: 5.0})
     data = Experiments(frame, layers_of(frame))
-    means = data.over_tasks(data.adaptive, ["mean_experts"])
+    means = data.over_tasks(data.adaptive, ["avg_experts"])
     assert means["alpha"].dropna().tolist() == [0.4, 0.6]
     assert means["target_experts"].dropna().tolist() == [4.0, 5.0]
     assert len(data.layers.groupby(["variant", "alpha", "target_experts"], dropna=False)) == 4

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import re
 import shlex
-import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -101,6 +99,7 @@ def test_markdown_holds_every_part(output):
         "Results",
         "Figure",
         "Significance",
+        "Speed",
         "Layers",
         "Calibration",
         "Run it again",
@@ -357,39 +356,6 @@ def test_command_line(write, tmp_path, no_figures):
     assert "results_broken.json" in "".join(Page(read(tmp_path / "o")[1]).texts)
 
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = (
-    "--headless",
-    "--no-sandbox",  # there is none for root
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",  # they would take some of the width
-)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[object]:
-    """Return a headless Chromium."""
-    binary = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    driver = shutil.which("chromedriver")
-    if binary is None or driver is None:
-        pytest.skip("needs Chromium (Debian: apt-get install chromium chromium-driver)")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chromium = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield chromium
-    chromium.quit()
-
-
 @pytest.fixture
 def page(browser, output):
     browser.get((output / "bh_routing_report.html").as_uri())
@@ -419,7 +385,7 @@ def header(page, title: str):
 @pytest.mark.slow
 def test_sorting_in_a_browser(page, runs):
     frame = load_experiments([runs]).frame
-    experts = [f"{value:.2f}" for value in sorted(frame["mean_experts_model"])]
+    experts = [f"{value:.2f}" for value in sorted(frame["avg_experts_model"])]
     assert column(page, "experts") != experts
     button = header(page, "experts").find_element("tag name", "button")
     button.click()

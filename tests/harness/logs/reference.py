@@ -23,6 +23,7 @@ class Reference:
         self.histogram = defaultdict(lambda: [[0] * (experts + 1) for _ in range(layers)])
         self.usage = defaultdict(lambda: [[0] * experts for _ in range(layers)])
         self.cross = defaultdict(lambda: [0] * layers)
+        self.losses = []  # (task, doc_id, request, position, loss in nats or None), once a token
         self.rows = []  # (task, doc_id, request, layer, position, token id, count, experts)
 
     def run(self, instances) -> Reference:
@@ -66,9 +67,13 @@ class Reference:
     def forward(self, instance, tokens, start):
         task, key = instance.task_name, (instance.doc_id, instance.idx)
         with self.routing, torch.no_grad():
-            router_logits = self.lm.model(
-                torch.tensor([tokens]), output_router_logits=True
-            ).router_logits
+            output = self.lm.model(torch.tensor([tokens]), output_router_logits=True)
+        router_logits = output.router_logits
+        scores = output.logits[0].log_softmax(-1)
+        for place, token in enumerate(tokens):
+            known = place > 0 and instance.request_type != "generate_until"
+            loss = -float(scores[place - 1, token]) if known else None
+            self.losses.append((task, *key, start + place, loss))
         before = None
         for layer, logits in enumerate(router_logits):
             p_values = self.null.p_values(layer, logits).numpy()

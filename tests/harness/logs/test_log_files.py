@@ -17,6 +17,10 @@ from lm_eval_bh.harness.model import BHLM
 from lm_eval_bh.schema import experiment_name, read_internal_routing, read_manifest
 
 
+def place_and_loss(row):
+    return (*row[:-1], -1.0 if row[-1] is None else row[-1])
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_token_log_is_the_slow_reference_row_by_row(run, reference, tmp_path, batch_size):
     results = run(f"log_routing=full,log_dir={tmp_path},log_logits=True", batch_size=batch_size)
@@ -37,6 +41,12 @@ def test_the_token_log_is_the_slow_reference_row_by_row(run, reference, tmp_path
         for r in table
     ]
     assert sorted(found) == sorted(reference.rows)
+    names = ("task", "doc_id", "request", "position")
+    losses = [(*(r[name] for name in names), r["loss"]) for r in table if r["layer"] == 0]
+    known = sorted(reference.losses, key=place_and_loss)
+    for row, expected in zip(sorted(losses, key=place_and_loss), known, strict=True):
+        assert row[:-1] == expected[:-1]
+        assert row[-1] == (expected[-1] and pytest.approx(expected[-1], rel=1e-4, abs=1e-5))
     for row in table:
         assert len(row["weights"]) == row["count"]
         assert sum(row["weights"]) <= 1 + 1e-5

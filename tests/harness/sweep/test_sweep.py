@@ -77,7 +77,7 @@ def table(folder):
 
     loaded = load_experiments([folder])
     assert not loaded.problems
-    own = ["run_id", "file", "seconds", "tokens_per_second", "latency_ms_per_token"]
+    own = ["run_id", "file", "seconds", "evaluation_tokens_per_second"]
     return loaded.frame.drop(columns=own).sort_values("strategy").reset_index(drop=True)
 
 

@@ -351,12 +351,17 @@ class TestOneFamilyAtWork:
 
 
 class TestMass:
-    def test_kept_weights_are_multiplied_by_the_share_to_its_power(self, tiny, ids, made):
+    @pytest.mark.parametrize("temperature", [1.0, 1.5])
+    def test_kept_weights_are_multiplied_by_the_share_to_its_power(
+        self, tiny, ids, made, temperature
+    ):
         for options in (
             {"rule": "topk", "max_k": 3},
             {"rule": "min_w", "alpha": 0.03},
+            {"rule": "min_w", "alpha": 0.03, "max_k": 5},
             {"rule": "min_w", "alpha": 0.01, "statistic": "benefit"},
         ):
+            options |= {"temperature": temperature}
             if "statistic" in options:
                 options |= {"null_model": made("benefit")}
             seen = {}
@@ -367,7 +372,7 @@ class TestMass:
                 with routing, torch.no_grad():
                     tiny(ids)
             (_, logits, plain), *_ = seen[None]
-            native = torch.softmax(logits, -1).topk(8).values.sum(-1, keepdim=True)
+            native = torch.softmax(logits / temperature, -1).topk(8).values.sum(-1, keepdim=True)
             kept = plain.weights.sum(-1, keepdim=True)
             for mass in (0.0, 0.5, 1.0):
                 weights = seen[mass][0][2].weights

@@ -163,11 +163,11 @@ def alpha_ticks(axes: Axes, alphas: pd.Series) -> None:
 
 def experts(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
     """Draw mean experts against alpha; the right axis shows the saving against native top-k."""
-    means = data.over_tasks(data.adaptive[data.adaptive["alpha"].notna()], ["mean_experts"])
+    means = data.over_tasks(data.adaptive[data.adaptive["alpha"].notna()], ["avg_experts"])
     if not len(means):
         raise NoDataError(NO_ADAPTIVE)
     axes = figure.subplots()
-    _lines(axes, means.assign(value=means["mean_experts"]), style)
+    _lines(axes, means.assign(value=means["avg_experts"]), style)
     drawn = [*means["low"], *means["high"]]
     if data.native:
         colour = style.colour(data.native)
@@ -202,10 +202,10 @@ def heat_map(figure: SubFigure, data: Experiments, style: Style, labels: Labels)
     if not len(rows):
         raise NoDataError(NO_ADAPTIVE)
     variant = rows["variant"].value_counts().index[0]
-    means = data.over_tasks(rows[rows["variant"] == variant], ["mean_experts"])
+    means = data.over_tasks(rows[rows["variant"] == variant], ["avg_experts"])
     if not len(means):
         raise NoDataError("No routing log yet. Run lm_eval --model hf-bh with log_routing=summary.")
-    table = means.pivot(index="max_k", columns="alpha", values="mean_experts")
+    table = means.pivot(index="max_k", columns="alpha", values="avg_experts")
     axes = figure.subplots()
     axes.grid(visible=False)
     low, high = float(np.nanmin(table)), float(np.nanmax(table))

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_bh.analysis.table.matched_budget import matched_budget
-from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES, perplexity_column
+from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES, own_perplexities, perplexity_column
 from lm_eval_bh.errors import DataError
 
 REQUIRED = ("task", "strategy", "rule", "max_k", "baseline", "adaptive")
@@ -17,11 +17,13 @@ NUMBERS = (
     "target_experts",
     "max_k",
     "native_top_k",
-    "mean_experts",
-    "mean_experts_model",
+    "avg_experts",
+    "avg_experts_model",
     "accuracy",
     "accuracy_stderr",
-    "tokens_per_second",
+    "speed_ratio",
+    "speed_ratio_low",
+    "speed_ratio_high",
     "expert_utilization",
     "gini_coefficient",
     "floor_hit_rate",
@@ -120,6 +122,7 @@ class Experiments:
 
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the columns that panels use, with the types that a CSV loses."""
+    frame = own_perplexities(frame)
     rows = frame.reindex(
         columns=list(dict.fromkeys((*REQUIRED, *NUMBERS, *TEXTS, "configuration")))
     )
@@ -138,8 +141,8 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
     rows["dataset"] = rows["dataset"].where(rows["dataset"].notna(), rows["task"])
     rows["variant"] = rows["variant"].where(rows["variant"].notna(), rows["rule"])
     rows["mode"] = rows["mode"].where(rows["mode"].notna(), "patch")
-    known = rows["mean_experts_model"].notna()
-    rows["mean_experts_model"] = rows["mean_experts_model"].where(known, rows["mean_experts"])
+    known = rows["avg_experts_model"].notna()
+    rows["avg_experts_model"] = rows["avg_experts_model"].where(known, rows["avg_experts"])
     if "matched_by" not in frame:
         matched = matched_budget(rows.assign(group=1))
         for name in ("matched_by", "matched_metric"):

@@ -41,20 +41,20 @@ def pareto(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -
         "No perplexity with a number of experts yet. Run lm_eval --model hf-bh on bh_wikitext, "
         "with rule=topk too."
     )
-    for axes, rows, column in _perplexity_axes(figure, data, "mean_experts_model", missing):
+    for axes, rows, column in _perplexity_axes(figure, data, "avg_experts_model", missing):
         matched = rows[rows["matched_by"].notna() & (rows["matched_metric"] == column)]
         beside = matched["matched_perplexity"]
-        _scatter(axes, rows, "mean_experts_model", column, style, labels, list(beside))
-        front = pareto_front(rows["mean_experts_model"].to_numpy(), rows[column].to_numpy())
+        _scatter(axes, rows, "avg_experts_model", column, style, labels, list(beside))
+        front = pareto_front(rows["avg_experts_model"].to_numpy(), rows[column].to_numpy())
         axes.step(
-            *rows.iloc[front][["mean_experts_model", column]].to_numpy().T,
+            *rows.iloc[front][["avg_experts_model", column]].to_numpy().T,
             where="post",
             zorder=1,
             solid_capstyle="butt",
             **FRONT,
         )
         for _, row in matched.iterrows():
-            x, ours, theirs = row["mean_experts_model"], row[column], row["matched_perplexity"]
+            x, ours, theirs = row["avg_experts_model"], row[column], row["matched_perplexity"]
             axes.plot([x, x], [ours, theirs], color=NEUTRAL, linewidth=0.6, zorder=1)
             face = NEUTRAL if row["matched_by"] == "measured" else "white"
             axes.plot(x, theirs, "d", color=NEUTRAL, markerfacecolor=face, markersize=3.5, zorder=2)
@@ -65,24 +65,44 @@ def pareto(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -
 def _unmatched(data: Experiments) -> str:
     """Return which static top-k should be run, if some points have none beside them."""
     scored = data.adaptive[list(PERPLEXITIES)].notna().any(axis=1)
-    scored &= data.adaptive["mean_experts_model"].notna()  # unknown where nothing was logged
+    scored &= data.adaptive["avg_experts_model"].notna()  # unknown where nothing was logged
     alone = data.adaptive[scored & data.adaptive["matched_by"].isna()]
     if not len(alone):
         return ""
-    low, high = alone["mean_experts_model"].min(), alone["mean_experts_model"].max()
+    low, high = alone["avg_experts_model"].min(), alone["avg_experts_model"].max()
     wanted = sorted({max(1, math.floor(low)), math.ceil(high)})
     return "\n(static top-k to compare with: run " + " and ".join(f"k={k}" for k in wanted) + ")"
 
 
 def speed(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
-    """Draw perplexity against tokens per second of forward passes."""
+    """Draw perplexity against how many times as fast a configuration is as the model as it is.
+
+    Bars along the axis are the intervals of the ratios: one that crosses the line at 1 shows no
+    difference. Ratios come from the speed phase alone.
+    """
     missing = (
-        "No perplexity with a speed yet. Run lm_eval --model hf-bh on bh_wikitext with "
-        "log_routing=summary; the stock model logs no forward times."
+        "No perplexity with a speed ratio yet. Run lm-eval-bh sweep with --speed, or lm-eval-bh "
+        "bench on the task, and aggregate both."
     )
-    for axes, rows, column in _perplexity_axes(figure, data, "tokens_per_second", missing):
-        _scatter(axes, rows, "tokens_per_second", column, style, labels)
-    axes.set_xlabel("tokens per second, forward passes")
+    drawn = _perplexity_axes(figure, data, "speed_ratio", missing)
+    ratios = ["speed_ratio", "speed_ratio_low", "speed_ratio_high"]
+    along = [1.0, *np.concatenate([rows[ratios].to_numpy().ravel() for _, rows, _ in drawn])]
+    for axes, rows, column in drawn:
+        _scatter(axes, rows, "speed_ratio", column, style, labels)
+        for _, row in rows.dropna(subset=["speed_ratio_low", "speed_ratio_high"]).iterrows():
+            at, _ = beyond(axes, row[column])
+            axes.plot(
+                [row["speed_ratio_low"], row["speed_ratio_high"]],
+                [at, at],
+                color=style.colour(row["max_k"]),
+                linewidth=0.9,
+                marker="|",
+                markersize=4,
+                zorder=2,
+            )
+        axes.axvline(1.0, color=NEUTRAL, linewidth=0.8, zorder=1)
+        fit_scale(axes, "x", along)  # all tasks share it
+    axes.set_xlabel("times as fast as the model as it is (prefill)")
     figure.supylabel("perplexity", fontsize="medium")
 
 

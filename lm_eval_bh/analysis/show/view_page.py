@@ -1,0 +1,123 @@
+"""The page on which routing can be seen, token by token: one file that loads nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypedDict
+
+from lm_eval_bh.errors import ParameterError
+from lm_eval_bh.files import write_text
+
+# An expert, its weight, what it was decided by, and the limit of that; None where unknown.
+Row = tuple[int, float | None, float | None, float | None]
+DIGITS = 4  # significant ones of what the page shows
+
+
+class ViewText(TypedDict):
+    """A text: its name, and its tokens as text and as ids (None where those are unknown)."""
+
+    title: str
+    tokens: list[str]
+    ids: list[int | None]
+
+
+class ViewLayer(TypedDict):
+    """What a layer decided on a text.
+
+    ``score`` and ``limit`` name the last two columns of the rows, or are None. Of each token,
+    ``counts`` says how many experts serve, and ``rows`` has one for each of them, best first, and
+    possibly one more: the first expert that was left out.
+    """
+
+    layer: int
+    score: str | None
+    limit: str | None
+    counts: list[int]
+    rows: list[list[Row]]
+
+
+class ViewRouted(TypedDict):
+    """A text under a configuration: its layers, and each token's loss in nats, if known."""
+
+    loss: list[float | None]
+    layers: list[ViewLayer]
+
+
+class ViewRun(TypedDict):
+    """A configuration, and what it decided on each of the texts, in their order."""
+
+    label: str
+    model: str
+    experts: int
+    max_k: int
+    texts: list[ViewRouted]
+
+
+def short(value: float | None) -> float | None:
+    """Return a number with as many digits as the page shows; None for what is not finite."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.{DIGITS}g}")
+
+
+def check_same_layers(runs: Sequence[ViewRun]) -> None:
+    """Raise :class:`ParameterError` if the configurations route different layers."""
+    layers = [[layer["layer"] for layer in run["texts"][0]["layers"]] for run in runs]
+    if any(some != layers[0] for some in layers):
+        raise ParameterError(
+            "The two configurations route different layers, so these cannot stand side by side: "
+            "give both the same layers=."
+        )
+
+
+def view_page(title: str, texts: Sequence[ViewText], runs: Sequence[ViewRun]) -> str:
+    """Return the page as HTML.
+
+    Parameters
+    ----------
+    title : str
+        Of the page.
+    texts : sequence of ViewText
+        At least one.
+    runs : sequence of ViewRun
+        One, or two that are shown side by side: A and B.
+
+    Raises
+    ------
+    ParameterError
+        If they route different layers.
+    """
+    check_same_layers(runs)
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    loader = PackageLoader("lm_eval_bh.analysis.show", "templates")
+    environment = Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+    def asset(name: str) -> str:
+        return Markup(loader.get_source(environment, name)[0])
+
+    text = json.dumps({"texts": texts, "runs": runs}, allow_nan=False, separators=(",", ":"))
+    data = Markup(text.replace("<", "\\u003c"))  # nothing in it may end the script
+    return environment.get_template("view.html.j2").render(
+        page={"title": title, "texts": texts, "runs": runs},
+        data=data,
+        version=version("lm-eval-bh"),
+        asset=asset,
+    )
+
+
+def write_view(path: Path, title: str, texts: Sequence[ViewText], runs: Sequence[ViewRun]) -> Path:
+    """Write the page, whole or not at all, and return its path."""
+    return write_text(path, view_page(title, texts, runs))

@@ -1,0 +1,126 @@
+"""``lm-eval-bh bench``: how fast configurations are, measured against the model as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lm_eval_bh.cli.interrupts import NOTHING_HALF_WRITTEN, on_interrupt
+from lm_eval_bh.cli.options import LARGEST_SEED, Device, Pretrained
+from lm_eval_bh.cli.printing import say, say_written, show
+from lm_eval_bh.cli.word_lists import words
+from lm_eval_bh.files import check_output
+
+if TYPE_CHECKING:
+    from lm_eval_bh.schema import SpeedFile
+
+
+def bench(
+    configurations: Annotated[
+        list[str],
+        typer.Argument(help="What to measure: model_args such as alpha=0.4,max_k=8, or policies."),
+    ],
+    pretrained: Pretrained,
+    tasks: Annotated[str, typer.Option(help="Tasks whose text is fed: bh_demo.")] = "bh_demo",
+    model_args: Annotated[
+        str, typer.Option(help="Arguments of the model, the same for all: dtype=bfloat16.")
+    ] = "",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a prefill.")] = 8,
+    batches: Annotated[int, typer.Option(min=1, help="Batches of a prefill.")] = 4,
+    documents: Annotated[int, typer.Option(min=1, help="Documents that they are made of.")] = 64,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens before those decoded.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens decoded.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Runs of each; 7 or more, the median counts.")] = 9,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the rounds' order.")] = 0,
+    device: Device = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder for bh_speed.json, which aggregate joins.")
+    ] = None,
+) -> None:
+    """Measure configurations in shuffled rounds, in one process, on the same text.
+
+    Each is compared with the model as it is in the same round; an interval that holds 1 shows no
+    difference.
+    """
+    with on_interrupt(NOTHING_HALF_WRITTEN):
+        from lm_eval.utils import simple_parse_args_string
+
+        from lm_eval_bh.errors import ParameterError
+        from lm_eval_bh.harness.sweep.task_names import are_ours, expand_tasks, new_task_manager
+        from lm_eval_bh.routing.parameters import canonical
+        from lm_eval_bh.speed.contestants import (
+            OF_A_CONFIGURATION,
+            arguments_of_one,
+            check_configurations,
+        )
+        from lm_eval_bh.speed.phase import SpeedSettings, measure, speed_file, write
+
+        settings = SpeedSettings(rounds, batches, documents, prompt, steps, seed)
+        given = [arguments_of_one(text) for text in configurations]
+        check_configurations(given)
+        common = canonical(dict(simple_parse_args_string(model_args)))
+        if own := sorted(common.keys() & OF_A_CONFIGURATION):
+            raise ParameterError(
+                f"--model-args sets {own[0]}, which is of a configuration: give it there."
+            )
+        if output_dir is not None:
+            check_output(output_dir, "--output-dir", folder=True)
+        names = expand_tasks(words(tasks))
+        if not names:
+            raise ParameterError("There is no task whose text is fed: give --tasks bh_demo.")
+
+        from lm_eval_bh.harness.model import BHLM
+
+        # Its own routing is taken out: the least that every model can do.
+        plain: dict[str, Any] = {"rule": "topk", "max_k": 1, "log_routing": "off"}
+        lm = BHLM.create_from_arg_obj(
+            {"pretrained": pretrained, **common, **plain}, {"device": device}
+        )
+        loaded = new_task_manager(defaults=not are_ours(names)).load(names)["tasks"]
+        found = measure(lm, pretrained, loaded, given, batch_size=batch_size, settings=settings)
+        print_speeds([found])
+        if output_dir is not None:
+            say_written([write(found, speed_file(output_dir))])
+
+
+def print_speeds(files: list[SpeedFile]) -> None:
+    """Print a table for each task and workload, and under what conditions it was measured."""
+    import pandas as pd
+    from rich import box
+    from rich.table import Table
+
+    from lm_eval_bh.analysis.table.speed_phase import conditions, speed_frame
+
+    for (task, workload), rows in speed_frame(files).groupby(["task", "workload"], sort=False):
+        table = Table(
+            title=f"{task}, {workload}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        )
+        table.add_column("configuration", no_wrap=True)
+        table.add_column("tokens\n/s", justify="right", no_wrap=True)
+        table.add_column("ms a\npass", justify="right", no_wrap=True)
+        table.add_column("times as fast", justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        table.add_column("rows a\ntoken", justify="right", no_wrap=True)
+        table.add_column("times\nfloor", justify="right", no_wrap=True)
+        for _, row in rows.iterrows():
+            ends = f" [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]" if row["verdict"] else ""
+            known, floor = row["expert_rows_per_token"], row["times_floor"]
+            table.add_row(
+                row["strategy"],
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['ms_per_pass']:.3g}",
+                f"{row['ratio']:.2f}{ends}",
+                row["verdict"],
+                "" if pd.isna(known) else f"{known:.2f}{'' if row['rows_counted'] else '*'}",
+                "" if pd.isna(floor) else f"{floor:.1f}",
+            )
+        table.caption = (
+            "Rows: one expert applied to one token. * as selected: transformers' own code computed "
+            "them, uncounted"
+        )
+        table.caption_justify = "left"
+        show(table)
+    for file in files:
+        say(conditions(file))

@@ -1,0 +1,124 @@
+"""The configurations that run against each other, each ready to be put into the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval_bh.errors import ParameterError
+from lm_eval_bh.harness.arguments import ROUTING_ARGUMENTS, routing_config
+from lm_eval_bh.harness.logs.run_info import described_routing
+from lm_eval_bh.harness.preflight import given_null_model
+from lm_eval_bh.routing.parameters import canonical
+from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
+from lm_eval_bh.routing.policy import Policy, check_alone
+from lm_eval_bh.schema import SpeedConfiguration
+
+NATIVE = "native"
+OF_A_CONFIGURATION = ROUTING_ARGUMENTS | {"policy", "experts_implementation"}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A configuration: its name, and what puts it into the model; None for the model as it is."""
+
+    name: str
+    integration: BHRoutingIntegration | None
+
+    @contextmanager
+    def at_work(self) -> Iterator[BHRoutingIntegration | None]:
+        """Route this way while the block lasts."""
+        with nullcontext() if self.integration is None else self.integration as routing:
+            yield routing
+
+    def describe(self) -> SpeedConfiguration:
+        """Return what readers of the file must know."""
+        routing = None if self.integration is None else described_routing(self.integration)
+        return {"name": self.name, "routing": None if routing is None else dict(routing)}
+
+
+def arguments_of_one(text: str) -> dict[str, Any]:
+    """Return the arguments that a word of the command line stands for: a policy, or model_args.
+
+    Raises
+    ------
+    ParameterError
+        If it says nothing, or sets what must be the same for all.
+    """
+    if "=" not in text or Path(text).is_file():
+        return {"policy": text}
+    from lm_eval.utils import simple_parse_args_string
+
+    given = canonical(dict(simple_parse_args_string(text)))
+    if foreign := sorted(given.keys() - OF_A_CONFIGURATION):
+        raise ParameterError(
+            f"The configuration {text!r} sets {foreign[0]}, which must be the same for all: "
+            "give it in --model-args."
+        )
+    return given
+
+
+def name_of(arguments: Mapping[str, Any]) -> str:
+    """Return a name for the routing arguments of a configuration, whatever their order."""
+    given = sorted((n, v) for n, v in arguments.items() if n in OF_A_CONFIGURATION)
+    return ",".join(f"{name}={value}" for name, value in given)
+
+
+def check_configurations(configurations: Sequence[Mapping[str, Any]]) -> None:
+    """Raise what making the contestants would raise before weights load.
+
+    Raises
+    ------
+    ParameterError, NullModelError, PolicyError
+        If there is none, one is named twice, or an argument cannot serve.
+    """
+    if not configurations:
+        raise ParameterError(
+            "There is no configuration to measure: give model_args such as alpha=0.4,max_k=8, or "
+            "policy files."
+        )
+    names = [name_of(one) for one in configurations]
+    for name in names:
+        if names.count(name) > 1:
+            raise ParameterError(f"The configuration {name} is named twice: name it once.")
+    for one in configurations:
+        _loaded(one)
+
+
+def _loaded(arguments: Mapping[str, Any]) -> tuple[Policy | None, dict[str, Any]]:
+    """Return the policy, if any, and the arguments of the integration."""
+    given = {n: v for n, v in canonical(arguments).items() if n in OF_A_CONFIGURATION}
+    experts = given.pop("experts_implementation", "auto")
+    path = given.pop("policy", None)
+    if path is not None:
+        check_alone(given)
+        return Policy.load(path), {"experts_implementation": experts}
+    null = given_null_model(given.get("null_model"))
+    return None, {
+        "config": routing_config(given),
+        "null_model": null,
+        "experts_implementation": experts,
+    }
+
+
+def contestants(lm: Any, configurations: Iterable[Mapping[str, Any]]) -> list[Contestant]:
+    """Return the model as it is, and each configuration, in an order that is always the same.
+
+    Parameters
+    ----------
+    lm : HFLM
+        Its model must not be patched: null models may be calibrated on it, and targets solved.
+    configurations : iterable of mapping
+        The arguments of ``hf-bh`` for each; those that are not of routing are not looked at.
+    """
+    found = [Contestant(NATIVE, None)]
+    for arguments in sorted(configurations, key=name_of):
+        policy, options = _loaded(arguments)
+        integration = BHRoutingIntegration(
+            lm.model, policy=policy, collect_stats=False, tokenizer=lm.tokenizer, **options
+        )
+        found.append(Contestant(name_of(arguments), integration))
+    return found

@@ -1,0 +1,61 @@
+"""Counts what the experts of a model are given, whichever routing is at work."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class ExpertWork:
+    """Counts expert rows, and experts whose weights a pass must read, while it is entered.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Whose experts are stacked in one module a layer, as transformers has them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules: list[Any] = [
+            module for module in model.modules() if hasattr(module, "_is_expert_parallel")
+        ]
+        self._handles: list[Any] = []
+        self.reset()
+
+    @property
+    def rows(self) -> int | None:
+        """One expert applied to one token; None for a model without such modules."""
+        return self._rows if self._modules else None
+
+    @property
+    def touched(self) -> int | None:
+        """Pairs of a pass and an expert of a layer with at least one token; None likewise."""
+        return self._touched if self._modules else None
+
+    def reset(self) -> None:
+        """Count from here on."""
+        self._rows = self._touched = 0
+
+    def __enter__(self) -> ExpertWork:
+        for module in self._modules:
+            handle = module.register_forward_pre_hook(self._count, with_kwargs=True)
+            self._handles.append(handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _count(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        indices: Tensor = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+        used = indices[indices < module.num_experts]
+        self._rows += used.numel()
+        self._touched += used.unique().numel()

@@ -1,0 +1,115 @@
+"""The time that no implementation can beat: arithmetic, or reading the weights that are needed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device can do at best.
+
+    Attributes
+    ----------
+    matmul_rate : float
+        FLOP a second, of a large matrix product.
+    copy_rate, read_rate : float
+        Bytes a second, of a copy (both ways counted) and of reading alone.
+    """
+
+    matmul_rate: float
+    copy_rate: float
+    read_rate: float
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second: weights are only read, so copying is too slow a yardstick for them."""
+        return max(self.copy_rate, self.read_rate)
+
+    def floor(self, flops: float, bytes_read: float) -> float:
+        """Return the seconds that this work takes at least."""
+        return max(flops / self.matmul_rate, bytes_read / self.bandwidth)
+
+
+def measure_machine(
+    dtype: torch.dtype,
+    device: torch.device,
+    now: Callable[[], float] = time.perf_counter,
+    elements: int = 2**27,
+) -> Machine:
+    """Measure a device, the best of :data:`REPEATS` each.
+
+    Parameters
+    ----------
+    elements : int
+        Of the float32 array that is copied and read; it must not fit into a cache.
+    """
+    a = torch.randn(1024, 2048, device=device).to(dtype)
+    b = torch.randn(2048, 4096, device=device).to(dtype)
+    source = torch.ones(elements, device=device)
+    target = torch.empty_like(source)
+
+    def best(work: Callable[[], Any]) -> float:
+        seconds = []
+        for _ in range(REPEATS):
+            wait_for(device)
+            start = now()
+            work()
+            wait_for(device)
+            seconds.append(now() - start)
+        return min(seconds)
+
+    size = source.numel() * source.element_size()
+    return Machine(
+        2 * 1024 * 2048 * 4096 / best(lambda: a @ b),
+        2 * size / best(lambda: target.copy_(source)),
+        size / best(source.sum),
+    )
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The sizes of a model's weights.
+
+    Attributes
+    ----------
+    dense_bytes : int
+        Of the parameters that every token needs: all but the experts and the embeddings.
+    expert_bytes, expert_elements : int
+        Of one expert of one layer, whose every element is a multiply-add for a token.
+    """
+
+    dense_bytes: int
+    expert_bytes: int
+    expert_elements: int
+
+
+def weights_of(model: nn.Module, num_experts: int) -> Weights | None:
+    """Return the sizes; None for a family whose experts are not stacked in one module a layer."""
+    experts = [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
+    if not experts:
+        return None
+    of_experts = {id(p): p for module in experts for p in module.parameters()}
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    skipped = set() if embedding is None else {id(p) for p in embedding.parameters()}
+    dense = [p for p in model.parameters() if id(p) not in of_experts and id(p) not in skipped]
+    stacked = len(experts) * num_experts
+    return Weights(
+        sum(p.numel() * p.element_size() for p in dense),
+        sum(p.numel() * p.element_size() for p in of_experts.values()) // stacked,
+        sum(p.numel() for p in of_experts.values()) // stacked,
+    )

@@ -1,0 +1,130 @@
+"""What is measured: reading whole texts (prefill), and writing token by token (decode)."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm_eval_bh.routing.routers import transformers_model
+from lm_eval_bh.speed.floor import wait_for
+
+
+class Workload(ABC):
+    """The same tokens for every configuration.
+
+    Attributes
+    ----------
+    name, task : str
+        What it is called, and whose text it is.
+    batch_size, passes, tokens : int
+        Rows of a batch; forward passes of a measurement, and the tokens in all of them.
+    """
+
+    def __init__(self, name: str, task: str, batch_size: int, passes: int, tokens: int) -> None:
+        self.name, self.task = name, task
+        self.batch_size, self.passes, self.tokens = batch_size, passes, tokens
+
+    @abstractmethod
+    def prepare(self, model: Any) -> Any:
+        """Do what comes before the clock starts, and return what :meth:`run` needs of it."""
+
+    @abstractmethod
+    def run(self, model: Any, prepared: Any) -> None:
+        """Do what is measured."""
+
+    def seconds(
+        self,
+        model: Any,
+        now: Callable[[], float] = time.perf_counter,
+        about_to_run: Callable[[], None] = lambda: None,
+    ) -> float:
+        """Return how long :meth:`run` takes; ``about_to_run`` is called right before it."""
+        prepared = self.prepare(model)
+        wait_for(model.device)
+        about_to_run()
+        start = now()
+        self.run(model, prepared)
+        wait_for(model.device)
+        return now() - start
+
+
+class Prefill(Workload):
+    """One pass over each of some batches, int64 ``[rows, length]``, without a cache."""
+
+    def __init__(self, task: str, batches: Sequence[Tensor]) -> None:
+        tokens = sum(batch.numel() for batch in batches)
+        super().__init__("prefill", task, len(batches[0]), len(batches), tokens)
+        self._batches = batches
+
+    def prepare(self, model: Any) -> list[Tensor]:
+        """Bring the tokens to the device."""
+        return [batch.to(model.device) for batch in self._batches]
+
+    def run(self, model: Any, prepared: list[Tensor]) -> None:
+        """Read every batch."""
+        for batch in prepared:
+            model(batch, use_cache=False)
+
+
+class Decode(Workload):
+    """One token a pass for every row, behind a prompt that is in the cache already.
+
+    What is fed is the text's own continuation: what a configuration would write differs from one to
+    the next, and so would its work.
+
+    Parameters
+    ----------
+    rows : int64 [batch size, prompt + 1 + steps]
+        The first step behind the prompt is not timed.
+    """
+
+    def __init__(self, task: str, rows: Tensor, prompt: int) -> None:
+        size, steps = len(rows), rows.shape[1] - prompt - 1
+        super().__init__(f"decode {size}", task, size, steps, size * steps)
+        self._rows, self._prompt = rows, prompt
+
+    def prepare(self, model: Any) -> tuple[Any, list[Tensor]]:
+        """Read the prompt, and write one token."""
+        rows = self._rows.to(model.device)
+        read = model(rows[:, : self._prompt], use_cache=True)
+        first, *steps = rows[:, self._prompt :].split(1, dim=1)
+        read = model(first, past_key_values=read.past_key_values, use_cache=True)
+        return read.past_key_values, steps
+
+    def run(self, model: Any, prepared: tuple[Any, list[Tensor]]) -> None:
+        """Write the other tokens."""
+        cache, steps = prepared
+        for step in steps:
+            cache = model(step, past_key_values=cache, use_cache=True).past_key_values
+
+
+@torch.no_grad()
+def dense_flops(workload: Workload, model: Any, rows: int, expert_elements: int) -> int:
+    """Count the FLOPs of a workload without its experts.
+
+    Parameters
+    ----------
+    model : nn.Module
+        As it is; its experts are computed one by one here, so that nothing but ``rows`` is counted.
+    rows : int
+        Expert rows that it computes in this workload.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    whole = transformers_model(model)
+    before = whole.get_experts_implementation()
+    whole.set_experts_implementation("eager")
+    try:
+        prepared = workload.prepare(model)
+        # Fused attention is not counted on every device.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            workload.run(model, prepared)
+    finally:
+        whole.set_experts_implementation(before)
+    return max(0, int(counter.get_total_flops()) - 2 * rows * expert_elements)

@@ -1,0 +1,158 @@
+"""``lm_eval_bh.view``: the page of a text as an object, which notebooks show."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_eval_bh.analysis.show.view_page import ViewRun, ViewText, view_page
+from lm_eval_bh.analysis.table.strategy_names import strategy_label
+from lm_eval_bh.errors import DataError, ParameterError
+from lm_eval_bh.files import as_path, write_text
+from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
+from lm_eval_bh.routing.routers import transformers_model
+from lm_eval_bh.routing.rules.registry import RULES
+from lm_eval_bh.viewing.routed_text import route_text
+
+HEIGHT = 720  # pixels of the frame in a notebook
+
+
+@dataclass(frozen=True)
+class View:
+    """A page on which the routing of texts can be seen.
+
+    Attributes
+    ----------
+    title : str
+        Of the page.
+    texts, runs : list
+        What it shows, see :mod:`~lm_eval_bh.analysis.show.view_page`.
+    """
+
+    title: str
+    texts: list[ViewText] = field(repr=False)
+    runs: list[ViewRun] = field(repr=False)
+
+    @property
+    def html(self) -> str:
+        """The whole page."""
+        return view_page(self.title, self.texts, self.runs)
+
+    def save(self, path: Path | str) -> Path:
+        """Write the page, whole or not at all, and return its path."""
+        return write_text(as_path(path), self.html)
+
+    def _repr_html_(self) -> str:
+        page = html.escape(self.html)
+        return (
+            f'<iframe title="{html.escape(self.title)}" sandbox="allow-scripts" '
+            f'style="width: 100%; height: {HEIGHT}px; border: 0" srcdoc="{page}"></iframe>'
+        )
+
+
+def view(
+    integration: BHRoutingIntegration,
+    tokenizer: Any,
+    text: str | Sequence[str],
+    *,
+    against: RoutingConfig | None = None,
+    tokens: int = 256,
+) -> View:
+    """Show which experts serve each token of a text, layer by layer.
+
+    Parameters
+    ----------
+    integration : BHRoutingIntegration
+        Patched or not; it is left as it was.
+    tokenizer : transformers tokenizer
+        The model's.
+    text : str or sequence of str
+        One text, or several to choose from.
+    against : RoutingConfig, optional
+        Another configuration, shown beside the integration's own.
+    tokens : int
+        Most tokens of each text.
+
+    Returns
+    -------
+    View
+        Notebooks show it; :meth:`View.save` writes the page.
+
+    Raises
+    ------
+    ParameterError
+        If a parameter is out of range, or the configurations route different layers.
+    DataError
+        If a text is empty.
+
+    Examples
+    --------
+    >>> lm_eval_bh.view(routing, tokenizer, "The tide is high.").save("tide.html")
+    """
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 2:
+        raise ParameterError(f"tokens must be a whole number from 2: found {tokens!r}.")
+    if against is not None and not isinstance(against, RoutingConfig):
+        raise ParameterError(f"against must be a RoutingConfig: found {against!r:.60}.")
+    given = [text] if isinstance(text, str) else list(text)
+    if not given or not all(isinstance(one, str) for one in given):
+        raise ParameterError("text must be a string, or a sequence of strings that is not empty.")
+    texts = tokenized(tokenizer, [tokenizer.encode(one)[:tokens] for one in given])
+    runs = [routed(integration, texts)]
+    if against is not None:
+        with _configured(integration, against):
+            runs.append(routed(integration, texts))
+    made = View(f"Routing of {runs[0]['model']}", texts, runs)
+    made.html  # noqa: B018  # raises here what it must, not when a notebook shows it
+    return made
+
+
+def tokenized(tokenizer: Any, ids: Sequence[Sequence[int]]) -> list[ViewText]:
+    """Return texts for the page from their token ids.
+
+    Raises
+    ------
+    DataError
+        If one has no tokens.
+    """
+    if not all(ids):
+        raise DataError("A text has no tokens: give one that is not empty.")
+    return [
+        {
+            "title": f"document {number}" if len(ids) > 1 else "the text",
+            "tokens": [tokenizer.decode([token]) for token in of_text],
+            "ids": list(of_text),
+        }
+        for number, of_text in enumerate(ids, start=1)
+    ]
+
+
+def routed(
+    integration: BHRoutingIntegration, texts: Sequence[ViewText], name: str | None = None
+) -> ViewRun:
+    """Return what a configuration decides on texts; ``name`` is that of the model, if known."""
+    own = transformers_model(integration.model)
+    config = integration.config
+    with nullcontext() if integration.patched else integration:
+        found = [route_text(integration, [int(i or 0) for i in text["ids"]]) for text in texts]
+    return {
+        "label": strategy_label(integration.describe(), RULES[config.rule].describe()),
+        "model": name or Path(own.name_or_path or type(own).__name__).name,
+        "experts": integration.num_experts,
+        "max_k": config.max_k,
+        "texts": found,
+    }
+
+
+@contextmanager
+def _configured(integration: BHRoutingIntegration, config: RoutingConfig) -> Any:
+    before = integration.config
+    integration.configure(config)
+    try:
+        yield
+    finally:
+        integration.configure(before)
