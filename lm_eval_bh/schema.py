@@ -222,7 +222,7 @@ class ExperimentSummary(_SummaryOfThisRelease):
     alpha: float | None
     num_experts: int
     dataset: str
-    metrics: dict[str, float | None]
+    metrics: dict[str, float | str | None]  # the one text is perplexity_of: of what it is
     summary: dict[str, float | int | None]  # total_samples, total_tokens, elapsed_time_seconds
 
 
