@@ -107,8 +107,7 @@ class RoutingInfo(TypedDict):
 
 class _NotAlwaysWritten(TypedDict, total=False):
     rule: RuleInfo  # the first release did not write it
-    # A digest of each task's documents, whatever their order; without it they are unknown.
-    documents: dict[str, str]
+    documents: dict[str, str]  # a digest of each task's, whatever their order
 
 
 class RunInfo(_NotAlwaysWritten):
@@ -223,7 +222,7 @@ class ExperimentSummary(_SummaryOfThisRelease):
     alpha: float | None
     num_experts: int
     dataset: str
-    metrics: dict[str, float | None]
+    metrics: dict[str, float | str | None]  # the one text is perplexity_of: of what it is
     summary: dict[str, float | int | None]  # total_samples, total_tokens, elapsed_time_seconds
 
 

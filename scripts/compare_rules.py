@@ -1,4 +1,4 @@
-"""Measure the table in README: every rule against static top-k at the same mean number of experts.
+"""Measure docs/results' table: every rule against static top-k at the same mean number of experts.
 
     python scripts/compare_rules.py --output compare_rules.json
 

@@ -1,4 +1,4 @@
-"""Writes README's table of model families, from the tiny models that the tests run."""
+"""Writes the documentation's table of model families, from the tiny models that the tests run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "routing" / "patching"))
 from families import Examined, examine, families  # noqa: E402
 
+PAGE = "docs/reference/families.md"
 BEGIN, END = "<!-- families: scripts/table_families.py -->", "<!-- end of families -->"
 KINDS: list[tuple[str, str, Callable[[Examined], bool]]] = [
     (
@@ -67,14 +68,14 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str) -> str:
-    """Return the README with the table between its markers."""
+def with_table(page: str) -> str:
+    """Return the page with the table between its markers."""
     pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.S)
-    return pattern.sub(f"{BEGIN}\n{table()}\n{END}", readme)
+    return pattern.sub(f"{BEGIN}\n{table()}\n{END}", page)
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    file = ROOT / "README.md"
+    file = ROOT / PAGE
     file.write_text(with_table(file.read_text(encoding="utf-8")), encoding="utf-8")

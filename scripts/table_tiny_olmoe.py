@@ -1,4 +1,4 @@
-"""Measure the table in README: a model under top-k and under Benjamini-Hochberg routing.
+"""Measure a table in docs/results: a model under top-k and under Benjamini-Hochberg routing.
 
     python scripts/table_tiny_olmoe.py --limit 200
 

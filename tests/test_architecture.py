@@ -126,10 +126,11 @@ def test_no_two_modules_have_one_name():
     assert [name for name, number in times.items() if number > 1] == []
 
 
-def test_what_the_readme_imports_is_there():
-    lines = re.findall(
-        r"^ *from (lm_eval_bh[\w.]*) import ([\w, ]+)", (ROOT / "README.md").read_text(), re.M
-    )
+def test_what_the_documentation_imports_is_there():
+    """Of all pages, those too whose blocks cannot run."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    lines = re.findall(r"^ *from (lm_eval_bh[\w.]*) import ([\w, ]+)", text, re.M)
     assert len(lines) >= 6
     for module, names in lines:
         for name in names.split(","):

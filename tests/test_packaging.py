@@ -105,9 +105,24 @@ def test_wheel_metadata(wheel):
 def test_sdist_holds_what_tests_need(dist):
     with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    needed = files_below("lm_eval_bh", "tasks", "kde_models", "scripts", "tests", ".ci")
+    folders = ("lm_eval_bh", "tasks", "kde_models", "scripts", "tests", ".ci", "docs", "examples")
+    needed = files_below(*folders)
     top = {"pyproject.toml", "constraints.txt", "LICENSE", "CHANGELOG.md", "README.md"}
+    top |= {"CITATION.cff", "CONTRIBUTING.md", "SECURITY.md", "mkdocs.yml"}
     assert needed | top <= names
+
+
+def test_an_index_would_take_both(dist):
+    files = sorted(map(str, dist.iterdir()))
+    shown = run(sys.executable, "-m", "twine", "check", "--strict", *files, cwd=dist)
+    assert shown.count("PASSED") == len(files) == 2
+
+
+def test_one_version_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    heading = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert heading[1] == project["version"]
+    assert f"\nversion: {project['version']}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 class Environment:
@@ -175,6 +190,18 @@ def test_installed_wheel_is_found(installed):
     # The running environment may have the package too: both are seen.
     assert set(point.split()) == {"lm_eval_bh.harness.model:BHLM"}
     assert set(script.split()) == {"lm-eval-bh"}
+
+
+def test_installed_sdist_is_found(fresh, dist):
+    """Built where it is installed, as by pip without a wheel."""
+    before = fresh.files()
+    fresh.install(next(dist.glob("*.tar.gz")))
+    model, places, *_ = fresh.run("-c", FOUND).splitlines()
+    package = fresh.site / "lm_eval_bh"
+    assert model == "lm_eval_bh.harness.model:BHLM"
+    assert places == f"{package} {package / 'tasks'} {package / 'kde_models'}"
+    fresh.pip("uninstall", "--quiet", "--yes", "lm-eval-bh")
+    assert fresh.files() == before
 
 
 def test_stock_command_finds_every_task(installed):

@@ -1,4 +1,4 @@
-"""The comparison of rules that the README shows: what it compares, and with what."""
+"""The comparison of rules that the documentation shows: what it compares, and with what."""
 
 from __future__ import annotations
 

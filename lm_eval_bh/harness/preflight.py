@@ -62,7 +62,7 @@ def check_names(given: Iterable[str]) -> None:
         if name not in known:
             raise ParameterError(
                 f"The model argument {name!r} is unknown to hf-bh{did_you_mean(name, known)}; "
-                "README lists what --model_args takes."
+                "the page Model arguments of the documentation lists what --model_args takes."
             )
 
 

@@ -1,7 +1,7 @@
 """How a parameter is declared: its default, its help, its check, and the rules that it serves.
 
 :class:`~lm_eval_bh.routing.config.RoutingConfig` declares every parameter of routing so, once; the
-model arguments of ``hf-bh``, sweeps, the command line and README take all else from there.
+model arguments of ``hf-bh``, sweeps, the command line and the documentation take it from there.
 """
 
 from __future__ import annotations

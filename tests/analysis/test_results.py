@@ -445,11 +445,22 @@ def test_two_names_of_one_commit_are_one_model(write):
         load_experiments([write.folder])
 
 
+def test_a_policy_is_compared_by_what_it_decides(write):
+    """Not by its path: it stands beside the static top-k that it has to beat."""
+
+    def with_policy(content):
+        content["config"]["model_args"]["policy"] = "tuned/policy.safetensors"
+
+    write("static")
+    write("policy", alpha=0.3, change=with_policy)
+    assert len(load_experiments([write.folder]).groups) == 1
+
+
 def test_hf_bh_describes_all_its_routing_arguments_in_the_file():
     from lm_eval_bh.analysis.read.model_arguments import OF_ROUTING
     from lm_eval_bh.harness.arguments import ROUTING_NAMES
 
-    assert OF_ROUTING == ROUTING_NAMES
+    assert ROUTING_NAMES | {"policy"} == OF_ROUTING
 
 
 def test_the_defaults_are_those_of_lm_eval():

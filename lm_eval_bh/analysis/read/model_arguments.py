@@ -70,6 +70,7 @@ OF_ROUTING = frozenset(
         "null_from",
         "null_model",
         "null_scope",
+        "policy",
         "renormalize",
         "rule",
         "seed",

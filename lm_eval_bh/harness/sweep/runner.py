@@ -241,7 +241,7 @@ def line(summary: ExperimentSummary) -> str:
     shown = [
         f"{label} {value:,.{3 if abs(value) < 1000 else 0}f}"
         for name, label in names.items()
-        if (value := metrics.get(name)) is not None
+        if isinstance(value := metrics.get(name), (int, float))
     ]
     return f"{summary['config']}: {', '.join(shown)} ({seconds:.1f} s)"
 

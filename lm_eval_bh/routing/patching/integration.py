@@ -42,7 +42,11 @@ class BHRoutingIntegration:
         compiled.
     alpha : float or RoutingConfig
         The level; or the whole configuration, instead of its parameters one by one.
-    temperature, min_k, max_k, mode, **parameters
+    temperature : float
+    min_k : int
+    max_k : int
+    mode : "patch" or "analyze"
+    **parameters : Any
         Those of :class:`~lm_eval_bh.routing.config.RoutingConfig`. With ``target_experts`` alpha is
         solved.
     collect_stats : bool

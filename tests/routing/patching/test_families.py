@@ -203,11 +203,11 @@ def test_analyze_mode_changes_no_bit_of_a_router_with_a_bias():
     assert torch.equal(usage["analyze"], usage["patch"])
 
 
-def test_the_table_in_the_readme_is_the_one_that_comes_out_now(monkeypatch):
+def test_the_table_in_the_documentation_is_the_one_that_comes_out_now(monkeypatch):
     if transformers.__version__ != TRANSFORMERS:
         pytest.skip(f"the table is of transformers {TRANSFORMERS}")
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import table_families
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table_families.with_table(readme) == readme
+    page = (ROOT / table_families.PAGE).read_text(encoding="utf-8")
+    assert table_families.with_table(page) == page
