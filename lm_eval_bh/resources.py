@@ -37,6 +37,11 @@ def tiny_olmoe() -> Path:
     return shipped(f"models/{TINY_OLMOE}")
 
 
+def shipped_policies() -> dict[str, Path]:
+    """Return the files of the policies that ship, by the names that ``policy=`` takes."""
+    return {path.stem: path for path in shipped("kde_models").glob("policies/*.safetensors")}
+
+
 def cache_folder() -> Path:
     """Return the user's cache folder of this package (``XDG_CACHE_HOME`` is respected)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lm-eval-bh"

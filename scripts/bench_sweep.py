@@ -85,18 +85,25 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
     """Time both ways over the same experiments, and compare their results."""
-    tasks = PRESETS["quick"]["tasks"] if grid == "quick" else ["bh_demo"]
     documents = limit or (50 if grid == "quick" else 4)
-    settings = PRESETS[grid] | {"pretrained": "tiny-olmoe", "tasks": tasks, "limit": documents}
+    settings = PRESETS["quick" if grid == "quick" else "seeds"] | {
+        "pretrained": "tiny-olmoe",
+        "tasks": ["bh_demo"],
+        "policies": [],  # which the loop does not know
+        "limit": documents,
+    }
     config = SweepConfig(**settings)
     experiments = config.experiments()
     count = min(loop_sample or len(experiments), len(experiments))
     chosen = [experiments[i * len(experiments) // count] for i in range(count)]
     with tempfile.TemporaryDirectory() as temporary:
         ours, theirs = Path(temporary, "sweep"), Path(temporary, "shell")
-        command = [sys.executable, "-m", "lm_eval_bh", "sweep", "--preset", grid]
-        command += ["--pretrained", config.pretrained, "--tasks", ",".join(tasks)]
-        command += ["--limit", str(documents), "--device", "cpu", "--output-dir", str(ours)]
+        command = [sys.executable, "-m", "lm_eval_bh", "sweep", "--device", "cpu"]
+        for name in ("pretrained", "tasks", "baselines", "max_k", "alphas", "limit"):
+            value = settings[name]
+            given = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            command += [f"--{name.replace('_', '-')}", given]
+        command += ["--output-dir", str(ours)]
         seconds = clock(command, {})
         console.print(f"lm-eval-bh sweep: {len(experiments)} experiments in {seconds:.1f} s")
         times = []

@@ -3,7 +3,7 @@
 #
 #   bash scripts/sweep.sh runs/shell                                             # 4 baselines + 16 BH, x 3 tasks
 #   TASKS=bh_demo_lambada BASELINES=8 MAX_K=8 ALPHAS="0.4 0.5" LIMIT=50 \
-#       PRETRAINED=tiny-olmoe bash scripts/sweep.sh runs/shell                   # the quick preset
+#       PRETRAINED=tiny-olmoe bash scripts/sweep.sh runs/shell                   # a small one
 #   lm-eval-bh aggregate runs/shell
 #
 # lm-eval-bh sweep runs the same experiments with one loaded model, many times faster. Finished experiments

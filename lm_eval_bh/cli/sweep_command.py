@@ -29,7 +29,8 @@ def sweep(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="quick (3 experiments on tiny-olmoe) or full (4 baselines + 16 BH, x 3 tasks)."
+            help="quick (6 configurations of tiny-olmoe), seeds (4 baselines + 16 BH, x 3 tasks) "
+            "or full (seeds, and static top-2 to top-7)."
         ),
     ] = None,
     config: Annotated[
@@ -43,6 +44,9 @@ def sweep(
     alphas: Annotated[str | None, typer.Option(help="Levels: 0.3,0.4.")] = None,
     max_k: Annotated[str | None, typer.Option(help="Largest numbers of experts: 8,16.")] = None,
     rules: Annotated[str | None, typer.Option(help="Selection rules: bh,by.")] = None,
+    policies: Annotated[
+        str | None, typer.Option(help="Policy files, or tiny-olmoe for the one that ships.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Documents per task.")] = None,
     batch_size: Annotated[str | None, typer.Option(help="An integer, or auto.")] = None,
     seed: Annotated[
@@ -97,6 +101,7 @@ def sweep(
                 "alphas": None if alphas is None else numbers("alphas", alphas, float),
                 "max_k": None if max_k is None else numbers("max-k", max_k, int),
                 "rules": None if rules is None else words(rules),
+                "policies": None if policies is None else words(policies),
                 "limit": limit,
                 "batch_size": _number_or_word(batch_size),
                 "seed": seed,

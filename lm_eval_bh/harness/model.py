@@ -145,19 +145,20 @@ class BHLM(HFLM):
             tokenizer=self.tokenizer,
         )
         self.integration.patch_model()
+        self._own = self.integration
         self._name = name
         self._warm: set[tuple[torch.device, torch.dtype]] = set()
         self.log = RunLog(self.integration, options, new_run_id(self.world_size), self.rank)
         announce_evaluations()
 
-    def reroute(self, config: RoutingConfig, options: LogOptions) -> None:
+    def reroute(self, config: RoutingConfig | Policy, options: LogOptions) -> None:
         """Route another way, and begin the logs of another evaluation.
 
         Weights are not loaded again, nor is a null model that serves.
 
         Parameters
         ----------
-        config : RoutingConfig
+        config : RoutingConfig or Policy
             How the experts are selected from now on.
         options : LogOptions
             What is logged from now on.
@@ -169,8 +170,30 @@ class BHLM(HFLM):
         DataError
             If the logs cannot be written.
         """
-        self.integration.configure(config)
-        self.routing_config = config
+        if isinstance(config, Policy):
+            before = self.integration
+            before.unpatch_model()
+            try:
+                self.integration = BHRoutingIntegration(
+                    self.model,
+                    policy=config,
+                    collect_stats=False,
+                    experts_implementation=self._own.experts_implementation,
+                    tokenizer=self.tokenizer,
+                )
+                self.integration.patch_model()
+            except BaseException:
+                self.integration = before
+                before.patch_model()
+                raise
+            self.routing_config = config.config
+        else:
+            self._own.configure(config)
+            if self.integration is not self._own:
+                self.integration.unpatch_model()
+                self.integration = self._own
+                self._own.patch_model()
+            self.routing_config = config
         self.start_log(options)
 
     def start_log(self, options: LogOptions) -> None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from lm_eval_bh.errors import BHError, ParameterError, PolicyError
 from lm_eval_bh.files import as_path
+from lm_eval_bh.resources import shipped_policies
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.nulls import null_file
 from lm_eval_bh.routing.nulls.null_model import NullModel
@@ -121,12 +122,19 @@ class Policy:
     def load(cls, path: Path | str) -> Policy:
         """Read what :meth:`save` wrote; nothing in the file is executed.
 
+        Parameters
+        ----------
+        path : path
+            Of the file, or the name of a policy that ships, such as ``tiny-olmoe``.
+
         Raises
         ------
         PolicyError
             If the file is missing, damaged, foreign, or of a later format version.
         """
         path = as_path(path)
+        if not path.exists() and (own := shipped_policies().get(str(path))):
+            path = own
         if not path.is_file():
             raise PolicyError(f"There is no policy {path}: use the path of a policy file.")
         try:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lm_eval_bh.harness.sweep.evaluator import Evaluator
 
 # Of the presets that measure speed unless they are told not to.
-OF_PRESET = {"quick": QUICK, "full": SpeedSettings()}
+OF_PRESET = {"quick": QUICK, "full": SpeedSettings(), "seeds": SpeedSettings()}
 UNKNOWN_BATCH_SIZE = 8  # where the evaluation finds out its own
 
 

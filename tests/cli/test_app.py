@@ -106,7 +106,7 @@ def interrupted(arguments, condition):
 
 @pytest.mark.slow
 def test_ctrl_c_says_what_is_kept_and_how_to_continue(tmp_path):
-    first = tmp_path / "logs" / "8experts_topk_baseline_demo_lambada.json"
+    first = tmp_path / "logs" / "2experts_topk_baseline_demo_hellaswag.json"
     arguments = ["sweep", "--preset", "quick", "--limit", 20, "--output-dir", tmp_path]
     code, _, err = interrupted([*arguments, "--device", "cpu"], first.exists)
     assert code == 130

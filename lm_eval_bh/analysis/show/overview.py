@@ -68,7 +68,7 @@ def _table(rows: pd.DataFrame, compared: pd.DataFrame, level: float, title: str)
             cells.setdefault(name, []).append(cell)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.caption_justify = "left"
-    table.add_column("strategy", no_wrap=True)
+    table.add_column("strategy", max_width=24)
     shown = {name: column for name, column in cells.items() if any(column)}
     for name in shown:
         width = 10 if name.startswith("perplexity") else None  # "(+219.2%*)" unbroken

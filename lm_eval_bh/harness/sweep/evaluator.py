@@ -27,6 +27,7 @@ from lm_eval_bh.harness.sweep.exact_bootstrap import exact_bootstrap
 from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig
 from lm_eval_bh.harness.sweep.task_names import are_ours, new_task_manager
 from lm_eval_bh.routing.placement import placement
+from lm_eval_bh.routing.policy import Policy
 from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.schema import shortened
 
@@ -54,7 +55,14 @@ class Evaluator:
     ) -> None:
         self.config, self.device = config, device
         # What tests needs most: a null model. The others only take something away.
-        first = max(experiments, key=lambda e: (RULES[e.rule].tests, not RULES[e.rule].fixed_count))
+        first = max(
+            experiments,
+            key=lambda e: (
+                e.policy is None,
+                RULES[e.rule].tests,
+                not RULES[e.rule].fixed_count,
+            ),
+        )
         placement(device)  # unlike lm_eval, a sweep names no device that nobody asked for
         options = {"batch_size": config.batch_size, "device": device}
         self.lm = BHLM.create_from_arg_obj(config.model_args_of(first), options)
@@ -100,7 +108,12 @@ class Evaluator:
             str(folder / "routing") if detailed else None,
             self.config.log_samples,
         )
-        self.lm.reroute(self.config.routing_of(experiment), options)
+        self.lm.reroute(
+            Policy.load(experiment.policy)
+            if experiment.policy
+            else self.config.routing_of(experiment),
+            options,
+        )
         model_args = self.config.model_args_of(experiment) | {
             name: value
             for name in ("log_routing", "log_dir", "log_samples")

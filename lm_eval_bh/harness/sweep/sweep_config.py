@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +19,9 @@ from lm_eval_bh.harness.sweep.settings_file import plain_value, read_settings
 from lm_eval_bh.harness.sweep.task_names import expand_tasks
 from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE
 from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.policy import Policy
 from lm_eval_bh.routing.rules.registry import RULES
-from lm_eval_bh.schema import experiment_name
+from lm_eval_bh.schema import dataset_name, experiment_name, shortened
 
 # What model_args may not hold: it differs between experiments, or has an option of its own.
 SET_BY_THE_SWEEP = (
@@ -28,6 +30,7 @@ SET_BY_THE_SWEEP = (
     "alpha",
     "max_k",
     "target_experts",
+    "policy",
     "log_routing",
     "log_dir",
     "log_samples",
@@ -36,26 +39,29 @@ SET_BY_THE_SWEEP = (
     "device",
 )
 
-GRID = ("tasks", "baselines", "alphas", "max_k", "rules")  # what names the experiments
+GRID = ("tasks", "baselines", "alphas", "max_k", "rules", "policies")  # what names the experiments
 LOGGED = 8  # documents of each task whose routing is kept as JSON, unless another number is given
 
+# What `quick` and `full` add to it: small static top-k, so that every mean has its control.
+SEEDS: dict[str, Any] = {
+    "pretrained": DEFAULT_MODEL,
+    "tasks": ["bh_suite"],
+    "baselines": [8, 16, 32, 64],
+    "max_k": [8, 16, 32, 64],
+    "alphas": [0.3, 0.4, 0.5, 0.6],
+    "limit": 200,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "pretrained": TINY_OLMOE,
-        "tasks": ["bh_demo_lambada"],
-        "baselines": [8],
+        "tasks": ["bh_demo"],
+        "baselines": [2, 4, 8],
         "max_k": [8],
         "alphas": [0.4, 0.5],
-        "limit": 50,
+        "policies": [TINY_OLMOE],
     },
-    "full": {
-        "pretrained": DEFAULT_MODEL,
-        "tasks": ["bh_suite"],
-        "baselines": [8, 16, 32, 64],
-        "max_k": [8, 16, 32, 64],
-        "alphas": [0.3, 0.4, 0.5, 0.6],
-        "limit": 200,
-    },
+    "full": SEEDS | {"baselines": [2, 3, 4, 5, 6, 7, 8, 16, 32, 64]},
+    "seeds": SEEDS,
 }
 
 
@@ -73,6 +79,10 @@ class Experiment:
         A task of lm-eval.
     repeat : int
         1 for the first run.
+    policy : str or None
+        A file that decides everything about routing, or the name of one that ships.
+    digest : str
+        Of the policy, so that another one of the same name is another experiment.
     """
 
     rule: str
@@ -80,16 +90,24 @@ class Experiment:
     alpha: float | None
     task: str
     repeat: int = 1
+    policy: str | None = None
+    digest: str = ""
 
     @property
     def name(self) -> str:
         """The name of its folder and its logs, such as ``8experts_bh_a040_wikitext``."""
         name = experiment_name(self.rule, self.max_k, self.alpha, self.task)
+        if self.policy is not None:
+            stem = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(self.policy).stem)
+            of_task = dataset_name(self.task)
+            name = shortened(f"{self.max_k}experts_policy_{stem}_{self.digest}_{of_task}")
         return name if self.repeat == 1 else f"{name}_repeat{self.repeat}"
 
     @property
     def routing(self) -> dict[str, Any]:
         """Its part of ``--model_args``."""
+        if self.policy is not None:
+            return {"policy": self.policy}
         if self.alpha is None:
             return {"rule": self.rule, "max_k": self.max_k}
         rule = {} if self.rule == "bh" else {"rule": self.rule}
@@ -110,6 +128,8 @@ class SweepConfig:
         Every k of phase 1, static top-k.
     alphas, max_k, rules
         Phase 2 is their product; ``max_k`` times ``rules`` for a rule that has no level.
+    policies : tuple of str
+        Policy files, and names of those that ship: each is one more configuration.
     limit : int or None
         Documents of each task; None for all.
     batch_size : int or str
@@ -134,6 +154,7 @@ class SweepConfig:
     alphas: tuple[float, ...] = ()
     max_k: tuple[int, ...] = ()
     rules: tuple[str, ...] = ("bh",)
+    policies: tuple[str, ...] = ()
     limit: int | None = None
     batch_size: int | str = 8
     seed: int | None = None
@@ -142,14 +163,14 @@ class SweepConfig:
     model_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "baselines", "alphas", "max_k", "rules"):
+        for name in GRID:
             given = getattr(self, name)
             given = [given] if isinstance(given, str | int | float) else list(given or ())
             if wrong := [value for value in given if not isinstance(value, str | int | float)]:
                 raise ParameterError(
                     f"{name} must be a list of values, as in [8, 16], not hold {wrong[0]!r}."
                 )
-            if name in ("tasks", "rules"):
+            if name in ("tasks", "rules", "policies"):
                 given = [str(value) for value in given]
             for value, times in Counter(given).items():
                 if times > 1:
@@ -198,14 +219,15 @@ class SweepConfig:
                 )
         if not self.tasks:
             raise ParameterError("The sweep has no task: give --tasks, for example bh_demo.")
-        if not self.configurations:
+        if not self.configurations and not self.policies:
             raise ParameterError(
-                "The grid is empty: give --baselines, or --max-k with --alphas, or a --preset."
+                "The grid is empty: give --baselines, or --max-k with --alphas, or --policies, or "
+                "a --preset."
             )
         folder = "." if self.log_routing in ("samples", "full") else None
         LogOptions(self.log_routing, folder, self.log_samples)
-        for rule, max_k, alpha in self.configurations:
-            self.routing_of(Experiment(rule, max_k, alpha, ""))
+        for experiment in self._of_each_configuration:
+            self.routing_of(experiment)
 
     def model_args_of(self, experiment: Experiment, routing: bool = True) -> dict[str, Any]:
         """Return what ``--model_args`` says for an experiment, logs left out.
@@ -213,21 +235,24 @@ class SweepConfig:
         Without ``routing`` it is what all experiments have in common.
         """
         common = arguments_of(experiment.rule, self.model_args)
-        if not routing:
+        if not routing or experiment.policy is not None:
             common = {
                 name: value for name, value in common.items() if name not in ROUTING_ARGUMENTS
             }
+        if not routing:
             return {"pretrained": self.pretrained, **common}
         return {"pretrained": self.pretrained, **experiment.routing, **common}
 
     def routing_of(self, experiment: Experiment) -> RoutingConfig:
         """Return how an experiment selects experts."""
+        if experiment.policy is not None:
+            return Policy.load(experiment.policy).config
         given = self.model_args_of(experiment).items()
         return routing_config({name: value for name, value in given if name in ROUTING_ARGUMENTS})
 
     @property
     def configurations(self) -> list[tuple[str, int, float | None]]:
-        """All (rule, max_k, alpha), baselines first."""
+        """All (rule, max_k, alpha), baselines first, without the policies."""
         found: list[tuple[str, int, float | None]] = [("topk", k, None) for k in self.baselines]
         for rule in self.rules:
             if rule not in RULES:
@@ -239,6 +264,16 @@ class SweepConfig:
             found += [(rule, k, level) for k in self.max_k for level in levels]
         return list(dict.fromkeys(found))
 
+    @property
+    def _of_each_configuration(self) -> list[Experiment]:
+        """An experiment of each configuration, without its task; the policies' last."""
+        found = [Experiment(*configuration, "") for configuration in self.configurations]
+        for name in self.policies:
+            policy = Policy.load(name)
+            rule, max_k = policy.config.rule, policy.config.max_k
+            found.append(Experiment(rule, max_k, None, "", policy=name, digest=policy.digest()[:8]))
+        return found
+
     def experiments(self, repeats: int = 1) -> list[Experiment]:
         """Return every experiment, in the order in which they run: whole rounds of repeats."""
         if not _is_integer(repeats) or repeats < 1:
@@ -246,9 +281,9 @@ class SweepConfig:
                 f"repeat must be an integer number of runs, 1 or more: found {repeats!r}."
             )
         found = [
-            Experiment(rule, max_k, alpha, task, repeat)
+            dataclasses.replace(configured, task=task, repeat=repeat)
             for repeat in range(1, repeats + 1)
-            for rule, max_k, alpha in self.configurations
+            for configured in self._of_each_configuration
             for task in self.tasks
         ]
         names = Counter(experiment.name for experiment in found)

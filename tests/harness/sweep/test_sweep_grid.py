@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig, shard_of
 from lm_eval_bh.harness.sweep.task_names import expand_tasks
+from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.policy import Policy
 
 GRID = {"tasks": ["bh_demo_lambada"], "baselines": [8], "max_k": [8, 16], "alphas": [0.3, 0.4]}
 
 
-def test_the_full_preset_is_the_two_phase_experiment_of_sixty():
-    experiments = SweepConfig.gather("full").experiments()
+def test_the_seeds_preset_is_the_two_phase_experiment_of_sixty():
+    experiments = SweepConfig.gather("seeds").experiments()
     assert len(experiments) == 60
     baselines = {(e.max_k, e.task) for e in experiments if e.rule == "topk"}
     adaptive = {(e.max_k, e.alpha, e.task) for e in experiments if e.rule == "bh"}
@@ -22,17 +24,47 @@ def test_the_full_preset_is_the_two_phase_experiment_of_sixty():
     assert baselines == {(k, task) for k in sizes for task in tasks}
     assert adaptive == {(k, a, t) for k in sizes for a in (0.3, 0.4, 0.5, 0.6) for t in tasks}
     assert [e.rule for e in experiments[:12]] == ["topk"] * 12  # phase 1 comes first
-    assert SweepConfig.gather("full").limit == 200
+    assert SweepConfig.gather("seeds").limit == 200
+
+
+def test_the_full_preset_adds_the_small_baselines():
+    full, seeds = SweepConfig.gather("full"), SweepConfig.gather("seeds")
+    more = set(full.configurations) - set(seeds.configurations)
+    assert more == {("topk", k, None) for k in range(2, 8)}
+    assert set(seeds.configurations) < set(full.configurations)
 
 
 def test_the_quick_preset_is_small_and_needs_no_network():
     config = SweepConfig.gather("quick")
-    assert (config.pretrained, config.limit) == ("tiny-olmoe", 50)
-    assert [e.name for e in config.experiments()] == [
+    assert (config.pretrained, config.limit) == ("tiny-olmoe", None)
+    digest = Policy.load("tiny-olmoe").digest()[:8]
+    assert [e.name for e in config.experiments() if e.task == "bh_demo_lambada"] == [
+        "2experts_topk_baseline_demo_lambada",
+        "4experts_topk_baseline_demo_lambada",
         "8experts_topk_baseline_demo_lambada",
         "8experts_bh_a040_demo_lambada",
         "8experts_bh_a050_demo_lambada",
+        f"8experts_policy_tiny-olmoe_{digest}_demo_lambada",
     ]
+
+
+def test_a_policy_is_one_more_configuration_named_after_its_file_and_what_it_decides(tmp_path):
+    file = tmp_path / "my policy.safetensors"
+    policy = Policy(RoutingConfig(rule="topk", max_k=3), "0" * 64, 4, 64, 8)
+    policy.save(file)
+    config = SweepConfig(**GRID | {"policies": [str(file)], "model_args": {"min_k": 2}})
+    experiment = config.experiments()[-1]
+    assert experiment.name == f"3experts_policy_my_policy_{policy.digest()[:8]}_demo_lambada"
+    # It decides everything about routing.
+    assert config.model_args_of(experiment) == {
+        "pretrained": config.pretrained,
+        "policy": str(file),
+    }
+    assert config.routing_of(experiment) == policy.config
+    names = {e.name for e in config.experiments()}
+    Policy(RoutingConfig(rule="topk", max_k=2), "0" * 64, 4, 64, 8).save(file)
+    assert experiment.name not in {e.name for e in config.experiments()}
+    assert len(names & {e.name for e in config.experiments()}) == len(names) - 1
 
 
 def test_flags_override_the_file_and_the_file_overrides_the_preset(tmp_path):
