@@ -7,6 +7,7 @@ python scripts/bench_routing.py --shared                  # on a CPU that others
 python scripts/bench_routing.py --full-size               # all 16 layers, random bfloat16 weights
 python scripts/bench_routing.py --device cuda --dtype bfloat16
 python scripts/bench_routing.py --harness                 # whole lm_eval runs: hf against hf-bh
+python scripts/bench_routing.py --small --quick           # seconds: only to see that it works
 
 Every number of a table comes from one run: in each repeat every row runs once, in turn, and the
 median over the repeats counts, so that a machine that slows down slows all rows down. The stack has
@@ -51,6 +52,7 @@ from lm_eval_bh.files import replacing
 from lm_eval_bh.resources import tiny_olmoe
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.selector import Selector
+from lm_eval_bh.speed.floor import measure_machine, wait_for
 
 MEANS = (8.0, 6.0, 4.5, 4.0, 2.0)
 STOCK = ("eager", "grouped_mm", "batched_mm")
@@ -184,22 +186,20 @@ class Bench:
         device: torch.device,
         repeats: int,
         now: Callable[[], float] = time.perf_counter,
+        array: int = 2**27,
     ) -> None:
         self.dtype, self.device, self.repeats, self.now = dtype, device, repeats, now
         self.results: list[Result] = []
-        self.matmul_rate, self.copy_rate, self.read_rate = machine_rates(dtype, device, now)
-
-    def sync(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        self.means = MEANS
+        self.machine = measure_machine(dtype, device, now, array)
 
     def clock(self, part: Part, inputs: list[Tensor]) -> float:
         """Return the seconds of one call, on average over the inputs."""
-        self.sync()
+        wait_for(self.device)
         start = self.now()
         for value in inputs:
             part.call(value)
-        self.sync()
+        wait_for(self.device)
         return (self.now() - start) / len(inputs)
 
     def solve(
@@ -228,8 +228,8 @@ class Bench:
             return float(torch.cat(counts).double().mean())
 
         levels: dict[float, tuple[float, float]] = {}
-        for wanted in MEANS:
-            if wanted == max(MEANS):
+        for wanted in self.means:
+            if wanted == max(self.means):
                 levels[wanted] = 0.5, wanted
                 continue
             aim = got = wanted
@@ -296,7 +296,7 @@ class Bench:
                     lambda a=alpha: prototype(model, best, null, a, 8),
                 )
             )
-            equal = wanted == max(MEANS)
+            equal = wanted == max(self.means)
             rows.append(
                 Row(
                     "ours",
@@ -351,7 +351,7 @@ class Bench:
         touched: list[int] = []
         changes: dict[str, Any] = (
             {"min_k": int(k), "max_k": int(k)}
-            if alpha is None or k == max(MEANS)
+            if alpha is None or k == max(self.means)
             else {"alpha": alpha}
         )
         routing = BHRoutingIntegration(part.model, kde=null, experts="eager", **changes)
@@ -365,13 +365,7 @@ class Bench:
         expert = 3 * config.hidden_size * config.intermediate_size * self.dtype.itemsize
         read = part.dense_bytes * len(inputs) + (sum(touched) * expert if part.experts else 0)
         read += sum(value.numel() * value.element_size() for value in inputs)
-        slowest = max(counter.get_total_flops() / self.matmul_rate, read / self.bandwidth)
-        return slowest / len(inputs)
-
-    @property
-    def bandwidth(self) -> float:
-        """Bytes per second: weights are only read, so copying is too slow a yardstick for them."""
-        return max(self.copy_rate, self.read_rate)
+        return self.machine.floor(counter.get_total_flops(), read) / len(inputs)
 
     def of(self, part: str, workload: str, row: str, k: float) -> Result | None:
         for r in self.results:
@@ -391,33 +385,6 @@ class Bench:
             )
             for bound in bounds
         )
-
-
-def machine_rates(
-    dtype: torch.dtype, device: torch.device, now: Callable[[], float]
-) -> tuple[float, float, float]:
-    """Return FLOP/s of a large matrix product and bytes/s of a copy and of reading."""
-    a = torch.randn(1024, 2048, device=device).to(dtype)
-    b = torch.randn(2048, 4096, device=device).to(dtype)
-    source = torch.ones(2**27, device=device)
-    target = torch.empty_like(source)
-
-    def best(work: Callable[[], Any]) -> float:
-        seconds = []
-        for _ in range(7):
-            start = now()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(now() - start)
-        return min(seconds)
-
-    size = source.numel() * source.element_size()
-    return (
-        2 * 1024 * 2048 * 4096 / best(lambda: a @ b),
-        2 * size / best(lambda: target.copy_(source)),
-        size / best(source.sum),
-    )
 
 
 def parts_of(name: str, model: Any, only_model: bool) -> list[Part]:
@@ -465,12 +432,20 @@ def parts_of(name: str, model: Any, only_model: bool) -> list[Part]:
     ]
 
 
-def true_size(layers: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Return OLMoE-1B-7B without its head, with random weights and ``layers`` layers."""
+def true_size(
+    layers: int, dtype: torch.dtype, device: torch.device, small: bool = False
+) -> nn.Module:
+    """Return OLMoE-1B-7B without its head, with random weights and ``layers`` layers.
+
+    With ``small`` its matrices are small too.
+    """
     config = OlmoeConfig(
-        num_hidden_layers=layers, hidden_size=2048, intermediate_size=1024, num_experts=64
+        num_hidden_layers=layers,
+        hidden_size=64 if small else 2048,
+        intermediate_size=32 if small else 1024,
+        num_experts=64,
     )
-    if layers < 16:
+    if layers < 16 or small:
         config.vocab_size = 4096
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -509,9 +484,11 @@ def show(bench: Bench) -> None:
             table.add_row(name, f"{k:g}", *cells, style="bold" if name == "ours" else "")
         table.add_section()
     console.print(table)
-    means = Table("part", "workload", *(f"{k:g}" for k in MEANS), title="Mean k of ours, as it was")
+    means = Table(
+        "part", "workload", *(f"{k:g}" for k in bench.means), title="Mean k of ours, as it was"
+    )
     for column in columns:
-        got = [bench.of(*column, "ours", k) for k in MEANS]
+        got = [bench.of(*column, "ours", k) for k in bench.means]
         means.add_row(*column, *(f"{r.mean_k:.2f}" if r else "" for r in got))
     console.print(means)
 
@@ -525,7 +502,7 @@ def checks(bench: Bench) -> list[dict[str, Any]]:
         found.append({"what": what, "ratio": ratio, "limit": limit, "reached": reached})
 
     columns = list(dict.fromkeys((r.part, r.workload) for r in bench.results))
-    for (part, workload), k in itertools.product(columns, MEANS):
+    for (part, workload), k in itertools.product(columns, bench.means):
         ours = bench.of(part, workload, "ours", k)
         if ours is None:
             continue
@@ -545,7 +522,7 @@ def checks(bench: Bench) -> list[dict[str, Any]]:
             add(
                 f"{part} / best stock static, {workload}, k {k:g}",
                 ours.median / bench.best_stock(part, workload, k),
-                1.05 if layer and k < max(MEANS) else None,  # top-8 is the model as it was
+                1.05 if layer and k < max(bench.means) else None,  # top-8 is the model as it was
             )
             limit = {("prefill 1,024", 4.5): 0.65, ("decode 1", 4.0): 0.55}.get((workload, k))
             ratio = ours.median / bench.best_stock(part, workload, 8)
@@ -641,6 +618,9 @@ def main(
     profiles: Annotated[
         bool, typer.Option("--profile", help="Print where the time of the MoE layer goes.")
     ] = False,
+    small: Annotated[
+        bool, typer.Option(help="Small matrices and two mean counts: says nothing of the speed.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
     """Measure router, MoE layer and whole model, side by side, in one run."""
@@ -668,18 +648,20 @@ def main(
         ratio = numbers["harness"]["ratio"]
         console.print(f"hf-bh / hf, a whole harness run: {ratio:.3f} ({low:.3f} to {high:.3f})")
     else:
-        if full_size and free_bytes(place) < 16e9:
+        if full_size and not small and free_bytes(place) < 16e9:
             raise typer.BadParameter(
                 f"--full-size needs 16 GB of free memory on {device}, not "
                 f"{free_bytes(place) / 1e9:.1f}; run it elsewhere, or use --layers 2."
             )
         with torch.inference_mode():
-            bench = measure(kind, place, 2 if quick else repeats, layers, full_size, profiles, now)
+            bench = measure(
+                kind, place, 2 if quick else repeats, layers, full_size, profiles, now, small
+            )
         found = checks(bench)
         show(bench)
         show_checks(found)
-        gflops = bench.matmul_rate / 1e9
-        copy, read = bench.copy_rate / 1e9, bench.read_rate / 1e9
+        gflops = bench.machine.matmul_rate / 1e9
+        copy, read = bench.machine.copy_rate / 1e9, bench.machine.read_rate / 1e9
         console.print(
             f"{numbers['dtype']}, {numbers['threads']} threads, {numbers['clock']}; load before "
             f"{load[0]:.1f}, after {os.getloadavg()[0]:.1f}; matrix product {gflops:.0f} GFLOP/s, "
@@ -688,9 +670,9 @@ def main(
         )
         numbers |= {
             "load_after": os.getloadavg(),
-            "matmul_flops_per_second": bench.matmul_rate,
-            "copy_bytes_per_second": bench.copy_rate,
-            "read_bytes_per_second": bench.read_rate,
+            "matmul_flops_per_second": bench.machine.matmul_rate,
+            "copy_bytes_per_second": bench.machine.copy_rate,
+            "read_bytes_per_second": bench.machine.read_rate,
             "checks": found,
             "results": [
                 asdict(r) | {"median_seconds": r.median, "times_floor": r.median / r.floor}
@@ -711,16 +693,19 @@ def measure(
     full_size: bool,
     profiles: bool,
     now: Callable[[], float],
+    small: bool,
 ) -> Bench:
     """Run every part."""
-    bench = Bench(dtype, device, repeats, now)
-    stack = true_size(16 if full_size else layers, dtype, device)
+    bench = Bench(dtype, device, repeats, now, 2**20 if small else 2**27)
+    if small:
+        bench.means = (8.0, 4.0)
+    stack = true_size(16 if full_size and not small else layers, dtype, device, small)
     name = "OLMoE-1B-7B" if full_size else f"{layers}-layer stack"
     for part in parts_of(name, stack, only_model=full_size):
         bench.run(part)
         if profiles and part.name == "MoE layer":
             profile(bench, part)
-    if not full_size:
+    if not (full_size or small):
         tiny = AutoModelForCausalLM.from_pretrained(tiny_olmoe(), dtype=dtype).to(device).eval()
         bench.run(parts_of("tiny-olmoe", tiny, only_model=True)[0])
     return bench
