@@ -48,7 +48,7 @@ def test_a_selection_is_that_of_the_cpu(rule, null):
     theirs = select_experts(logits, null, **options)
     assert ours.indices.device.type == DEVICE.type
     same = (ours.indices.cpu() == theirs.indices).all(-1)
-    # A weight is a softmax, whose last digit differs between devices: who is at a threshold may too.
+    # A weight is a softmax, whose last digit differs between devices: so may who is at a threshold.
     assert same.float().mean() >= (0.99 if rule in ("top_p", "min_p", "min_w") else 1.0)
     torch.testing.assert_close(ours.weights.cpu()[same], theirs.weights[same])
 

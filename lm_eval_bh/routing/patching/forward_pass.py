@@ -40,14 +40,19 @@ class ForwardPass:
         bool ``[tokens]``, False for padding; None where all tokens are real, or nobody can tell.
     recomputed : bool
         Whether activation checkpointing runs it again, so that nothing of it counts.
+    alone : bool
+        Whether it is of one router only, which was called outside of a pass of the model.
     outer : ForwardPass or None
         The pass, of another model, that this one runs within.
     """
 
-    def __init__(self, patch: Patch, real: Tensor | None, *, recomputed: bool = False) -> None:
+    def __init__(
+        self, patch: Patch, real: Tensor | None, *, recomputed: bool = False, alone: bool = False
+    ) -> None:
         self.patch = patch
         self.real = real
         self.recomputed = recomputed
+        self.alone = alone
         self.outer: ForwardPass | None = None
         self.selections: list[tuple[int, Selection]] = []
         self._extremes: list[tuple[int, Tensor]] = []
@@ -127,7 +132,7 @@ def current_pass(patch: Patch) -> ForwardPass:
             "transformers' own, so which tokens are padding is not known: use the "
             "activation checkpointing of the model itself."
         )
-    return ForwardPass(patch, None, recomputed=recomputed)
+    return ForwardPass(patch, None, recomputed=recomputed, alone=True)
 
 
 @contextmanager

@@ -55,6 +55,8 @@ class RouterHook:
             now.note(self.layer, router_logits, selection)
             for observe in self.patch.observers:
                 observe(self.layer, router_logits, selection)
+            if now.alone:  # a layer that is called by itself: nothing else will end its pass
+                now.end()
         if analyze:
             return None
         selected = selection.indices

@@ -354,3 +354,14 @@ class TestPaddingThatCannotBeTold:
             with routing.real_tokens(torch.ones_like(ids)):
                 tiny(ids.masked_fill(ids == ids[0, -1], PAD))
         assert caplog.text == ""
+
+
+def test_a_layer_that_is_called_by_itself_is_counted_and_checked(tiny):
+    routing = BHRoutingIntegration(tiny, rule="topk", max_k=3)
+    hidden = torch.randn(2, 5, tiny.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with routing, torch.no_grad():
+        tiny.model.layers[1].mlp(hidden)
+        assert routing.counters.mean() == 3
+        assert torch.as_tensor(routing.counters.histogram[1]).sum() == 10
+        with pytest.raises(RoutingError, match="layer 1 hold NaN"):
+            tiny.model.layers[1].mlp(hidden * torch.nan)
