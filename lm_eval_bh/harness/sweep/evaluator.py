@@ -168,13 +168,18 @@ def _written(folder: Path, date: str, documents: int) -> Path:
 _environment = functools.cache(collect_env.get_pretty_env_info)
 
 
-@functools.cache
 def _commit() -> str | None:
     """Return what the harness would, without git's complaint where there is no repository."""
+    return _commit_of(os.getcwd())
+
+
+@functools.cache
+def _commit_of(folder: str) -> str | None:
+    """Return the commit of the folder that the process is in."""
     try:
         subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return get_commit_from_path(os.getcwd())  # type: ignore[no-any-return]
+        return get_commit_from_path(folder)  # type: ignore[no-any-return]
     return get_git_commit_hash()  # type: ignore[no-any-return]
 
 

@@ -152,7 +152,7 @@ def test_patterns_of_a_real_run(full_run):
     assert len(documents) == 12
     assert documents["tokens"].sum() == lambada["tokens"]  # it has one request a document
     assert np.average(documents["mean_experts"], weights=documents["tokens"]) == pytest.approx(
-        lambada["mean_experts"]
+        lambada["avg_experts"]
     )
     assert documents["loss"].notna().all()
     assert found.tables["tokens"]["occurrences"].sum() == found.tables["documents"]["tokens"].sum()
