@@ -48,8 +48,10 @@ def bench(
         from lm_eval.utils import simple_parse_args_string
 
         from lm_eval_bh.errors import ParameterError
+        from lm_eval_bh.harness.preflight import check_run
         from lm_eval_bh.harness.sweep.task_names import are_ours, expand_tasks, new_task_manager
         from lm_eval_bh.routing.parameters import canonical
+        from lm_eval_bh.routing.placement import placement
         from lm_eval_bh.speed.contestants import (
             OF_A_CONFIGURATION,
             arguments_of_one,
@@ -59,12 +61,14 @@ def bench(
 
         settings = SpeedSettings(rounds, batches, documents, prompt, steps, seed)
         given = [arguments_of_one(text) for text in configurations]
-        check_configurations(given)
+        routings = check_configurations(given)
         common = canonical(dict(simple_parse_args_string(model_args)))
         if own := sorted(common.keys() & OF_A_CONFIGURATION):
             raise ParameterError(
                 f"--model-args sets {own[0]}, which is of a configuration: give it there."
             )
+        check_run(pretrained, common, routings)
+        placement(device)
         if output_dir is not None:
             check_output(output_dir, "--output-dir", folder=True)
         names = expand_tasks(words(tasks))
@@ -94,10 +98,10 @@ def print_speeds(files: list[SpeedFile]) -> None:
     from lm_eval_bh.analysis.table.speed_phase import conditions, speed_frame
 
     for (task, workload), rows in speed_frame(files).groupby(["task", "workload"], sort=False):
-        table = Table(
-            title=f"{task}, {workload}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-        )
-        table.add_column("configuration", no_wrap=True)
+        table = Table(title=f"{task}, {workload}", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.title_justify = "left"
+        table.padding = (0, 1, 0, 0)  # it has to fit into 80 columns
+        table.add_column("configuration")  # the one that may be broken
         table.add_column("tokens\n/s", justify="right", no_wrap=True)
         table.add_column("ms a\npass", justify="right", no_wrap=True)
         table.add_column("times as fast", justify="right", no_wrap=True)

@@ -12,6 +12,7 @@ from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.harness.arguments import ROUTING_ARGUMENTS, routing_config
 from lm_eval_bh.harness.logs.run_info import described_routing
 from lm_eval_bh.harness.preflight import given_null_model
+from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.parameters import canonical
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.routing.policy import Policy, check_alone
@@ -67,8 +68,8 @@ def name_of(arguments: Mapping[str, Any]) -> str:
     return ",".join(f"{name}={value}" for name, value in given)
 
 
-def check_configurations(configurations: Sequence[Mapping[str, Any]]) -> None:
-    """Raise what making the contestants would raise before weights load.
+def check_configurations(configurations: Sequence[Mapping[str, Any]]) -> list[RoutingConfig]:
+    """Return how each selects experts; raise what making the contestants would before weights load.
 
     Raises
     ------
@@ -84,8 +85,8 @@ def check_configurations(configurations: Sequence[Mapping[str, Any]]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ParameterError(f"The configuration {name} is named twice: name it once.")
-    for one in configurations:
-        _loaded(one)
+    loaded = [_loaded(one) for one in configurations]
+    return [policy.config if policy else options["config"] for policy, options in loaded]
 
 
 def _loaded(arguments: Mapping[str, Any]) -> tuple[Policy | None, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,15 +68,12 @@ class SweepSpeed:
         BHError
             See :func:`~lm_eval_bh.speed.phase.measure`.
         """
-        from lm_eval_bh.harness.sweep.evaluator import quiet
-
-        with quiet(logging.ERROR):
-            found = measure(
-                evaluator.lm,
-                self.config.pretrained,
-                evaluator.tasks,
-                self.configurations,
-                batch_size=self.batch_size,
-                settings=self.settings,
-            )
+        found = measure(
+            evaluator.lm,
+            self.config.pretrained,
+            evaluator.tasks,
+            self.configurations,
+            batch_size=self.batch_size,
+            settings=self.settings,
+        )
         write(found, self.file)

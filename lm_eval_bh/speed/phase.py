@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 
 from lm_eval_bh.errors import DataError, ParameterError
 from lm_eval_bh.files import replacing
+from lm_eval_bh.harness.sweep.evaluator import quiet
 from lm_eval_bh.schema import SCHEMA_VERSION, SPEED, SpeedFile, SpeedWork, read_speed
 from lm_eval_bh.speed.contestants import NATIVE, Contestant, contestants, name_of
 from lm_eval_bh.speed.expert_work import ExpertWork
@@ -153,7 +155,8 @@ def measure(
     network, load = lm.model, os.getloadavg()
     workloads: list[Workload] = []
     for name, task in sorted(tasks.items()):
-        rows = rows_of(lm, task, settings.documents)
+        with quiet(logging.ERROR):
+            rows = rows_of(lm, task, settings.documents)
         # Decoding first: reading its prompt warms up what a configuration needs on the device.
         workloads += [Decode(name, decode_rows(rows, n, length), settings.prompt) for n in DECODED]
         workloads.append(Prefill(name, prefill_batches(rows, batch_size, settings.batches)))

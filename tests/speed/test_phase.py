@@ -107,7 +107,10 @@ def test_what_cannot_be_measured_is_refused(lm, tasks):
 def test_a_sweep_measures_once_and_aggregate_shows_the_ratio(run, tmp_path):
     """The command of the README, small: ratios near 1 with an interval, and nothing done twice."""
     settings = tmp_path / "sweep.yaml"
-    settings.write_text("preset: quick\nlimit: 4\nalphas: [0.4]\nlog_routing: summary\n")
+    settings.write_text(
+        f"preset: quick\nlimit: 4\ntasks: [{TASK}]\nbaselines: [8]\nalphas: [0.4]\n"
+        "log_routing: summary\n"  # and the policy that ships
+    )
     folder = tmp_path / "runs"
     command = ["sweep", "--config", settings, "--device", "cpu", "--output-dir", folder]
     code, _, err = run(*command, "--no-speed")
@@ -124,7 +127,7 @@ def test_a_sweep_measures_once_and_aggregate_shows_the_ratio(run, tmp_path):
     assert code == 0, err
     assert "shows no difference" in " ".join(out.split())
     frame = load_experiments([folder]).frame
-    assert len(frame) == 2
+    assert len(frame) == 3
     for column in ("speed_ratio", "decode_speed_ratio", "decode_8_speed_ratio"):
         assert frame[column].between(0.05, 20).all()
         assert (frame[f"{column}_low"] <= frame[column]).all()

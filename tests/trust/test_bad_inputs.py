@@ -21,6 +21,7 @@ from lm_eval_bh.errors import BHError
 
 MODEL = "--pretrained tiny-olmoe --text text.txt --tokens 64 --length 32"
 SWEEP = "sweep --pretrained tiny-olmoe --tasks bh_demo_lambada --baselines 8 --limit 2"
+BENCH = "bench --pretrained tiny-olmoe --tasks bh_demo_lambada --device cpu"
 OUT = "--output new.safetensors"
 TOP4 = "policies/top4.safetensors"
 VIEW = "view --model-args pretrained=tiny-olmoe"
@@ -310,6 +311,36 @@ COMMANDS = [
     ("aggregate runs --context-length -4", "context_length must be", 1),
     ("aggregate runs --context-length long", "'--context-length'", 2),
     ("aggregate runs --output-dir", "'--output-dir' requires an argument", 2),
+    # bench.
+    ("bench --pretrained tiny-olmoe", "Missing argument", 2),
+    ("bench alpha=0.4", "Missing option '--pretrained'", 2),
+    (f"{BENCH} none.safetensors", "There is no policy none.safetensors", 1),
+    (f"{BENCH} folder", "There is no policy folder", 1),
+    (f"{BENCH} file", "is damaged", 1),
+    (f"{BENCH} alpha=high", "alpha", 1),
+    (f"{BENCH} alpha=2", "found 2", 1),
+    (f"{BENCH} rule=bhh", "did you mean 'bh'", 1),
+    (f"{BENCH} rule=topk,alpha=0.4", "alpha=0.4 has no meaning with rule=topk", 1),
+    (f"{BENCH} alpha=0.4,dtype=float32", "sets dtype, which must be the same for all", 1),
+    (f"{BENCH} alpha=0.4,alfa=0.3", "sets alfa", 1),
+    (f"{BENCH} alpha=0.4 alpha=0.4", "is named twice", 1),
+    (f"{BENCH} alpha=0.4,max_k=8 max_k=8,alpha=0.4", "is named twice", 1),
+    (f"{BENCH} alpha=0.4,policy={TOP4}", "contradicts policy=", 1),
+    (f"{BENCH} alpha=0.4,null_model=nowhere", "not a file or folder", 1),
+    (f"{BENCH} alpha=0.4 --model-args alpha=0.3", "--model-args sets alpha", 1),
+    (f"{BENCH} alpha=0.4 --model-args dtype=float99", "dtype must be", 1),
+    (f"{BENCH} alpha=0.4 --model-args dtyp=float32", "did you mean 'dtype'", 1),
+    (f"{BENCH} alpha=0.4,max_k=65", "more than the model's 64 experts", 1),
+    (f"{BENCH} alpha=0.4 --rounds 6", "rounds must be 7 or more", 1),
+    (f"{BENCH} alpha=0.4 --rounds many", "'--rounds'", 2),
+    (f"{BENCH} alpha=0.4 --steps 0", "'--steps'", 2),
+    (f"{BENCH} alpha=0.4 --prompt 512", "more than the model's context of 512", 1),
+    (f"{BENCH} alpha=0.4 --tasks bh_demo_lambda", "'bh_demo_lambada'", 1),
+    (f"{BENCH} alpha=0.4 --tasks ''", "There is no task", 1),
+    (f"{BENCH} alpha=0.4 --seed -1", "'--seed'", 2),
+    (f"{BENCH} alpha=0.4 --device cup", "device must be cpu, cuda", 1),
+    (f"{BENCH} alpha=0.4 --output-dir file", "--output-dir cannot be written", 1),
+    (f"{BENCH} alpha=0.4 --pretrained no/such", "could not be loaded", 1),
     # compare.
     ("compare runs/top4", "Missing argument 'B'", 2),
     ("compare runs/top4 nowhere", "There is no folder nowhere", 1),
