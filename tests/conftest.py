@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from browser_pages import browser, started_browser  # noqa: F401  fixtures
 from hypothesis import settings
 from written_runs import new_writer, real_runs, write  # noqa: F401  fixtures
 

@@ -6,13 +6,13 @@ import functools
 import http.server
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+from browser_pages import resize
 
 ROOT = Path(__file__).resolve().parents[2]
 LOADS = re.compile(
@@ -57,23 +57,13 @@ def test_generated_references_are_of_this_release(site):
     assert ":class:" not in python
 
 
-def test_pages_ask_nobody_else_and_do_not_overflow_a_telephone(site):
-    webdriver = pytest.importorskip("selenium.webdriver")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("Chromium and its driver are not installed")
+def test_pages_ask_nobody_else_and_do_not_overflow_a_telephone(site, browser):
     handler = functools.partial(QuietHandler, directory=str(site))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
     home = f"http://127.0.0.1:{server.server_port}/"
     try:
-        size = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        resize(browser, 390)
         for page in site.rglob("*.html"):
             browser.get(home + page.relative_to(site).as_posix())
             width = browser.execute_script("return document.documentElement.scrollWidth")
@@ -83,7 +73,6 @@ def test_pages_ask_nobody_else_and_do_not_overflow_a_telephone(site):
             )
             assert [name for name in asked if not name.startswith((home, "data:"))] == [], page
     finally:
-        browser.quit()
         server.shutdown()
         server.server_close()
 

@@ -234,7 +234,7 @@ def line(summary: ExperimentSummary) -> str:
     metrics, seconds = summary["metrics"], summary["summary"]["elapsed_time_seconds"]
     names = {
         "word_perplexity": "word perplexity",
-        "target_perplexity": "perplexity",
+        "target_perplexity": "perplexity of the target",
         "accuracy": "accuracy",
         "avg_experts": "mean experts",
     }

@@ -42,7 +42,8 @@ SET_BY_THE_SWEEP = (
 GRID = ("tasks", "baselines", "alphas", "max_k", "rules", "policies")  # what names the experiments
 LOGGED = 8  # documents of each task whose routing is kept as JSON, unless another number is given
 
-# What `quick` and `full` add to it: small static top-k, so that every mean has its control.
+# The prototype's grid of sixty experiments. The other presets have small static top-k too, so that
+# every mean has its control.
 SEEDS: dict[str, Any] = {
     "pretrained": DEFAULT_MODEL,
     "tasks": ["bh_suite"],

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browser_pages import assert_fits
 from lm_eval.utils import simple_parse_args_string
 from markdown_it import MarkdownIt
 from typer.testing import CliRunner
@@ -422,18 +423,7 @@ def test_filtering_in_a_browser(page):
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_fits_its_window_and_loads_nothing(page, width, scheme):
-    page.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500},
-    )
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    assert page.execute_script("return document.documentElement.scrollWidth") == width
-    background, text = page.execute_script(
-        "const style = getComputedStyle(document.body); return [style.backgroundColor, style.color]"
-    )
-    dark, light = (sum(map(int, re.findall(r"\d+", c))) for c in (background, text))
-    assert (dark < light) == (scheme == "dark")
+    assert_fits(page, width, scheme)
     assert page.execute_script("return document.querySelector('img').naturalWidth") > 0
     assert page.get_log("browser") == []
     requested = [

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from browser_pages import assert_fits
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -169,13 +170,6 @@ def file(two, tmp_path_factory):
 
 @pytest.fixture
 def page(browser, file):
-    for method, options in (
-        ("setDeviceMetricsOverride", (1280, 800, False)),
-        ("setEmulatedMedia", None),
-    ):
-        sized = dict(zip(("width", "height", "mobile"), options or (), strict=False))
-        asked = sized | {"deviceScaleFactor": 1} if options else {"features": []}
-        browser.execute_cdp_cmd(f"Emulation.{method}", asked)
     browser.get(file.as_uri())
     yield browser
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
@@ -295,18 +289,7 @@ def test_a_cell_of_the_heat_map_chooses_layer_and_token(page):
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_fits_its_window_by_day_and_night(page, width, scheme):
-    page.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500},
-    )
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    assert page.execute_script("return document.documentElement.scrollWidth") == width
-    background, text = page.execute_script(
-        "const style = getComputedStyle(document.body); return [style.backgroundColor, style.color]"
-    )
-    dark, light = (sum(map(int, re.findall(r"\d+", c))) for c in (background, text))
-    assert (dark < light) == (scheme == "dark")
+    assert_fits(page, width, scheme)
     if width == 390:  # a tap chooses
         page.execute_script("arguments[0].scrollIntoView({block: 'start'})", token(page, 4))
         token(page, 4).click()
