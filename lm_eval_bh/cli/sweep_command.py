@@ -87,6 +87,7 @@ def sweep(
 ) -> None:
     """Run a grid of routing configurations on tasks, with one loaded model; resume by repeating."""
     with on_interrupt(EXPERIMENTS_KEPT):
+        from lm_eval_bh.harness.sweep.local import end_processes
         from lm_eval_bh.harness.sweep.runner import first_process, plan, run
         from lm_eval_bh.harness.sweep.sweep_config import SweepConfig
         from lm_eval_bh.routing.placement import placement
@@ -132,6 +133,7 @@ def sweep(
                     "run the same command without --shard or --ray for it."
                 )
             _say_done(todo, output_dir)
+        end_processes()
 
 
 def _speed_phase(

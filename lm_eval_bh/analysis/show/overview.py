@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -11,6 +12,8 @@ from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES, PERPLEXITY_UNIT
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+WIDEST = 24  # of a strategy; longer ones take several lines
 
 
 def overview(frame: pd.DataFrame, compared: pd.DataFrame, level: float) -> list[Table]:
@@ -66,15 +69,17 @@ def _table(rows: pd.DataFrame, compared: pd.DataFrame, level: float, title: str)
             "times\nas\nfast": _speed(row),
         }.items():
             cells.setdefault(name, []).append(cell)
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     table.caption_justify = "left"
-    table.add_column("strategy", max_width=24)
+    table.add_column("strategy", no_wrap=True)
     shown = {name: column for name, column in cells.items() if any(column)}
     for name in shown:
         width = 10 if name.startswith("perplexity") else None  # "(+219.2%*)" unbroken
         table.add_column(name, justify="right", overflow="fold", min_width=width)
     for strategy, *row in zip(rows["strategy"], *shown.values(), strict=True):
-        table.add_row(strategy, *row)
+        table.add_row(textwrap.fill(strategy, WIDEST), *row)
     return table
 
 
