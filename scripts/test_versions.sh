@@ -36,7 +36,8 @@ for resolution in lowest-direct highest; do
     "$uv" pip install --quiet --python "$python" --resolution "$resolution" "torch==$(version torch)" -e '.[dev]'
     "$uv" pip freeze --quiet --python "$python" >"$home/$resolution.txt"
     "$python" -m pytest -W default "$@" 2>&1 | tee "$home/$resolution.log" || failed=1
-    result=$(grep -E '(passed|failed|error).* in [0-9.]+s' "$home/$resolution.log" | tail -n 1 | tr -d =)
+    result=$(grep -E '(passed|failed|error).* in [0-9.]+s' "$home/$resolution.log" | tail -n 1 | tr -d =) ||
+        result= # a quiet pytest prints no such line
     table+=$'\n'"| $resolution | $("$python" -c 'import platform; print(platform.python_version())')"
     for name in torch transformers lm-eval numpy; do table+=" | $(version "$name")"; done
     table+=" | ${result:-no test ran} |"

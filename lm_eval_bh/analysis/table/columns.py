@@ -41,6 +41,7 @@ COLUMNS: dict[str, str] = {
     "rule": _TEXT,
     "min_k": _INT,
     "max_k": _INT,
+    "alpha_is": _TEXT,  # "level" of a test, or "threshold" of a rule that tests nothing
     "target_experts": _FLOAT,  # that alpha was solved for
     "budget": _TEXT,  # of the target: one alpha for the model, or one a layer and alpha their mean
     "trim": _INT,  # of the null model; empty where nothing is tested

@@ -147,6 +147,7 @@ def routing_of(info: RunInfo | SpeedRouting, engine: str = "") -> dict[str, Any]
         "alpha": routing["alpha"],
         "min_k": min_k,
         "max_k": config["max_k"],
+        "alpha_is": None if rule["fixed_count"] else "level" if rule["tests"] else "threshold",
         "target_experts": target,
         "budget": None if target is None else config["budget"],
         "trim": config.get("trim"),

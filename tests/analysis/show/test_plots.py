@@ -15,7 +15,7 @@ from matplotlib.axes._base import _AxesBase
 from matplotlib.axis import Tick
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.text import Text
+from matplotlib.text import Annotation, Text
 from PIL import Image
 from scipy.optimize import minimize
 
@@ -23,7 +23,7 @@ from lm_eval_bh import create_comprehensive_visualization, create_single_panel
 from lm_eval_bh.analysis.show.plots import PANELS
 from lm_eval_bh.analysis.show.plots.data import Experiments, NoDataError
 from lm_eval_bh.analysis.show.plots.labels import spread
-from lm_eval_bh.analysis.show.plots.style import PALETTE, STRETCH, fit_scale, focus, interval
+from lm_eval_bh.analysis.show.plots.style import ALPHA, PALETTE, STRETCH, fit_scale, focus, interval
 from lm_eval_bh.analysis.show.plots.tradeoffs import pareto_front
 from lm_eval_bh.analysis.table.matched_budget import matched_budget
 from lm_eval_bh.errors import DataError, ParameterError
@@ -472,7 +472,70 @@ def test_what_was_solved_for_a_target_is_no_place_on_the_axis_of_levels():
     for name in ("heatmap", "experts"):
         assert {"0.4", "0.6"} <= drawn[name]
         assert not {"0.47", "0.53"} & drawn[name]
-    assert {"0.4", "0.6", "BH, target 4", "BH, target 5"} <= drawn["constraints"]
+    assert {"0.4", "0.6", "target 4", "target 5"} <= drawn["constraints"]
+
+
+def words_of(frame, panel):
+    drawn = create_single_panel(frame, panel, layers=layers_of(frame))
+    return {text.get_text() for text in drawn.findobj(Text)}
+
+
+THRESHOLDS = [(8, 0.01, "min-w"), (8, 0.02, "min-w")]
+
+
+@pytest.mark.parametrize(
+    ("configurations", "axis", "other"),
+    [
+        ([(8,), (8, 0.4), (8, 0.5), (8, 0.6), *THRESHOLDS], "level", {"0.01", "0.02"}),
+        ([(8,), (8, 0.4), *THRESHOLDS], "threshold", {"0.4"}),
+        ([(8,), *THRESHOLDS], "threshold", set()),
+    ],
+    ids=["mostly levels", "mostly thresholds", "thresholds alone"],
+)
+def test_levels_and_thresholds_do_not_stand_on_one_axis(configurations, axis, other):
+    frame = frame_of(configurations)
+    frame["alpha_is"] = frame["variant"].map({"BH": "level", "min-w": "threshold"})
+    for name in ("perplexity", "accuracy", "experts", "heatmap"):
+        drawn = words_of(frame, name)
+        assert f"{axis} {ALPHA}" in drawn
+        assert not other & drawn
+    everywhere = {f"{row[1]:g}" for row in configurations if len(row) > 1}
+    assert everywhere <= words_of(frame, "constraints")
+    create_comprehensive_visualization(frame, layers=layers_of(frame)).canvas.draw()
+
+
+def test_points_of_short_lines_are_named_and_of_long_ones_are_not():
+    frame = frame_of(
+        [(4,), (8,), *[(8, level) for level in ALPHAS], (8, 0.47, "min-w, target, benefit")]
+    )
+    frame["target_experts"] = frame["alpha"].map({0.47: 4.0})
+    for name in ("pareto", "speed"):
+        drawn = words_of(frame, name)
+        assert "min-w target 4" in drawn
+        assert not {f"BH {level:g}" for level in ALPHAS} & drawn
+
+
+def test_rows_show_the_line_of_their_rule_where_rules_are_several():
+    frame = frame_of([(8,), (8, 0.4), (8, 0.4, "BY")])
+
+    def samples(of):
+        notes = create_single_panel(of, "constraints").findobj(Annotation)
+        return {str(note.arrow_patch.get_linestyle()) for note in notes if note.arrow_patch}
+
+    assert len(samples(frame)) == 2
+    assert not samples(frame[frame["variant"] != "BY"])
+
+
+def test_accuracies_that_compare_nothing_are_said_and_not_drawn():
+    frame = frame_of([(8,), (8, 0.4), (8, 0.5)])
+    frame["accuracy_note"] = frame["task"].map(
+        {"bh_lambada": "none right", "bh_hellaswag": "at chance"}
+    )
+    drawn = words_of(frame, "accuracy")
+    assert {"hellaswag, all at chance", f"level {ALPHA}\n(lambada: none right in any run)"} <= drawn
+    assert "lambada" not in drawn
+    lambada = words_of(frame[frame["task"] == "bh_lambada"], "accuracy")
+    assert any("No run answered" in " ".join(text.split()) for text in lambada)
 
 
 def test_a_table_of_targets_alone_is_drawn():

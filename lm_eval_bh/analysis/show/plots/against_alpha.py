@@ -21,6 +21,7 @@ from lm_eval_bh.analysis.show.plots.style import (
     interval,
     write_beside,
 )
+from lm_eval_bh.analysis.table.chance import AT_CHANCE, NONE_RIGHT
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITY_UNITS
 
 if TYPE_CHECKING:
@@ -43,13 +44,16 @@ def perplexity(figure: SubFigure, data: Experiments, style: Style, labels: Label
 
 
 def accuracy(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
-    """Draw accuracy against alpha in the same way."""
-    shown = {
-        task: "accuracy"
-        for task in data.tasks
-        if data.of(task, data.rows)["accuracy"].notna().any()
-    }
+    """Draw accuracy against alpha in the same way, where any document was answered rightly."""
+    notes = {task: data.accuracy_notes(task) for task in data.tasks}
+    shown = {task: "accuracy" for task, found in notes.items() if found - {NONE_RIGHT}}
+    nothing = [data.dataset(task) for task, found in notes.items() if found == {NONE_RIGHT}]
+    if nothing and not shown:
+        raise NoDataError("No run answered any document rightly, so accuracies compare nothing.")
     _against_alpha(figure, data, style, labels, shown, "an accuracy", "bh_lambada")
+    if nothing:
+        axes = figure.axes[-1]
+        axes.set_xlabel(f"{axes.get_xlabel()}\n({', '.join(nothing)}: {NONE_RIGHT} in any run)")
     figure.supylabel("accuracy (%)", fontsize="medium")
 
 
@@ -63,9 +67,9 @@ def _against_alpha(
     example: str,
 ) -> None:
     """Draw a column of each task against alpha, small multiples one above the other."""
-    if data.adaptive["alpha"].isna().all():
+    with_alpha = data.adaptive[data.adaptive["on_axis"].notna()]
+    if with_alpha.empty:
         raise NoDataError(NO_ADAPTIVE)
-    with_alpha = data.adaptive[data.adaptive["alpha"].notna()]
     columns = {
         task: column
         for task, column in columns.items()
@@ -101,7 +105,7 @@ def _against_alpha(
             at, further = beyond(axes, value)
             labels.at_line(axes, at, row["strategy"] + further, colour)
         alpha_ticks(axes, rows["alpha"])
-    axes.set_xlabel(f"level {ALPHA}")
+    axes.set_xlabel(f"{data.alpha_is} {ALPHA}")
 
 
 def _lines(axes: Axes, rows: pd.DataFrame, style: Style) -> None:
@@ -135,7 +139,9 @@ def _baselines(data: Experiments, task: str, style: Style) -> pd.DataFrame:
 
 
 def title(data: Experiments, task: str, column: str) -> str:
-    """Return the title of a task: its data set, and the unit of its perplexity."""
+    """Return the title of a task: its data set, and the unit of its perplexity or what it is."""
+    if column == "accuracy" and data.accuracy_notes(task) == {AT_CHANCE}:
+        return f"{data.dataset(task)}, all {AT_CHANCE}"
     unit = PERPLEXITY_UNITS.get(column)
     return f"{data.dataset(task)}, per {unit}" if unit else data.dataset(task)
 
@@ -163,7 +169,7 @@ def alpha_ticks(axes: Axes, alphas: pd.Series) -> None:
 
 def experts(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
     """Draw mean experts against alpha; the right axis shows the saving against native top-k."""
-    means = data.over_tasks(data.adaptive[data.adaptive["alpha"].notna()], ["avg_experts"])
+    means = data.over_tasks(data.adaptive[data.adaptive["on_axis"].notna()], ["avg_experts"])
     if not len(means):
         raise NoDataError(NO_ADAPTIVE)
     axes = figure.subplots()
@@ -176,7 +182,7 @@ def experts(figure: SubFigure, data: Experiments, style: Style, labels: Labels) 
         drawn.append(float(data.native))
     fit_scale(axes, "y", drawn)
     alpha_ticks(axes, means["alpha"])
-    axes.set_xlabel(f"level {ALPHA}")
+    axes.set_xlabel(f"{data.alpha_is} {ALPHA}")
     axes.set_ylabel("experts per token")
     if data.native:
         _savings(axes, data.native)
@@ -198,7 +204,7 @@ def heat_map(figure: SubFigure, data: Experiments, style: Style, labels: Labels)
     """Draw mean experts as a map of alpha and ``max_k``, with the numbers in the cells."""
     from matplotlib.colors import LogNorm
 
-    rows = data.adaptive[data.adaptive["alpha"].notna()]
+    rows = data.adaptive[data.adaptive["on_axis"].notna()]
     if not len(rows):
         raise NoDataError(NO_ADAPTIVE)
     variant = rows["variant"].value_counts().index[0]
@@ -233,7 +239,7 @@ def heat_map(figure: SubFigure, data: Experiments, style: Style, labels: Labels)
     for tick, max_k in zip(axes.get_yticklabels(), table.index, strict=True):
         tick.set_color(style.colour(max_k))
         tick.set_fontweight("bold")
-    axes.set_xlabel(f"level {ALPHA}")
+    axes.set_xlabel(f"{data.alpha_is} {ALPHA}")
     axes.set_ylabel("max_k")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)

@@ -34,7 +34,16 @@ NUMBERS = (
     *(f"{name}_stderr" for name in PERPLEXITIES),
 )
 CONFIGURATION = ["max_k", "variant", "alpha", "target_experts"]
-TEXTS = ("run_id", "dataset", "variant", "mode", "matched_by", "matched_metric")
+TEXTS = (
+    "run_id",
+    "dataset",
+    "variant",
+    "mode",
+    "alpha_is",
+    "accuracy_note",
+    "matched_by",
+    "matched_metric",
+)
 
 
 class NoDataError(Exception):
@@ -52,7 +61,10 @@ class Experiments:
         Those of adaptive rules; of plain static top-k; and of other fixed numbers of experts.
     layers : DataFrame or None
         One row per task, configuration and layer: ``max_k``, ``alpha``, ``variant``, ``layer``,
-        ``mean``.
+        ``mean``, ``on_axis``.
+    alpha_is : str
+        What the axis of alpha shows, "level" or "threshold": what most adaptive rows have. Both
+        cannot stand on one axis; ``on_axis`` is alpha where it is that, else NaN.
     tasks : list of str
         In the order of the table.
     sizes : list of int
@@ -81,6 +93,8 @@ class Experiments:
             )
         rows = _typed(frame)
         rows = rows[rows["mode"] != "analyze"]  # there the model's own k served
+        self.alpha_is = _what_alpha_is(rows)
+        rows["on_axis"] = rows["alpha"].where(rows["alpha_is"] == self.alpha_is)
         self.rows = _repeats_averaged(rows)
         self.tasks = list(dict.fromkeys(self.rows["task"]))
         self.adaptive = self.rows[self.rows["adaptive"]]
@@ -105,6 +119,10 @@ class Experiments:
         """Return the name that a task's data set is shown by."""
         return str(self.of(task, self.rows)["dataset"].iloc[0] or task)
 
+    def accuracy_notes(self, task: str) -> set[str | None]:
+        """Return what the accuracies of a task are noted to be, None where they tell something."""
+        return set(self.of(task, self.rows).dropna(subset="accuracy")["accuracy_note"])
+
     def over_tasks(self, rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
         """Return the means over tasks of each configuration, in the order of rule, size and level.
 
@@ -118,6 +136,17 @@ class Experiments:
         means = means.assign(low=spread["min"], high=spread["max"], count=spread["count"])
         complete = spread["count"] == (spread["count"].max() if len(spread) else 0)
         return means[complete].reset_index().sort_values(CONFIGURATION)
+
+
+def level_of(row: pd.Series) -> str:
+    """Return what a configuration is steered by: ``"0.4"``, or ``"target 4"`` where solved."""
+    target = row["target_experts"]
+    return f"{row['alpha']:g}" if np.isnan(target) else f"target {target:g}"
+
+
+def _what_alpha_is(rows: pd.DataFrame) -> str:
+    kinds = rows.loc[rows["adaptive"] & rows["alpha"].notna(), "alpha_is"].value_counts()
+    return "level" if kinds.empty else str(kinds.index[0])
 
 
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:
@@ -140,6 +169,8 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
         rows[name] = frame[name].astype(bool)
     rows["dataset"] = rows["dataset"].where(rows["dataset"].notna(), rows["task"])
     rows["variant"] = rows["variant"].where(rows["variant"].notna(), rows["rule"])
+    rows["accuracy_note"] = rows["accuracy_note"].where(rows["accuracy_note"].notna(), None)
+    rows["alpha_is"] = rows["alpha_is"].where(rows["alpha_is"].notna(), "level")
     rows["mode"] = rows["mode"].where(rows["mode"].notna(), "patch")
     known = rows["avg_experts_model"].notna()
     rows["avg_experts_model"] = rows["avg_experts_model"].where(known, rows["avg_experts"])
@@ -159,7 +190,7 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _repeats_averaged(rows: pd.DataFrame) -> pd.DataFrame:
     how: dict[str, Any] = {
-        name: "mean" if name in NUMBERS else "first"
+        name: "mean" if name in (*NUMBERS, "on_axis") else "first"
         for name in rows
         if name not in ("task", "configuration")
     }
@@ -171,11 +202,12 @@ def _layers_averaged(layers: pd.DataFrame | None, rows: pd.DataFrame) -> pd.Data
     if layers is None or layers.empty:
         return None
     adaptive = rows[rows["adaptive"]]
-    of_run = adaptive[["run_id", "task", *CONFIGURATION]].drop_duplicates()
+    of_run = adaptive[["run_id", "task", *CONFIGURATION, "on_axis"]].drop_duplicates()
     joined = layers[["run_id", "task", "layer", "tokens", "mean"]].merge(
         of_run, on=["run_id", "task"]
     )
     joined["total"] = joined["mean"] * joined["tokens"]
-    pooled = joined.groupby([*CONFIGURATION, "layer"], dropna=False)[["total", "tokens"]].sum()
+    of_layer = joined.groupby([*CONFIGURATION, "on_axis", "layer"], dropna=False)
+    pooled = of_layer[["total", "tokens"]].sum()
     pooled["mean"] = pooled["total"] / pooled["tokens"]
     return pooled.reset_index() if len(pooled) else None

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from lm_eval_bh.analysis.show.plots.data import CONFIGURATION, Experiments, NoDataError
+from lm_eval_bh.analysis.show.plots.data import (
+    CONFIGURATION,
+    Experiments,
+    NoDataError,
+    level_of,
+)
 from lm_eval_bh.analysis.show.plots.labels import Labels
 from lm_eval_bh.analysis.show.plots.style import (
     ALPHA,
@@ -34,6 +39,7 @@ NO_LOG = (
     "--model_args alpha=0.4,max_k=8,log_routing=summary."
 )
 FEWEST_ROWS = 6
+SAMPLE = 18.0  # points: the length of a line beside the name of a row
 INCH_OF_ROWS = 2.2  # what a panel of nine has for its rows
 
 
@@ -43,7 +49,7 @@ def constraints(figure: SubFigure, data: Experiments, style: Style, labels: Labe
     if not len(means):
         raise NoDataError(NO_LOG)
     axes = figure.subplots()
-    places = _rows(axes, means, style, _levels(means, data))
+    places = _rows(axes, means, style, [level_of(row) for _, row in means.iterrows()])
     left = np.zeros(len(means))
     for column, (name, shade, hatch) in SHARES.items():
         axes.barh(
@@ -86,8 +92,8 @@ def utilization(figure: SubFigure, data: Experiments, style: Style, labels: Labe
     means = pd.concat([part for part in (static, adaptive) if len(part)])
     means = means.sort_values(["max_k", "static"], ascending=[True, False], kind="stable")
     names = [
-        "top-k" if static else name
-        for static, name in zip(means["static"], _levels(means, data), strict=True)
+        "top-k" if static else level_of(row)
+        for static, (_, row) in zip(means["static"], means.iterrows(), strict=True)
     ]
     axes = figure.subplots()
     places = _rows(axes, means, style, names)
@@ -109,16 +115,6 @@ def utilization(figure: SubFigure, data: Experiments, style: Style, labels: Labe
     axes.set_xlabel("experts in use (%)")
 
 
-def _levels(means: pd.DataFrame, data: Experiments) -> list[str]:
-    """Return a short name of each configuration within its ``max_k``."""
-    targets = means["target_experts"].map("{:g}".format)
-    levels = means["alpha"].map("{:g}".format).where(means["target_experts"].isna(), targets)
-    return [
-        level if variant in data.variants[:1] else f"{variant} {level}"
-        for variant, level in zip(means["variant"], levels, strict=True)
-    ]
-
-
 def _rows(axes: Axes, means: pd.DataFrame, style: Style, names: list[str]) -> list[float]:
     """Give every configuration a row, grouped by ``max_k``; return their places from the top."""
     places: list[float] = []
@@ -129,6 +125,12 @@ def _rows(axes: Axes, means: pd.DataFrame, style: Style, names: list[str]) -> li
     size = _size_of(len(means))
     axes.set_yticks(places, names, fontsize=size)
     widest = max(len(name) for name in names)
+    left = -10 - 0.6 * size * widest  # points from the axis
+    if style.several:
+        for place, (_, row) in zip(places, means.iterrows(), strict=True):
+            if not row.get("static"):
+                _line_sample(axes, place, left - SAMPLE, style, row)
+        left -= SAMPLE + 4
     start = 0
     for max_k, rows in of_size.items():
         middle = float(np.mean(places[start : start + len(rows)]))
@@ -137,7 +139,7 @@ def _rows(axes: Axes, means: pd.DataFrame, style: Style, names: list[str]) -> li
             axes,
             f"max {max_k:.0f}",
             (0, middle),
-            (-10 - 0.6 * size * widest, 0),
+            (left, 0),
             ha="right",
             va="center",
             color=style.colour(max_k),
@@ -150,6 +152,28 @@ def _rows(axes: Axes, means: pd.DataFrame, style: Style, names: list[str]) -> li
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     return places
+
+
+def _line_sample(axes: Axes, place: float, left: float, style: Style, row: pd.Series) -> None:
+    """Draw the line that other panels give a rule, beside the name of its row."""
+    across: Any = ("axes points", "data")
+    line = {
+        "arrowstyle": "-",
+        "linestyle": style.line(row["variant"]),
+        "color": style.colour(row["max_k"]),
+        "linewidth": 1.4,
+        "shrinkA": 0,
+        "shrinkB": 0,
+    }
+    axes.annotate(
+        "",
+        (left, place),
+        xytext=(left + SAMPLE, place),
+        xycoords=across,
+        textcoords=across,
+        arrowprops=line,
+        annotation_clip=False,
+    )
 
 
 def _size_of(rows: int) -> float:
@@ -167,9 +191,10 @@ def layers(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -
     from matplotlib.ticker import MaxNLocator
 
     axes = figure.subplots()
-    levels = np.unique(data.layers["alpha"].dropna())
+    levels = np.unique(data.layers["on_axis"].dropna())
     middle = levels[(len(levels) - 1) // 2 :][:1]
-    for (max_k, variant, alpha, _), line in data.layers.groupby(CONFIGURATION, dropna=False):
+    of_line = [*CONFIGURATION, "on_axis"]
+    for (max_k, variant, *_, alpha), line in data.layers.groupby(of_line, dropna=False):
         faint = {"color": style.colour(max_k), "alpha": 0.45, "linewidth": 0.6, "zorder": 2}
         full = style.point(max_k) | {"zorder": 3}
         how = full if np.isnan(alpha) or alpha in middle else faint

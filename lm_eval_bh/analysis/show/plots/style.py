@@ -74,6 +74,7 @@ class Style:
         from matplotlib.colors import to_hex
 
         self.sizes = tuple(sizes)
+        self.several = len(variants) > 1  # then a line tells which
         colours: Sequence[str] = PALETTE
         if len(sizes) > len(PALETTE):
             shades = colormaps["viridis"](np.linspace(0, 0.9, len(sizes)))

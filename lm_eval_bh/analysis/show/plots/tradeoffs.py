@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lm_eval_bh.analysis.show.plots.against_alpha import multiples, title
-from lm_eval_bh.analysis.show.plots.data import Experiments, NoDataError
+from lm_eval_bh.analysis.show.plots.data import Experiments, NoDataError, level_of
 from lm_eval_bh.analysis.show.plots.labels import Labels
 from lm_eval_bh.analysis.show.plots.style import (
     BASELINE_LINE,
@@ -25,6 +25,8 @@ from lm_eval_bh.analysis.show.plots.style import (
     interval,
 )
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
+
+MOST_NAMED = 2  # points of a line that are named; the legend tells of longer ones
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -145,8 +147,9 @@ def _scatter(
 ) -> None:
     """Draw adaptive rules filled, static top-k hollow and named on a dashed line.
 
-    The y axis shows all adaptive rules, the model's own top-k and what is drawn ``further``;
-    outliers that would flatten them are drawn at its edge.
+    The points of an adaptive rule are named where its line has at most :data:`MOST_NAMED`. The y
+    axis shows all adaptive rules, the model's own top-k and what is drawn ``further``; outliers
+    that would flatten them are drawn at its edge.
     """
     adaptive, static = rows[rows["adaptive"]], rows[rows["baseline"]].sort_values("max_k")
     own = static["max_k"] == static["native_top_k"]
@@ -163,6 +166,10 @@ def _scatter(
             **style.point(max_k),
         )
         _error_bars(axes, line, x, y, style.colour(max_k))
+        if len(line) <= MOST_NAMED:
+            for _, row in line.iterrows():
+                name = f"{variant.partition(',')[0]} {level_of(row)}"
+                labels.at_point(axes, row[x], row[y], name, style.colour(max_k))
     axes.plot(static[x], static[y], color=NEUTRAL, linestyle=BASELINE_LINE, linewidth=0.9, zorder=2)
     _error_bars(axes, static, x, y, NEUTRAL)
     for _, row in rows[~rows["adaptive"]].iterrows():
