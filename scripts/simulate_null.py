@@ -8,8 +8,14 @@ token are drawn from a normal distribution with the given correlations; the null
 true one. BH promises nothing if some correlations are negative; if one shift moves all logits of a
 token, rejections come in crowds, which the last column shows.
 
-The last table is of null models that are fitted on such statistics, of other tokens, with `trim`:
+The second table is of null models that are fitted on such statistics, of other tokens, with `trim`:
 here the excluded statistics are null too, so the fitted tails are too light and the level is lost.
+
+The last table is of `family=all`: all decisions on a calibration text are tested at once, which
+leaves a cut-off, and that is applied to other tokens. Some experts of each token are called for:
+their statistics are larger by a shift. The share of false rejections among all on the other tokens
+should be at most alpha times the share of experts that are not called for. `null_from=unselected`
+fits the null to the experts below each token's top 8, as for a model with that native top-k.
 
 The correlations named tiny-olmoe are those of its router logits on the demo texts that ship, layer
 by layer; only the dependence is the model's, the marginal distributions are normal.
@@ -18,7 +24,8 @@ by layer; only the dependence is the model's, the marginal distributions are nor
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,8 +43,10 @@ from lm_eval_bh.routing.nulls.texts import text_batches
 from lm_eval_bh.routing.routers import find_routers
 from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.routing.selection import reject
+from lm_eval_bh.routing.target import family_cutoff
 
-EXPERTS = 64
+EXPERTS, TOP_K = 64, 8
+REPEATS = 20  # of a family, which takes all tokens together
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -68,11 +77,16 @@ def of_tiny_olmoe() -> dict[str, Matrix]:
     }
 
 
-def draw(correlation: Matrix, tokens: int, rng: np.random.Generator) -> torch.Tensor:
-    """Return p-values [tokens, experts] of normal statistics with this correlation."""
+def normal(correlation: Matrix, tokens: int, rng: np.random.Generator) -> Matrix:
+    """Return normal statistics [tokens, experts] with this correlation."""
     values, vectors = np.linalg.eigh(correlation)
     root = vectors * np.sqrt(values.clip(0))
-    return torch.from_numpy(ndtr(-rng.standard_normal((tokens, EXPERTS)) @ root.T))
+    return np.asarray(rng.standard_normal((tokens, EXPERTS)) @ root.T)
+
+
+def draw(correlation: Matrix, tokens: int, rng: np.random.Generator) -> torch.Tensor:
+    """Return their p-values under the true null distribution."""
+    return torch.from_numpy(ndtr(-normal(correlation, tokens, rng)))
 
 
 def trimmed(trim: int, tokens: int, rng: np.random.Generator) -> torch.Tensor:
@@ -92,6 +106,79 @@ def print_trimmed(levels: Sequence[float], tokens: int, seed: int) -> dict[str, 
         shares = {f"alpha {a:g}": float(reject(p, a).any(-1).double().mean()) for a in levels}
         everything[f"trim {trim}"] = shares
         print(f"| {trim} | {' | '.join(f'{share:.3f}' for share in shares.values())} |")
+    return everything
+
+
+def called_for(fewest: int, most: int, tokens: int, rng: np.random.Generator) -> Matrix:
+    """Return which experts are called for: bool [tokens, experts], a random number a token."""
+    counts = rng.integers(fewest, most + 1, (tokens, 1))
+    return rng.permuted(np.tile(np.arange(EXPERTS), (tokens, 1)), axis=1) < counts
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table of one family: how statistics are drawn, and what null is assumed."""
+
+    name: str
+    correlation: Matrix
+    fewest: int = 8
+    most: int = 8
+    shift: float = 4.0
+
+    def shares(
+        self, levels: Sequence[float], fitted: bool, tokens: int, rng: np.random.Generator
+    ) -> list[float]:
+        """Return the share of false rejections at each level, on tokens not calibrated on."""
+        parts = []
+        for _ in range(2):
+            called = called_for(self.fewest, self.most, tokens, rng)
+            parts.append((normal(self.correlation, tokens, rng) + self.shift * called, called))
+        (seen, _), (fresh, called) = parts
+        if fitted:
+            null = NullModel.fit({0: seen}, top_k=TOP_K)
+            p_seen, p = (null.p_values(0, torch.from_numpy(part)) for part in (seen, fresh))
+        else:
+            p_seen, p = (torch.from_numpy(ndtr(-part)) for part in (seen, fresh))
+        family = p_seen.double().flatten().sort().values
+        shares = []
+        for level in levels:
+            rejected = (p <= family_cutoff(family, level)).numpy()
+            shares.append(float((rejected & ~called).sum() / max(rejected.sum(), 1)))
+        return shares
+
+
+def print_families(
+    levels: Sequence[float], correlations: Mapping[str, Matrix], tokens: int, seed: int
+) -> dict[str, dict[str, float]]:
+    """Print and return the mean share of false rejections with a family of all decisions."""
+    families = [
+        Family("none called for", equal(0), 0, 0),
+        *(Family(f"8 called for, shift 4, {name}", some) for name, some in correlations.items()),
+        Family("8 called for, shift 2, independent", equal(0), shift=2.0),
+        Family("0 to 16 called for, shift 4, independent", equal(0), 0, 16),
+        Family("2 called for, shift 4, independent", equal(0), 2, 2),
+    ]
+    print(f"\n| statistics | null | {' | '.join(f'alpha = {alpha:g}' for alpha in levels)} |")
+    print(f"|---|---|{'---:|' * len(levels)}")
+    everything = {}
+    for family in families:
+        null_share = 1 - (family.fewest + family.most) / 2 / EXPERTS
+        for null in ("true", "unselected"):
+            rng = np.random.default_rng(seed)
+            found = np.mean(
+                [
+                    family.shares(levels, null == "unselected", tokens // REPEATS, rng)
+                    for _ in range(REPEATS)
+                ],
+                axis=0,
+            )
+            shares = {f"alpha {a:g}": float(share) for a, share in zip(levels, found, strict=True)}
+            everything[f"one family, {family.name}, {null}"] = shares
+            cells = [
+                f"{share:.3f} (at most {a * null_share:.3f})"
+                for a, share in zip(levels, found, strict=True)
+            ]
+            print(f"| {family.name} | {null} | {' | '.join(cells)} |")
     return everything
 
 
@@ -133,6 +220,7 @@ def main(
             cells = [f"{shares[rule]:.3f}" for rule in tests]
             print(f"| {name} | {' | '.join(cells)} | {crowd:.1f} |")
     everything |= print_trimmed(levels, tokens, seed)
+    everything |= print_families(levels, correlations, tokens, seed)
     if output is not None:
         with replacing(output) as temporary:
             temporary.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm_eval_bh.routing.caches import returned_cache
 from lm_eval_bh.routing.routers import transformers_model
 from lm_eval_bh.speed.floor import wait_for
 
@@ -88,19 +89,19 @@ class Decode(Workload):
         super().__init__(f"decode {size}", task, size, steps, size * steps)
         self._rows, self._prompt = rows, prompt
 
-    def prepare(self, model: Any) -> tuple[Any, list[Tensor]]:
+    def prepare(self, model: Any) -> tuple[dict[str, Any], list[Tensor]]:
         """Read the prompt, and write one token."""
         rows = self._rows.to(model.device)
         read = model(rows[:, : self._prompt], use_cache=True)
         first, *steps = rows[:, self._prompt :].split(1, dim=1)
-        read = model(first, past_key_values=read.past_key_values, use_cache=True)
-        return read.past_key_values, steps
+        read = model(first, **returned_cache(read), use_cache=True)
+        return returned_cache(read), steps
 
-    def run(self, model: Any, prepared: tuple[Any, list[Tensor]]) -> None:
+    def run(self, model: Any, prepared: tuple[dict[str, Any], list[Tensor]]) -> None:
         """Write the other tokens."""
         cache, steps = prepared
         for step in steps:
-            cache = model(step, past_key_values=cache, use_cache=True).past_key_values
+            cache = returned_cache(model(step, **cache, use_cache=True))
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ def test_the_interval_is_that_of_scipy():
         paired=True,
         method="percentile",
         n_resamples=20_000,
-        rng=np.random.default_rng(1),
+        random_state=np.random.default_rng(1),
     ).confidence_interval
     assert found.difference == pytest.approx(difference_of(OURS, THEIRS, TOKENS))
     width = expected.high - expected.low

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lm_eval_bh.harness.logs.ownership import Batch, Owner
 from lm_eval_bh.harness.logs.sinks import Sinks
 from lm_eval_bh.harness.logs.stopwatch import Span
+from lm_eval_bh.routing.caches import given_cache
 from lm_eval_bh.routing.selection import Selection
 
 
@@ -106,7 +107,7 @@ class Generation:
     def before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Find out which columns a pass feeds; a forward pre-hook of the base model."""
         self._end_pass()
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         if self._refused or _depth(module) != self._depth:
             return  # a draft by the first layers alone: assistant_early_exit
         if self._first_column is not None and cache is not self._cache:

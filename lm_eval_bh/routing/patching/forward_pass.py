@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_bh.errors import ParameterError, RoutingError
+from lm_eval_bh.routing.caches import given_cache
 from lm_eval_bh.routing.host import on_host
 from lm_eval_bh.routing.patching.patch import Patch
 from lm_eval_bh.routing.selection import Selection
@@ -187,7 +188,7 @@ class Begin:
         if mask is None:
             self._look_for_padding(module, tokens)
             return None
-        real = query_mask(mask, rows, length, kwargs.get("past_key_values"))
+        real = query_mask(mask, rows, length, given_cache(kwargs))
         if real is None:
             self.patch.tell_once("its attention mask is none that is understood")
             return None

@@ -85,7 +85,7 @@ def test_right_and_wrong_of_two_dense_models(tmp_path, right):
     assert row["p_value"] == pytest.approx(mcnemar(both, exact=True).pvalue)
     assert row["equivalence_p"] == pytest.approx(ttost_paired(right[1], right[0], -0.3, 0.3)[0])
     low, high = stats.bootstrap(
-        (right[1] - right[0],), np.mean, method="percentile", rng=np.random.default_rng(9)
+        (right[1] - right[0],), np.mean, method="percentile", random_state=np.random.default_rng(9)
     ).confidence_interval
     assert (row["difference_low"], row["difference_high"]) == pytest.approx((low, high), abs=0.02)
     assert row["p_value"] == row["p_adjusted"] < 0.05

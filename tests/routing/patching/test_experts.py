@@ -16,6 +16,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError
+from lm_eval_bh.routing.caches import returned_cache
 from lm_eval_bh.routing.patching import experts as ragged
 from lm_eval_bh.routing.patching.experts import RowsComputed, ragged_experts_forward
 from lm_eval_bh.routing.patching.experts_switch import ExpertsSwitch
@@ -388,8 +389,8 @@ def test_decoding_one_token_equals_the_whole_sequence(some_ids, dtype, implement
     model = small_model(2, dtype)
     with patched(model, experts=implementation), torch.no_grad():
         expected = model(some_ids[:1]).logits
-        cache = model(some_ids[:1, :-1], use_cache=True).past_key_values
-        out = model(some_ids[:1, -1:], past_key_values=cache, use_cache=True).logits
+        read = model(some_ids[:1, :-1], use_cache=True)
+        out = model(some_ids[:1, -1:], **returned_cache(read), use_cache=True).logits
     torch.testing.assert_close(
         out[:, -1], expected[:, -1], rtol=0, atol=20 * TOLERANCE[dtype] * expected.abs().max()
     )
