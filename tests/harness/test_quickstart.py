@@ -54,14 +54,17 @@ def test_the_quick_start_shows_what_bh_costs_beside_static_top_k(installed):
             "$ lm_eval --model hf-bh --model_args pretrained=tiny-olmoe,alpha=0.4,max_k=8" in shown
         )
         assert "|bh_demo_wikitext|" in shown  # lm_eval's own table
-        table = shown.split("$ lm-eval-bh aggregate runs/quickstart")[1]
+        tables = shown.split("$ lm-eval-bh aggregate runs/quickstart/sweep")[1]
+        assert "Speed was measured" not in tables  # the sweep did it
+        assert "not run" not in tables  # static top-k with as many experts stands beside all
+        assert "0.000" not in tables  # an accuracy of nothing right compares nothing
+        table = tables.split("wikitext")[-1]
         rows = {line.split("  ")[0].strip(): line for line in table.splitlines()}
-        assert {"top-2", "top-3", "top-4", "top-8"} <= set(rows)
-        for level in ("0.30", "0.40", "0.50", "0.60"):
-            row = rows[f"BH a={level}, max 8"]
-            assert "%*)" in row  # it differs from top-8, and significantly
-            assert "not run" not in row  # static top-k with as many experts stands beside it
-        assert "accuracy" not in table
-        picture = installed / "runs" / "quickstart" / "pareto.png"
-        assert "Written to runs/quickstart/pareto.png" in table
+        assert {"top-2", "top-4", "top-8"} <= set(rows)
+        for level in ("0.40", "0.50"):
+            assert "%*)" in rows[f"BH a={level}, max 8"]  # it differs from top-8, significantly
+        assert any(row.startswith("min-w target 4") for row in rows)
+        figure = "runs/quickstart/sweep/visualizations/bh_comprehensive_comparison.png"
+        picture = installed / figure
+        assert f"Written to {figure}" in tables
         assert picture.read_bytes().startswith(b"\x89PNG")
