@@ -149,10 +149,11 @@ def keep(indices: Tensor, weights: Tensor, counts: Array, num_experts: int) -> S
     slots = indices.shape[-1]
     if on_host(weights):
         found = counts.numpy() if isinstance(counts, Tensor) else counts
-        kept = _first_slots(slots).take(found, axis=0)
+        bits = bits_of(weights)
+        factors, fillings = _of_counts(slots, num_experts, bits.dtype)
         return Selection(
-            torch.from_numpy(np.where(kept, indices.numpy(), num_experts)),
-            tensor_of(np.where(kept, bits_of(weights), 0), weights.dtype),
+            torch.from_numpy(np.maximum(indices.numpy(), fillings.take(found, axis=0))),
+            tensor_of(bits * factors.take(found, axis=0), weights.dtype),
             _counts(counts),
         )
     counts = _counts(counts)
@@ -167,9 +168,16 @@ def _counts(counts: Array) -> Tensor:
 
 
 @cache
-def _first_slots(slots: int) -> NDArray[np.bool_]:
-    """Return which slots the first 0, 1, ... are: bool ``[slots + 1, slots]``."""
-    return np.arange(slots) < np.arange(slots + 1)[:, None]
+def _of_counts(
+    slots: int, num_experts: int, kind: np.dtype[Any]
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Return, for counts 0, 1, ..., what empties the other slots: ``[slots + 1, slots]`` each.
+
+    Weights are multiplied by the first, of their dtype; indices are at least the second. That takes
+    half the time of choosing by a mask.
+    """
+    used = np.arange(slots) < np.arange(slots + 1)[:, None]
+    return used.astype(kind), np.where(used, 0, num_experts)
 
 
 def _softmax_top(

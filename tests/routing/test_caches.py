@@ -13,6 +13,7 @@ def test_a_cache_is_found_by_each_name(name):
     cache = object()
     assert given_cache({"use_cache": True, name: cache}) is cache
     assert returned_cache({"logits": 1, name: cache}) == {name: cache}
+    assert returned_cache(dict.fromkeys(NAMES, cache)) == {NAMES[0]: cache}
 
 
 def test_no_cache_is_none():

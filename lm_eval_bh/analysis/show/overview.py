@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lm_eval_bh.analysis.table.chance import with_note
+from lm_eval_bh.analysis.table.chance import NONE_RIGHT, with_note
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES, PERPLEXITY_UNITS, perplexity_column
 
 if TYPE_CHECKING:
@@ -116,8 +116,9 @@ def _matched(row: pd.Series) -> str:
     if not row["matched_by"]:
         return "" if row["baseline"] else "not run"
     interpolated = row["matched_by"] == "interpolated"
+    nothing = row.get("accuracy_note") == NONE_RIGHT and row["matched_accuracy"] == 0
     values = (
         _perplexity(row["matched_perplexity"]),
-        _number(row["matched_accuracy"], ".3f"),
+        "" if nothing else _number(row["matched_accuracy"], ".3f"),
     )
     return ", ".join(value for value in values if value) + (" (i)" if interpolated else "")
