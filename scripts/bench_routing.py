@@ -19,6 +19,7 @@ its own count.
 
 from __future__ import annotations
 
+import copy
 import datetime
 import itertools
 import json
@@ -45,7 +46,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, OlmoeConfig
-from transformers.models.olmoe.modeling_olmoe import OlmoeModel
+from transformers.models.olmoe.modeling_olmoe import OlmoeModel, OlmoePreTrainedModel
 
 from lm_eval_bh import BHRoutingIntegration, NullModel
 from lm_eval_bh.files import replacing
@@ -57,6 +58,7 @@ from lm_eval_bh.speed.floor import measure_machine, wait_for
 MEANS = (8.0, 6.0, 4.5, 4.0, 2.0)
 STOCK = ("eager", "grouped_mm", "batched_mm")
 BATCH, PROMPT, STEPS = 32, 1024, 16
+LAYERS = 16  # of OLMoE-1B-7B
 ROUTER_LIMITS = {"prefill 1,024": 1.2, "batch 32": 1.5, "decode 1": 2.0}
 NARROWER = (
     1.5  # the null model is that much narrower than the logits, so that there is something to find
@@ -88,7 +90,7 @@ class Part:
     model: nn.Module
     call: Callable[[Tensor], Any]
     inputs: dict[str, list[Tensor]]
-    layers: int  # MoE layers inside
+    times: int = 1  # how many such parts a call runs, one after the other
     experts: bool = True  # whether experts run at all
     dense_bytes: int = 0  # of parameters that every token needs
 
@@ -118,6 +120,19 @@ class Row:
     wanted_k: float
     mean_k: float
     context: Callable[[], AbstractContextManager[Any]]
+
+
+class Routers(OlmoePreTrainedModel):
+    """The routers of a forward pass and nothing else, so that what a pass costs is shared out."""
+
+    def __init__(self, router: nn.Module, config: OlmoeConfig) -> None:
+        super().__init__(OlmoeConfig(**config.to_dict(), experts_implementation="eager"))
+        self.routers = nn.ModuleList(copy.deepcopy(router) for _ in range(LAYERS))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        for router in self.routers:
+            router(hidden_states)
+        return hidden_states
 
 
 def routers_of(model: nn.Module) -> list[Any]:
@@ -194,13 +209,13 @@ class Bench:
         self.machine = measure_machine(dtype, device, now, array)
 
     def clock(self, part: Part, inputs: list[Tensor]) -> float:
-        """Return the seconds of one call, on average over the inputs."""
+        """Return the seconds of one part, on average over the inputs."""
         wait_for(self.device)
         start = self.now()
         for value in inputs:
             part.call(value)
         wait_for(self.device)
-        return (self.now() - start) / len(inputs)
+        return (self.now() - start) / len(inputs) / part.times
 
     def solve(
         self, part: Part, inputs: list[Tensor]
@@ -365,7 +380,7 @@ class Bench:
         expert = 3 * config.hidden_size * config.intermediate_size * self.dtype.itemsize
         read = part.dense_bytes * len(inputs) + (sum(touched) * expert if part.experts else 0)
         read += sum(value.numel() * value.element_size() for value in inputs)
-        return self.machine.floor(counter.get_total_flops(), read) / len(inputs)
+        return self.machine.floor(counter.get_total_flops(), read) / len(inputs) / part.times
 
     def of(self, part: str, workload: str, row: str, k: float) -> Result | None:
         for r in self.results:
@@ -373,18 +388,21 @@ class Bench:
                 return r
         return None
 
-    def best_stock(self, part: str, workload: str, k: float) -> float:
-        """Return the seconds of the best stock implementation; between two k, their mean."""
-        bounds = {int(k), -int(-k // 1)}
-        return statistics.mean(
+    def best_stock(self, part: str, workload: str, k: float) -> list[float]:
+        """Return the seconds of the best stock implementation; between two k, their means."""
+        best = [
             min(
-                r.median
-                for r in self.results
-                if (r.part, r.workload, r.wanted_k) == (part, workload, bound)
-                and r.row.startswith("stock")
-            )
-            for bound in bounds
-        )
+                (
+                    r
+                    for r in self.results
+                    if (r.part, r.workload, r.wanted_k) == (part, workload, bound)
+                    and r.row.startswith("stock")
+                ),
+                key=lambda r: r.median,
+            ).seconds
+            for bound in sorted({int(k), -int(-k // 1)})
+        ]
+        return [statistics.mean(each) for each in zip(*best, strict=True)]
 
 
 def parts_of(name: str, model: Any, only_model: bool) -> list[Part]:
@@ -401,7 +419,6 @@ def parts_of(name: str, model: Any, only_model: bool) -> list[Part]:
     limit = getattr(model.config, "max_position_embeddings", PROMPT)
     if limit < PROMPT:  # tiny-olmoe: as many tokens, in rows it was made for
         ids[WORKLOADS[0].name] = [ids[WORKLOADS[0].name][0].reshape(-1, 256)]
-    layers = len(routers_of(model))
 
     def whole(value: Tensor) -> Any:
         return model(value, use_cache=False)
@@ -413,7 +430,7 @@ def parts_of(name: str, model: Any, only_model: bool) -> list[Part]:
             if "experts" not in n and "embed" not in n
         )
 
-    parts = [Part(f"{name}", model, whole, ids, layers, dense_bytes=dense(model))]
+    parts = [Part(f"{name}", model, whole, ids, dense_bytes=dense(model))]
     if only_model:
         return parts
     block = next(m for m in model.modules() if type(m).__name__ == "OlmoeSparseMoeBlock")
@@ -425,9 +442,10 @@ def parts_of(name: str, model: Any, only_model: bool) -> list[Part]:
         for value in values:
             whole(value)
         handle.remove()
+    routers = Routers(block.gate, model.config)
     return [
-        Part("router", model, block.gate, hidden, 1, experts=False, dense_bytes=dense(block.gate)),
-        Part("MoE layer", model, block, hidden, 1, dense_bytes=dense(block.gate)),
+        Part("router", routers, routers, hidden, LAYERS, False, dense(routers)),
+        Part("MoE layer", model, block, hidden, dense_bytes=dense(block.gate)),
         *parts,
     ]
 
@@ -497,36 +515,40 @@ def checks(bench: Bench) -> list[dict[str, Any]]:
     """Return the numbers to reach, each as a ratio of two rows of this run."""
     found: list[dict[str, Any]] = []
 
-    def add(what: str, ratio: float, limit: float | None) -> None:
+    def add(what: str, ratio: float, interval: list[float], limit: float | None) -> None:
         reached = None if limit is None else ratio <= limit
-        found.append({"what": what, "ratio": ratio, "limit": limit, "reached": reached})
+        found.append(
+            {
+                "what": what,
+                "ratio": ratio,
+                "interval": interval,
+                "limit": limit,
+                "reached": reached,
+            }
+        )
 
     columns = list(dict.fromkeys((r.part, r.workload) for r in bench.results))
     for (part, workload), k in itertools.product(columns, bench.means):
         ours = bench.of(part, workload, "ours", k)
         if ours is None:
             continue
+        top_8 = bench.best_stock(part, workload, 8)
+        ratio = paired(ours.seconds, top_8)
         if part == "router":
-            stock_k8 = bench.best_stock(part, workload, 8)
-            theirs = bench.of(part, workload, "stock eager top-8", 8)
-            assert theirs is not None  # it runs no experts, so there is no other
-            ratio, (low, high) = paired(ours.seconds, theirs.seconds)
-            what = f"router / stock router, {workload}, k {k:g} ({low:.2f} to {high:.2f})"
-            add(what, ratio, ROUTER_LIMITS[workload])
+            add(f"router / stock router, {workload}, k {k:g}", *ratio, ROUTER_LIMITS[workload])
             if layer := bench.of("MoE layer", workload, "ours", k):
-                added = (ours.median - stock_k8) / layer.median
-                add(f"what routing adds / layer, {workload}, k {k:g}", added, 0.01)
-                add(f"router / layer, {workload}, k {k:g}", ours.median / layer.median, 0.01)
-        else:
-            layer = part == "MoE layer"  # whole models have no limit: they are shown
-            add(
-                f"{part} / best stock static, {workload}, k {k:g}",
-                ours.median / bench.best_stock(part, workload, k),
-                1.05 if layer and k < max(bench.means) else None,  # top-8 is the model as it was
-            )
+                added = paired(list(np.subtract(ours.seconds, top_8)), layer.seconds)
+                add(f"what routing adds / layer, {workload}, k {k:g}", *added, 0.01)
+                share = paired(ours.seconds, layer.seconds)
+                add(f"router / layer, {workload}, k {k:g}", *share, 0.01)
+            continue
+        limit = static = None
+        if part == "MoE layer":  # whole models have no limit: they are shown
+            static = 1.05 if k < max(bench.means) else None  # top-8 is the model as it was
             limit = {("prefill 1,024", 4.5): 0.65, ("decode 1", 4.0): 0.55}.get((workload, k))
-            ratio = ours.median / bench.best_stock(part, workload, 8)
-            add(f"{part} / best stock top-8, {workload}, k {k:g}", ratio, limit if layer else None)
+        alike = paired(ours.seconds, bench.best_stock(part, workload, k))
+        add(f"{part} / best stock static, {workload}, k {k:g}", *alike, static)
+        add(f"{part} / best stock top-8, {workload}, k {k:g}", *ratio, limit)
     return found
 
 
@@ -535,7 +557,7 @@ def show_checks(found: list[dict[str, Any]]) -> None:
     for check in found:
         table.add_row(
             check["what"],
-            f"{check['ratio']:.3f}",
+            f"{check['ratio']:.3f} ({check['interval'][0]:.3f} to {check['interval'][1]:.3f})",
             "" if check["limit"] is None else f"{check['limit']:g}",
             {True: "reached", False: "NOT reached", None: ""}[check["reached"]],
             style="yellow" if check["reached"] is False else "",

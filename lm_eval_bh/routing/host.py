@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -30,6 +31,15 @@ def exact(values: Tensor) -> Tensor:
     if values.requires_grad:
         values = values.detach()
     return values.float() if values.dtype in HALF else values
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether tensors on a CPU, ``[rows, columns]``, hold neither NaN nor infinite values."""
+    widths = {tensor.shape[-1] for tensor in tensors}
+    if len(widths) > 1:
+        return all(map(all_finite, tensors))
+    finite = np.isfinite(exact(tensors[0] if len(tensors) == 1 else torch.cat(tensors)).numpy())
+    return bool(np.count_nonzero(finite) == finite.size)  # in half the time of all()
 
 
 def bits_of(tensor: Tensor) -> NDArray[Any]:

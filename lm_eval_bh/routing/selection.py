@@ -149,6 +149,9 @@ def keep(indices: Tensor, weights: Tensor, counts: Array, num_experts: int) -> S
     slots = indices.shape[-1]
     if on_host(weights):
         found = counts.numpy() if isinstance(counts, Tensor) else counts
+        if len(found) == 1:
+            factor, filling = _of_one(slots, num_experts, weights.dtype)[found.item()]
+            return Selection(torch.maximum(indices, filling), weights * factor, _counts(counts))
         bits = bits_of(weights)
         factors, fillings = _of_counts(slots, num_experts, bits.dtype)
         return Selection(
@@ -178,6 +181,20 @@ def _of_counts(
     """
     used = np.arange(slots) < np.arange(slots + 1)[:, None]
     return used.astype(kind), np.where(used, 0, num_experts)
+
+
+@cache
+def _of_one(slots: int, num_experts: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Return the rows of :func:`_of_counts` as tensors: one row takes torch less than NumPy."""
+    factors, fillings = _of_counts(slots, num_experts, np.dtype(np.float64))
+    with torch.inference_mode(False):  # they outlive the pass
+        return list(
+            zip(
+                torch.tensor(factors, dtype=dtype).split(1),
+                torch.tensor(fillings).split(1),
+                strict=True,
+            )
+        )
 
 
 def _softmax_top(

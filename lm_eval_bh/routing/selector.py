@@ -210,17 +210,16 @@ class Selector:
     def _candidate_scores(
         self, logits: Tensor, candidates: Tensor, hidden_states: Tensor | None
     ) -> Tensor:
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        exact = logits.to(dtype)
-        chosen = exact.gather(-1, candidates)
-        statistic = self.config.scored_by
-        if not STATISTICS[statistic].weighs:
-            return chosen
-        log_weights = chosen - exact.logsumexp(-1, keepdim=True)
-        if not STATISTICS[statistic].factors:
+        statistic = STATISTICS[self.config.scored_by]
+        if not statistic.weighs:
+            return exact(logits).gather(-1, candidates)
+        log_weights = statistic_scores(logits, statistic.name).gather(-1, candidates)
+        if not statistic.factors:
             return log_weights
         assert self._null_model is not None
-        factors = self._null_model.log_factors(self.layer, logits.device, dtype, hidden_states)
+        factors = self._null_model.log_factors(
+            self.layer, logits.device, log_weights.dtype, hidden_states
+        )
         assert factors is not None
         return log_weights + (
             factors[candidates] if factors.ndim == 1 else factors.gather(-1, candidates)

@@ -118,10 +118,7 @@ class AdaptiveSelection(nn.Module):
         own = self.settings
         if own["scores"] == "logit":
             return logits
-        if own["first_only"]:  # rounded as lm-eval-bh rounds it there
-            scores = logits - logits.logsumexp(-1, keepdim=True)
-        else:
-            scores = torch.log_softmax(logits, dim=-1)
+        scores = torch.log_softmax(logits, dim=-1)
         if own["factors"] == "measured":
             scores = scores + self._table("log_factors")
         elif own["factors"] == "predicted":

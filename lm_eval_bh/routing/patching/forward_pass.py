@@ -13,16 +13,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lm_eval_bh.errors import ParameterError, RoutingError
 from lm_eval_bh.routing.caches import given_cache
-from lm_eval_bh.routing.host import on_host
+from lm_eval_bh.routing.host import all_finite, on_host
 from lm_eval_bh.routing.patching.patch import Patch
 from lm_eval_bh.routing.selection import Selection
 
+FEW = 2**14  # router logits of a layer that are kept until the end of a pass
 CHECKPOINTING = "_gradient_checkpointing_func"  # where transformers' layers keep it
 
 _current: ContextVar[ForwardPass | None] = ContextVar("bh_forward_pass", default=None)
@@ -57,22 +57,24 @@ class ForwardPass:
         self.outer: ForwardPass | None = None
         self.selections: list[tuple[int, Selection]] = []
         self._extremes: list[tuple[int, Tensor]] = []
+        self._logits: list[tuple[int, Tensor]] = []
         self._broken: set[int] = set()
         self._padding: dict[torch.device, Tensor] = {}
 
     def note(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
         """Keep what a router said, until the end of the pass.
 
-        Of its logits whether they are finite; or, where asking makes the host wait for a device,
-        the extremes: where one is NaN, both of them are.
+        Of its logits whether they are finite; of few on a CPU they themselves, so that all layers
+        are asked at once; or, where asking makes the host wait for a device, the extremes: where
+        one is NaN, both of them are.
         """
         logits = router_logits.detach() if router_logits.requires_grad else router_logits
-        if on_host(logits) and logits.dtype != torch.bfloat16:
-            finite = np.isfinite(logits.numpy())
-            if np.count_nonzero(finite) != finite.size:  # in half the time of all()
-                self._broken.add(layer)
-        else:
+        if not on_host(logits):
             self._extremes.extend((layer, each) for each in logits.aminmax())
+        elif logits.numel() <= FEW:
+            self._logits.append((layer, logits))
+        elif not all_finite(logits):
+            self._broken.add(layer)
         if self.patch.counters is not None:
             self.selections.append((layer, selection))
 
@@ -96,8 +98,11 @@ class ForwardPass:
         RoutingError
             If they were not.
         """
-        extremes, broken, selections = self._extremes, self._broken, self.selections
-        self._extremes, self._broken, self.selections = [], set(), []
+        extremes, logits, broken = self._extremes, self._logits, self._broken
+        selections = self.selections
+        self._extremes, self._logits, self._broken, self.selections = [], [], set(), []
+        if logits and not all_finite(*(each for _, each in logits)):
+            broken.update(layer for layer, each in logits if not all_finite(each))
         if extremes:
             device = extremes[0][1].device
             finite = torch.stack([each.to(device) for _, each in extremes]).isfinite().tolist()

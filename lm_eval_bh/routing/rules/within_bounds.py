@@ -36,10 +36,10 @@ class WithinBounds:
         self._down = down
         if down:
             bounds[max_k:] = -np.inf  # the first of these fails, if none does before
-            self._bounds, self._counts = bounds, ranks.clip(min_k)
+            self._bounds, self._counts = bounds[None], ranks.clip(min_k)
         else:
             bounds[min_k - 1] = np.inf  # passes, if none does behind it
-            self._bounds, self._counts = -bounds[::-1], (len(bounds) - ranks).clip(max=max_k)
+            self._bounds, self._counts = -bounds[None, ::-1], (len(bounds) - ranks).clip(max=max_k)
 
     @classmethod
     def of(
