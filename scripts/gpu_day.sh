@@ -45,7 +45,7 @@ step() {
     echo "$name: exit code $code, $((SECONDS - start)) s"
 }
 
-tests=(tests/device tests/routing/rules tests/routing/test_selection.py)
+tests=(tests/device tests/routing/rules tests/routing/test_selection.py tests/routing/test_fused_kernel.py)
 routing=(--dtype bfloat16)
 full=(--full-size)
 speed=(--tasks bh_demo --model-args dtype=bfloat16)

@@ -86,7 +86,10 @@ def select(
     """
     config = selector.config
     counts = ranked = None
-    if not selector.alone:
+    fused = selector.fused
+    if fused is not None and not fused.serves(router_logits):
+        fused = None
+    if fused is None and not selector.alone:
         counts, ranked = selector(router_logits, hidden_states)
     rescales = config.mass is None and (
         config.renormalize is True or (config.renormalize == "auto" and normalizes)
@@ -115,11 +118,14 @@ def select(
     if indices.shape[-1] > config.max_k:
         first = slice(config.max_k)
         weights, indices = weights[:, first], indices[:, first]
-    if counts is None:
-        counts, slots = selector.among(router_logits, indices, hidden_states)
-        if slots is not None:
-            weights, indices = weights.gather(-1, slots), indices.gather(-1, slots)
-    selection = keep(indices, weights, counts, selector.num_experts)
+    if fused is not None:
+        selection = Selection(*fused(router_logits, indices, weights))
+    else:
+        if counts is None:
+            counts, slots = selector.among(router_logits, indices, hidden_states)
+            if slots is not None:
+                weights, indices = weights.gather(-1, slots), indices.gather(-1, slots)
+        selection = keep(indices, weights, counts, selector.num_experts)
     if config.mass is not None:
         top = slice(native_k)
         if not softmax or own is None:

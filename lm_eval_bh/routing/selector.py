@@ -12,6 +12,7 @@ from torch import Tensor
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.host import exact, on_host
 from lm_eval_bh.routing.nulls.null_model import NullModel
+from lm_eval_bh.routing.rules import stepwise
 from lm_eval_bh.routing.rules.random_k import random_experts
 from lm_eval_bh.routing.rules.sorted_scores import Array, SortedScores
 from lm_eval_bh.routing.rules.thresholds import round_down, thresholds_of
@@ -138,6 +139,11 @@ class Selector:
         self._clamped = np.arange(num_experts + 1).clip(config.min_k, config.max_k)
         self._fixed, self._by_logit = config.fixed_count, config.ranks_by_logit
         self._sorts_logits = config.scored_by == "logit" and not (own or self.rule.alone)
+        # What decides and empties slots at once, where that is the faster way: a FusedStep.
+        self.fused: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"fused": None}  # where a copy runs there may be no such kernel
 
     def __call__(
         self, router_logits: Tensor, hidden_states: Tensor | None = None
@@ -224,6 +230,17 @@ class Selector:
         return log_weights + (
             factors[candidates] if factors.ndim == 1 else factors.gather(-1, candidates)
         )
+
+    def step(self) -> tuple[Tensor, bool] | None:
+        """Return the thresholds of a rule that steps once through logits, and whether down.
+
+        They are float32 ``[experts]``, for ascending negated logits. None for another rule.
+        """
+        known = stepwise.step_up, stepwise.step_down
+        if self._fixed or not self._sorts_logits or self.rule.count not in known:
+            return None
+        assert self._exact is not None
+        return round_down(self._exact, torch.float32)[0], self.rule.count is stepwise.step_down
 
     def draw(self, router_logits: Tensor, k: int) -> Tensor:
         """Draw ``k`` experts for every token at random: int64 ``[tokens, k]``."""

@@ -22,6 +22,7 @@ from lm_eval_bh.routing.patching.counters import RoutingCounters
 from lm_eval_bh.routing.patching.experts_switch import ExpertsSwitch, check_implementation
 from lm_eval_bh.routing.patching.fits import check_fit
 from lm_eval_bh.routing.patching.forward_pass import real_tokens
+from lm_eval_bh.routing.patching.fused_choice import fuse_if_faster
 from lm_eval_bh.routing.patching.hook import RouterHook
 from lm_eval_bh.routing.patching.patch import Observer, Patch
 from lm_eval_bh.routing.patching.unpatch import put_in, refuse_patched, unpatch
@@ -224,13 +225,17 @@ class BHRoutingIntegration:
         hooks = []
         for layer in self.layers:
             router, selector = self.routers[layer], self.selector(layer, self.alphas[layer])
+            fuse_if_faster(selector, router.weight)
             hooks.append((router, RouterHook(patch, layer, router, selector)))
         try:
             put_in(self.model, patch, hooks)
             if self.config.mode == "patch":
                 unused = self.config.adaptive and self.config.min_k < self.config.max_k
                 patch.switch = ExpertsSwitch(
-                    self.model, self.experts_implementation, unused_slots=unused
+                    self.model,
+                    self.experts_implementation,
+                    unused_slots=unused,
+                    slots=self.config.max_k,
                 )
         except BaseException:
             unpatch(self.model)
