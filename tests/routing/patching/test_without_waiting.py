@@ -235,6 +235,18 @@ def test_the_host_waits_once_a_pass(model, a_card, monkeypatch, given):
     assert copied == []
 
 
+def test_nor_where_copied_weights_serve_few_tokens(model, a_card, monkeypatch):
+    experts = [layer.mlp.experts for layer in model.model.layers]
+    with BHRoutingIntegration(model, kde=null_of("logit", "layer"), max_k=6) as routing:
+        for module in experts:
+            module._batched_up_to = ROWS * LENGTH
+        waits, copied = passes(model, routing, monkeypatch)
+        assert routing.rows_computed == LAYERS * ROWS * LENGTH * 6  # unused slots too
+    assert waits == [torch.Size([2 * LAYERS])]
+    assert copied == []
+    assert not any(hasattr(module, "_batched_up_to") for module in experts)
+
+
 def test_what_waits_is_noticed(model, a_card, monkeypatch):
     null = null_of("logit", "layer")
     with BHRoutingIntegration(model, kde=null, max_k=6) as routing:
