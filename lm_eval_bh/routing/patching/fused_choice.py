@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import Any
 
 import torch
@@ -12,14 +13,14 @@ from lm_eval_bh.routing.fastest import fastest
 from lm_eval_bh.routing.selection import Selection, select
 from lm_eval_bh.routing.selector import Selector
 
+logger = logging.getLogger(__name__)
+
 TOKENS = 1, 1024  # of a decoding step, and of a prompt
 _known: dict[tuple[Any, ...], bool] = {}
 
 
 def fuse_if_faster(selector: Selector, weight: Tensor) -> None:
-    """Let a layer's rule run as one kernel, if it can and that takes less time on its device.
-
-    Measured once a process for each device, dtype and shape.
+    """Let a layer's rule run as one kernel on CUDA, if it can and that takes less time there.
 
     Parameters
     ----------
@@ -28,15 +29,30 @@ def fuse_if_faster(selector: Selector, weight: Tensor) -> None:
     weight : Tensor
         The router's projection: where it lies, and of which dtype.
     """
-    device, dtype = weight.device, weight.dtype
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return
+    if weight.device.type == "cuda" and torch.cuda.is_available():
+        fuse_by_measuring(selector, weight.device, weight.dtype)
+
+
+def fuse_by_measuring(selector: Selector, device: torch.device, dtype: torch.dtype) -> None:
+    """Let a layer's rule run as one kernel, if it can and that takes less time on a device.
+
+    Measured once a process for each device, dtype and shape. Where the kernel cannot be made
+    (Triton needs a C compiler, and may not know the card) a warning says why, and the calls stay.
+    """
     fused = fused_step(selector)
     if fused is None:
         return
     key = device, dtype, selector.num_experts, selector.config.max_k, selector.rule.name
     if key not in _known:
-        _known[key] = takes_less(selector, fused, device, dtype)
+        try:
+            _known[key] = takes_less(selector, fused, device, dtype)
+        except Exception as error:
+            _known[key] = False
+            logger.warning(
+                "Routing on %s runs as calls into torch, since its Triton kernel failed: %s",
+                device,
+                error,
+            )
     if _known[key]:
         selector.fused = fused
 
