@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from lm_eval_bh import BHRoutingIntegration, RoutingConfig, RoutingError
+from lm_eval_bh.routing.patching import forward_pass
 from lm_eval_bh.routing.patching.forward_pass import query_mask
 
 PAD = 1
@@ -365,3 +366,18 @@ def test_a_layer_that_is_called_by_itself_is_counted_and_checked(tiny):
         assert torch.as_tensor(routing.counters.histogram[1]).sum() == 10
         with pytest.raises(RoutingError, match="layer 1 hold NaN"):
             tiny.model.layers[1].mlp(hidden * torch.nan)
+
+
+@pytest.mark.parametrize("kept", [2**14, 0], ids=["asked-together", "asked-at-once"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("graph", [False, True], ids=["no-grad", "grad"])
+def test_the_layer_whose_logits_are_not_finite_is_named(tiny, ids, kept, dtype, graph, monkeypatch):
+    monkeypatch.setattr(forward_pass, "FEW", kept)
+    tiny.to(dtype)
+    last = len(tiny.model.layers) - 1
+    with BHRoutingIntegration(tiny, rule="topk", max_k=3), torch.set_grad_enabled(graph):
+        tiny(ids)
+        with torch.no_grad():
+            tiny.model.layers[last].mlp.gate.weight[0] = torch.inf
+        with pytest.raises(RoutingError, match=f"layer {last} hold NaN or infinite"):
+            tiny(ids)
