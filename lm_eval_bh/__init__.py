@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     )
     from lm_eval_bh.harness.sweep.runner import BHRoutingExperimentRunner
     from lm_eval_bh.routing.config import RoutingConfig
-    from lm_eval_bh.routing.nulls.null_model import NullModel
     from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
     from lm_eval_bh.routing.patching.unpatch import unpatch
     from lm_eval_bh.routing.policy import Policy
     from lm_eval_bh.routing.selection import Selection, select_experts
+    from lm_eval_bh.routing.tables.null_model import NullModel
     from lm_eval_bh.viewing.text_view import view
 
     __version__: str
@@ -62,7 +62,7 @@ __all__ = [
 _HOME = {
     "BHRoutingExperimentRunner": "lm_eval_bh.harness.sweep.runner",
     "BHRoutingIntegration": "lm_eval_bh.routing.patching.integration",
-    "NullModel": "lm_eval_bh.routing.nulls.null_model",
+    "NullModel": "lm_eval_bh.routing.tables.null_model",
     "Policy": "lm_eval_bh.routing.policy",
     "RoutingConfig": "lm_eval_bh.routing.config",
     "Selection": "lm_eval_bh.routing.selection",

@@ -27,8 +27,8 @@ from lm_eval_bh.files import check_output, figure_format
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lm_eval_bh.routing.nulls.null_health import LayerHealth
-    from lm_eval_bh.routing.nulls.null_model import NullModel
+    from lm_eval_bh.routing.tables.null_health import LayerHealth
+    from lm_eval_bh.routing.tables.null_model import NullModel
 
 
 def calibrate(
@@ -68,8 +68,8 @@ def calibrate(
     """Fit a null model to the router logits of a model, and check it on held-out text."""
     with on_interrupt(NOTHING_HALF_WRITTEN):
         from lm_eval_bh.policies.pretrained import calibrate_pretrained
-        from lm_eval_bh.routing.nulls.find import cached_null
-        from lm_eval_bh.routing.nulls.null_kind import NullKind
+        from lm_eval_bh.routing.tables.find import cached_null
+        from lm_eval_bh.routing.tables.null_kind import NullKind
 
         kind = NullKind(statistic, null_scope, trim, null_from)
         check_output(output or cached_null("new"), "--output")

@@ -21,7 +21,7 @@ def import_kde(
     ] = None,
 ) -> None:
     """Convert the pickles of the earlier prototype, without executing anything in them."""
-    from lm_eval_bh.routing.nulls.null_model import NullModel
+    from lm_eval_bh.routing.tables.null_model import NullModel
 
     check_output(output, "--output")
     null = NullModel.from_pickles(folder, model=model)

@@ -16,11 +16,11 @@ from transformers.utils.hub import cached_file
 from lm_eval_bh.doctor.finding import NOTE, PROBLEM, Finding
 from lm_eval_bh.errors import BHError, ModelError, PolicyError
 from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
-from lm_eval_bh.routing.nulls.find import cached_null, known_null
-from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
-from lm_eval_bh.routing.nulls.null_kind import LOGITS_OF_A_LAYER
 from lm_eval_bh.routing.policy import Policy
 from lm_eval_bh.routing.routers import Router, find_routers
+from lm_eval_bh.routing.tables.find import cached_null, known_null
+from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
+from lm_eval_bh.routing.tables.null_kind import LOGITS_OF_A_LAYER
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

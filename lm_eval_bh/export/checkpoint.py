@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lm_eval_bh.errors import ModelError
-from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
 from lm_eval_bh.routing.policy import Policy
+from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*"]

@@ -50,7 +50,8 @@ def llama_cpp_options(policy: Policy, checkpoint: Checkpoint) -> list[str]:
             "layer's own",
             round(sum(config.counts_per_layer) / policy.num_layers),
         )
-    plain = config.ranks_by_logit and config.statistic == "logit"
+    method = config.method(config.settings(0, policy.num_experts))
+    plain = method.follows_router and config.statistic == "logit"
     option = f"--override-kv olmoe.expert_used_count=int:{config.max_k}"
     if plain and config.fixed_count:
         return [option]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,19 @@ from torch import Tensor
 
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.export.checkpoint import EMBEDDINGS, FILES, INDEX, WEIGHTS, Checkpoint
-from lm_eval_bh.export.layer_tables import layer_tables
+from lm_eval_bh.export.layer_methods import files_of, layer_methods
 from lm_eval_bh.files import as_new, replacing_folder
+from lm_eval_bh.routing.config import rule_info
+from lm_eval_bh.routing.methods import Method
 from lm_eval_bh.routing.policy import Policy, described
-from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.schema import ExportedPolicy
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KEY = "adaptive_routing"  # of config.json
 TABLES = "model-adaptive-routing.safetensors"
 ALONE = "model-original.safetensors"  # a name of its own: transformers would read no other file
 PORTABLE = Path(__file__).parent / "portable"
-CODE, MODELING = "adaptive_selection.py", "modeling_adaptive_moe.py"
+MODELING, CHOSEN = "modeling_adaptive_moe.py", "methods_of_policy.py"
 GATE = "model.layers.{}.mlp.gate.selection.{}"
 
 
@@ -65,12 +67,12 @@ def export_folder(
     """
     check_folder(output, force)
     checkpoint.check(policy, name)
-    layers = layer_tables(policy, normalizes=checkpoint.normalizes)
+    methods = layer_methods(policy)
     numbers = [router.split(".")[2] for router in checkpoint.router_names]
     tensors = {
         GATE.format(number, key): table
-        for number, layer in zip(numbers, layers, strict=True)
-        for key, table in layer.tables.items()
+        for number, method in zip(numbers, methods, strict=True)
+        for key, table in method.state_dict().items()
     }
     config = checkpoint.config | {
         "architectures": [f"Adaptive{checkpoint.family}ForCausalLM"],
@@ -81,17 +83,20 @@ def export_folder(
             ),
         },
         # What engines size their buffers by; what serves is decided by the settings.
-        "num_experts_per_tok": max(layer.settings["max_k"] for layer in layers),
+        "num_experts_per_tok": max(method.max_k for method in methods),
         KEY: {
             "format_version": FORMAT_VERSION,
             "policy": _described(policy, name),
             "unused": "repeat",
-            "layers": [layer.settings for layer in layers],
+            "native_top_k": policy.native_top_k,
+            "rescales": checkpoint.normalizes,
+            "layers": [method.settings | {"method": method.name} for method in methods],
         },
     }
     with replacing_folder(output) as folder:
-        for file in (CODE, MODELING):
-            shutil.copyfile(PORTABLE / file, folder / file)
+        for file in (PORTABLE / MODELING, *files_of(methods)):
+            shutil.copyfile(file, folder / file.name)
+        (folder / CHOSEN).write_text(_chosen(methods), encoding="utf-8")
         write_model(checkpoint, folder, config, tensors, link=link, untie=untie)
         (folder / "README.md").write_text(_card(policy, name), encoding="utf-8")
 
@@ -157,6 +162,17 @@ def write_model(
         (folder / file_name).write_text(text, encoding="utf-8")
 
 
+def _chosen(methods: Sequence[Method]) -> str:
+    """Return the file that names the methods of a policy."""
+    kinds = {method.name: type(method) for method in methods}
+    imports = [
+        f"from .{kind.__module__.split('.')[-1]} import {kind.__name__}" for kind in kinds.values()
+    ]
+    table = ", ".join(f'"{name}": {kind.__name__}' for name, kind in kinds.items())
+    lines = ['"""The methods that the routers of this folder decide by."""', "", *sorted(imports)]
+    return "\n".join([*lines, "", f"METHODS = {{{table}}}", ""])
+
+
 def _described(policy: Policy, name: str) -> ExportedPolicy:
     """Return what tables of results want to know."""
     return {
@@ -164,7 +180,7 @@ def _described(policy: Policy, name: str) -> ExportedPolicy:
         "model": name,
         "fingerprint": policy.fingerprint,
         "config": described(policy.config, policy.solution),
-        "rule": RULES[policy.config.rule].describe(),
+        "rule": rule_info(policy.config.rule),
         "routed_layers": policy.config.select_layers(policy.num_layers),
         "num_layers": policy.num_layers,
         "num_experts": policy.num_experts,

@@ -12,15 +12,19 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models import olmoe
 from vllm.model_executor.models.utils import extract_layer_index
 
-from lm_eval_bh.export.layer_tables import layer_tables
-from lm_eval_bh.export.portable.adaptive_selection import AdaptiveSelection
+from lm_eval_bh.errors import PolicyError
+from lm_eval_bh.export.layer_methods import layer_methods
+from lm_eval_bh.export.model_folder import FORMAT_VERSION
 from lm_eval_bh.export.vllm_plugin import POLICY_OVERRIDE, POLICY_VARIABLE
-from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
+from lm_eval_bh.routing.methods import METHODS, Method
+from lm_eval_bh.routing.methods.pick import pick, repeated
+from lm_eval_bh.routing.methods.router import softmax_output
 from lm_eval_bh.routing.policy import Policy
+from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
 
 
 class AdaptiveOlmoeForCausalLM(olmoe.OlmoeForCausalLM):
-    """vLLM's OLMoE with selections of ours in its routers.
+    """vLLM's OLMoE with methods of ours in its routers.
 
     They are those of the exported folder that is loaded, or of a policy file named by the
     environment or by ``hf_overrides``. Unused slots repeat a valid expert with weight 0.
@@ -37,19 +41,23 @@ class AdaptiveOlmoeForCausalLM(olmoe.OlmoeForCausalLM):
         self._policy: Policy | None = None
         file = getattr(config, POLICY_OVERRIDE, None) or os.environ.get(POLICY_VARIABLE)
         exported = getattr(config, "adaptive_routing", None)
+        self._native_k = config.num_experts_per_tok
         if exported is not None:
-            selections = [AdaptiveSelection(settings) for settings in exported["layers"]]
+            if exported["format_version"] != FORMAT_VERSION:
+                raise PolicyError(
+                    f"The folder {self._name} has adaptive routing of format version "
+                    f"{exported['format_version']}, and this release reads {FORMAT_VERSION}: "
+                    "export it again, or run it with --model-impl transformers."
+                )
+            self._native_k = exported["native_top_k"]
+            methods = [METHODS[own["method"]](own) for own in exported["layers"]]
         else:
             self._policy = Policy.load(file or "")
-            selections = []
-            for own in layer_tables(self._policy, normalizes=config.norm_topk_prob):
-                selection = AdaptiveSelection(own.settings)
-                selection.load_state_dict(own.tables)
-                selections.append(selection)
-        with _routed_by(selections):
+            methods = layer_methods(self._policy)
+        with _routed_by(methods, self._native_k, bool(config.norm_topk_prob)):
             super().__init__(vllm_config=vllm_config, prefix=prefix, **arguments)
         for layer in self._layers():  # there it is moved and, from an exported folder, loaded
-            layer.mlp.gate.selection = selections[extract_layer_index(layer.mlp.experts.layer_name)]
+            layer.mlp.gate.selection = methods[extract_layer_index(layer.mlp.experts.layer_name)]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the weights; the policy must be for their routers."""
@@ -66,25 +74,32 @@ class AdaptiveOlmoeForCausalLM(olmoe.OlmoeForCausalLM):
 
 
 @contextmanager
-def _routed_by(selections: Sequence[AdaptiveSelection]) -> Iterator[None]:
-    """Let vLLM's OLMoE, while it is built, make experts that a selection of ours routes to.
+def _routed_by(methods: Sequence[Method], native_k: int, rescales: bool) -> Iterator[None]:
+    """Let vLLM's OLMoE, while it is built, make experts that a method of ours routes to.
 
     vLLM takes a routing function only when experts are made, which its OLMoE does by itself.
     """
     original = olmoe.FusedMoEFactory
 
     def routed(*, prefix: str, top_k: int, **arguments: Any) -> Any:
-        selection = selections[extract_layer_index(prefix)]
+        method = methods[extract_layer_index(prefix)]
 
         def route(
             hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
         ) -> tuple[Tensor, Tensor]:
-            found: tuple[Tensor, Tensor] = selection(gating_output, hidden_states)
-            return found
+            said = softmax_output(
+                gating_output,
+                method.asks(native_k),
+                native_k,
+                rescales=rescales,
+                hidden_states=hidden_states,
+            )
+            picked = repeated(pick(method, said), method.num_experts)
+            return picked.weights, picked.indices
 
         return original(
             prefix=prefix,
-            top_k=selection.settings["max_k"],
+            top_k=method.max_k,
             custom_routing_function=route,
             **arguments,
         )

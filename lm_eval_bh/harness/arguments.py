@@ -7,8 +7,8 @@ from typing import Any
 
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.routing.config import PARAMETERS, RoutingConfig, serves
+from lm_eval_bh.routing.methods import METHODS
 from lm_eval_bh.routing.parameters import ALIASES, canonical
-from lm_eval_bh.routing.rules.registry import RULES
 
 DEFAULT_ALPHA = 0.4
 
@@ -40,7 +40,7 @@ def routing_config(arguments: Mapping[str, Any]) -> RoutingConfig:
             "for which alpha is solved: give one of them."
         )
     null_model = given.pop("null_model", None)
-    config = RoutingConfig.of({"alpha": DEFAULT_ALPHA} | given)
+    config = RoutingConfig.named({"alpha": DEFAULT_ALPHA} | given)
     meaningless = {}
     if not config.adaptive:
         meaningless["alpha"] = given.get("alpha")
@@ -69,12 +69,12 @@ def arguments_of(rule: str, common: Mapping[str, Any]) -> dict[str, Any]:
     Parameters
     ----------
     rule : str
-        One of :data:`~lm_eval_bh.routing.rules.registry.RULES`.
+        One of :data:`~lm_eval_bh.routing.methods.METHODS`.
     common : mapping
         ``--model_args``.
     """
-    this = RULES[rule]
-    given = {name: value for name, value in canonical(common).items() if serves(name, this)}
+    this = METHODS[rule]
+    given = {name: value for name, value in canonical(common).items() if serves(name, rule)}
     foreign = {"min_k", "statistic"} if this.fixed_count else set()
     if (not this.tests and given.get("statistic", "logit") == "logit") or this.fixed_count:
         foreign.add("null_model")

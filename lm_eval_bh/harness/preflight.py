@@ -11,10 +11,10 @@ from lm_eval_bh.errors import ParameterError, did_you_mean
 from lm_eval_bh.harness.quantized import take_quantization
 from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
 from lm_eval_bh.routing.config import PARAMETERS, RoutingConfig
-from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.parameters import ALIASES
 from lm_eval_bh.routing.patching.experts_switch import check_implementation
 from lm_eval_bh.routing.placement import placement
+from lm_eval_bh.routing.tables.null_model import NullModel
 
 # What HFLM hands on to from_pretrained; any other name it does not know is a misspelling.
 FROM_PRETRAINED = frozenset(

@@ -14,19 +14,19 @@ from lm_eval_bh.errors import DataError, ModelError, ParameterError
 from lm_eval_bh.policies.preview import GridRow, analyze_grid
 from lm_eval_bh.resources import TINY_OLMOE
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.nulls.calibration import calibrate_and_check
-from lm_eval_bh.routing.nulls.find import cached_null, resolve_null
-from lm_eval_bh.routing.nulls.null_health import LayerHealth
-from lm_eval_bh.routing.nulls.null_kind import LOGITS_OF_A_LAYER, NullKind
-from lm_eval_bh.routing.nulls.null_model import NullModel
-from lm_eval_bh.routing.nulls.texts import (
+from lm_eval_bh.routing.placement import placement
+from lm_eval_bh.routing.routers import find_routers
+from lm_eval_bh.routing.tables.calibration import calibrate_and_check
+from lm_eval_bh.routing.tables.find import cached_null, resolve_null
+from lm_eval_bh.routing.tables.null_health import LayerHealth
+from lm_eval_bh.routing.tables.null_kind import LOGITS_OF_A_LAYER, NullKind
+from lm_eval_bh.routing.tables.null_model import NullModel
+from lm_eval_bh.routing.tables.texts import (
     WIKITEXT,
     text_batches,
     wikitext_texts,
     wikitext_train_texts,
 )
-from lm_eval_bh.routing.placement import placement
-from lm_eval_bh.routing.routers import find_routers
 
 
 def calibrate_pretrained(

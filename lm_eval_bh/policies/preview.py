@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.nulls.calibration import listen
-from lm_eval_bh.routing.nulls.null_kind import NullKind
-from lm_eval_bh.routing.nulls.null_model import NullModel
+from lm_eval_bh.routing.fitted import fitted_method
+from lm_eval_bh.routing.methods import Method
+from lm_eval_bh.routing.methods.router import RouterOutput
+from lm_eval_bh.routing.ranked import ranked_scores
 from lm_eval_bh.routing.routers import Router
-from lm_eval_bh.routing.rules.registry import RULES
-from lm_eval_bh.routing.rules.sorted_scores import SortedScores
-from lm_eval_bh.routing.rules.thresholds import thresholds_of
-from lm_eval_bh.routing.selector import Selector, sort_scores
+from lm_eval_bh.routing.tables.calibration import listen
+from lm_eval_bh.routing.tables.null_kind import NullKind
+from lm_eval_bh.routing.tables.null_model import NullModel
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,9 @@ def analyze_grid(
         model,
         [router.module for router in routers],
         batches,
-        lambda layer, logits, hidden_states: layers[layer].add(logits, hidden_states),
+        lambda layer, said: layers[layer].add(said),
         progress,
+        max(config.max_k for config in configs),
     )
     histogram = torch.stack([grid.histogram.cpu() for grid in layers]).double()
     sums = torch.stack([grid.sums.cpu() for grid in layers])
@@ -155,67 +156,59 @@ class _LayerGrid:
     ) -> None:
         self.histogram = torch.zeros(len(configs), router.num_experts + 1, dtype=torch.int64)
         self.sums = torch.zeros(len(configs), 2, dtype=torch.float64)
-        self._layer, self._router, self._configs = layer, router, configs
+        self._layer, self._configs = layer, configs
         self._nulls = [nulls[config.null_kind] if config.needs_null else None for config in configs]
-        self._selectors: dict[object, Selector] = {}
-        for kind in {config.null_kind for config in configs}:
-            some = {_rule_of(c): c for c in configs if c.null_kind == kind}
-            rules = [(RULES[c.rule], c.alpha) for c in some.values()]
-            null, experts = nulls.get(kind), router.num_experts
-            found = thresholds_of(rules, null, layer, experts)
-            for (key, config), thresholds in zip(some.items(), found, strict=True):
-                self._selectors[key] = Selector(config, null, layer, experts, thresholds=thresholds)
+        experts = router.num_experts
+        # One method for all levels: what it scores is the same.
+        made: dict[object, Method] = {}
+        for config, null in zip(configs, self._nulls, strict=True):
+            if _scored(config) not in made:
+                made[_scored(config)] = fitted_method(config, null, layer, experts)
+        self._methods = [made[_scored(config)] for config in configs]
+        self._levels = {
+            (config.rule, config.alpha): method.level(config.alpha)
+            for config, method in zip(configs, self._methods, strict=True)
+        }
 
-    def add(self, router_logits: Tensor, hidden_states: Tensor) -> None:
-        """Count what each configuration selects for ``[tokens, experts]``, ``[tokens, hidden]``."""
-        self.histogram = self.histogram.to(router_logits.device)
-        self.sums = self.sums.to(router_logits.device)
+    def add(self, said: RouterOutput) -> None:
+        """Count what each configuration selects."""
+        device = said.logits.device
+        self.histogram, self.sums = self.histogram.to(device), self.sums.to(device)
         views: dict[object, _View] = {}
-        called_for: dict[object, Tensor] = {}
+        counts: dict[object, Tensor] = {}
         for at, (config, null) in enumerate(zip(self._configs, self._nulls, strict=True)):
-            key, selector = _rule_of(config), self._selectors[_rule_of(config)]
-            view_key: object = config.null_kind, config.at_work.alone and config.max_k
-            if selector.rule.random:
-                view_key = (config.seed, config.max_k)
-            if view_key not in views:
-                order = None
-                scores = sort_scores(router_logits, null, self._layer, config, hidden_states)
-                if selector.rule.random:
-                    order = selector.draw(router_logits, config.max_k)
-                views[view_key] = _View(router_logits, scores, order, self._router.top_k)
-            view = views[view_key]
-            if selector.rule.fixed_count:
-                count = torch.full(
-                    router_logits.shape[:1], config.max_k, device=router_logits.device
-                )
+            method = self._methods[at].to(device)
+            viewed = _viewed(config)
+            if viewed not in views:
+                views[viewed] = _View(said, *ranked_scores(method, null, self._layer, said), method)
+            if config.adaptive:
+                key = viewed, config.rule, config.alpha
+                if key not in counts:
+                    level = self._levels[config.rule, config.alpha]
+                    level = None if level is None else level.to(device)
+                    counts[key] = method.count(views[viewed].ranked, level)
+                count = counts[key].clamp(config.min_k, config.max_k)
             else:
-                if key not in called_for:
-                    called_for[key] = selector.count(view.scores)
-                count = called_for[key].clamp(config.min_k, config.max_k)
+                count = torch.full(said.logits.shape[:1], config.max_k, device=device)
             self.histogram[at] += torch.bincount(count, minlength=self.histogram.shape[1])
-            self.sums[at] += view.sums(count)
+            self.sums[at] += views[viewed].sums(count)
 
 
 class _View:
     """The experts of a batch of tokens in one order."""
 
-    def __init__(
-        self, router_logits: Tensor, scores: SortedScores, order: Tensor | None, top_k: int
-    ) -> None:
-        self.scores = scores
-        order = scores.experts if order is None else order
-        taken = torch.arange(1, router_logits.shape[-1] + 1, device=router_logits.device)
-        if order is None:  # that of the logits
-            self._mass = scores.cumulative_weights
-            common = taken.clamp(max=top_k)
-        else:
-            weights = torch.softmax(router_logits.to(scores.ascending.dtype), dim=-1)
-            self._mass = weights.gather(-1, order).cumsum(-1)
-            own = torch.zeros_like(weights, dtype=torch.int64)
-            own.scatter_(-1, router_logits.topk(top_k, dim=-1).indices, 1)
-            common = own.gather(-1, order).cumsum(-1)
-            taken = taken[: order.shape[-1]]
-        self._overlap = (common / (taken + top_k - common)).expand_as(self._mass)
+    def __init__(self, said: RouterOutput, ranked: Tensor, order: Tensor, method: Method) -> None:
+        self.ranked = ranked
+        top_k = said.native_k
+        weights = torch.softmax(said.logits.float(), dim=-1)
+        native = said.logits.topk(top_k, dim=-1).indices
+        if method.follows_router and not method.first_only:  # the order of equal logits is its own
+            order = said.logits.argsort(dim=-1, descending=True, stable=True)
+        taken = torch.arange(1, order.shape[-1] + 1, device=order.device)
+        own = torch.zeros_like(weights, dtype=torch.int64).scatter_(-1, native, 1)
+        common = own.gather(-1, order).cumsum(-1)
+        self._mass = weights.gather(-1, order).cumsum(-1)
+        self._overlap = common / (taken + top_k - common)
 
     def sums(self, count: Tensor) -> Tensor:
         """Return the sums of overlap and mass, where tokens have so many experts: float64 [2]."""
@@ -224,6 +217,13 @@ class _View:
         return torch.stack(both).double()
 
 
-def _rule_of(config: RoutingConfig) -> tuple[object, ...]:
-    """Return what the number of rejections depends on; the bounds are not in it."""
-    return config.rule, config.alpha, config.null_kind, config.seed
+def _scored(config: RoutingConfig) -> tuple[object, ...]:
+    """Return what a method depends on, but for its level."""
+    return config.rule, config.null_kind, config.seed, config.min_k, config.max_k
+
+
+def _viewed(config: RoutingConfig) -> tuple[object, ...]:
+    """Return what the ranking of a token's experts depends on."""
+    method = config.method
+    own = (config.rule, config.seed, config.max_k) if method.random else ()
+    return config.null_kind, method.tests, method.first_only and config.max_k, *own

@@ -1,206 +1,158 @@
-"""The parameters of routing, declared and checked in one place."""
+"""What routes: a method by its name, its own parameters, and those that all methods have."""
 
 from __future__ import annotations
 
-import dataclasses
-import operator
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 from lm_eval_bh.errors import ParameterError, did_you_mean
-from lm_eval_bh.routing.nulls.null_kind import NULL_FROM, NULL_SCOPES, NullKind
-from lm_eval_bh.routing.parameters import (
-    Parameter,
-    accepts,
-    canonical,
-    choice,
-    integer,
-    number,
-    or_none,
-    parameter,
-    parameters_of,
+from lm_eval_bh.routing.layer_choice import check_layers, chosen_layers
+from lm_eval_bh.routing.methods import METHODS, Method
+from lm_eval_bh.routing.methods.declare import Parameter, choice, integer, number, or_none
+from lm_eval_bh.routing.methods.gains import PARAMETERS as GAINS
+from lm_eval_bh.routing.parameters import canonical, checked
+from lm_eval_bh.routing.tables.null_kind import NullKind
+from lm_eval_bh.schema import RuleInfo
+
+GENERAL: dict[str, Parameter] = {
+    "rule": Parameter("bh", "the selection rule, see *Selection rules*", *choice(METHODS)),
+    "min_k": Parameter(
+        1, "fewest experts of a token", *integer("an integer number of experts, 1 or more", 1)
+    ),
+    "max_k": Parameter(
+        8,
+        "most experts of a token; equal to `min_k` it is exactly the model with that top-k",
+        *integer("an integer number of experts, 1 or more", 1),
+    ),
+    "temperature": Parameter(
+        1.0,
+        "divides the router logits in the softmax of the weights; never touches p-values",
+        # Below, the logits of a token overflow, and its weights are NaN.
+        *number("a positive number, at least 1e-30", lambda value: value >= 1e-30),
+    ),
+    **GAINS,
+    "mode": Parameter(
+        "patch",
+        "`patch` routes by the selection; `analyze` leaves the model as it is and only counts",
+        *choice(["patch", "analyze"]),
+    ),
+    "layers": Parameter(
+        "all",
+        "which MoE layers: `all`, `last4`, `first2`, `0-7`, `3`, or several joined by `+`",
+        check_layers,
+        "all, last4, first2, 0-7, 3, or several of these joined by '+'",
+    ),
+}
+# What a solver finds alpha for, where a method has one.
+SOLVED: dict[str, Parameter] = {
+    "target_experts": Parameter(
+        None,
+        "the mean number of experts of a token that alpha is solved for, on calibration text",
+        *or_none(number("a number of experts", lambda value: value > 0)),
+    ),
+    "budget": Parameter(
+        "model",
+        "whether `target_experts` is met on the mean over the `model`, or in every `layer` by an "
+        "alpha of its own",
+        *choice(["model", "layer"]),
+    ),
+}
+# The parameters that every file of release 0.2 holds, in its order; files keep holding them.
+IN_FILES = (
+    *("alpha", "rule", "min_k", "max_k", "temperature", "renormalize", "mode", "layers"),
+    *("statistic", "null_scope", "null_from", "family", "k_per_layer", "mass", "trim", "seed"),
+    *("target_experts", "budget"),
 )
-from lm_eval_bh.routing.rules.registry import RULES, Rule
-from lm_eval_bh.routing.scores.statistic import STATISTICS
-
-_ALPHA = "a number strictly between 0 and 1, or with rule=min_w a positive number"
-_LAYERS = r"(all|(first|last)[1-9]\d{0,8}|\d{1,9}(-\d{1,9})?)"
-_SEEDS = f"an integer from 0 to {2**32 - 1}"
-
-
-def _layers(value: Any) -> str:
-    if isinstance(value, bool) or not re.fullmatch(rf"{_LAYERS}(\+{_LAYERS})*", str(value)):
-        raise ValueError
-    return str(value)
+ALPHA = Parameter(
+    0.05,
+    "the rule's one parameter: the level of a test; the share of the weight for `top_p`, of "
+    "the largest weight for `min_p`; the weight itself for `min_w`",
+    *number("a positive number", lambda value: value > 0),
+)
 
 
-def _counts(value: Any) -> str:
-    """Return numbers joined by '-'; a list of integers is joined."""
-    if isinstance(value, (list, tuple)):
-        value = "-".join(str(operator.index(k)) for k in value)
-    if isinstance(value, bool) or not re.fullmatch(r"[1-9]\d{0,8}(-[1-9]\d{0,8})*", str(value)):
-        raise ValueError
-    return str(value)
+class Parameters(Mapping[str, Parameter]):
+    """All parameters of routing by name: the general ones and what each method declares."""
+
+    def _all(self) -> dict[str, Parameter]:
+        found = {"alpha": ALPHA} | GENERAL
+        for method in METHODS.values():
+            found |= {n: p for n, p in method.declared.items() if n not in found}
+        return found | SOLVED
+
+    def __getitem__(self, name: str) -> Parameter:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
 
 
-def _tests(rule: Rule) -> bool:
-    return rule.tests
+PARAMETERS = Parameters()
 
 
-@dataclass(frozen=True)
+def known_to(method: type[Method]) -> dict[str, Parameter]:
+    """Return the parameters that a method takes, by name."""
+    found = GENERAL | dict(method.declared)
+    return found if method.fixed_count else found | SOLVED
+
+
 class RoutingConfig:
     """How the experts of a token are selected; every value is checked when the object is made.
 
-    The help of each field says what it means. Everything that takes parameters of routing (the
-    integration, ``hf-bh``, sweeps, the command line) takes these, by these names or by their
-    :data:`~lm_eval_bh.routing.parameters.ALIASES`, see :meth:`of`.
+    Everything that takes parameters of routing (the integration, ``hf-bh``, sweeps, the command
+    line) takes these, by these names or by their
+    :data:`~lm_eval_bh.routing.parameters.ALIASES`, see :meth:`named`. They are attributes; one that
+    another method declares has its default.
+
+    Parameters
+    ----------
+    **given : Any
+        Of :data:`GENERAL`, and what the method declares: ``METHODS[rule].declared``. ``alpha`` may
+        be given to methods without it, which do not look at it.
 
     Raises
     ------
     ParameterError
-        If a value is out of range or of the wrong type, or has no meaning beside another one.
+        If a value is out of range or of the wrong type, unknown to the method, or has no meaning
+        beside another one.
     """
 
-    alpha: float = parameter(
-        0.05,
-        "the rule's one parameter: the level of a test; the share of the weight for `top_p`, of "
-        "the largest weight for `min_p`; the weight itself for `min_w`",
-        number(_ALPHA, lambda value: value > 0),
-    )
-    rule: str = parameter("bh", "the selection rule, see *Selection rules*", choice(RULES))
-    min_k: int = parameter(
-        1, "fewest experts of a token", integer("an integer number of experts, 1 or more", 1)
-    )
-    max_k: int = parameter(
-        8,
-        "most experts of a token; equal to `min_k` it is exactly the model with that top-k",
-        integer("an integer number of experts, 1 or more", 1),
-    )
-    temperature: float = parameter(
-        1.0,
-        "divides the router logits in the softmax of the weights; never touches p-values",
-        # Below, the logits of a token overflow, and its weights are NaN.
-        number("a positive number, at least 1e-30", lambda value: value >= 1e-30),
-    )
-    renormalize: Literal["auto"] | bool = parameter(
-        "auto",
-        "whether the selected weights are rescaled to sum to one; `auto` follows the model "
-        "(OLMoE: no)",
-        choice(["auto", True, False]),
-    )
-    mode: str = parameter(
-        "patch",
-        "`patch` routes by the selection; `analyze` leaves the model as it is and only counts",
-        choice(["patch", "analyze"]),
-    )
-    layers: str = parameter(
-        "all",
-        "which MoE layers: `all`, `last4`, `first2`, `0-7`, `3`, or several joined by `+`",
-        (_layers, "all, last4, first2, 0-7, 3, or several of these joined by '+'"),
-    )
-    statistic: str = parameter(
-        "logit",
-        "what is tested, shared out and ranked: the router `logit`; the log of the softmax "
-        "`weight`; or the log of the weight times the expert's mean output norm (`contribution`), "
-        "the root mean square of its effect on the loss (`benefit`), or the norm that the hidden "
-        "state predicts (`predicted`)",
-        choice(STATISTICS),
-        serves=lambda rule: not rule.random,
-        why_not="which draws experts",
-    )
-    null_scope: str = parameter(
-        "layer",
-        "what one null distribution is fitted to: each `layer`, each `expert` (then the smallest "
-        "p-values serve), or the whole `model`",
-        choice(NULL_SCOPES, {"pooled": "layer"}),
-        serves=_tests,
-        why_not="which tests nothing",
-    )
-    null_from: str = parameter(
-        "all",
-        "which experts the null distribution is made of: `all`, or those below the native top-k of "
-        "each token (`unselected`)",
-        choice(NULL_FROM),
-        serves=_tests,
-        why_not="which tests nothing",
-    )
-    family: str = parameter(
-        "token",
-        "which hypotheses are tested together: those of a `token`, or `all` decisions on "
-        "calibration text, which gives one fixed threshold",
-        choice(["token", "all"]),
-        serves=lambda rule: rule.name == "bh",
-        why_not="which is not Benjamini-Hochberg",
-    )
-    k_per_layer: str | None = parameter(
-        None,
-        "for `topk`, as many experts in each routed layer: `5-3-3-5`",
-        or_none((_counts, "numbers of experts joined by '-', such as 5-3-3-5")),
-        serves=lambda rule: rule.fixed_count and not rule.random,
-        why_not="which does not take a fixed number of the best experts",
-    )
-    mass: float | None = parameter(
-        None,
-        "what kept weights are multiplied by: (sum of the native top-k's weights / their sum) to "
-        "this power, 0 to 1",
-        or_none(number("a number from 0 to 1", lambda value: 0 <= value <= 1)),
-    )
-    trim: int | None = parameter(
-        None,
-        "how many of each token's largest, and as many of its smallest, scores the null "
-        "distribution leaves out; default: any of a given file, else 0",
-        or_none(integer(_SEEDS, 0, 2**32 - 1)),
-        serves=_tests,
-        why_not="which tests nothing",
-    )
-    seed: int = parameter(
-        0,
-        "seed of `random_k`",
-        integer(_SEEDS, 0, 2**32 - 1),
-        serves=lambda rule: rule.random,
-        why_not="which draws nothing",
-    )
-    target_experts: float | None = parameter(
-        None,
-        "the mean number of experts of a token that alpha is solved for, on calibration text",
-        or_none(number("a number of experts", lambda value: value > 0)),
-        serves=lambda rule: not rule.fixed_count,
-        why_not="which always takes max_k experts: give max_k instead",
-    )
-    budget: str = parameter(
-        "model",
-        "whether `target_experts` is met on the mean over the `model`, or in every `layer` by an "
-        "alpha of its own",
-        choice(["model", "layer"]),
-        serves=lambda rule: not rule.fixed_count,
-        why_not="which always takes max_k experts",
-    )
+    _values: dict[str, Any]
 
-    def __post_init__(self) -> None:
-        for name, declared in PARAMETERS.items():
-            object.__setattr__(self, name, declared.checked(name, getattr(self, name)))
-        rule = RULES[self.rule]
-        for name, declared in PARAMETERS.items():
-            value = getattr(self, name)
-            if value != _DEFAULTS[name] and not declared.serves(rule):
-                advice = "" if ":" in declared.why_not else ": leave it out"
-                raise ParameterError(
-                    f"{name}={value!r} has no meaning with rule={self.rule}, "
-                    f"{declared.why_not}{advice}."
-                )
-        if self.alpha >= rule.most:
-            raise ParameterError(
-                f"alpha must be a number strictly between 0 and 1 with rule={self.rule}: "
-                f"found {self.alpha!r}."
-            )
+    def __init__(self, **given: Any) -> None:
+        rule = checked(GENERAL["rule"], "rule", given.get("rule", "bh"))
+        known = {"alpha": ALPHA} | known_to(METHODS[rule])
+        for name, value in given.items():
+            if name not in known:
+                self._refuse(name, value, rule, known)
+        values = {
+            name: checked(parameter, name, given.get(name, parameter.default))
+            for name, parameter in known.items()
+        }
+        object.__setattr__(self, "_values", values)
         if self.k_per_layer is not None:
-            if self.max_k != _DEFAULTS["max_k"] and self.max_k != max(self.counts_per_layer):
+            if self.max_k not in (GENERAL["max_k"].default, max(self.counts_per_layer)):
                 raise ParameterError(
                     f"max_k={self.max_k} contradicts k_per_layer={self.k_per_layer}: leave it out."
                 )
-            object.__setattr__(self, "max_k", max(self.counts_per_layer))
+            values["max_k"] = max(self.counts_per_layer)
+        self._check_together()
+
+    @staticmethod
+    def _refuse(name: str, value: Any, rule: str, known: Mapping[str, Parameter]) -> None:
+        """Raise for a parameter that the method does not know, unless it says nothing."""
+        if name not in PARAMETERS:
+            raise ParameterError(unknown_name(name))
+        if checked(PARAMETERS[name], name, value) != PARAMETERS[name].default:
+            raise ParameterError(
+                f"{name}={value!r} has no meaning with rule={rule}, whose parameters are "
+                f"{', '.join(known)}: leave it out."
+            )
+
+    def _check_together(self) -> None:
         if self.mass is not None and self.renormalize != "auto":
             raise ParameterError(
                 f"renormalize={self.renormalize} contradicts mass={self.mass}, which rescales "
@@ -228,7 +180,7 @@ class RoutingConfig:
             )
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> RoutingConfig:
+    def named(cls, given: Mapping[str, Any]) -> RoutingConfig:
         """Return the configuration of some parameters, by their names or aliases.
 
         Raises
@@ -236,10 +188,54 @@ class RoutingConfig:
         ParameterError
             If one is unknown, given twice, or out of range.
         """
-        named = canonical(given)
-        if unknown := [name for name in named if name not in PARAMETERS]:
-            raise ParameterError(unknown_name(unknown[0]))
-        return cls(**named)
+        return cls(**canonical(given))
+
+    def __getattr__(self, name: str) -> Any:
+        values = self.__dict__.get("_values", {})
+        if name in values:
+            return values[name]
+        if name.startswith("_") or name not in PARAMETERS:
+            raise AttributeError(name)
+        return PARAMETERS[name].default
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"A RoutingConfig does not change: use replaced({name}=...).")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RoutingConfig) and self._values == other._values
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._values.items()))
+
+    def __repr__(self) -> str:
+        return f"RoutingConfig({', '.join(f'{n}={v!r}' for n, v in self._values.items())})"
+
+    def replaced(self, **changes: Any) -> RoutingConfig:
+        """Return a configuration with other values for some parameters."""
+        return RoutingConfig(**(self._values | changes))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, as they are written to results and policies.
+
+        All parameters of :data:`IN_FILES`, and of those declared since what is not the default.
+        """
+        own = {n: v for n, v in self._values.items() if v != PARAMETERS[n].default}
+        return {name: getattr(self, name) for name in IN_FILES} | own
+
+    @property
+    def method(self) -> type[Method]:
+        """The method that routes: over a family of all decisions a test is one fixed threshold."""
+        return METHODS["p_value" if self.family == "all" else self.rule]
+
+    @property
+    def tests(self) -> bool:
+        """Whether the rule compares p-values."""
+        return METHODS[self.rule].tests
+
+    @property
+    def scored_by(self) -> str:
+        """The statistic that is scored on softmax routers."""
+        return self.method.scored_by(self._values)
 
     @property
     def null_kind(self) -> NullKind:
@@ -249,17 +245,13 @@ class RoutingConfig:
             self.null_scope if self.tests else None,
             self.trim,
             self.null_from if self.tests else None,
+            self.of,
         )
 
     @property
-    def tests(self) -> bool:
-        """Whether the rule compares p-values."""
-        return RULES[self.rule].tests
-
-    @property
-    def at_work(self) -> Rule:
-        """The rule that routes: over a family of all decisions a test is one fixed threshold."""
-        return RULES["p_value" if self.family == "all" else self.rule]
+    def needs_null(self) -> bool:
+        """Whether a null model is needed: for p-values, or for factors of weights."""
+        return bool(self.method.needs(self._values))
 
     @property
     def solves(self) -> bool:
@@ -267,9 +259,14 @@ class RoutingConfig:
         return self.target_experts is not None or self.family == "all"
 
     @property
-    def scored_by(self) -> str:
-        """The statistic; a rule with a threshold on weights takes the weight for the logit."""
-        return "weight" if RULES[self.rule].weighs and self.statistic == "logit" else self.statistic
+    def adaptive(self) -> bool:
+        """Whether the number of experts depends on the token."""
+        return not METHODS[self.rule].fixed_count
+
+    @property
+    def fixed_count(self) -> bool:
+        """Whether every token gets ``max_k`` experts: by its rule, or as the bounds are equal."""
+        return not self.adaptive or self.min_k == self.max_k
 
     @property
     def counts_per_layer(self) -> list[int]:
@@ -281,41 +278,12 @@ class RoutingConfig:
         if self.k_per_layer is None:
             return self
         k = self.counts_per_layer[self.select_layers(num_layers).index(layer)]
-        return dataclasses.replace(self, k_per_layer=None, max_k=k)
+        return self.replaced(k_per_layer=None, max_k=k)
 
-    @property
-    def adaptive(self) -> bool:
-        """Whether the number of experts depends on the token."""
-        return not RULES[self.rule].fixed_count
-
-    @property
-    def fixed_count(self) -> bool:
-        """Whether every token gets ``max_k`` experts: by its rule, or as the bounds are equal."""
-        return not self.adaptive or self.min_k == self.max_k
-
-    @property
-    def needs_null(self) -> bool:
-        """Whether a null model is needed: for p-values, or for output norms."""
-        return self.tests or bool(STATISTICS[self.statistic].factors)
-
-    @property
-    def ranks_by_logit(self) -> bool:
-        """Whether the experts that serve are those with the largest router logits."""
-        return (
-            self.statistic in ("logit", "weight")
-            and self.null_scope != "expert"
-            and not RULES[self.rule].random
-        )
-
-    @property
-    def needs_softmax(self) -> bool:
-        """Whether it is only defined for routers whose weights are a softmax of the logits."""
-        rule = RULES[self.rule]
-        return (
-            not self.ranks_by_logit
-            or self.statistic != "logit"
-            or not (rule.fixed_count or rule.tests)
-        )
+    def settings(self, layer: int, num_experts: int, softmax: bool = True) -> dict[str, Any]:
+        """Return what makes its method: plain values, see :class:`Method`."""
+        facts = {"layer": layer, "num_experts": num_experts, "softmax": softmax}
+        return self._values | {name: getattr(self, name) for name in self.method.declared} | facts
 
     def check_experts(self, num_experts: int) -> None:
         """Raise :class:`ParameterError` if a layer has too few experts for ``max_k``."""
@@ -327,36 +295,18 @@ class RoutingConfig:
 
     def select_layers(self, num_layers: int) -> list[int]:
         """Return the sorted positions, among ``num_layers`` MoE layers, that ``layers`` names."""
-        chosen: set[int] = set()
-        for part in self.layers.split("+"):
-            if part == "all":
-                chosen.update(range(num_layers))
-            elif match := re.fullmatch(r"(first|last)(\d+)", part):
-                count = int(match[2])
-                _check_layer(count - 1, num_layers, self.layers)
-                chosen.update(
-                    range(count) if match[1] == "first" else range(num_layers - count, num_layers)
-                )
-            elif match := re.fullmatch(r"(\d+)(?:-(\d+))?", part):
-                first, last = int(match[1]), int(match[2] or match[1])
-                _check_layer(max(first, last), num_layers, self.layers)
-                chosen.update(range(min(first, last), max(first, last) + 1))
+        chosen = chosen_layers(self.layers, num_layers)
         if self.k_per_layer is not None and len(chosen) != len(self.counts_per_layer):
             raise ParameterError(
                 f"k_per_layer={self.k_per_layer} must have a number for each of the {len(chosen)} "
                 f"routed layers: found {len(self.counts_per_layer)}."
             )
-        return sorted(chosen)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the configuration as plain values, as it is written to results."""
-        return dataclasses.asdict(self)
+        return chosen
 
 
-PARAMETERS: dict[str, Parameter] = parameters_of(RoutingConfig)
-# What a dataclass says of an unknown name is a TypeError.
-RoutingConfig.__init__ = accepts({})(RoutingConfig.__init__)  # type: ignore[method-assign]
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(RoutingConfig)}
+def rule_info(rule: str) -> RuleInfo:
+    """Return what results say about a rule."""
+    return cast(RuleInfo, METHODS[rule].describe())
 
 
 def unknown_name(name: str) -> str:
@@ -367,14 +317,6 @@ def unknown_name(name: str) -> str:
     )
 
 
-def serves(name: str, rule: Rule) -> bool:
-    """Return whether a parameter has a meaning for a rule; one that is not of routing has."""
-    return name not in PARAMETERS or PARAMETERS[name].serves(rule)
-
-
-def _check_layer(layer: int, num_layers: int, pattern: str) -> None:
-    if not 0 <= layer < num_layers:
-        raise ParameterError(
-            f"layers={pattern!r} reaches beyond the model's {num_layers} MoE layers: "
-            f"the first is 0, the last {num_layers - 1}."
-        )
+def serves(name: str, rule: str) -> bool:
+    """Return whether a parameter is known to a rule; one that is not of routing has its meaning."""
+    return name not in PARAMETERS or name == "alpha" or name in known_to(METHODS[rule])

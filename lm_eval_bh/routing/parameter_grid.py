@@ -9,7 +9,6 @@ from typing import Any
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.routing.config import RoutingConfig, serves
 from lm_eval_bh.routing.parameters import canonical
-from lm_eval_bh.routing.rules.registry import RULES
 
 
 def grid_of(
@@ -30,10 +29,10 @@ def grid_of(
         if not RoutingConfig(rule=name).adaptive:
             configs += [RoutingConfig(rule=name, max_k=max_k) for max_k in max_ks]
             continue
-        fitting = {key: value for key, value in others.items() if serves(key, RULES[name])}
+        fitting = {key: value for key, value in others.items() if serves(key, name)}
         for alpha, max_k in itertools.product(alphas, max_ks):
             configs.append(
-                RoutingConfig.of({"alpha": alpha, "rule": name, "max_k": max_k, **fitting})
+                RoutingConfig.named({"alpha": alpha, "rule": name, "max_k": max_k, **fitting})
             )
     if not configs:
         raise ParameterError("The grid is empty: give at least one rule, level and max_k.")

@@ -19,16 +19,15 @@ from lm_eval_bh.errors import BHError, ParameterError, PolicyError
 from lm_eval_bh.files import as_path
 from lm_eval_bh.resources import shipped_policies
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.nulls import null_file
-from lm_eval_bh.routing.nulls.null_model import NullModel
-from lm_eval_bh.routing.parameters import Parameter, integer
+from lm_eval_bh.routing.parameters import checked_integer
 from lm_eval_bh.routing.sealed_file import broken_seal, write_sealed
-from lm_eval_bh.routing.target import Solution
+from lm_eval_bh.routing.solution import Solution
+from lm_eval_bh.routing.tables import null_file
+from lm_eval_bh.routing.tables.null_model import NullModel
 
 METADATA_KEY = "lm_eval_bh_policy"
 FORMAT_VERSION = 1
-# Whatever a damaged file says: layers are counted one by one.
-_COUNT = Parameter("", *integer("an integer from 1 to 65536", 1, 2**16))
+MOST = 2**16  # whatever a damaged file says: layers are counted one by one
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +69,10 @@ class Policy:
         if self.config.solves and self.solution is None:
             raise PolicyError("A policy whose parameter was solved must have the solution.")
         for name in ("num_layers", "num_experts", "native_top_k"):
-            object.__setattr__(self, name, _COUNT.checked(name, getattr(self, name)))
+            count = checked_integer(
+                name, getattr(self, name), f"an integer from 1 to {MOST}", 1, MOST
+            )
+            object.__setattr__(self, name, count)
         self.config.check_experts(self.num_experts)
         self.config.select_layers(self.num_layers)
 
@@ -157,7 +159,7 @@ class Policy:
                         *null_file.read_tensors(file, json.dumps(header["null_model"]))
                     )
             found = cls(
-                config=RoutingConfig.of(header["config"]),
+                config=RoutingConfig.named(header["config"]),
                 fingerprint=str(header["fingerprint"]),
                 num_layers=header["num_layers"],
                 num_experts=header["num_experts"],

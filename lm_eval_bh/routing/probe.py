@@ -82,6 +82,13 @@ class Behaviour:
     obeys: bool
     order: Order | None
 
+    @property
+    def scores(self) -> str:
+        """What logits become before any bias; empty where that is not known."""
+        if self.softmax:
+            return "softmax"
+        return "" if self.order is None or self.order.score == "logit" else self.order.score
+
 
 _known: dict[object, Behaviour] = {}
 

@@ -1,8 +1,4 @@
-"""Solves a rule's parameter on calibration text: for a mean number of experts, or for one family.
-
-A family of all decisions is tested by Benjamini-Hochberg once, on the text; what it leaves is the
-largest p-value that was rejected, a fixed cut-off for whatever text comes.
-"""
+"""Solves a rule's parameter on calibration text: for a mean number of experts, or a family."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -18,15 +13,16 @@ from torch import Tensor, nn
 
 from lm_eval_bh.errors import ParameterError, UnreachableError
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.nulls.calibration import listen
-from lm_eval_bh.routing.nulls.find import tokenizer_of
-from lm_eval_bh.routing.nulls.null_model import NullModel
-from lm_eval_bh.routing.nulls.texts import WIKITEXT, text_batches, wikitext_texts
+from lm_eval_bh.routing.family import family_cutoff, family_level
+from lm_eval_bh.routing.methods import Method
+from lm_eval_bh.routing.methods.router import RouterOutput
+from lm_eval_bh.routing.ranked import ranked_scores
 from lm_eval_bh.routing.routers import Router
-from lm_eval_bh.routing.rules.registry import Rule
-from lm_eval_bh.routing.rules.sorted_scores import SortedScores
-from lm_eval_bh.routing.rules.thresholds import thresholds_of
-from lm_eval_bh.routing.selector import first_ranked, sort_scores
+from lm_eval_bh.routing.solution import Solution
+from lm_eval_bh.routing.tables.calibration import listen
+from lm_eval_bh.routing.tables.find import tokenizer_of
+from lm_eval_bh.routing.tables.null_model import NullModel
+from lm_eval_bh.routing.tables.texts import WIKITEXT, text_batches, wikitext_texts
 
 logger = logging.getLogger(__name__)
 
@@ -39,63 +35,6 @@ LOG_ODDS = 20.0  # alpha is looked for between 2e-9 and 1 - 2e-9
 HALVINGS = 24
 
 Mean = Callable[[float], float]
-
-
-@dataclass(frozen=True)
-class Solution:
-    """The parameters that meet a target.
-
-    Attributes
-    ----------
-    target_experts, budget
-        What was asked for.
-    alphas : dict of layer to float
-        The rule's parameter in every routed layer.
-    mean_experts : float
-        The mean over tokens and layers on the calibration text, with the rule at work.
-    layer_means : dict of layer to float
-        The means of the layers.
-    tokens : int
-        How many tokens of the text.
-    text : str
-        What text.
-    level : float or None
-        For a family of all decisions: the level at which the procedure, over all decisions on the
-        text with the unchanged model, has the cut-off that ``alphas`` holds.
-    """
-
-    target_experts: float | None
-    budget: str
-    alphas: dict[int, float]
-    mean_experts: float
-    layer_means: dict[int, float]
-    tokens: int
-    text: str
-    level: float | None = None
-
-    @property
-    def miss(self) -> float:
-        """By what share of itself the target is missed; in the worst layer if each has its own."""
-        if self.target_experts is None:
-            return 0.0
-        per_layer = self.budget == "layer"
-        means = list(self.layer_means.values()) if per_layer else [self.mean_experts]
-        return max(abs(mean / self.target_experts - 1) for mean in means)
-
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> Solution:
-        """Return what :meth:`as_dict` gave."""
-        found = dict(content)
-        for name in ("alphas", "layer_means"):
-            found[name] = {int(layer): float(value) for layer, value in found[name].items()}
-        return cls(**found)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON, whose keys are text."""
-        content = dataclasses.asdict(self)
-        for name in ("alphas", "layer_means"):
-            content[name] = {str(layer): value for layer, value in content[name].items()}
-        return content
 
 
 class Routed(Protocol):
@@ -111,6 +50,9 @@ class Routed(Protocol):
     @property
     def layers(self) -> list[int]:
         """The layers that the rule applies to."""
+
+    def method(self, layer: int) -> Method:
+        """Return the method of a layer, fitted to it."""
 
     def __enter__(self) -> Any: ...
 
@@ -152,7 +94,7 @@ def solve(
         batch=BATCH,
     )
     unchanged = _p_values(integration, batches) if config.family == "all" else None
-    scores: Mapping[int, SortedScores] = {}
+    scores: Mapping[int, Tensor] = {}
     best: Solution | None = None
     tried: list[dict[int, float]] = []
     while len(tried) < ROUNDS and (best is None or best.miss > AIM):
@@ -170,7 +112,7 @@ def solve(
         )
         with integration:
             scores = _collect(integration, batches)
-        means = {layer: _mean(integration, scores[layer])(alphas[layer]) for layer in alphas}
+        means = {layer: _mean(integration, layer, scores[layer])(alphas[layer]) for layer in alphas}
         found = dataclasses.replace(
             integration.solution,
             mean_experts=sum(means.values()) / len(means),
@@ -191,74 +133,53 @@ def solve(
     return best
 
 
-def family_cutoff(p_values: Tensor, alpha: float) -> float:
-    """Return the largest p-value that Benjamini-Hochberg rejects in one family, 0 if it is none.
-
-    Parameters
-    ----------
-    p_values : Tensor
-        float64 ``[decisions]``, ascending.
-    alpha : float
-        The level.
-    """
-    m = len(p_values)
-    critical = torch.arange(1, m + 1, dtype=torch.float64) / float(m) * alpha
-    rejected = (p_values <= critical).nonzero()
-    return float(p_values[rejected[-1, 0]]) if len(rejected) else 0.0
-
-
-def family_level(p_values: Tensor, cutoff: float) -> float:
-    """Return the least level at which Benjamini-Hochberg rejects all p-values up to a cut-off.
-
-    1 where no level below does.
-    """
-    rejected = int(torch.searchsorted(p_values, cutoff, right=True))
-    if rejected == 0:
-        return 1.0
-    last = float(p_values[rejected - 1])
-    return min(last * len(p_values) / rejected, 1.0)
-
-
 def _p_values(integration: Routed, batches: Sequence[Tensor]) -> Tensor:
     """Return the p-values of all experts in all routed layers, ascending: one family."""
-    null_model, layers = integration.null_model, set(integration.layers)
+    null_model = integration.null_model
     assert null_model is not None
     parts: list[Tensor] = []
 
-    def hear(layer: int, logits: Tensor, hidden_states: Tensor) -> None:
-        if layer in layers:
-            found = null_model.p_values(layer, logits.float(), hidden_states)
-            parts.append(found.flatten().cpu())
+    def hear(layer: int, method: Method, said: RouterOutput) -> None:
+        found = null_model.p_values_of(layer, Method.score(method, said))  # of all experts
+        parts.append(found.flatten().cpu())
 
-    listen(integration.model, [r.module for r in integration.routers], batches, hear)
+    _listen(integration, batches, hear)
     return torch.cat(parts).sort().values
 
 
-def _collect(integration: Routed, batches: Sequence[Tensor]) -> dict[int, SortedScores]:
+def _collect(integration: Routed, batches: Sequence[Tensor]) -> dict[int, Tensor]:
     """Run the model as it is now, and return what the rule looks at in every routed layer."""
-    config, null_model = integration.config, integration.null_model
     parts: dict[int, list[Tensor]] = {layer: [] for layer in integration.layers}
 
-    def hear(layer: int, logits: Tensor, hidden_states: Tensor) -> None:
-        if layer not in parts:
-            return
-        logits = logits.float()
-        if not config.tests:
-            scores = sort_scores(logits, null_model, layer, config, hidden_states).ascending
-        else:  # p-values once are cheaper than the thresholds of many levels
-            assert null_model is not None
-            scores = null_model.p_values(layer, logits, hidden_states)
-            if config.at_work.alone:
-                scores = scores.masked_fill(~first_ranked(logits, config.max_k), torch.inf)
-            scores = scores.sort(dim=-1).values
-        parts[layer].append(scores.cpu())
+    def hear(layer: int, method: Method, said: RouterOutput) -> None:
+        ranked, _ = ranked_scores(method, integration.null_model, layer, said)
+        parts[layer].append(ranked.cpu())
 
-    listen(integration.model, [r.module for r in integration.routers], batches, hear)
-    return {layer: SortedScores(torch.cat(found)) for layer, found in parts.items()}
+    _listen(integration, batches, hear)
+    return {layer: torch.cat(found) for layer, found in parts.items()}
+
+
+def _listen(
+    integration: Routed,
+    batches: Sequence[Tensor],
+    hear: Callable[[int, Method, RouterOutput], None],
+) -> None:
+    """Run the model as it is now, and hand on what the routers of the routed layers say."""
+    methods: dict[int, Method] = {}
+
+    def note(layer: int, said: RouterOutput) -> None:
+        if layer in methods:
+            exact = said._replace(logits=said.logits.float())
+            hear(layer, methods[layer].to(said.logits.device), exact)
+
+    methods |= {layer: integration.method(layer) for layer in integration.layers}
+    modules = [router.module for router in integration.routers]
+    slots = max(methods[layer].asks(integration.routers[layer].top_k) for layer in methods)
+    listen(integration.model, modules, batches, note, slots=slots)
 
 
 def _give_up(
-    integration: Routed, scores: Mapping[int, SortedScores], best: Solution, rounds: int
+    integration: Routed, scores: Mapping[int, Tensor], best: Solution, rounds: int
 ) -> NoReturn:
     """Say of the first budget that is not met whether any parameter could have met it."""
     target, rule = best.target_experts or 0.0, integration.config.rule
@@ -267,8 +188,8 @@ def _give_up(
         if abs(met / target - 1) <= TOLERANCE:
             continue
         where = f" in layer {layers[0]}" if best.budget == "layer" else ""
-        at_work = integration.config.at_work
-        low, high = sorted(mean(_level(end, at_work)) for end in (-LOG_ODDS, LOG_ODDS))
+        method = integration.config.method
+        low, high = sorted(mean(_level(end, method)) for end in (-LOG_ODDS, LOG_ODDS))
         if not low <= target <= high:
             raise UnreachableError(
                 f"target_experts={target} cannot be reached with rule={rule}{where}: with the rule "
@@ -282,20 +203,18 @@ def _give_up(
     raise AssertionError("a solution that misses its target misses one of its budgets")
 
 
-def _solve_on(integration: Routed, scores: Mapping[int, SortedScores]) -> dict[int, float]:
+def _solve_on(integration: Routed, scores: Mapping[int, Tensor]) -> dict[int, float]:
     """Return every layer's parameter, solved on logits as they are, or the one that is nearest."""
     target = float(integration.config.target_experts or 0)
     alphas: dict[int, float] = {}
     for layers, mean in _budgets(integration, scores).items():
-        alphas |= dict.fromkeys(layers, _bisect(mean, target, integration.config.at_work))
+        alphas |= dict.fromkeys(layers, _bisect(mean, target, integration.config.method))
     return alphas
 
 
-def _budgets(
-    integration: Routed, scores: Mapping[int, SortedScores]
-) -> dict[tuple[int, ...], Mean]:
+def _budgets(integration: Routed, scores: Mapping[int, Tensor]) -> dict[tuple[int, ...], Mean]:
     """Return the layers that share a parameter, and their mean as a function of it."""
-    means = {layer: _mean(integration, scores[layer]) for layer in integration.layers}
+    means = {layer: _mean(integration, layer, scores[layer]) for layer in integration.layers}
     if integration.config.budget == "layer":
         return {(layer,): mean for layer, mean in means.items()}
 
@@ -305,39 +224,43 @@ def _budgets(
     return {tuple(means): over_layers}
 
 
-def _mean(integration: Routed, scores: SortedScores) -> Mean:
+def _mean(integration: Routed, layer: int, ranked: Tensor) -> Mean:
     """Return the function from the parameter to a layer's mean number of experts."""
-    config, experts = integration.config, integration.num_experts
-    rule = config.at_work
+    method = integration.method(layer).cpu()
 
     def mean(alpha: float) -> float:
-        if rule.critical_values is not None:
-            thresholds: Tensor | None = torch.from_numpy(rule.critical_values(alpha, experts))
-        else:
-            [thresholds] = thresholds_of([(rule, alpha)], None, 0, experts)
-        counts = rule.counts(scores, alpha, thresholds)
-        return float(counts.clamp(config.min_k, config.max_k).double().mean())
+        counts = method.count(ranked, method.level(alpha))
+        return float(counts.clamp(method.min_k, method.max_k).double().mean())
 
     return mean
 
 
-def _bisect(mean: Mean, target: float, rule: Rule) -> float:
+def _bisect(mean: Mean, target: float, method: type[Method]) -> float:
     """Return the parameter whose mean comes nearest to the target.
 
     The mean rises with the level of a test and falls with that of ``min_p`` and ``min_w``.
     """
     low, high = -LOG_ODDS, LOG_ODDS
-    ends = mean(_level(low, rule)), mean(_level(high, rule))
+    ends = mean(_level(low, method)), mean(_level(high, method))
     rising = ends[1] >= ends[0]
     nearest = min((abs(ends[0] - target), low), (abs(ends[1] - target), high))
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        value = mean(_level(middle, rule))
+        value = mean(_level(middle, method))
         nearest = min(nearest, (abs(value - target), middle))
         low, high = (middle, high) if (value < target) == rising else (low, middle)
-    return _level(nearest[1], rule)
+    return _level(nearest[1], method)
 
 
-def _level(position: float, rule: Rule) -> float:
+def _level(position: float, method: type[Method]) -> float:
     """Return the parameter at a position: log odds, or the log where it has no upper bound."""
-    return math.exp(position) if math.isinf(rule.most) else 1 / (1 + math.exp(-position))
+    return math.exp(position) if _unbounded(method) else 1 / (1 + math.exp(-position))
+
+
+def _unbounded(method: type[Method]) -> bool:
+    """Whether the parameter may be larger than 1."""
+    try:
+        method.declared["alpha"].checked("alpha", 2.0)
+    except ValueError:
+        return False
+    return True

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from lm_eval_bh.analysis.show.view_page import ViewLayer, ViewRouted, short
 from lm_eval_bh.errors import DataError, ParameterError
+from lm_eval_bh.routing.methods.pick import Picked
+from lm_eval_bh.routing.methods.router import RouterOutput
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
-from lm_eval_bh.routing.rules.registry import RULES
-from lm_eval_bh.routing.selection import Selection
-from lm_eval_bh.routing.selector import sort_scores
+from lm_eval_bh.routing.ranked import ranked_scores
+from lm_eval_bh.routing.router_reader import RouterReader
 
 
 class _Decided(NamedTuple):
@@ -62,10 +63,10 @@ def route_text(integration: BHRoutingIntegration, token_ids: Sequence[int]) -> V
         )
     layers: list[ViewLayer] = []
 
-    def observe(layer: int, router_logits: Tensor, selection: Selection) -> None:
-        layers.append(_layer(integration, layer, router_logits, selection, hidden.get(layer)))
+    def observe(layer: int, router_logits: Tensor, selection: Picked) -> None:
+        layers.append(_layer(integration, layer, router_logits, selection, said.get(layer)))
 
-    with _hidden_states(integration) as hidden, torch.no_grad():
+    with _said(integration) as said, torch.no_grad():
         integration.observers.append(observe)
         try:
             ids = torch.tensor([list(token_ids)], device=next(model.parameters()).device)
@@ -77,20 +78,22 @@ def route_text(integration: BHRoutingIntegration, token_ids: Sequence[int]) -> V
 
 
 @contextmanager
-def _hidden_states(integration: BHRoutingIntegration) -> Iterator[dict[int, Tensor]]:
-    """Yield what each router was given last, ``[tokens, hidden]``, by its layer."""
-    found: dict[int, Tensor] = {}
+def _said(integration: BHRoutingIntegration) -> Iterator[dict[int, RouterOutput]]:
+    """Yield what each router has said last, by its layer."""
+    found: dict[int, RouterOutput] = {}
 
-    def listener(layer: int) -> Any:
-        def take(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            found[layer] = inputs[0].reshape(-1, inputs[0].shape[-1])
+    def listener(layer: int, read: RouterReader) -> Any:
+        def take(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            found[layer] = read(module, inputs, output)
 
         return take
 
     with ExitStack() as hooks:
         for layer in integration.layers:
-            module = integration.routers[layer].module
-            hooks.callback(module.register_forward_pre_hook(listener(layer)).remove)
+            router = integration.routers[layer]
+            read = RouterReader(router, integration.method(layer).asks(router.top_k))
+            hook = router.module.register_forward_hook(listener(layer, read), prepend=True)
+            hooks.callback(hook.remove)
         yield found
 
 
@@ -98,12 +101,12 @@ def _layer(
     integration: BHRoutingIntegration,
     layer: int,
     router_logits: Tensor,
-    selection: Selection,
-    hidden_states: Tensor | None,
+    selection: Picked,
+    said: RouterOutput | None,
 ) -> ViewLayer:
     """Return each token's experts, and behind them the first that was left out."""
     experts = integration.num_experts
-    decided = _decided_by(integration, layer, router_logits, hidden_states)
+    decided = _decided_by(integration, layer, said)
     softmax = router_logits.float().softmax(-1)
     used = selection.indices < experts
     left = softmax if decided.scores is None else decided.scores
@@ -149,39 +152,20 @@ def _layer(
 
 
 def _decided_by(
-    integration: BHRoutingIntegration,
-    layer: int,
-    router_logits: Tensor,
-    hidden_states: Tensor | None,
+    integration: BHRoutingIntegration, layer: int, said: RouterOutput | None
 ) -> _Decided:
-    config, null = integration.config, integration.null_model
-    rule, alpha = RULES[config.at_work.name], integration.alphas[layer]
-    if rule.fixed_count:
+    method, alpha = integration.method(layer), integration.alphas[layer]
+    if method.fixed_count or said is None:
         return _Decided()
-    shape = router_logits.shape
-    if rule.tests and null is not None:
-        p_values = null.p_values(layer, router_logits, hidden_states)
-        critical = None if rule.critical_values is None else rule.critical_values(alpha, shape[-1])
-        if critical is None or len(critical) > 1:  # which row counts differs from token to token
-            return _Decided("p-value", p_values)
-        limits = torch.from_numpy(critical).expand(shape)
-        return _Decided("p-value", p_values, "critical value", limits)
-    ranked = sort_scores(router_logits, null, layer, config, hidden_states)
-    order = ranked.experts
-    if order is None:
-        order = router_logits.argsort(dim=-1, descending=True, stable=True)
-    order = order[:, : ranked.ascending.shape[-1]]
-
-    def by_expert(values: Tensor) -> Tensor:
-        found = values.new_full(shape, float("nan"))
-        return found.scatter(-1, order, values)
-
-    level = torch.full(shape, alpha)
-    if rule.weighs:  # scores are logarithms of the weight, times the factors of the statistic
-        return _Decided("score", by_expert(-ranked.ascending).exp(), "threshold", level)
-    if rule.name == "top_p":
-        return _Decided("weights so far", by_expert(ranked.cumulative_weights), "to reach", level)
-    if rule.name == "min_p":
-        least = alpha * ranked.weights[:, :1].expand(shape)
-        return _Decided("share", by_expert(ranked.weights), "threshold", least)
-    return _Decided()
+    ranked, order = ranked_scores(
+        method.to(said.logits.device), integration.null_model, layer, said
+    )
+    shown = method.shown(ranked, alpha)
+    if shown is None:
+        return _Decided()
+    name, values, limit, limits = shown
+    blank = values.new_full(said.logits.shape, float("nan"))
+    by_expert = blank.scatter(-1, order, values)
+    if limits is None:
+        return _Decided(name, by_expert)
+    return _Decided(name, by_expert, limit, limits.expand(values.shape))

@@ -13,10 +13,9 @@ from lm_eval_bh.analysis.show.view_page import ViewRun, ViewText, view_page
 from lm_eval_bh.analysis.table.strategy_names import strategy_label
 from lm_eval_bh.errors import DataError, ParameterError
 from lm_eval_bh.files import as_path, write_text
-from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.config import RoutingConfig, rule_info
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.routing.routers import transformers_model
-from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.viewing.routed_text import route_text
 
 HEIGHT = 720  # pixels of the frame in a notebook
@@ -140,7 +139,7 @@ def routed(
     with nullcontext() if integration.patched else integration:
         found = [route_text(integration, [int(i or 0) for i in text["ids"]]) for text in texts]
     return {
-        "label": strategy_label(integration.describe(), RULES[config.rule].describe()),
+        "label": strategy_label(integration.describe(), rule_info(config.rule)),
         "model": name or Path(own.name_or_path or type(own).__name__).name,
         "experts": integration.num_experts,
         "max_k": config.max_k,

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError, RoutingConfig
 from lm_eval_bh.policies.preview import analyze_grid
-from lm_eval_bh.routing.nulls.calibration import collect_router_logits
-from lm_eval_bh.routing.nulls.null_kind import NullKind
+from lm_eval_bh.routing.tables.calibration import collect_router_logits
+from lm_eval_bh.routing.tables.null_kind import NullKind
 from lm_eval_bh.routing.parameter_grid import grid_of
 from lm_eval_bh.routing.routers import find_routers
-from lm_eval_bh.routing.rules.registry import RULES
+from lm_eval_bh.routing.methods import METHODS
 
 KINDS = [(s, n) for s in ("logit", "contribution") for n in ("layer", "expert", "model")]
 
@@ -69,7 +69,7 @@ def test_every_row_is_what_the_configuration_alone_would_select(tiny, nulls, bat
         counts = torch.cat([selection.counts for _, _, selection in seen]).double()
         assert row.mean_experts == pytest.approx(float(counts.mean()))
         assert row.ceiling_share == pytest.approx(float((counts == config.max_k).double().mean()))
-        adaptive = not RULES[config.rule].fixed_count
+        adaptive = not METHODS[config.rule].fixed_count
         floor = float((counts == config.min_k).double().mean()) if adaptive else 0
         assert row.floor_share == pytest.approx(floor)
         overlaps, masses = [], []

@@ -15,7 +15,7 @@ from lm_eval_bh import (
     RoutingConfig,
     UnreachableError,
 )
-from lm_eval_bh.routing.nulls.texts import text_batches
+from lm_eval_bh.routing.tables.texts import text_batches
 from lm_eval_bh.routing.target import LENGTH, TOKENS
 
 

@@ -28,25 +28,41 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeTopKRouter,
 )
 
-from .adaptive_selection import AdaptiveSelection
+from .methods_of_policy import METHODS
+from .pick import pick, repeated
+from .router import RouterOutput
 
 
 class AdaptiveRouter(nn.Module):
-    """What makes a family's router adaptive; stands before it among the base classes."""
+    """What makes a family's router adaptive; stands before it among the base classes.
 
-    weight: nn.Parameter
-    casts = True  # weights to the dtype of the logits, as the family's own router does
+    The router ranks and weighs experts itself; a method chooses among them.
+    """
 
-    def adapt(self, settings: dict[str, Any], unused: str) -> None:
-        """Take a layer's settings."""
-        self.selection = AdaptiveSelection(settings, unused)
+    def adapt(self, settings: dict[str, Any], policy: dict[str, Any]) -> None:
+        """Take a layer's method, and what holds for all layers."""
+        if policy["unused"] not in ("repeat", "skip"):
+            raise ValueError(f"unused must be 'repeat' or 'skip': found {policy['unused']!r}.")
+        self.selection = METHODS[settings["method"]](settings)
+        self.repeats, self.rescales = policy["unused"] == "repeat", policy["rescales"]
+        self.native_k = policy["native_top_k"]
+        self.top_k = self.selection.asks(self.native_k)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return router logits, and weights and indices of the experts that serve."""
-        hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
-        router_logits = nn.functional.linear(hidden_states, self.weight)
-        weights, indices = self.selection(router_logits, hidden_states)
-        return router_logits, weights.to(router_logits.dtype) if self.casts else weights, indices
+        logits, weights, indices = super().forward(hidden_states)
+        said = RouterOutput(
+            logits,
+            weights,
+            indices,
+            self.native_k,
+            rescales=self.rescales,
+            hidden_states=hidden_states.reshape(-1, hidden_states.shape[-1]),
+        )
+        picked = pick(self.selection, said)
+        if self.repeats:
+            picked = repeated(picked, self.selection.num_experts)
+        return logits, picked.weights, picked.indices
 
 
 class AdaptiveOlmoeRouter(AdaptiveRouter, OlmoeTopKRouter):
@@ -55,8 +71,6 @@ class AdaptiveOlmoeRouter(AdaptiveRouter, OlmoeTopKRouter):
 
 class AdaptiveMixtralRouter(AdaptiveRouter, MixtralTopKRouter):
     """Mixtral's."""
-
-    casts = False
 
 
 class AdaptiveQwen2MoeRouter(AdaptiveRouter, Qwen2MoeTopKRouter):
@@ -89,7 +103,7 @@ class AdaptiveMoe:
             )
         for parent, settings in zip(parents, policy["layers"], strict=True):
             router = ROUTERS[type(parent.gate)](config)
-            router.adapt(settings, policy["unused"])
+            router.adapt(settings, policy)
             parent.gate = router
             if policy["unused"] == "skip":  # only so do all of transformers' implementations know
                 parent.experts._is_expert_parallel = True

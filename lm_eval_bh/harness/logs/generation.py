@@ -20,7 +20,7 @@ from lm_eval_bh.harness.logs.ownership import Batch, Owner
 from lm_eval_bh.harness.logs.sinks import Sinks
 from lm_eval_bh.harness.logs.stopwatch import Span
 from lm_eval_bh.routing.caches import given_cache
-from lm_eval_bh.routing.selection import Selection
+from lm_eval_bh.routing.methods.pick import Picked
 
 
 @dataclass
@@ -32,15 +32,15 @@ class _Pass:
     fresh: int  # the first column that no earlier pass has logged
     prompt_end: int  # the first column that holds no prompt: from here on the output decides
     begun: bool = False
-    decoded: list[tuple[int, Tensor, Selection]] = field(default_factory=list)
+    decoded: list[tuple[int, Tensor, Picked]] = field(default_factory=list)
 
     @property
     def end(self) -> int:
         return self.start + self.token_ids.shape[1]
 
     def columns(
-        self, router_logits: Tensor, selection: Selection, first: int, end: int, start: int
-    ) -> tuple[Tensor, Selection]:
+        self, router_logits: Tensor, selection: Picked, first: int, end: int, start: int
+    ) -> tuple[Tensor, Picked]:
         """Cut the columns ``first`` to ``end`` out of tensors ``[rows * columns, ...]``.
 
         ``start`` is the column that the tensors begin with.
@@ -53,7 +53,7 @@ class _Pass:
             by_row: Tensor = values.unflatten(0, (rows, -1))
             return by_row[:, first - start : end - start].flatten(0, 1)
 
-        return cut(router_logits), Selection(*map(cut, selection))
+        return cut(router_logits), Picked(*map(cut, selection))
 
 
 class Generation:
@@ -133,7 +133,7 @@ class Generation:
                 return self._refuse()
         self._pass = _Pass(start, token_ids, max(start, self.logged), prompt_end)
 
-    def observe(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
+    def observe(self, layer: int, router_logits: Tensor, selection: Picked) -> None:
         """Take one layer's selection of the pass that is under way."""
         one = self._pass
         if one is None:

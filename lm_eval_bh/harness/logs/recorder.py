@@ -15,7 +15,7 @@ from lm_eval_bh.harness.logs.generation import Generation
 from lm_eval_bh.harness.logs.ownership import Batch, Owner
 from lm_eval_bh.harness.logs.sinks import Sink, Sinks
 from lm_eval_bh.harness.logs.summary_log import SummaryLog
-from lm_eval_bh.routing.selection import Selection
+from lm_eval_bh.routing.methods.pick import Picked
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class Recorder:
         if generation.logged and generation.span is not None:
             self._summary.took(generation.prompt, generation.span)
 
-    def observe(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
+    def observe(self, layer: int, router_logits: Tensor, selection: Picked) -> None:
         """Take one layer's selection; called by the router hooks, in the order of the layers."""
         if self._generation is not None:
             self._generation.observe(layer, router_logits, selection)

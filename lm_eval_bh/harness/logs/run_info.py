@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lm_eval_bh.harness.logs.run_log import RunLog
+from lm_eval_bh.routing.config import rule_info
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.routing.routers import transformers_model
-from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.schema import SCHEMA_VERSION, RunInfo, SpeedRouting
 
 # What the FLOPs of a forward pass are counted from.
@@ -44,7 +44,7 @@ def described_routing(integration: BHRoutingIntegration) -> SpeedRouting:
     null = integration.null_model
     return {
         "schema_version": SCHEMA_VERSION,
-        "rule": RULES[integration.config.rule].describe(),
+        "rule": rule_info(integration.config.rule),
         "config": integration.describe(),
         "routed_layers": integration.layers,
         "num_layers": len(integration.routers),

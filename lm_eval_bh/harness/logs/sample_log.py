@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm_eval_bh.harness.logs.ownership import Batch, Owner
-from lm_eval_bh.routing.selection import Selection
+from lm_eval_bh.routing.methods.pick import Picked
 from lm_eval_bh.schema import UNUSED, Sample, SampleLayer
 
 LOGITS_SAMPLE = 3  # tokens of each request whose router logits are kept whole
@@ -73,7 +73,7 @@ class SampleLog:
                     request = self._requests[key_of(owner)]
                     request.token_ids[start] = batch.token_ids.flatten()[batch.flat[row]].tolist()
 
-    def layer(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
+    def layer(self, layer: int, router_logits: Tensor, selection: Picked) -> None:
         """Keep one layer's selection for those rows."""
         if not self._wanted:
             return

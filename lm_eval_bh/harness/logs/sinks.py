@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lm_eval_bh.harness.logs.ownership import Batch
 from lm_eval_bh.harness.logs.stopwatch import Moment, Span, moment
-from lm_eval_bh.routing.selection import Selection
+from lm_eval_bh.routing.methods.pick import Picked
 
 
 class Sink(Protocol):
@@ -20,7 +20,7 @@ class Sink(Protocol):
     def begin(self, batch: Batch, device: torch.device) -> None:
         """Start a forward pass."""
 
-    def layer(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
+    def layer(self, layer: int, router_logits: Tensor, selection: Picked) -> None:
         """Take one layer's selection for the tokens of the batch, flattened to ``[tokens]``."""
 
     def scored(self, losses: Callable[[], Tensor]) -> None:
@@ -47,7 +47,7 @@ class Sinks:
             for sink in self._sinks:
                 sink.begin(batch, device)
 
-    def layer(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
+    def layer(self, layer: int, router_logits: Tensor, selection: Picked) -> None:
         """Take one layer's selection."""
         with self._timed():
             for sink in self._sinks:

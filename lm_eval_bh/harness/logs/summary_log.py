@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lm_eval_bh.harness.logs.ownership import Batch
 from lm_eval_bh.harness.logs.stopwatch import Span
+from lm_eval_bh.routing.methods.pick import Picked
 from lm_eval_bh.routing.patching.counters import LayerSums, RoutingCounters, Selections
-from lm_eval_bh.routing.selection import Selection
 
 BEHIND = 8  # passes whose time is not asked for yet: a device may be that far behind
 
@@ -70,7 +70,7 @@ class SummaryLog:
         self.padding_tokens = 0
         self._weights: dict[str, Tensor] = {}
         self._spans: deque[tuple[Span, dict[str, float]]] = deque()
-        self._selections: list[tuple[int, Selection]] = []
+        self._selections: list[tuple[int, Picked]] = []
 
     def begin(self, batch: Batch, device: torch.device) -> None:
         """Weigh every token by how many requests of each task own its row."""
@@ -90,7 +90,7 @@ class SummaryLog:
         self._computed = int(mask.sum())
         self._padding = mask.size - self._computed
 
-    def layer(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
+    def layer(self, layer: int, router_logits: Tensor, selection: Picked) -> None:
         """Keep one layer's selection until the end of the pass."""
         self._selections.append((layer, selection))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.harness.logs.log_folder import LogFolder, explaining
 from lm_eval_bh.harness.logs.ownership import Batch
-from lm_eval_bh.routing.selection import Selection
+from lm_eval_bh.routing.methods.pick import Picked
 from lm_eval_bh.schema import TOKENS, token_schema
 
 ROW_GROUP = 131072  # rows gathered in memory before they are written
@@ -78,7 +78,7 @@ class TokenLog:
             "token_id": batch.token_ids.flatten()[self._take].numpy().astype(np.int32),
         }
 
-    def layer(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
+    def layer(self, layer: int, router_logits: Tensor, selection: Picked) -> None:
         """Gather one layer's rows."""
         if self._take is None:
             return

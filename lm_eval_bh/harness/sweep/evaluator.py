@@ -26,9 +26,9 @@ from lm_eval_bh.harness.plugin.registration import MODEL_NAME
 from lm_eval_bh.harness.sweep.exact_bootstrap import exact_bootstrap
 from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig
 from lm_eval_bh.harness.sweep.task_names import are_ours, new_task_manager
+from lm_eval_bh.routing.methods import METHODS
 from lm_eval_bh.routing.placement import placement
 from lm_eval_bh.routing.policy import Policy
-from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.schema import shortened
 
 
@@ -59,8 +59,8 @@ class Evaluator:
             experiments,
             key=lambda e: (
                 e.policy is None,
-                RULES[e.rule].tests,
-                not RULES[e.rule].fixed_count,
+                METHODS[e.rule].tests,
+                not METHODS[e.rule].fixed_count,
             ),
         )
         placement(device)  # unlike lm_eval, a sweep names no device that nobody asked for

@@ -19,8 +19,8 @@ from lm_eval_bh.harness.sweep.settings_file import plain_value, read_settings
 from lm_eval_bh.harness.sweep.task_names import expand_tasks
 from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE
 from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.methods import METHODS
 from lm_eval_bh.routing.policy import Policy
-from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.schema import dataset_name, experiment_name, shortened
 
 # What model_args may not hold: it differs between experiments, or has an option of its own.
@@ -256,12 +256,12 @@ class SweepConfig:
         """All (rule, max_k, alpha), baselines first, without the policies."""
         found: list[tuple[str, int, float | None]] = [("topk", k, None) for k in self.baselines]
         for rule in self.rules:
-            if rule not in RULES:
+            if rule not in METHODS:
                 raise ParameterError(
-                    f"rule must be one of {', '.join(RULES)}: found {rule!r}"
-                    f"{did_you_mean(rule, RULES)}."
+                    f"rule must be one of {', '.join(METHODS)}: found {rule!r}"
+                    f"{did_you_mean(rule, METHODS)}."
                 )
-            levels: Sequence[float | None] = [None] if RULES[rule].fixed_count else self.alphas
+            levels: Sequence[float | None] = [None] if METHODS[rule].fixed_count else self.alphas
             found += [(rule, k, level) for k in self.max_k for level in levels]
         return list(dict.fromkeys(found))
 

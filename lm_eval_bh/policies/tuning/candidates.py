@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.nulls.null_kind import NullKind
-from lm_eval_bh.routing.scores.statistic import STATISTICS
+from lm_eval_bh.routing.methods.scores import STATISTICS
+from lm_eval_bh.routing.tables.null_kind import NullKind
 
 MASSES = (0.2, 0.5)  # shares of the native sum, as powers, that kept weights are rescaled by
 WINNER = "min_w benefit mass 0.2"  # what won on tiny-olmoe at every mean that was tried
@@ -64,7 +64,7 @@ def static(mass: float | None = None) -> Family:
 
 def adaptive_families() -> list[Family]:
     """Return the families whose number of experts depends on the token."""
-    factored = [name for name, row in STATISTICS.items() if row.factors]
+    factored = [name for name, row in STATISTICS.items() if row.table]
     test = {"rule": "bh", "null_scope": "model", "null_from": "unselected"}
     return [
         *(

@@ -13,7 +13,7 @@ import numpy as np
 from lm_eval_bh.errors import DataError, ParameterError
 from lm_eval_bh.files import write_text
 from lm_eval_bh.policies.document_losses import Floats
-from lm_eval_bh.routing.target import Solution
+from lm_eval_bh.routing.solution import Solution
 
 FILE = "tune.json"
 FORMAT_VERSION = 1

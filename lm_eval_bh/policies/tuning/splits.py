@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.policies.pretrained import paragraphs
-from lm_eval_bh.routing.nulls.texts import wikitext_texts
+from lm_eval_bh.routing.tables.texts import wikitext_texts
 
 SHARES = (0.6, 0.2)  # of a given text: to calibrate, to choose; the rest confirms
 LEAST_DOCUMENTS = 10  # of a part: an interval over fewer says little

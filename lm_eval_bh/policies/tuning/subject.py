@@ -15,13 +15,14 @@ from lm_eval_bh.policies.tuning.candidates import Family
 from lm_eval_bh.policies.tuning.journal import Journal, Row
 from lm_eval_bh.policies.tuning.splits import Splits
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.nulls.calibration import calibrate_and_check
-from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
-from lm_eval_bh.routing.nulls.null_kind import NullKind
-from lm_eval_bh.routing.nulls.null_model import NullModel
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.routing.policy import Policy
 from lm_eval_bh.routing.routers import find_routers
+from lm_eval_bh.routing.tables.calibration import calibrate_and_check
+from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
+from lm_eval_bh.routing.tables.null_kind import NullKind
+from lm_eval_bh.routing.tables.null_match import check_routers
+from lm_eval_bh.routing.tables.null_model import NullModel
 
 VALIDATION, CONFIRMATION = "validation", "confirmation"
 SENSITIVITY_TOKENS = 16384
@@ -188,7 +189,13 @@ class Subject:
             return None
         try:
             found = NullModel.load(path)
-            found.check(self.fingerprint, self.layers, self.routers[0].num_experts, self.name)
+            check_routers(
+                found.header,
+                self.fingerprint,
+                self.layers,
+                self.routers[0].num_experts,
+                self.name,
+            )
         except NullModelError:
             return None  # calibrated again, which replaces it
         return found

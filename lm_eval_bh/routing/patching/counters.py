@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lm_eval_bh.routing.selection import Selection
+from lm_eval_bh.routing.methods.pick import Picked
 
-Selections = Sequence[tuple[int, Selection]]  # each with its position among the layers
+Selections = Sequence[tuple[int, Picked]]  # each with its position among the layers
 
 
 class LayerSums:
@@ -57,7 +57,7 @@ class RoutingCounters:
             int64 or bool ``[tokens]``, how often each token counts (0 for padding). None, or
             another number of tokens than were selected for, counts all once.
         """
-        alike: dict[tuple[torch.device, torch.Size], list[tuple[int, Selection]]] = {}
+        alike: dict[tuple[torch.device, torch.Size], list[tuple[int, Picked]]] = {}
         for layer, selection in selections:
             key = selection.indices.device, selection.indices.shape
             alike.setdefault(key, []).append((layer, selection))

@@ -21,9 +21,7 @@ Which algorithm runs, by measurement at OLMoE's size (``scripts/bench_routing.py
   its kernels work on blocks of 16 rows anyway. So beyond 16 rows a matrix product takes the next
   multiple of 16, made up of rows that lie there already; what they give is thrown away.
 - Elsewhere: transformers' ``grouped_mm`` with the unused slots masked. Its kernel skips them and
-  the host waits for nothing, where the loop would wait once a layer. For the few tokens of a
-  decoding step transformers' ``batched_mm``, up to the number that ``experts_choice.py`` has found
-  by measuring both when the model was patched.
+  the host waits for nothing, where the loop would wait once a layer.
 """
 
 from __future__ import annotations
@@ -36,7 +34,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.moe import (
     ALL_EXPERTS_FUNCTIONS,
-    batched_mm_experts_forward,
     grouped_mm_experts_forward,
 )
 
@@ -97,9 +94,6 @@ def ragged_experts_forward(
     if hidden_states.device.type == "cpu":
         # A compiled model calls the loop as it is, between two graphs.
         return _uncompiled(module, hidden_states, top_k_index, top_k_weights)
-    if len(hidden_states) <= getattr(module, "_batched_up_to", 0):
-        _count(module, top_k_index.numel())  # unused slots are computed, and dropped
-        return _batched(module, hidden_states, top_k_index, top_k_weights)
     _count(module, (top_k_index.detach() < module.num_experts).sum())
     return _grouped(module, hidden_states, top_k_index, top_k_weights)
 
@@ -207,7 +201,6 @@ def _one_token(
 ExpertsForward = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 _uncompiled: ExpertsForward = torch.compiler.disable(_expert_by_expert)
 _grouped: ExpertsForward = grouped_mm_experts_forward
-_batched: ExpertsForward = batched_mm_experts_forward
 
 
 class _Parameters:

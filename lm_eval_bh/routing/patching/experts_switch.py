@@ -10,7 +10,6 @@ from torch import nn
 
 from lm_eval_bh.errors import ParameterError, did_you_mean
 from lm_eval_bh.routing.patching.experts import RAGGED, RowsComputed
-from lm_eval_bh.routing.patching.experts_choice import batched_up_to, measurable
 from lm_eval_bh.routing.routers import transformers_model
 
 # What `experts=` takes, and the name of the implementation within transformers.
@@ -47,9 +46,6 @@ class ExpertsSwitch:
         Whether slots can stay unused. If none can, "auto" changes nothing. If some can, the stock
         implementations must be told (they know such slots from expert parallelism only, and read
         uninitialised memory otherwise).
-    slots : int
-        How many slots a token has. On CUDA "auto" measures up to how many tokens copies of the
-        weights are the faster way.
 
     Attributes
     ----------
@@ -62,7 +58,7 @@ class ExpertsSwitch:
         If slots can stay unused and the model's own code cannot run so; nothing is changed then.
     """
 
-    def __init__(self, model: nn.Module, experts: str, *, unused_slots: bool, slots: int) -> None:
+    def __init__(self, model: nn.Module, experts: str, *, unused_slots: bool) -> None:
         whole = transformers_model(model)
         self._before: dict[str, str | None] | None = None
         self._rows: RowsComputed | None = None
@@ -81,8 +77,6 @@ class ExpertsSwitch:
                 if module._is_expert_parallel is False:
                     module._is_expert_parallel = True
                     module._rows_computed = self._rows
-                    if experts == "auto" and self._rows is not None and measurable(module):
-                        module._batched_up_to = batched_up_to(module, slots)
 
     @property
     def rows_computed(self) -> int | None:
@@ -100,7 +94,6 @@ class ExpertsSwitch:
             if hasattr(module, "_rows_computed"):
                 module._is_expert_parallel = False
                 del module._rows_computed
-                module.__dict__.pop("_batched_up_to", None)
         if self._before is not None:
             whole.set_experts_implementation(self._before)
             self._before = None

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 
 from lm_eval_bh.errors import ParameterError, RoutingError
 from lm_eval_bh.routing.caches import given_cache
-from lm_eval_bh.routing.host import all_finite, on_host
+from lm_eval_bh.routing.methods.pick import Picked
 from lm_eval_bh.routing.patching.patch import Patch
-from lm_eval_bh.routing.selection import Selection
 
-FEW = 2**14  # router logits of a layer that are kept until the end of a pass
 CHECKPOINTING = "_gradient_checkpointing_func"  # where transformers' layers keep it
 
 _current: ContextVar[ForwardPass | None] = ContextVar("bh_forward_pass", default=None)
@@ -55,26 +53,17 @@ class ForwardPass:
         self.recomputed = recomputed
         self.alone = alone
         self.outer: ForwardPass | None = None
-        self.selections: list[tuple[int, Selection]] = []
-        self._extremes: list[tuple[int, Tensor]] = []
-        self._logits: list[tuple[int, Tensor]] = []
-        self._broken: set[int] = set()
+        self.selections: list[tuple[int, Picked]] = []
+        self._sums: list[tuple[int, Tensor]] = []
         self._padding: dict[torch.device, Tensor] = {}
 
-    def note(self, layer: int, router_logits: Tensor, selection: Selection) -> None:
+    def note(self, layer: int, router_logits: Tensor, selection: Picked) -> None:
         """Keep what a router said, until the end of the pass.
 
-        Of its logits whether they are finite; of few on a CPU they themselves, so that all layers
-        are asked at once; or, where asking makes the host wait for a device, the extremes: where
-        one is NaN, both of them are.
+        Of its logits their sum, which is not finite if one of them is not: asking each layer at
+        once would make the host wait for a device.
         """
-        logits = router_logits.detach() if router_logits.requires_grad else router_logits
-        if not on_host(logits):
-            self._extremes.extend((layer, each) for each in logits.aminmax())
-        elif logits.numel() <= FEW:
-            self._logits.append((layer, logits))
-        elif not all_finite(logits):
-            self._broken.add(layer)
+        self._sums.append((layer, router_logits.detach().sum(dtype=torch.float32)))
         if self.patch.counters is not None:
             self.selections.append((layer, selection))
 
@@ -98,19 +87,17 @@ class ForwardPass:
         RoutingError
             If they were not.
         """
-        extremes, logits, broken = self._extremes, self._logits, self._broken
-        selections = self.selections
-        self._extremes, self._logits, self._broken, self.selections = [], [], set(), []
-        if logits and not all_finite(*(each for _, each in logits)):
-            broken.update(layer for layer, each in logits if not all_finite(each))
-        if extremes:
-            device = extremes[0][1].device
-            finite = torch.stack([each.to(device) for _, each in extremes]).isfinite().tolist()
-            broken.update(
-                layer for (layer, _), fine in zip(extremes, finite, strict=True) if not fine
+        sums, selections = self._sums, self.selections
+        self._sums, self.selections = [], []
+        broken = []
+        if sums:
+            device = sums[0][1].device
+            finite = torch.stack([each.to(device) for _, each in sums]).isfinite().tolist()
+            broken = sorted(
+                {layer for (layer, _), fine in zip(sums, finite, strict=True) if not fine}
             )
         if broken:
-            names = ", ".join(map(str, sorted(broken)))
+            names = ", ".join(map(str, broken))
             raise RoutingError(
                 f"The router logits of layer {names} hold NaN or infinite values: "
                 "check the model's weights and its dtype."

@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lm_eval_bh.errors import ModelError
+from lm_eval_bh.routing.methods import Method
+from lm_eval_bh.routing.methods.pick import pick
 from lm_eval_bh.routing.patching.forward_pass import current_pass
 from lm_eval_bh.routing.patching.patch import Patch
-from lm_eval_bh.routing.probe import choice_scores
+from lm_eval_bh.routing.router_reader import RouterReader
 from lm_eval_bh.routing.routers import Router
-from lm_eval_bh.routing.scores.statistic import STATISTICS
-from lm_eval_bh.routing.selection import Selection, select
-from lm_eval_bh.routing.selector import Selector
 
 
 class RouterHook:
@@ -23,38 +21,32 @@ class RouterHook:
     It runs after the router, so whatever the router computes stays the router's own business.
     """
 
-    def __init__(self, patch: Patch, layer: int, router: Router, selector: Selector) -> None:
+    def __init__(self, patch: Patch, layer: int, router: Router, method: Method) -> None:
         self.patch = patch
         self.layer = layer
-        self.selector = selector
-        self._native_k = router.top_k
-        self._predicts = STATISTICS[selector.config.statistic].predicts
-        self._name = router.name
-        self._softmax, self._normalizes = router.softmax, router.normalizes
-        order = router.order
-        self._order = None if order is None or order.in_slots else order
-        self._parent = router.parent if order is not None and order.beside else None
+        self.method = method
+        # The very triple serves where the router was asked for it, in whatever order it lies.
+        plain = method.fixed and method.follows_router and method.max_k == self.asks(router)
+        self._read = RouterReader(router, self.asks(router), in_order=not plain)
+
+    def asks(self, router: Router) -> int:
+        """Return how many experts the router is asked for."""
+        return self.method.asks(router.top_k)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Return the router's output with the selection in it, or None to leave it as it is."""
-        if not (isinstance(output, tuple) and len(output) == 3):
-            raise ModelError(
-                f"The router {self._name} ({type(module).__name__}) does not return "
-                "(logits, weights, indices): routers of this family are not supported."
-            )
-        router_logits = output[0]
         analyze = self.patch.mode == "analyze"
-        if analyze and torch.is_grad_enabled():
-            # What only counts leaves no trace in the graph, nor in what checkpointing recomputes.
-            with torch.no_grad():
-                selection = self._select(module, args, output)
-        else:
-            selection = self._select(module, args, output)
+        # What only counts leaves no trace in the graph, nor in what checkpointing recomputes.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not analyze):
+            said = self._read(module, args, output)
+            if self.method.bounds.device != said.logits.device:
+                self.method.to(said.logits.device)
+            selection = pick(self.method, said)
         now = current_pass(self.patch)
         if not now.recomputed:
-            now.note(self.layer, router_logits, selection)
+            now.note(self.layer, said.logits, selection)
             for observe in self.patch.observers:
-                observe(self.layer, router_logits, selection)
+                observe(self.layer, said.logits, selection)
             if now.alone:  # a layer that is called by itself: nothing else will end its pass
                 now.end()
         if analyze:
@@ -63,27 +55,5 @@ class RouterHook:
         if now.real is not None and self.patch.skips_unused:
             padding = now.padding(len(selected), selected.device)
             if padding is not None:
-                selected = selected.masked_fill(padding, self.selector.num_experts)
-        return router_logits, selection.weights, selected
-
-    def _select(self, module: nn.Module, args: Any, output: Any) -> Selection:
-        router_logits, weights, indices = output
-        return select(
-            router_logits,
-            self.selector,
-            (weights, indices),
-            softmax=self._softmax,
-            normalizes=self._normalizes,
-            hidden_states=args[0].flatten(0, -2) if self._predicts else None,
-            native_k=self._native_k,
-            rank=None if self._order is None else lambda logits: self._rank(module, logits),
-        )
-
-    def _rank(self, module: nn.Module, router_logits: Tensor) -> Tensor:
-        assert self._order is not None
-        bias: Any = None
-        if self._order.bias is not None:
-            bias = module if self._parent is None else self._parent
-            for name in self._order.bias.split("."):
-                bias = getattr(bias, name)
-        return choice_scores(self._order, router_logits, bias)
+                selected = selected.masked_fill(padding, self.method.num_experts)
+        return said.logits, selection.weights, selected

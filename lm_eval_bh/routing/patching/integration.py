@@ -14,23 +14,25 @@ from torch import Tensor, nn
 
 from lm_eval_bh.errors import ModelError, NullModelError, ParameterError
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.nulls.find import is_auto, resolve_null, rounded
-from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
-from lm_eval_bh.routing.nulls.null_model import NullModel
+from lm_eval_bh.routing.fitted import fitted_method
+from lm_eval_bh.routing.methods import Method
 from lm_eval_bh.routing.parameters import ALIASES, accepts
 from lm_eval_bh.routing.patching.counters import RoutingCounters
 from lm_eval_bh.routing.patching.experts_switch import ExpertsSwitch, check_implementation
 from lm_eval_bh.routing.patching.fits import check_fit
 from lm_eval_bh.routing.patching.forward_pass import real_tokens
-from lm_eval_bh.routing.patching.fused_choice import fuse_if_faster
 from lm_eval_bh.routing.patching.hook import RouterHook
 from lm_eval_bh.routing.patching.patch import Observer, Patch
 from lm_eval_bh.routing.patching.unpatch import put_in, refuse_patched, unpatch
 from lm_eval_bh.routing.policy import Policy, described
 from lm_eval_bh.routing.rich_display import integration_html
 from lm_eval_bh.routing.routers import find_routers, transformers_model
-from lm_eval_bh.routing.selector import Selector
-from lm_eval_bh.routing.target import Solution, solve
+from lm_eval_bh.routing.solution import Solution
+from lm_eval_bh.routing.tables.find import is_auto, resolve_null, rounded
+from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
+from lm_eval_bh.routing.tables.null_match import mismatch
+from lm_eval_bh.routing.tables.null_model import NullModel
+from lm_eval_bh.routing.target import solve
 
 
 class BHRoutingIntegration:
@@ -102,12 +104,12 @@ class BHRoutingIntegration:
             config = alpha
         else:
             given["alpha"] = alpha
-        if config is not None and RoutingConfig.of(given) != RoutingConfig():
+        if config is not None and RoutingConfig.named(given) != RoutingConfig():
             raise ParameterError(
                 "A configuration and parameters beside it were given: "
                 "put the parameters into the RoutingConfig."
             )
-        self.config = config or RoutingConfig.of(given)
+        self.config = config or RoutingConfig.named(given)
         if policy is not None:
             if self.config != RoutingConfig() or null_model != "auto":
                 raise ParameterError(
@@ -224,9 +226,8 @@ class BHRoutingIntegration:
         patch = Patch(self.config.mode, self.observers, self.counters)
         hooks = []
         for layer in self.layers:
-            router, selector = self.routers[layer], self.selector(layer, self.alphas[layer])
-            fuse_if_faster(selector, router.weight)
-            hooks.append((router, RouterHook(patch, layer, router, selector)))
+            router = self.routers[layer]
+            hooks.append((router, RouterHook(patch, layer, router, self.method(layer))))
         try:
             put_in(self.model, patch, hooks)
             if self.config.mode == "patch":
@@ -235,7 +236,6 @@ class BHRoutingIntegration:
                     self.model,
                     self.experts_implementation,
                     unused_slots=unused,
-                    slots=self.config.max_k,
                 )
         except BaseException:
             unpatch(self.model)
@@ -243,10 +243,17 @@ class BHRoutingIntegration:
         self._patch = patch
         return self
 
-    def selector(self, layer: int, alpha: float) -> Selector:
-        """Return the rule of a layer with a parameter of its own."""
-        config = self.config.for_layer(layer, len(self.routers))
-        return Selector(config, self.null_model, layer, self.routers[layer].num_experts, alpha)
+    def method(self, layer: int) -> Method:
+        """Return the method of a routed layer, fitted to it."""
+        router = self.routers[layer]
+        return fitted_method(
+            self.config.for_layer(layer, len(self.routers)),
+            self.null_model,
+            layer,
+            router.num_experts,
+            self.alphas[layer],
+            softmax=router.softmax,
+        )
 
     def unpatch_model(self) -> None:
         """Take every hook out and give the model its own experts implementation back."""
@@ -343,7 +350,7 @@ class BHRoutingIntegration:
         wanted = config.null_kind
         if auto:
             wanted = replace(wanted, trim=wanted.trim or 0)
-        if self._known is None or self._known.mismatch(wanted) is not None:
+        if self._known is None or mismatch(self._known.header, wanted):
             if auto:
                 refuse_patched(self.model)  # it may have to be calibrated, on the model as it is
             self._known = resolve_null(

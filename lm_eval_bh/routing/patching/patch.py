@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from lm_eval_bh.routing.methods.pick import Picked
 from lm_eval_bh.routing.patching.counters import RoutingCounters
 from lm_eval_bh.routing.patching.experts_switch import ExpertsSwitch
-from lm_eval_bh.routing.selection import Selection
 
 logger = logging.getLogger(__name__)
 
-Observer = Callable[[int, Tensor, Selection], None]
+Observer = Callable[[int, Tensor, Picked], None]
 
 
 class Patch:

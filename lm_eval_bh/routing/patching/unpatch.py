@@ -26,8 +26,8 @@ KEPT = (
 def put_in(model: nn.Module, patch: Patch, hooks: Iterable[tuple[Router, RouterHook]]) -> None:
     """Put the hooks of one patching into a model.
 
-    A router that selects as many experts as it is told is told to select ``max_k``: then its own
-    weights serve, in its own order and rescaled its own way.
+    A router that selects as many experts as it is told is told to select as many as the method
+    chooses from: then its own weights serve, in its own order and rescaled its own way.
 
     Parameters
     ----------
@@ -43,9 +43,7 @@ def put_in(model: nn.Module, patch: Patch, hooks: Iterable[tuple[Router, RouterH
     base.register_forward_pre_hook(Begin(patch, base), with_kwargs=True)
     base.register_forward_hook(End(patch), always_call=True)
     for router, hook in hooks:
-        asked = hook.selector.config.max_k
-        if hook.selector.config.mass is not None:  # what the native top-k weighs is needed
-            asked = max(asked, router.top_k)
+        asked = hook.asks(router)
         for module in (router.module, *router.copies):
             module.register_forward_hook(hook, prepend=True)
             if patch.mode == "patch" and router.behaviour.obeys and asked != router.top_k:

@@ -18,10 +18,10 @@ from lm_eval_bh import (
 )
 from lm_eval_bh.routing.patching.hook import RouterHook
 from lm_eval_bh.routing.routers import find_routers
-from lm_eval_bh.routing.rules.registry import RULES
+from lm_eval_bh.routing.methods import METHODS
 
 STOCK_EXPERTS = ["eager", "grouped_mm", "batched_mm"]
-TESTS = [name for name, rule in RULES.items() if rule.tests]
+TESTS = [name for name, rule in METHODS.items() if rule.tests]
 
 
 def hooks(model) -> list:

@@ -42,8 +42,8 @@ from lm_eval_bh.harness.logs.expected_rows import ExpectedRows
 from lm_eval_bh.harness.logs.ownership import Owner
 from lm_eval_bh.harness.logs.recorder import Recorder
 from lm_eval_bh.harness.logs.summary_log import SummaryLog
-from lm_eval_bh.routing.rules.registry import RULES
-from lm_eval_bh.routing.scores.statistic import STATISTICS
+from lm_eval_bh.routing.methods import METHODS
+from lm_eval_bh.routing.methods.scores import STATISTICS
 
 LAYERS, EXPERTS, HIDDEN, ROWS, LENGTH = 2, 16, 32, 2, 12
 aten = torch.ops.aten
@@ -205,9 +205,9 @@ def passes(model, routing, monkeypatch):
 
 
 def settings():
-    for name, rule in RULES.items():
+    for name, rule in METHODS.items():
         yield {"rule": name}
-        if not rule.tests and not rule.weighs:
+        if not rule.tests and name != "min_w":
             continue
         for statistic in STATISTICS:
             if statistic != "logit":

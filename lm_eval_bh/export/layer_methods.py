@@ -1,0 +1,67 @@
+"""A policy's methods, one a layer, fitted: what engines decide by, without a null model."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from lm_eval_bh.errors import PolicyError
+from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.fitted import fitted_method
+from lm_eval_bh.routing.methods import Method, pick
+from lm_eval_bh.routing.policy import Policy
+
+_IMPORT = re.compile(r"^from \.(\w*) import ([\w, ]+)$", re.MULTILINE)
+
+
+def layer_methods(policy: Policy) -> list[Method]:
+    """Return a policy's methods, in the layers too that it leaves to the model's own top-k.
+
+    Raises
+    ------
+    PolicyError
+        If an engine cannot do what it decides.
+    """
+    config = policy.config
+    if config.mode != "patch":
+        raise PolicyError(
+            f"A policy with mode={config.mode} only counts and routes nothing: make one with "
+            "mode=patch."
+        )
+    if config.method.random:
+        raise PolicyError(
+            f"rule={config.rule} draws experts anew and has no thresholds that an engine could "
+            "compare with: the nearest that can be exported is rule=topk with the same max_k."
+        )
+    routed = config.select_layers(policy.num_layers)
+    native = RoutingConfig(rule="topk", max_k=policy.native_top_k)
+    alphas = {} if policy.solution is None else policy.solution.alphas
+    return [
+        fitted_method(
+            config.for_layer(layer, policy.num_layers) if layer in routed else native,
+            policy.null_model,
+            layer,
+            policy.num_experts,
+            alphas.get(layer),
+        )
+        for layer in range(policy.num_layers)
+    ]
+
+
+def files_of(methods: Iterable[Method]) -> list[Path]:
+    """Return the files that methods run from: their own, and what these import beside them."""
+    found: dict[str, Path] = {}
+    waiting = [Path(inspect.getfile(type(method))) for method in methods]
+    waiting.append(Path(inspect.getfile(pick)))
+    home = waiting[-1].parent
+    while waiting:
+        path = waiting.pop()
+        if path.name in found:
+            continue
+        found[path.name] = path
+        for module, names in _IMPORT.findall(path.read_text(encoding="utf-8")):
+            for name in [module] if module else names.split(", "):
+                waiting.append(home / f"{name}.py")
+    return [found[name] for name in sorted(found)]

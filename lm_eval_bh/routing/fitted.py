@@ -1,0 +1,48 @@
+"""A configuration's method, fitted to a layer by what was calibrated for it."""
+
+from __future__ import annotations
+
+from lm_eval_bh.errors import ParameterError
+from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.methods import Method
+from lm_eval_bh.routing.tables.null_model import NullModel
+
+
+def fitted_method(
+    config: RoutingConfig,
+    null_model: NullModel | None,
+    layer: int,
+    num_experts: int,
+    alpha: float | None = None,
+    *,
+    softmax: bool = True,
+) -> Method:
+    """Return the method of a layer.
+
+    Parameters
+    ----------
+    config : RoutingConfig
+        The method and its parameters, of this layer.
+    null_model : NullModel or None
+        What was calibrated.
+    layer, num_experts : int
+        The layer, and how many experts it has.
+    alpha : float, optional
+        The method's parameter in this layer, in place of the configuration's.
+    softmax : bool
+        Whether the weights of the router are a softmax of its logits.
+
+    Raises
+    ------
+    ParameterError
+        If the method needs a null model and there is none.
+    """
+    method = config.method(config.settings(layer, num_experts, softmax))
+    chooses = not (method.fixed and method.follows_router)
+    if null_model is None and chooses and config.method.needs(method.settings):
+        raise ParameterError(
+            f"rule={config.rule!r} needs a null model: use null_model= with one, or rule='topk'."
+        )
+    tables = None if null_model is None else null_model.layer(layer)
+    method.fit(tables, config.alpha if alpha is None else alpha)
+    return method

@@ -1,0 +1,17 @@
+"""Methods that decide which experts serve a token, one published method a file.
+
+Adding a method is adding a file: every module of this folder is imported, and a class of it that
+has a ``name`` is what ``rule=`` takes. Tables, figures and reports take label and source from it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from lm_eval_bh.routing.methods.base import METHODS, Method
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["METHODS", "Method"]

@@ -1,0 +1,228 @@
+"""What all methods share: declared parameters, calibrated tables, and three short functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .declare import Parameter, choice
+from .gains import gained
+from .router import RouterOutput
+from .scores import OF, STATISTICS, log_predicted_norms, log_weights
+
+METHODS: dict[str, type[Method]] = {}
+Shown = tuple[str, Tensor, str, Tensor | None]
+
+SCORED: dict[str, Parameter] = {
+    "statistic": Parameter(
+        "logit",
+        "what is tested, shared out and ranked: the router `logit`; the log of the expert's "
+        "`weight`; or the log of the weight times the expert's mean output norm (`contribution`), "
+        "the root mean square of its effect on the loss (`benefit`), or the norm that the hidden "
+        "state predicts (`predicted`)",
+        *choice(STATISTICS),
+    ),
+    "of": Parameter(
+        "auto",
+        "which weight a statistic starts from: the router's `own` output weight, the `score` "
+        "before bias and rescaling, or `auto`: the score of softmax routers, else the own weight",
+        *choice(OF),
+    ),
+}
+
+
+class Method(nn.Module):
+    """A way to decide which experts serve a token, in one layer.
+
+    A method overrides one or two of :meth:`score`, :meth:`level`, :meth:`count` and :meth:`weigh`;
+    :func:`~lm_eval_bh.routing.methods.pick.pick` calls them. It never asks which host runs it.
+
+    Parameters
+    ----------
+    settings : mapping
+        Plain values: the declared parameters by name, ``min_k``, ``max_k``, ``temperature``,
+        ``num_experts`` and ``layer``; for tables that :meth:`load_state_dict` fills, their shapes
+        under ``tables``.
+
+    Attributes
+    ----------
+    name, label, source : str
+        What ``rule=`` takes, what tables and figures say, and where it was published. The ``k`` of
+        a fixed count's label gives way to the number: top-k, top-8.
+    alpha : str
+        What ``alpha`` means, in half a sentence; empty for a method without it.
+    declared : dict of str to Parameter
+        Its own parameters; no other is known to it.
+    fixed_count, tests, random : bool
+        Whether every token gets ``max_k`` experts; whether it compares p-values, so that it needs a
+        null distribution; whether experts are drawn.
+    first_only : bool
+        Whether each expert is decided by itself, among the ``max_k`` that the router ranks first.
+    """
+
+    name: ClassVar[str] = ""
+    label: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    alpha: ClassVar[str] = ""
+    declared: ClassVar[dict[str, Parameter]] = SCORED
+    fixed_count: ClassVar[bool] = False
+    tests: ClassVar[bool] = False
+    random: ClassVar[bool] = False
+    first_only: bool = False
+    bounds: Tensor
+
+    def __init_subclass__(cls) -> None:
+        if "name" in vars(cls):
+            METHODS[cls.name] = cls
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.settings = dict(settings)
+        self.min_k: int = settings["min_k"]
+        self.max_k: int = settings["max_k"]
+        self.temperature: float = settings["temperature"]
+        self.num_experts: int = settings["num_experts"]
+        self.fixed = self.fixed_count or self.min_k == self.max_k
+        self.statistic = STATISTICS[self.scored_by(settings)]
+        # Always there, so that no engine takes a router that holds this for a plain top-k and
+        # replaces it by its own.
+        self.register_buffer("bounds", torch.tensor([self.min_k, self.max_k]))
+        for table, (kind, shape) in settings.get("tables", {}).items():
+            self.register_buffer(table, _bits(torch.zeros(shape, dtype=getattr(torch, kind))))
+        self._kinds = {t: getattr(torch, k) for t, (k, _) in settings.get("tables", {}).items()}
+
+    @classmethod
+    def scored_by(cls, settings: Mapping[str, Any]) -> str:
+        """Return the statistic that is scored; a method of weights may take these for the logit."""
+        statistic: str = settings.get("statistic", "logit")
+        return statistic
+
+    @classmethod
+    def needs(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the names of the tables that have to be calibrated, such as null or benefits."""
+        table = STATISTICS[cls.scored_by(settings)].table
+        return (("null",) if cls.tests else ()) + ((table,) if table else ())
+
+    @classmethod
+    def describe(cls) -> dict[str, Any]:
+        """Return what results say about the method, see ``lm_eval_bh.schema.RuleInfo``."""
+        return {
+            "name": cls.name,
+            "label": cls.label,
+            "source": cls.source,
+            "fixed_count": cls.fixed_count,
+            "tests": cls.tests,
+            "random": cls.random,
+            "alpha": cls.alpha,
+        }
+
+    def fit(self, tables: Any, alpha: float) -> None:
+        """Take what was calibrated for a layer, and the level.
+
+        Parameters
+        ----------
+        tables : object or None
+            A layer's tables, with ``factors`` (float64 ``[experts]``, or a predictor
+            ``[hidden + 2, experts]``) and for tests ``thresholds``, see
+            :class:`~lm_eval_bh.routing.tables.null_model.NullModel`.
+        alpha : float
+            The level, or another parameter of that place.
+        """
+        if self.statistic.table and not (self.fixed and self.follows_router):
+            factors = torch.as_tensor(tables.factors)
+            self.keep("factors", factors.float() if self.statistic.predicts else factors.log())
+        level = self.level(alpha)
+        if level is not None and not self.fixed:
+            self.keep("thresholds", level)
+
+    def score(self, router: RouterOutput) -> Tensor:
+        """Return each expert's score, float32 or better ``[tokens, experts]``; larger is better."""
+        if not self.statistic.weighs:
+            logits = router.logits
+            return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        scores = log_weights(router, self.settings["of"])
+        if not self.statistic.table:
+            return scores
+        factors = self.table("factors").to(scores.dtype)
+        if self.statistic.predicts:
+            if router.hidden_states is None:
+                raise ValueError("statistic=predicted needs the hidden states of the router.")
+            factors = log_predicted_norms(factors, router.hidden_states)
+        return scores + factors
+
+    def level(self, alpha: float) -> Tensor | None:
+        """Return what ranked scores are compared with, float64; None where nothing is compared."""
+        return None
+
+    def rank(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scores by descending size, and the experts (or slots) in that order."""
+        return scores.sort(dim=-1, descending=True, stable=True)
+
+    def count(self, ranked: Tensor, level: Tensor | None) -> Tensor:
+        """Return how many experts are taken, whatever the bounds: int64 ``[tokens]``.
+
+        Parameters
+        ----------
+        ranked : Tensor
+            float ``[tokens, experts]``, from :meth:`rank`.
+        level : Tensor or None
+            From :meth:`level`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has to define count or decide.")
+
+    def decide(self, ranked: Tensor) -> Tensor:
+        """Return how many of the ranked experts are taken: int64 ``[tokens]``.
+
+        A method may return a mask instead, bool of the shape of ``ranked``: which are kept.
+        """
+        return self.count(ranked, self.table("thresholds") if "thresholds" in self._kinds else None)
+
+    def shown(self, ranked: Tensor, alpha: float) -> Shown | None:
+        """Return what a page shows of a decision; None where nothing is compared.
+
+        The name of what is compared and its values, ``[tokens, experts]`` in ranked order; the name
+        of what it is compared with and that at each rank, or None where it differs by token.
+        """
+        return None
+
+    def weigh(self, kept: Tensor, router: RouterOutput) -> Tensor:
+        """Return the weights of the experts kept, float ``[tokens, max_k]``: by default a gain."""
+        return gained(kept, router, self.settings)
+
+    @property
+    def follows_router(self) -> bool:
+        """Whether the experts that serve are those that the router ranks first."""
+        own = self.statistic.name == "weight" and self.settings.get("softmax", True)
+        return self.statistic.name == "logit" or own
+
+    def asks(self, native_k: int) -> int:
+        """Return how many experts the router has to rank, so that this method can choose."""
+        if not (self.follows_router or self.first_only):
+            return self.num_experts
+        own = self.statistic.weighs and not self.settings.get("softmax", True) and not self.fixed
+        if own or self.settings["mass"] is not None:  # in the scale of the native top-k
+            return max(self.max_k, native_k)
+        return self.max_k
+
+    def keep(self, name: str, table: Tensor) -> None:
+        """Keep a table as a buffer: as the bits of integers, which no cast of a model rounds."""
+        self._kinds[name] = table.dtype
+        self.register_buffer(name, _bits(table.to(self.bounds.device)))
+        self.settings["tables"] = {
+            table: (str(kind).removeprefix("torch."), list(getattr(self, table).shape))
+            for table, kind in self._kinds.items()
+        }
+
+    def table(self, name: str) -> Tensor:
+        """Return a table that was kept."""
+        bits: Tensor = getattr(self, name)
+        return bits.view(self._kinds[name])
+
+
+def _bits(table: Tensor) -> Tensor:
+    if not table.is_floating_point():
+        return table
+    return table.contiguous().view(torch.int64 if table.dtype == torch.float64 else torch.int32)

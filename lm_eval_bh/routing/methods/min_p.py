@@ -1,0 +1,38 @@
+"""Min-p: the experts that weigh a share of the token's largest weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import SCORED, Shown
+from .declare import level
+from .shares import Shares
+
+SHARE = "share of the largest softmax weight to reach"
+
+
+class MinP(Shares):
+    """Take the experts whose weight is at least ``alpha`` times the largest.
+
+    With ``min_k`` it is what ik_llama.cpp calls smart expert reduction (``-ser``).
+
+    References
+    ----------
+    Nguyen et al. 2024, "Turning up the heat: min-p sampling", arXiv:2407.01082, of tokens.
+    """
+
+    name, label, alpha = "min_p", "min-p", SHARE
+    source = "Nguyen et al. 2024, arXiv:2407.01082"
+    declared = SCORED | {"alpha": level(SHARE)}
+
+    def count(self, ranked: Tensor, level: Tensor | None) -> Tensor:
+        """Return how many weigh enough, int64 ``[tokens]``."""
+        assert level is not None
+        weights = torch.softmax(ranked, dim=-1)
+        return (weights >= level.to(weights.dtype) * weights[..., :1]).sum(-1)
+
+    def shown(self, ranked: Tensor, alpha: float) -> Shown:
+        """Return the weights beside the least that is kept."""
+        weights = torch.softmax(ranked, dim=-1)
+        return "share", weights, "threshold", (alpha * weights[:, :1]).expand_as(weights)

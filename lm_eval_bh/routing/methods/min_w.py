@@ -1,0 +1,49 @@
+"""One threshold on what an expert adds: the best rule for a model whose weights are absolute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import SCORED, Method, Shown
+from .declare import Parameter, number
+
+
+class MinW(Method):
+    """Keep the experts whose weight, times the statistic's factor, is at least ``alpha``.
+
+    Of the ``max_k`` that the router ranks first. The threshold is absolute, so that tokens and
+    layers share one scale; that of min-p is relative to the token's largest weight. This project's
+    own: with ``statistic=benefit`` and ``mass=0.2`` it lost least of all rules on tiny-olmoe.
+    """
+
+    name, label = "min_w", "min-w"
+    source = "absolute threshold, not relative to the token's largest weight as min-p's is"
+    alpha = "what the softmax weight, times the statistic's factor, has to reach"
+    first_only = True
+    declared: ClassVar[dict[str, Parameter]] = SCORED | {
+        "alpha": Parameter(0.05, alpha, *number("a positive number", lambda value: value > 0))
+    }
+
+    @classmethod
+    def scored_by(cls, settings: Mapping[str, Any]) -> str:
+        """Return the statistic: the weight for the logit."""
+        found = super().scored_by(settings)
+        return "weight" if found == "logit" else found
+
+    def level(self, alpha: float) -> Tensor:
+        """Return the log of alpha, float64 ``[1]``: scores are logarithms."""
+        return torch.tensor([math.log(alpha)], dtype=torch.float64)
+
+    def count(self, ranked: Tensor, level: Tensor | None) -> Tensor:
+        """Return how many reach the threshold, int64 ``[tokens]``."""
+        assert level is not None
+        return (ranked >= level).sum(-1)
+
+    def shown(self, ranked: Tensor, alpha: float) -> Shown:
+        """Return weights, times their factors, beside the threshold."""
+        return "score", ranked.exp(), "threshold", ranked.new_full((1, ranked.shape[-1]), alpha)

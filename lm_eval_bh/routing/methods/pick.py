@@ -1,0 +1,99 @@
+"""The only way from a router to experts: every host calls :func:`pick`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .base import Method
+from .router import RouterOutput
+
+
+class Picked(NamedTuple):
+    """The experts of a batch of tokens.
+
+    Attributes
+    ----------
+    indices : Tensor
+        int64 ``[tokens, max_k]``, the best expert first; unused slots hold ``num_experts``.
+    weights : Tensor
+        float ``[tokens, max_k]``; unused slots hold 0.
+    counts : Tensor
+        int64 ``[tokens]``, how many slots are used.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    counts: Tensor
+
+
+def pick(method: Method, router: RouterOutput) -> Picked:
+    """Return the experts that a method gives each token, and their weights.
+
+    Parameters
+    ----------
+    method : Method
+        Fitted to the layer.
+    router : RouterOutput
+        At least ``method.asks(native_k)`` slots, unless the router gives weights to fewer.
+    """
+    if method.temperature != 1.0:
+        router = _tempered(router, method.temperature)
+    k = method.max_k
+    if method.fixed and method.follows_router:
+        experts, weights = router.indices[:, :k], router.weights[:, :k]
+        counts = torch.full(experts.shape[:1], k, dtype=torch.int64, device=experts.device)
+        own = router.weights.shape[-1] == k and method.settings["renormalize"] is not True
+        if own and method.settings["mass"] is None:  # the very weights of a model with this top-k
+            return Picked(experts, weights, counts)
+        return Picked(experts, method.weigh(weights, router), counts)
+    counts, experts, weights = _decided(method, router)
+    used = torch.arange(k, device=counts.device) < counts.unsqueeze(-1)
+    weights = method.weigh(torch.where(used, weights, 0.0), router)
+    return Picked(torch.where(used, experts, method.num_experts), weights, counts)
+
+
+def repeated(picked: Picked, num_experts: int) -> Picked:
+    """Fill unused slots with the token's first expert, at weight 0, for engines that know none."""
+    first = picked.indices[:, :1]
+    indices = torch.where(picked.indices == num_experts, first, picked.indices)
+    return picked._replace(indices=indices)
+
+
+def _decided(method: Method, router: RouterOutput) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how many experts each token gets, of which ``[tokens, max_k]``, with what weights."""
+    k, seen = method.max_k, router
+    if torch.is_grad_enabled():  # decisions have no gradient, weights do
+        seen = router._replace(logits=router.logits.detach(), weights=router.weights.detach())
+    scores = method.score(seen)
+    experts, weights = router.indices[:, :k], router.weights[:, :k]
+    if method.first_only:
+        ranked = scores.gather(-1, experts)
+        if not method.follows_router:
+            ranked, order = method.rank(ranked)
+            experts, weights = experts.gather(-1, order), weights.gather(-1, order)
+    elif method.follows_router:
+        ranked = scores.sort(dim=-1, descending=True).values  # the order is the router's
+    else:
+        ranked, order = method.rank(scores)
+        experts = order[:, :k]
+        everyone = torch.zeros_like(scores, dtype=weights.dtype)
+        weights = everyone.scatter(-1, router.indices, router.weights).gather(-1, experts)
+    decision = method.decide(ranked) if not method.fixed else ranked.new_full(ranked.shape[:1], k)
+    if decision.dtype == torch.bool:  # which are kept: these come first
+        front = decision[:, :k].sort(dim=-1, descending=True, stable=True).indices
+        experts, weights = experts.gather(-1, front), weights.gather(-1, front)
+        decision = decision[:, :k].sum(-1)
+    return decision.clamp(method.min_k, k).long(), experts, weights
+
+
+def _tempered(router: RouterOutput, temperature: float) -> RouterOutput:
+    """Return the router with weights that are a softmax of its logits over a temperature."""
+    kind = torch.promote_types(router.logits.dtype, torch.float32)
+    weights = torch.softmax(router.logits.to(kind) / temperature, dim=-1)
+    weights = weights.gather(-1, router.indices)
+    if router.rescales:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return router._replace(weights=weights.to(router.weights.dtype))

@@ -1,0 +1,87 @@
+"""What a method may look at: one layer's router, for the tokens of a pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RouterOutput(NamedTuple):
+    """What a router says of some tokens.
+
+    Attributes
+    ----------
+    logits : Tensor
+        float ``[tokens, experts]``.
+    weights, indices : Tensor
+        float and int64 ``[tokens, slots]``: the experts that the router ranks first, the first one
+        first, and the weights that it multiplies them by.
+    native_k : int
+        How many of these the model itself takes.
+    softmax : bool
+        Whether weights are the softmax over all experts of the logits, rescaled or not.
+    rescales : bool
+        Whether the router rescales the weights of a token's slots to a fixed sum.
+    scores : str
+        What its logits become before any bias: "softmax", "sigmoid" or "sqrtsoftplus".
+    hidden_states : Tensor or None
+        float ``[tokens, hidden]``, what the router was given.
+    step : Tensor or None
+        int64 ``[tokens]``, which tokens are decided together; None where all are.
+    """
+
+    logits: Tensor
+    weights: Tensor
+    indices: Tensor
+    native_k: int
+    softmax: bool = True
+    rescales: bool = False
+    scores: str = "softmax"
+    hidden_states: Tensor | None = None
+    step: Tensor | None = None
+
+    @property
+    def native_weights(self) -> Tensor:
+        """The weights ``[tokens, slots]`` in the scale that they have where native_k are taken."""
+        if not self.rescales or self.weights.shape[-1] == self.native_k:
+            return self.weights
+        exact = self.weights.to(torch.promote_types(self.weights.dtype, torch.float32))
+        native = exact[:, : self.native_k].sum(-1, keepdim=True)
+        return exact * (exact.sum(-1, keepdim=True) / native)
+
+
+def softmax_output(
+    logits: Tensor,
+    slots: int,
+    native_k: int,
+    *,
+    rescales: bool = False,
+    dtype: torch.dtype | None = None,
+    hidden_states: Tensor | None = None,
+) -> RouterOutput:
+    """Return what a router says whose weights are a softmax over all experts of its logits.
+
+    Parameters
+    ----------
+    logits : Tensor
+        float ``[tokens, experts]``.
+    slots, native_k : int
+        How many experts to rank, and how many the model itself takes.
+    rescales : bool
+        Whether the weights of a token's experts are rescaled to sum to one.
+    dtype : torch.dtype or None
+        Of the weights; by default float32, or float64 where the logits are.
+    hidden_states : Tensor or None
+        float ``[tokens, hidden]``.
+    """
+    kind = torch.promote_types(logits.dtype, torch.float32)
+    # The very calls that OLMoE's router makes, so that ties fall the same way.
+    weights, indices = torch.topk(torch.softmax(logits, dim=-1, dtype=kind), slots, dim=-1)
+    if rescales:
+        weights = weights / weights.sum(-1, keepdim=True)
+    weights = weights if dtype is None else weights.to(dtype)
+    return RouterOutput(
+        logits, weights, indices, native_k, rescales=rescales, hidden_states=hidden_states
+    )

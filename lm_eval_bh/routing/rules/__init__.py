@@ -1,1 +1,0 @@
-"""Selection rules: how many of a token's experts are taken."""

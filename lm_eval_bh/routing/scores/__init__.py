@@ -1,1 +1,0 @@
-"""What is tested and ranked: router logits, or the experts' log contributions."""

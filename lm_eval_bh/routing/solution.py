@@ -1,0 +1,65 @@
+"""The parameters that were solved on calibration text, one a layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The parameters that meet a target.
+
+    Attributes
+    ----------
+    target_experts, budget
+        What was asked for.
+    alphas : dict of layer to float
+        The rule's parameter in every routed layer.
+    mean_experts : float
+        The mean over tokens and layers on the calibration text, with the rule at work.
+    layer_means : dict of layer to float
+        The means of the layers.
+    tokens : int
+        How many tokens of the text.
+    text : str
+        What text.
+    level : float or None
+        For a family of all decisions: the level at which the procedure, over all decisions on the
+        text with the unchanged model, has the cut-off that ``alphas`` holds.
+    """
+
+    target_experts: float | None
+    budget: str
+    alphas: dict[int, float]
+    mean_experts: float
+    layer_means: dict[int, float]
+    tokens: int
+    text: str
+    level: float | None = None
+
+    @property
+    def miss(self) -> float:
+        """By what share of itself the target is missed; in the worst layer if each has its own."""
+        if self.target_experts is None:
+            return 0.0
+        per_layer = self.budget == "layer"
+        means = list(self.layer_means.values()) if per_layer else [self.mean_experts]
+        return max(abs(mean / self.target_experts - 1) for mean in means)
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Solution:
+        """Return what :meth:`as_dict` gave."""
+        found = dict(content)
+        for name in ("alphas", "layer_means"):
+            found[name] = {int(layer): float(value) for layer, value in found[name].items()}
+        return cls(**found)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON, whose keys are text."""
+        content = dataclasses.asdict(self)
+        for name in ("alphas", "layer_means"):
+            content[name] = {str(layer): value for layer, value in content[name].items()}
+        return content

@@ -1,0 +1,354 @@
+"""Runs a model over text, collects its router logits, and fits and examines null models on them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lm_eval_bh.errors import DataError, ModelError, NullModelError
+from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.methods import Method
+from lm_eval_bh.routing.methods.router import RouterOutput
+from lm_eval_bh.routing.router_reader import RouterReader
+from lm_eval_bh.routing.routers import Router, find_routers
+from lm_eval_bh.routing.tables.benefit import measure_benefits
+from lm_eval_bh.routing.tables.contribution import measuring_norms
+from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
+from lm_eval_bh.routing.tables.fitting import check_trim, unselected
+from lm_eval_bh.routing.tables.kde import check_kernel
+from lm_eval_bh.routing.tables.norm_regression import TOKENS, measuring_predictors
+from lm_eval_bh.routing.tables.null_health import LayerHealth, layer_health, with_health
+from lm_eval_bh.routing.tables.null_kind import LOGITS_OF_A_LAYER, NullKind
+from lm_eval_bh.routing.tables.null_model import LayerTables, NullModel
+from lm_eval_bh.routing.tables.texts import WIKITEXT, text_batches, wikitext_train_texts
+
+__all__ = [
+    "WIKITEXT",
+    "calibrate",
+    "calibrate_and_check",
+    "collect_router_logits",
+    "listen",
+    "text_batches",
+    "wikitext_train_texts",
+]
+
+
+Hear = Callable[[int, RouterOutput], None]
+
+
+def collect_router_logits(
+    model: nn.Module, routers: Sequence[nn.Module], batches: Iterable[Tensor], progress: bool = True
+) -> dict[int, Tensor]:
+    """Run the model over token ids and return what its routers said, without its language head.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A mixture-of-experts model; put into evaluation mode for the run and back after it.
+    routers : sequence of nn.Module
+        Its routers in the order of the layers; element 0 of their output is the router logits.
+    batches : iterable of Tensor, int64 [batch, length]
+        Token ids without padding.
+    progress : bool
+        Whether to show a progress bar, which is quiet when not in a terminal.
+
+    Returns
+    -------
+    dict of layer index to Tensor, float32 [tokens, experts]
+        On the CPU.
+
+    Raises
+    ------
+    ModelError
+        If there are no routers, one does not run, or one returns something else.
+    DataError
+        If there are no batches.
+    """
+    heard: list[list[Tensor]] = [[] for _ in routers]
+    listen(
+        model,
+        routers,
+        batches,
+        lambda layer, said: heard[layer].append(said.logits.float().cpu()),
+        progress,
+    )
+    return {layer: torch.cat(parts) for layer, parts in enumerate(heard)}
+
+
+def listen(
+    model: nn.Module,
+    routers: Sequence[nn.Module],
+    batches: Iterable[Tensor],
+    hear: Hear,
+    progress: bool = True,
+    slots: int = 1,
+) -> None:
+    """Run the model over token ids and hand on what its routers say, without its language head.
+
+    Parameters
+    ----------
+    model, routers, batches, progress
+        As in :func:`collect_router_logits`.
+    hear : callable
+        Takes a layer, and what its router says of a batch, on its device.
+    slots : int
+        How many experts the routers have to rank at least.
+
+    Raises
+    ------
+    ModelError, DataError
+        As :func:`collect_router_logits`.
+    """
+    if not routers:
+        raise ModelError("There are no routers to listen to; give a mixture-of-experts model.")
+    known = {id(router.module): router for router in find_routers(model)}
+    heard = [0] * len(routers)
+    handles = []
+    backbone = getattr(model, "base_model", model)
+    device = next(model.parameters()).device
+    was_training = model.training
+    bar = tqdm(batches, "Router logits", unit="batch", disable=None if progress else True)
+    model.eval()
+    try:
+        for layer, router in enumerate(routers):
+            reader = RouterReader(known[id(router)], slots) if id(router) in known else None
+            # First: what the router says itself, also where the model is routed otherwise.
+            note = _listener(layer, heard, hear, reader)
+            handles.append(router.register_forward_hook(note, prepend=True))
+        with torch.inference_mode():
+            for ids in bar:
+                backbone(input_ids=ids.to(device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+        bar.close()
+    if not any(heard):
+        raise DataError("There is no text to collect router logits on; pass at least one batch.")
+    for layer, times in enumerate(heard):
+        if not times:
+            raise ModelError(f"Router {layer} never ran; give the routers of this very model.")
+
+
+def _listener(
+    layer: int, heard: list[int], hear: Hear, reader: RouterReader | None
+) -> Callable[[nn.Module, Any, Any], None]:
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        logits = output[0] if isinstance(output, tuple) and output else None
+        if reader is None or not isinstance(logits, Tensor) or logits.ndim != 2:
+            raise ModelError(
+                f"Router {layer} ({type(module).__name__}) does not return a tuple with router "
+                "logits [tokens, experts] first; give a model of a supported family."
+            )
+        heard[layer] += 1
+        hear(layer, reader(module, inputs, output))
+
+    return note
+
+
+def calibrate(
+    model: nn.Module,
+    tokenizer: Any,
+    routers: Sequence[nn.Module],
+    texts: Iterable[str],
+    *,
+    model_name: str,
+    revision: str | None,
+    text_name: str,
+    tokens: int = 65536,
+    length: int = 512,
+    batch: int = 8,
+    kind: NullKind = LOGITS_OF_A_LAYER,
+    kernel: str = "gaussian",
+    bandwidth: str | float = "scott",
+    experts: int | None = None,
+    progress: bool = True,
+) -> NullModel:
+    """Fit a null model on the router logits that a model gives on text.
+
+    Parameters
+    ----------
+    model, routers, progress
+        As in :func:`collect_router_logits`.
+    tokenizer, texts, tokens, length, batch
+        As in :func:`text_batches`.
+    model_name, revision, text_name : str
+        What the header says about model and text.
+    kind : NullKind
+        What the null distribution is of. What its statistic needs of the experts is measured
+        first: output norms in a pass, benefits in one with gradients.
+    kernel, bandwidth
+        As in :meth:`NullModel.fit`.
+    experts : int, optional
+        The number of experts that the routers should have; checked if given.
+
+    Raises
+    ------
+    ParameterError, DataError, ModelError, NullModelError
+        If a parameter, the text, the routers, or their logits are unfit.
+    """
+    check_kernel(kernel)  # the run takes minutes, so what can be checked is checked before it
+    kind = kind.made()
+    if experts is not None:
+        check_trim(kind.trim or 0, experts)
+    header = {
+        "model": model_name,
+        "revision": revision,
+        "text": text_name,
+        "fingerprint": router_fingerprint(map(_weight, routers)),
+    }
+    batches = text_batches(tokenizer, texts, tokens=tokens, length=length, batch=batch)
+    factors = _measured(kind.statistic, model, routers, batches, progress)
+    heard: list[list[Tensor]] = [[] for _ in routers]
+    own = find_routers(model)
+    top_k = own[0].top_k if kind.null_from == "unselected" else None
+    scorers = _scorers(kind, own, factors)
+
+    def hear(layer: int, said: RouterOutput) -> None:
+        values = scorers[layer].score(said)
+        heard[layer].append(unselected(said.logits, values, top_k, said.indices).cpu())
+
+    listen(model, routers, batches, hear, progress, _slots(kind, own))
+    found = heard[0][0].shape[1]
+    if experts is not None and experts != found:
+        raise NullModelError(
+            f"The routers of {model_name} give {found} logits a token, not {experts}; "
+            "check the list of routers."
+        )
+    return NullModel.from_scores(
+        [torch.cat(parts) for parts in heard],
+        kind,
+        factors,
+        kernel=kernel,
+        bandwidth=bandwidth,
+        header=header,
+    )
+
+
+def _scorers(
+    kind: NullKind, routers: Sequence[Router], factors: NDArray[np.float64] | None
+) -> list[Method]:
+    """Return for each layer a method that scores experts as the null model shall."""
+    config = RoutingConfig(rule="min_w" if kind.statistic != "logit" else "topk", **kind.scored)
+    found = []
+    for layer, router in enumerate(routers):
+        method = config.method(config.settings(layer, router.num_experts, router.softmax))
+        own = None if factors is None else factors[layer]
+        method.fit(LayerTables(np.empty(0), np.empty(0), own), 1.0)
+        found.append(method)
+    return found
+
+
+def _slots(kind: NullKind, routers: Sequence[Router]) -> int:
+    """Return how many experts routers have to rank, so that all have a score."""
+    plain = kind.statistic == "logit" or all(router.softmax for router in routers)
+    return 1 if plain else routers[0].num_experts
+
+
+def _measured(
+    statistic: str,
+    model: nn.Module,
+    routers: Sequence[nn.Module],
+    batches: Sequence[Tensor],
+    progress: bool,
+) -> NDArray[np.float64] | None:
+    """Return what a statistic has to measure of the experts, if anything."""
+    if statistic == "contribution":
+        with measuring_norms(model, routers) as norms:
+            listen(model, routers, batches, _ignore, progress)
+        return norms.result()
+    if statistic == "benefit":
+        experts = find_routers(model)[0].num_experts
+        return measure_benefits(model, routers, batches, experts, progress)
+    if statistic == "predicted":
+        with measuring_predictors(model, routers) as regression:
+            seen = itertools.accumulate(batch.numel() for batch in batches)
+            needed = 1 + sum(tokens < TOKENS for tokens in seen)
+            listen(model, routers, batches[:needed], _ignore, progress)
+        return regression.result()
+    return None
+
+
+def _ignore(layer: int, said: RouterOutput) -> None:
+    """Hear nothing: the pass is for the hooks."""
+
+
+def calibrate_and_check(
+    model: nn.Module,
+    tokenizer: Any,
+    routers: Sequence[nn.Module],
+    texts: Sequence[str],
+    *,
+    tokens: int = 65536,
+    length: int = 512,
+    batch: int = 8,
+    progress: bool = True,
+    **others: Any,
+) -> tuple[NullModel, list[LayerHealth]]:
+    """Fit a null model, and compare it with the text that follows, an eighth as much.
+
+    Parameters
+    ----------
+    model, tokenizer, routers, texts, tokens, length, batch, progress, **others
+        As in :func:`calibrate`.
+
+    Returns
+    -------
+    (NullModel, list of LayerHealth)
+        The null model with its health in its header; without, and an empty list, where the text
+        leaves no window of ``length`` tokens beyond those to fit on.
+
+    Raises
+    ------
+    ParameterError, DataError, ModelError, NullModelError
+        As :func:`calibrate`.
+    """
+    null = calibrate(
+        model,
+        tokenizer,
+        routers,
+        texts,
+        tokens=tokens,
+        length=length,
+        batch=batch,
+        progress=progress,
+        **others,
+    )
+    fitted_on = -(-tokens // length)
+    wanted = fitted_on * length + max(length, tokens // 8)
+    windows = text_batches(tokenizer, texts, tokens=wanted, length=length, batch=1)
+    held_out = [window for window in windows[fitted_on:] if window.shape[1] == length]
+    if not held_out:
+        return null, []
+    batches = torch.cat(held_out).split(batch)
+    p_values: list[list[Tensor]] = [[] for _ in routers]
+
+    own = find_routers(model)
+    kind = null.header.kind
+    top_k = own[0].top_k if kind.null_from == "unselected" else None
+    scorers = _scorers(kind, own, null.factors)
+
+    def hear(layer: int, said: RouterOutput) -> None:
+        found = null.p_values_of(layer, scorers[layer].score(said))
+        p_values[layer].append(unselected(said.logits, found, top_k, said.indices).cpu())
+
+    listen(model, routers, batches, hear, progress, _slots(kind, own))
+    report = [
+        layer_health(layer, torch.cat(parts), null.header.null_scope)
+        for layer, parts in enumerate(p_values)
+    ]
+    return with_health(null, report), report
+
+
+def _weight(router: nn.Module) -> Tensor:
+    weight = getattr(router, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise ModelError(f"{type(router).__name__} has no weight; give the routers themselves.")
+    return weight

@@ -1,0 +1,426 @@
+"""The null model: per layer, the distribution of router logits that p-values are taken from."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lm_eval_bh.errors import NullModelError, ParameterError
+from lm_eval_bh.files import as_path
+from lm_eval_bh.routing.methods.scores import STATISTICS, log_predicted_norms
+from lm_eval_bh.routing.methods.survival import survival
+from lm_eval_bh.routing.parameters import ALIASES, accepts, checked_integer
+from lm_eval_bh.routing.tables import fit_null, null_file, pickles, table_checks
+from lm_eval_bh.routing.tables.null_header import NullHeader, check_fields
+from lm_eval_bh.routing.tables.null_kind import NullKind
+from lm_eval_bh.routing.tables.thresholds import thresholds
+from lm_eval_bh.routing.tensors import numbers_of
+
+Array = NDArray[np.float64]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTables:
+    """What was calibrated for one layer.
+
+    Attributes
+    ----------
+    x, cdf : ndarray
+        Its null distribution, float64 [points] or [experts, points].
+    factors : ndarray or None
+        What multiplies the experts' weights, float64 [experts]; or a predictor of norms.
+    """
+
+    x: Array
+    cdf: Array
+    factors: Array | None
+
+    def thresholds(self, critical_values: Any) -> Any:
+        """Return the least scores whose p-values do not exceed critical values, float64.
+
+        See :meth:`NullModel.thresholds`. Of the shape and kind of the critical values.
+        """
+        if self.x.ndim == 2:
+            raise ParameterError(
+                "One threshold a critical value cannot stand for a distribution of each expert; "
+                "compare p_values()."
+            )
+        if not isinstance(critical_values, torch.Tensor):
+            return thresholds(self.x, self.cdf, critical_values)
+        found = thresholds(self.x, self.cdf, critical_values.flatten().numpy())
+        return torch.from_numpy(found).view(critical_values.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class NullModel:
+    """The null distribution of every layer's router logits, or of a statistic made of them.
+
+    Attributes
+    ----------
+    tables : tuple of (x, cdf), one a layer
+        Grid, float64 [points], strictly ascending, in units of the statistic; and CDF, float64
+        [points], non-decreasing, in [0, 1]. The CDF is linear between grid points. With
+        ``header.null_scope == "expert"`` both are [experts, points].
+    header : NullHeader
+        Where it comes from, and what statistic it is the distribution of.
+    factors : ndarray or None
+        What multiplies each expert's weight, float64 [layers, experts]: for the statistic
+        "contribution" the mean Euclidean norm of its outputs, for "benefit" the root mean square of
+        the loss gradient . output. For "predicted", [layers, hidden + 2, experts], see
+        :meth:`~lm_eval_bh.routing.tables.norm_regression.NormRegression.result`.
+
+    Raises
+    ------
+    NullModelError
+        If a table is no CDF, or header and tables disagree.
+    """
+
+    tables: tuple[tuple[Array, Array], ...]
+    header: NullHeader
+    factors: Array | None = None
+
+    def __post_init__(self) -> None:
+        """Check the tables and keep read-only copies of them."""
+        self._check_factors()
+        if len(self.tables) != self.header.num_layers or not self.tables:
+            raise NullModelError(
+                f"A null model of {self.header.num_layers} layers cannot have {len(self.tables)} "
+                "tables; give one a layer."
+            )
+        for layer, (x, cdf) in enumerate(self.tables):
+            fault = table_checks.fault(x, cdf)
+            if fault is None and self.header.points not in (None, x.shape[-1]):
+                fault = f"it has {x.shape[-1]} points where the header says {self.header.points}"
+            if fault is None and (x.ndim == 2) != (self.header.null_scope == "expert"):
+                fault = f"its shape {x.shape} is not one of null_scope={self.header.null_scope}"
+            if fault:
+                raise NullModelError(
+                    f"The null model's table of layer {layer} is no CDF: {fault}; calibrate again."
+                )
+        tables = tuple((x.copy(), cdf.copy()) for x, cdf in self.tables)
+        for values in (values for table in tables for values in table):
+            values.flags.writeable = False
+        object.__setattr__(self, "tables", tables)
+
+    def _check_factors(self) -> None:
+        header, factors = self.header, self.factors
+        row = STATISTICS[header.statistic]
+        if (factors is not None) != bool(row.table):
+            raise NullModelError(
+                f"A null model of the statistic {header.statistic!r} comes "
+                f"{'with' if factors is not None else 'without'} factors of its experts; "
+                "calibrate again."
+            )
+        if factors is not None and not (
+            factors.ndim == (3 if row.predicts else 2)
+            and factors.shape[0] == header.num_layers
+            and header.num_experts in (None, factors.shape[-1])
+            and bool(np.isfinite(factors).all())
+            and bool((factors[:, -1] > 0).all() if row.predicts else (factors > 0).all())
+        ):
+            raise NullModelError(
+                f"The experts' {row.table} of shape {factors.shape} are not positive numbers "
+                f"[{header.num_layers} layers, {header.num_experts} experts]; calibrate again."
+            )
+
+    @property
+    def norms(self) -> Array | None:
+        """The output norms [layers, experts] of the statistic "contribution", else None."""
+        return self.factors if self.header.statistic == "contribution" else None
+
+    @classmethod
+    @accepts(ALIASES)
+    def fit(
+        cls,
+        logits: Mapping[int, torch.Tensor | NDArray[Any]],
+        *,
+        kernel: str = "gaussian",
+        bandwidth: str | float = "scott",
+        trim: int = 0,
+        points: int | None = None,
+        null_scope: str = "layer",
+        statistic: str | None = None,
+        factors: NDArray[Any] | None = None,
+        norms: NDArray[Any] | None = None,
+        top_k: int | None = None,
+        header: Mapping[str, Any] | None = None,
+    ) -> NullModel:
+        """Fit one kernel density estimate a layer, pooled over its experts; or as the scope says.
+
+        Parameters
+        ----------
+        logits : mapping of layer index to Tensor or ndarray [tokens, experts]
+            Router logits of layers 0, 1, ..., any float dtype; computed in float64.
+        kernel, bandwidth
+            As in :func:`lm_eval_bh.routing.tables.kde.fit_cdf`.
+        trim : int
+            Leave out the ``trim`` largest and ``trim`` smallest scores of every token, so that the
+            null is made of the experts that were not called for. The tails are then lighter than
+            those of true nulls, so that alpha is no level any more.
+        points : int, optional
+            Grid points; default 8,192 where experts share a distribution, else 512 each.
+        null_scope : "layer", "expert" or "model"
+            What one distribution is fitted to; ``null=`` is an alias, "pooled" one of "layer". That
+            of the model serves every layer, so that all share one scale.
+        statistic : str, optional
+            What is tested, one of :data:`~lm_eval_bh.routing.methods.scores.STATISTICS`; default
+            the logit, or the contribution where norms are given. "predicted" needs the hidden
+            states: use :func:`~lm_eval_bh.routing.tables.calibration.calibrate`.
+        factors : ndarray, optional
+            What multiplies the weights, [layers, experts]. ``norms=`` are those of contributions.
+        top_k : int, optional
+            Leave out the ``top_k`` experts of every token with the largest logits, which the router
+            itself selects: the null is made of the unselected.
+        header : mapping, optional
+            Further fields of :class:`NullHeader`: model, revision, fingerprint, text, versions.
+
+        Raises
+        ------
+        ParameterError
+            If a parameter is out of range.
+        NullModelError
+            If a layer's logits are not finite, too few, or all equal.
+        """
+        kind, found, factors = fit_null.scores_of(
+            logits, null_scope, trim, statistic, factors, norms, top_k
+        )
+        return cls.from_scores(
+            found, kind, factors, kernel=kernel, bandwidth=bandwidth, points=points, header=header
+        )
+
+    @classmethod
+    def from_scores(
+        cls,
+        found: Sequence[torch.Tensor],
+        kind: NullKind,
+        factors: NDArray[Any] | None = None,
+        **options: Any,
+    ) -> NullModel:
+        """Fit to scores that were computed already, see :func:`fit_null.fitted`."""
+        return cls(*fit_null.fitted(found, kind, factors, **options))
+
+    @classmethod
+    def from_pickles(cls, folder: Path | str, **header: Any) -> NullModel:
+        """Import the earlier prototype's folder of ``distribution_model_layer_<i>.pkl``.
+
+        Parameters
+        ----------
+        folder : path
+            One pickle a layer, ``{'x': float[n], 'cdf': float[n]}``; nothing in it is executed.
+        **header
+            What is known of it: fields of :class:`NullHeader`, for example ``model=``.
+
+        Raises
+        ------
+        NullModelError
+            If the folder or a table is missing, damaged, or asks for anything but numpy arrays.
+        """
+        own = ("format_version", "num_layers", "points", "null_scope")
+        check_fields(header, settable=[f.name for f in fields(NullHeader) if f.name not in own])
+        tables = pickles.read_folder(folder)
+        for layer, (x, cdf) in enumerate(tables):
+            if fault := table_checks.fault(x, cdf):
+                path = Path(folder) / pickles.FILE_NAME.format(layer)
+                raise NullModelError(
+                    f"The table {path} is no CDF: {fault}; copy it again from a source you trust."
+                )
+        lengths = {len(x) for x, _ in tables}
+        points = lengths.pop() if len(lengths) == 1 else None
+        found = cls(tuple(tables), NullHeader(num_layers=len(tables), points=points, **header))
+        return found._checked(folder)
+
+    def save(self, path: Path | str) -> None:
+        """Write the null model as one safetensors file; ``path`` never holds half of it.
+
+        Raises
+        ------
+        NullModelError
+            If it cannot be written.
+        """
+        null_file.write(as_path(path), self.tables, self.header, self.factors)
+
+    @classmethod
+    def load(cls, path: Path | str) -> NullModel:
+        """Read what :meth:`save` wrote; nothing in the file is executed.
+
+        Raises
+        ------
+        NullModelError
+            If the file is missing, damaged, foreign, inconsistent, or of a later format version.
+        """
+        tables, header, factors = null_file.read(as_path(path))
+        try:
+            found = cls(tables, header, factors)
+        except NullModelError as error:
+            raise NullModelError(f"The null model {path} is damaged: {error}") from error
+        return found._checked(path)
+
+    def _checked(self, path: Path | str) -> NullModel:
+        """Return the null model if it can serve, after a warning if that is unlikely."""
+        if reason := table_checks.flat(self.tables):
+            raise NullModelError(f"The null model {path} cannot serve: {reason}; calibrate one.")
+        if doubt := table_checks.doubt(self.tables, self.header.tokens):
+            logger.warning("The null model %s %s: calibrate one on more text.", path, doubt)
+        return self
+
+    def digest(self) -> str:
+        """Return a SHA-256 of the tables, in hex: what decisions depend on."""
+        digest = hashlib.sha256()
+        for x, cdf in self.tables:
+            digest.update(x.tobytes())
+            digest.update(cdf.tobytes())
+        if self.factors is not None:
+            digest.update(self.factors.tobytes())
+        return digest.hexdigest()
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return len(self.tables)
+
+    def cdf(self, layer: int) -> tuple[Array, Array]:
+        """Return the grid x and the CDF of one layer, both float64 [points] or [experts, points].
+
+        Raises
+        ------
+        ParameterError
+            If there is no such layer.
+        """
+        last = self.num_layers - 1
+        must = f"one of the null model's layers 0 to {last}"
+        return self.tables[checked_integer("layer", layer, must, 0, last)]
+
+    def layer(self, layer: int) -> LayerTables:
+        """Return what a method is fitted to in one layer.
+
+        Raises
+        ------
+        ParameterError
+            If there is no such layer.
+        """
+        x, cdf = self.cdf(layer)
+        return LayerTables(x, cdf, None if self.factors is None else self.factors[layer])
+
+    def scores(
+        self,
+        layer: int,
+        router_logits: torch.Tensor,
+        hidden_states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return what is tested, as this null model has it.
+
+        Parameters
+        ----------
+        layer : int
+            Index of the MoE layer.
+        router_logits : Tensor [..., experts], any float dtype
+        hidden_states : Tensor [..., hidden], any float dtype
+            What the router was given; only the statistic "predicted" needs it.
+
+        Returns
+        -------
+        Tensor, same shape and device as the logits
+            The logits themselves; or log(softmax weight * factor) in float32, or float64 where the
+            logits are.
+
+        Raises
+        ------
+        ParameterError
+            If the hidden states are needed and missing, or there is no such layer.
+        """
+        logs, statistic = None, STATISTICS[self.header.statistic]
+        if statistic.table:
+            assert self.factors is not None
+            self.cdf(layer)  # raises if there is no such layer
+            factors = torch.from_numpy(self.factors[layer]).to(router_logits.device)
+            if not statistic.predicts:
+                logs = factors.log()
+            elif hidden_states is None:
+                raise ParameterError(
+                    "statistic=predicted needs the hidden states that the router was given: "
+                    "give hidden_states."
+                )
+            else:
+                dtype = torch.promote_types(router_logits.dtype, torch.float32)
+                logs = log_predicted_norms(factors.to(dtype), hidden_states)
+        return fit_null.softmax_scores(router_logits, statistic.name, logs)
+
+    @torch.no_grad()
+    def p_values(
+        self,
+        layer: int,
+        router_logits: torch.Tensor,
+        hidden_states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return p = 1 - F(z), the share of the null distribution above each expert's statistic.
+
+        Parameters
+        ----------
+        layer : int
+            Index of the MoE layer.
+        router_logits : Tensor [any shape], any float dtype
+            NaN gives NaN. Any other statistic than the logit, and a distribution for each expert,
+            need [..., experts].
+        hidden_states : Tensor [..., hidden], optional
+            See :meth:`scores`.
+
+        Returns
+        -------
+        Tensor, float64, same shape and device
+            In bfloat16 a p-value could not go below 0.0078, where small levels are decided.
+        """
+        router_logits = numbers_of(router_logits, "router_logits")
+        return self.p_values_of(layer, self.scores(layer, router_logits, hidden_states))
+
+    def p_values_of(self, layer: int, scores: torch.Tensor) -> torch.Tensor:
+        """Return the p-values of scores, float64, same shape and device.
+
+        Parameters
+        ----------
+        layer : int
+            Index of the MoE layer.
+        scores : Tensor [any shape], any float dtype
+            [..., experts] for a distribution of each expert.
+        """
+        x, cdf = (torch.tensor(values, device=scores.device) for values in self.cdf(layer))
+        z = scores.double()
+        if self.header.null_scope != "expert":
+            return survival(x, cdf, z.flatten()).view(z.shape)
+        by_expert = z.reshape(-1, z.shape[-1]).T
+        return survival(x, cdf, by_expert).T.reshape(z.shape)
+
+    def thresholds(self, layer: int, critical_values: NDArray[np.float64]) -> Array:
+        """Return the smallest logits whose p-values do not exceed the critical values.
+
+        For every finite z, ``z >= threshold`` and ``p_values(z) <= critical_value`` are the same
+        decision, exactly: the threshold is found by bisection over the float64 numbers themselves.
+
+        Parameters
+        ----------
+        layer : int
+            Index of the MoE layer.
+        critical_values : ndarray, float64 [n]
+            Levels to compare p-values with.
+
+        Returns
+        -------
+        ndarray, float64 [n]
+            -inf where every logit qualifies, +inf where none does.
+
+        Raises
+        ------
+        ParameterError
+            If there is no such layer or a critical value is NaN.
+        """
+        found: Array = self.layer(layer).thresholds(np.asarray(critical_values, dtype=np.float64))
+        return found
