@@ -13,7 +13,7 @@ from lm_eval_bh.routing.fitted import fitted_method
 from lm_eval_bh.routing.methods import Method, pick
 from lm_eval_bh.routing.policy import Policy
 
-_IMPORT = re.compile(r"^from \.(\w*) import ([\w, ]+)$", re.MULTILINE)
+_IMPORT = re.compile(r"^from \.(\w+) import ", re.MULTILINE)
 
 
 def layer_methods(policy: Policy) -> list[Method]:
@@ -61,7 +61,6 @@ def files_of(methods: Iterable[Method]) -> list[Path]:
         if path.name in found:
             continue
         found[path.name] = path
-        for module, names in _IMPORT.findall(path.read_text(encoding="utf-8")):
-            for name in [module] if module else names.split(", "):
-                waiting.append(home / f"{name}.py")
+        names = _IMPORT.findall(path.read_text(encoding="utf-8"))
+        waiting += [home / f"{name}.py" for name in names]
     return [found[name] for name in sorted(found)]

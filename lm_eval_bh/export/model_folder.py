@@ -96,7 +96,7 @@ def export_folder(
     with replacing_folder(output) as folder:
         for file in (PORTABLE / MODELING, *files_of(methods)):
             shutil.copyfile(file, folder / file.name)
-        (folder / CHOSEN).write_text(_chosen(methods), encoding="utf-8")
+        (folder / CHOSEN).write_text(chosen_methods(methods), encoding="utf-8")
         write_model(checkpoint, folder, config, tensors, link=link, untie=untie)
         (folder / "README.md").write_text(_card(policy, name), encoding="utf-8")
 
@@ -162,7 +162,7 @@ def write_model(
         (folder / file_name).write_text(text, encoding="utf-8")
 
 
-def _chosen(methods: Sequence[Method]) -> str:
+def chosen_methods(methods: Sequence[Method]) -> str:
     """Return the file that names the methods of a policy."""
     kinds = {method.name: type(method) for method in methods}
     imports = [

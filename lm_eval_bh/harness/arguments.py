@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm_eval_bh.errors import ParameterError
-from lm_eval_bh.routing.config import PARAMETERS, RoutingConfig, serves
+from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.declared import PARAMETERS, serves
 from lm_eval_bh.routing.methods import METHODS
 from lm_eval_bh.routing.parameters import ALIASES, canonical
 

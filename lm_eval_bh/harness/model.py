@@ -34,7 +34,8 @@ from lm_eval_bh.harness.plugin.evaluation_start import announce_evaluations
 from lm_eval_bh.harness.preflight import check_model_config, check_names, given_null_model
 from lm_eval_bh.harness.quantized import take_quantization
 from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE, tiny_olmoe
-from lm_eval_bh.routing.config import PARAMETERS, RoutingConfig
+from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.declared import PARAMETERS
 from lm_eval_bh.routing.parameters import ALIASES, accepts
 from lm_eval_bh.routing.patching.experts_switch import check_implementation
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration

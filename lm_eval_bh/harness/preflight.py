@@ -10,7 +10,8 @@ from typing import Any
 from lm_eval_bh.errors import ParameterError, did_you_mean
 from lm_eval_bh.harness.quantized import take_quantization
 from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
-from lm_eval_bh.routing.config import PARAMETERS, RoutingConfig
+from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.declared import PARAMETERS
 from lm_eval_bh.routing.parameters import ALIASES
 from lm_eval_bh.routing.patching.experts_switch import check_implementation
 from lm_eval_bh.routing.placement import placement

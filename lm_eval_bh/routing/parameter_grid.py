@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from lm_eval_bh.errors import ParameterError
-from lm_eval_bh.routing.config import RoutingConfig, serves
+from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.declared import serves
 from lm_eval_bh.routing.parameters import canonical
 
 

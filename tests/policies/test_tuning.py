@@ -161,7 +161,7 @@ def test_the_fewest_experts_within_a_loss(subject):
     native = subject.measure(VALIDATION, Family("topk", {"rule": "topk"}), PER_LAYER_NATIVE)
     bootstrap = search._bootstraps[VALIDATION]
     assert bootstrap.compare(chosen.row.sums, native.sums).relative_high <= 0.05
-    fewer = dataclasses.replace(chosen.config, target_experts=chosen.config.target_experts - 0.25)
+    fewer = chosen.config.replaced(target_experts=chosen.config.target_experts - 0.25)
     row = subject.measure(VALIDATION, family, fewer)
     assert bootstrap.compare(row.sums, native.sums).relative_high > 0.05
     with pytest.raises(UnreachableError, match="larger --max-loss"):

@@ -454,7 +454,7 @@ def test_select_experts_takes_arrays_and_paths(made, tmp_path):
     ("arguments", "sentence"),
     [
         ({"rule": "min_w", "alpha": 0}, "positive number: found 0"),
-        ({"rule": "p_value", "alpha": 1.5}, "between 0 and 1 with rule=p_value: found 1.5"),
+        ({"rule": "p_value", "alpha": 1.5}, "strictly between 0 and 1: found 1.5"),
         ({"mass": 1.1}, "mass must be a number from 0 to 1: found 1.1"),
         ({"mass": 0.5, "renormalize": True}, "renormalize=True contradicts mass=0.5"),
         ({"rule": "topk", "k_per_layer": "5-x"}, "numbers of experts joined by '-'"),

@@ -59,7 +59,7 @@ def test_every_row_is_what_the_configuration_alone_would_select(tiny, nulls, bat
         seen = []
         routing = BHRoutingIntegration(
             tiny,
-            dataclasses.replace(config, mode="analyze"),
+            config.replaced(mode="analyze"),
             null_model=nulls[config.null_kind] if config.needs_null else "auto",
         )
         routing.observers.append(lambda *what, seen=seen: seen.append(what))

@@ -358,7 +358,7 @@ class TestInAModel:
         ({"budget": "all"}, "budget must be model or layer: found 'all'"),
         ({"target_experts": 8}, "between min_k=1 and max_k=8"),
         ({"target_experts": "5"}, "must be a number of experts: found '5'"),
-        ({"target_experts": 5, "rule": "topk"}, "give max_k instead"),
+        ({"target_experts": 5, "rule": "topk"}, "target_experts=5 has no meaning with rule=topk"),
     ],
 )
 def test_contradictions_are_one_clear_sentence(arguments, sentence):

@@ -132,7 +132,7 @@ class Method(nn.Module):
             The level, or another parameter of that place.
         """
         if self.statistic.table and not (self.fixed and self.follows_router):
-            factors = torch.as_tensor(tables.factors)
+            factors = torch.tensor(tables.factors)
             self.keep("factors", factors.float() if self.statistic.predicts else factors.log())
         level = self.level(alpha)
         if level is not None and not self.fixed:
@@ -202,10 +202,14 @@ class Method(nn.Module):
         """Return how many experts the router has to rank, so that this method can choose."""
         if not (self.follows_router or self.first_only):
             return self.num_experts
-        own = self.statistic.weighs and not self.settings.get("softmax", True) and not self.fixed
-        if own or self.settings["mass"] is not None:  # in the scale of the native top-k
-            return max(self.max_k, native_k)
-        return self.max_k
+        return max(self.max_k, native_k) if self.needs_native else self.max_k
+
+    @property
+    def needs_native(self) -> bool:
+        """Whether weights are wanted in the scale that they have among the native top-k."""
+        given = self.settings.get("of") == "own" or not self.settings.get("softmax", True)
+        own = self.statistic.weighs and given and not self.fixed
+        return own or self.settings["mass"] is not None
 
     def keep(self, name: str, table: Tensor) -> None:
         """Keep a table as a buffer: as the bits of integers, which no cast of a model rounds."""

@@ -69,8 +69,8 @@ class StepUp(Method):
         if self.fixed and not self.by_p_value:
             return
         if self.by_p_value:
-            self.keep("null_x", torch.as_tensor(tables.x))
-            self.keep("null_cdf", torch.as_tensor(tables.cdf))
+            self.keep("null_x", torch.tensor(tables.x))
+            self.keep("null_cdf", torch.tensor(tables.cdf))
         else:  # the thresholds that stand for the critical values, on the scores themselves
             self.keep("thresholds", tables.thresholds(-self.table("thresholds")))
 

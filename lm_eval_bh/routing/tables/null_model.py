@@ -18,47 +18,15 @@ from lm_eval_bh.files import as_path
 from lm_eval_bh.routing.methods.scores import STATISTICS, log_predicted_norms
 from lm_eval_bh.routing.methods.survival import survival
 from lm_eval_bh.routing.parameters import ALIASES, accepts, checked_integer
-from lm_eval_bh.routing.tables import fit_null, null_file, pickles, table_checks
+from lm_eval_bh.routing.tables import fit_null, null_checks, null_file, pickles, table_checks
+from lm_eval_bh.routing.tables.layer_tables import LayerTables
 from lm_eval_bh.routing.tables.null_header import NullHeader, check_fields
 from lm_eval_bh.routing.tables.null_kind import NullKind
-from lm_eval_bh.routing.tables.thresholds import thresholds
 from lm_eval_bh.routing.tensors import numbers_of
 
 Array = NDArray[np.float64]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class LayerTables:
-    """What was calibrated for one layer.
-
-    Attributes
-    ----------
-    x, cdf : ndarray
-        Its null distribution, float64 [points] or [experts, points].
-    factors : ndarray or None
-        What multiplies the experts' weights, float64 [experts]; or a predictor of norms.
-    """
-
-    x: Array
-    cdf: Array
-    factors: Array | None
-
-    def thresholds(self, critical_values: Any) -> Any:
-        """Return the least scores whose p-values do not exceed critical values, float64.
-
-        See :meth:`NullModel.thresholds`. Of the shape and kind of the critical values.
-        """
-        if self.x.ndim == 2:
-            raise ParameterError(
-                "One threshold a critical value cannot stand for a distribution of each expert; "
-                "compare p_values()."
-            )
-        if not isinstance(critical_values, torch.Tensor):
-            return thresholds(self.x, self.cdf, critical_values)
-        found = thresholds(self.x, self.cdf, critical_values.flatten().numpy())
-        return torch.from_numpy(found).view(critical_values.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,47 +59,11 @@ class NullModel:
 
     def __post_init__(self) -> None:
         """Check the tables and keep read-only copies of them."""
-        self._check_factors()
-        if len(self.tables) != self.header.num_layers or not self.tables:
-            raise NullModelError(
-                f"A null model of {self.header.num_layers} layers cannot have {len(self.tables)} "
-                "tables; give one a layer."
-            )
-        for layer, (x, cdf) in enumerate(self.tables):
-            fault = table_checks.fault(x, cdf)
-            if fault is None and self.header.points not in (None, x.shape[-1]):
-                fault = f"it has {x.shape[-1]} points where the header says {self.header.points}"
-            if fault is None and (x.ndim == 2) != (self.header.null_scope == "expert"):
-                fault = f"its shape {x.shape} is not one of null_scope={self.header.null_scope}"
-            if fault:
-                raise NullModelError(
-                    f"The null model's table of layer {layer} is no CDF: {fault}; calibrate again."
-                )
+        null_checks.check(self.tables, self.header, self.factors)
         tables = tuple((x.copy(), cdf.copy()) for x, cdf in self.tables)
         for values in (values for table in tables for values in table):
             values.flags.writeable = False
         object.__setattr__(self, "tables", tables)
-
-    def _check_factors(self) -> None:
-        header, factors = self.header, self.factors
-        row = STATISTICS[header.statistic]
-        if (factors is not None) != bool(row.table):
-            raise NullModelError(
-                f"A null model of the statistic {header.statistic!r} comes "
-                f"{'with' if factors is not None else 'without'} factors of its experts; "
-                "calibrate again."
-            )
-        if factors is not None and not (
-            factors.ndim == (3 if row.predicts else 2)
-            and factors.shape[0] == header.num_layers
-            and header.num_experts in (None, factors.shape[-1])
-            and bool(np.isfinite(factors).all())
-            and bool((factors[:, -1] > 0).all() if row.predicts else (factors > 0).all())
-        ):
-            raise NullModelError(
-                f"The experts' {row.table} of shape {factors.shape} are not positive numbers "
-                f"[{header.num_layers} layers, {header.num_experts} experts]; calibrate again."
-            )
 
     @property
     def norms(self) -> Array | None:
@@ -228,12 +160,6 @@ class NullModel:
         own = ("format_version", "num_layers", "points", "null_scope")
         check_fields(header, settable=[f.name for f in fields(NullHeader) if f.name not in own])
         tables = pickles.read_folder(folder)
-        for layer, (x, cdf) in enumerate(tables):
-            if fault := table_checks.fault(x, cdf):
-                path = Path(folder) / pickles.FILE_NAME.format(layer)
-                raise NullModelError(
-                    f"The table {path} is no CDF: {fault}; copy it again from a source you trust."
-                )
         lengths = {len(x) for x, _ in tables}
         points = lengths.pop() if len(lengths) == 1 else None
         found = cls(tuple(tables), NullHeader(num_layers=len(tables), points=points, **header))

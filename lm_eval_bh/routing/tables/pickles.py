@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from lm_eval_bh.errors import NullModelError
 from lm_eval_bh.files import as_path
+from lm_eval_bh.routing.tables.table_checks import fault
 
 FILE_NAME = "distribution_model_layer_{}.pkl"
 
@@ -129,7 +130,7 @@ def read_folder(folder: Path | str) -> list[tuple[NDArray[np.float64], NDArray[n
     ------
     NullModelError
         If the folder is missing or holds no tables, a layer is missing in between, or a table
-        cannot be read.
+        cannot be read or is no CDF.
     """
     folder = as_path(folder)
     if not folder.is_dir():
@@ -148,4 +149,11 @@ def read_folder(folder: Path | str) -> list[tuple[NDArray[np.float64], NDArray[n
                 f"The folder {folder} has a table for layer {layer} but none for layer {expected}; "
                 "copy the missing tables too."
             )
-    return [read_table(folder / FILE_NAME.format(layer)) for layer in layers]
+    tables = [read_table(folder / FILE_NAME.format(layer)) for layer in layers]
+    for layer, (x, cdf) in enumerate(tables):
+        if reason := fault(x, cdf):
+            raise NullModelError(
+                f"The table {folder / FILE_NAME.format(layer)} is no CDF: {reason}; copy it again "
+                "from a source you trust."
+            )
+    return tables

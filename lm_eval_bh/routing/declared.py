@@ -1,0 +1,102 @@
+"""All parameters of routing: the general ones, and what each method declares itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from lm_eval_bh.errors import did_you_mean
+from lm_eval_bh.routing.layer_choice import check_layers
+from lm_eval_bh.routing.methods import METHODS, Method
+from lm_eval_bh.routing.methods.declare import Parameter, choice, integer, number, or_none
+from lm_eval_bh.routing.methods.gains import PARAMETERS as GAINS
+
+GENERAL: dict[str, Parameter] = {
+    "rule": Parameter("bh", "the selection rule, see *Selection rules*", *choice(METHODS)),
+    "min_k": Parameter(
+        1, "fewest experts of a token", *integer("an integer number of experts, 1 or more", 1)
+    ),
+    "max_k": Parameter(
+        8,
+        "most experts of a token; equal to `min_k` it is exactly the model with that top-k",
+        *integer("an integer number of experts, 1 or more", 1),
+    ),
+    "temperature": Parameter(
+        1.0,
+        "divides the router logits in the softmax of the weights; never touches p-values",
+        # Below, the logits of a token overflow, and its weights are NaN.
+        *number("a positive number, at least 1e-30", lambda value: value >= 1e-30),
+    ),
+    **GAINS,
+    "mode": Parameter(
+        "patch",
+        "`patch` routes by the selection; `analyze` leaves the model as it is and only counts",
+        *choice(["patch", "analyze"]),
+    ),
+    "layers": Parameter(
+        "all",
+        "which MoE layers: `all`, `last4`, `first2`, `0-7`, `3`, or several joined by `+`",
+        check_layers,
+        "all, last4, first2, 0-7, 3, or several of these joined by '+'",
+    ),
+}
+# What a solver finds alpha for, where a method has one.
+SOLVED: dict[str, Parameter] = {
+    "target_experts": Parameter(
+        None,
+        "the mean number of experts of a token that alpha is solved for, on calibration text",
+        *or_none(number("a number of experts", lambda value: value > 0)),
+    ),
+    "budget": Parameter(
+        "model",
+        "whether `target_experts` is met on the mean over the `model`, or in every `layer` by an "
+        "alpha of its own",
+        *choice(["model", "layer"]),
+    ),
+}
+ALPHA = Parameter(
+    0.05,
+    "the rule's one parameter: the level of a test; the share of the weight for `top_p`, of "
+    "the largest weight for `min_p`; the weight itself for `min_w`",
+    *number("a positive number", lambda value: value > 0),
+)
+
+
+class Parameters(Mapping[str, Parameter]):
+    """All parameters of routing by name: the general ones and what each method declares."""
+
+    def _all(self) -> dict[str, Parameter]:
+        found = {"alpha": ALPHA} | GENERAL
+        for method in METHODS.values():
+            found |= {n: p for n, p in method.declared.items() if n not in found}
+        return found | SOLVED
+
+    def __getitem__(self, name: str) -> Parameter:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
+PARAMETERS = Parameters()
+
+
+def known_to(method: type[Method]) -> dict[str, Parameter]:
+    """Return the parameters that a method takes, by name."""
+    found = GENERAL | dict(method.declared)
+    return found if method.fixed_count else found | SOLVED
+
+
+def unknown_name(name: str) -> str:
+    """Return the sentence about a parameter that does not exist."""
+    return (
+        f"{name!r} is not a parameter of routing{did_you_mean(name, PARAMETERS)}: "
+        f"use one of {', '.join(PARAMETERS)}."
+    )
+
+
+def serves(name: str, rule: str) -> bool:
+    """Return whether a parameter is known to a rule; one that is not of routing has its meaning."""
+    return name not in PARAMETERS or name == "alpha" or name in known_to(METHODS[rule])

@@ -1,0 +1,47 @@
+"""What was calibrated for one layer: what a method is fitted to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lm_eval_bh.errors import ParameterError
+from lm_eval_bh.routing.tables.thresholds import thresholds
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTables:
+    """What was calibrated for one layer.
+
+    Attributes
+    ----------
+    x, cdf : ndarray
+        Its null distribution, float64 [points] or [experts, points].
+    factors : ndarray or None
+        What multiplies the experts' weights, float64 [experts]; or a predictor of norms.
+    """
+
+    x: Array
+    cdf: Array
+    factors: Array | None
+
+    def thresholds(self, critical_values: Any) -> Any:
+        """Return the least scores whose p-values do not exceed critical values, float64.
+
+        See :meth:`NullModel.thresholds`. Of the shape and kind of the critical values.
+        """
+        if self.x.ndim == 2:
+            raise ParameterError(
+                "One threshold a critical value cannot stand for a distribution of each expert; "
+                "compare p_values()."
+            )
+        if not isinstance(critical_values, torch.Tensor):
+            return thresholds(self.x, self.cdf, critical_values)
+        found = thresholds(self.x, self.cdf, critical_values.flatten().numpy())
+        return torch.from_numpy(found).view(critical_values.shape)
