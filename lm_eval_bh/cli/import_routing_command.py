@@ -61,8 +61,6 @@ def import_routing(
         if num_experts is None:
             found = (config.get(name) for name in NUM_EXPERTS)
             num_experts = next((n for n in found if type(n) is int and n > 0), None)
-        if num_experts is None:
-            notes.add("the number of experts is that of the highest one seen: see --num-experts.")
         documents = without_filler(partial(read_traces, files), layers_with_router(config), notes)
         source = TraceSource(" and ".join(files), model, task, num_experts, config)
         counters = write_trace(documents, source, output, notes, force=force)

@@ -60,7 +60,12 @@ def _table(file: Path, notes: Notes) -> pd.DataFrame:
             table = pd.read_csv(
                 file, dtype={"document": str}, keep_default_na=False, index_col=False
             )
-    except (OSError, ValueError, pd.errors.ParserWarning) as error:  # pandas' are ValueErrors
+    except pd.errors.ParserWarning as error:
+        raise DataError(
+            f"{file} is damaged: rows have more fields than its header; give a table whose columns "
+            "all have a name."
+        ) from error
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         reason = " ".join(str(error).split())
         raise DataError(f"{file} could not be read: {reason}; give a table with a header.") from (
             error

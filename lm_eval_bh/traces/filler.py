@@ -134,7 +134,7 @@ class _Survey:
         notes.count(
             self.repeats,
             "choices of a token in a layer",
-            "they name an expert more than once, as engines do that cannot leave a slot empty; it "
+            "name an expert more than once, as engines do that cannot leave a slot empty: it "
             "counts once.",
         )
 
@@ -151,8 +151,8 @@ class _Survey:
             notes.count(
                 int(zeros.all(1).sum()) if zeros.shape[1] > 1 else 0,
                 "tokens",
-                "they have expert 0 alone in every layer, which an empty buffer looks like too; "
-                "they are kept.",
+                "have expert 0 alone in every layer, which an empty buffer looks like too: they "
+                "are kept.",
             )
         else:
             experts[zeros] = UNUSED
@@ -165,18 +165,18 @@ class _Survey:
         notes.count(
             int((none & zeros.any(1)).sum()),
             "tokens",
-            "they have zeros in every layer, which no top-k chooses; they are taken for not "
-            "captured and left out.",
+            "have zeros in every layer, which no top-k chooses: they are taken for not captured "
+            "and left out.",
         )
         notes.count(
             int((none & ~zeros.any(1)).sum()),
             "tokens",
-            "they have unused slots in every layer, as where a cache answered; they are left out.",
+            "have unused slots in every layer, as where a cache answered: they are left out.",
         )
         notes.count(
             int((~whole & ~none).sum()),
             "tokens",
-            "they have no expert in some of the layers; they are left out.",
+            "have no expert in some of the layers: they are left out.",
         )
         if not whole.any():
             notes.name(document.where, "no token has experts in all layers; it is left out.")

@@ -133,8 +133,8 @@ def _joined(
                 notes.count(
                     len(next(iter(of_layer.values()))),
                     f"tokens of rank {members[0]}",
-                    f"rank {before} has the same choices in the same step, as with tensor "
-                    "parallelism; they are counted once.",
+                    f"have the choices of rank {before} in the same step, as with tensor "
+                    "parallelism: they are counted once.",
                 )
                 continue
             read.add(members[0])
@@ -166,20 +166,18 @@ def _records(file: Path, notes: Notes) -> Iterator[tuple[int, int, int, Experts]
                     raise DataError(f"{where} is damaged: {reason}; record the trace again.")
                 stage, block = record.get("stage"), record.get("block")
                 if block == "mtp":
-                    notes.count(
-                        1, f"lines of multi-token prediction in {file}", "they are left out."
-                    )
+                    notes.count(1, "lines of multi-token prediction", "are left out.")
                 elif block not in (None, "decoder"):
-                    notes.count(1, f"lines of the block {block} in {file}", "they are left out.")
+                    notes.count(1, f"lines of the block {block} in {file}", "are left out.")
                 elif stage not in (None, "pre_dispatch"):
-                    notes.count(1, f"lines of the stage {stage} in {file}", "they are left out.")
+                    notes.count(1, f"lines of the stage {stage} in {file}", "are left out.")
                 else:
                     experts = _experts(record, where)
                     if len(experts):
                         yield record["step"], record["rank"], record["layer"], experts
                     else:
                         notes.count(
-                            1, f"lines of {file}", "they have no tokens: the rank had none there."
+                            1, f"lines of {file}", "have no tokens: the rank had none there."
                         )
     except UnicodeDecodeError as error:
         raise DataError(f"{file} could not be read: {error}; record the trace again.") from error
@@ -193,8 +191,8 @@ def _experts(record: Any, where: str) -> Experts:
         experts: NDArray[Any] = of_lists(rows, 2)
     except ValueError as error:
         raise DataError(
-            f"{where} is damaged: its top_indices have other numbers of experts ({error}); record "
-            "the trace again."
+            f"{where} is damaged: its tokens have other numbers of experts ({error}); record the "
+            "trace again."
         ) from error
     shape = experts.shape if len(experts) else (0, record.get("topk"))
     for name, found in zip(("num_tokens", "topk"), shape, strict=True):

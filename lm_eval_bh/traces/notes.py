@@ -40,7 +40,7 @@ class Notes:
         """Return the sentences in the order in which each came up first."""
         for (what, sentence), found in self._of.items():
             if what:
-                yield f"{found.number} {what}: {sentence}"
+                yield f"{found.number} {what} {sentence}"
             elif found.names:
                 more = found.number - len(found.names)
                 names = ", ".join(found.names) + (f" and {more} more" if more else "")

@@ -33,7 +33,7 @@ from lm_eval_bh.validation import shown
 
 PER_TOKEN = "record with --expert-distribution-recorder-mode per_token"
 EXTEND, DECODE, MIXED, IDLE = 1, 2, 3, 4  # forward_mode: others are of speculation and the like
-MODES = {EXTEND: "reading prompts", DECODE: "decoding", MIXED: "mixed", IDLE: "idle"}
+MODES = {DECODE: "decoding passes", IDLE: "idle passes"}
 RANK = re.compile(r"_(\d+)$")
 
 
@@ -66,11 +66,7 @@ def read_sglang(files: Sequence[Path], first: int, notes: Notes) -> Iterator[Tra
                 continue
             for number, sequence in enumerate(found.sequences(notes)):
                 if waiting is not None and number == 0 and sequence.goes_on_from(waiting):
-                    notes.count(
-                        1,
-                        f"chunks of prompts in {file}",
-                        "they are joined to what they go on from.",
-                    )
+                    notes.count(1, "chunks", "are joined to the prompts that they go on with.")
                     waiting = waiting.joined(sequence)
                     continue
                 if waiting is not None:
@@ -141,11 +137,11 @@ class _Pass:
         """Yield the prompts of the pass, or their chunks."""
         lengths = self.lengths
         if self.mode not in (EXTEND, MIXED) or lengths is None:
-            mode = MODES.get(self.mode, f"of forward_mode {self.mode}")
+            mode = MODES.get(self.mode, f"passes with forward_mode {self.mode}")
             notes.count(
                 len(self.tokens),
-                f"tokens of passes that are {mode}" if self.mode in MODES else f"tokens {mode}",
-                "they are left out, since the record does not say whose they are.",
+                f"tokens of {mode}",
+                "are left out, since the record does not say whose they are.",
             )
             return
         total, prompts = sum(lengths), len(lengths)
@@ -162,7 +158,7 @@ class _Pass:
             notes.count(
                 len(self.tokens) - starts[prompts],
                 "decoded tokens of mixed passes",
-                "they are left out, since the record does not say whose they are.",
+                "are left out, since the record does not say whose they are.",
             )
         for start, end in pairwise(starts[: prompts + 1]):
             if start == end:
@@ -197,7 +193,7 @@ class _Ranks:
         self._notes.count(
             len(found.tokens),
             f"tokens of rank {found.rank}",
-            f"rank {rank} has the same in the same pass, as with tensor parallelism; they are "
+            f"are those of rank {rank} in the same pass, as with tensor parallelism: they are "
             "counted once.",
         )
         if experts != before:

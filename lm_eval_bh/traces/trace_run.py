@@ -127,6 +127,8 @@ def _write(
     if not counters.tokens:
         found = "".join(f" ({sentence.removesuffix('.')})" for sentence in notes)
         raise DataError(f"The trace has no token with experts{found}: record it again.")
+    if source.num_experts is None:
+        notes.add("the number of experts is that of the highest one seen: see --num-experts.")
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "run_id": run_id,

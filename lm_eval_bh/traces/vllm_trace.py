@@ -287,8 +287,8 @@ class _Lengths:
             self.notes.count(
                 forwarded - rows,
                 "tokens of prompts",
-                "they have no experts, as with routed_experts_prompt_start or an omitted prefix: "
-                "rows are those of the last tokens.",
+                "have no experts, as with routed_experts_prompt_start or an omitted prefix: rows are "
+                "those of the last tokens.",
             )
         return forwarded - rows, experts
 
@@ -311,8 +311,8 @@ def _array(value: Any, where: str) -> Array:
         found = of_numpy_file(value) if isinstance(value, bytes) else of_lists(value, 3)
     except (binascii.Error, ValueError, TypeError, OverflowError) as error:
         raise DataError(
-            f"{where} is damaged: its routed_experts are no array ({error}); record the trace "
-            "again."
+            f"{where} is damaged: its routed_experts are no array [tokens, layers, k] of integers "
+            f"({error}); record the trace again."
         ) from error
     return _signed(found)
 
