@@ -287,8 +287,8 @@ class _Lengths:
             self.notes.count(
                 forwarded - rows,
                 "tokens of prompts",
-                "have no experts, as with routed_experts_prompt_start or an omitted prefix: rows are "
-                "those of the last tokens.",
+                "have no experts, as with routed_experts_prompt_start or an omitted prefix: "
+                "rows are those of the last tokens.",
             )
         return forwarded - rows, experts
 
