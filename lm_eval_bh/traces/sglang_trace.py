@@ -125,7 +125,8 @@ class _Pass:
     """One record, checked."""
 
     where: str
-    number: int  # forward_pass_id
+    number: int  # forward_pass_id, or where that is missing its place in the file
+    identified: bool
     rank: str
     mode: int
     tokens: Ints
@@ -187,9 +188,14 @@ class _Ranks:
         lengths = np.array(found.lengths or [], dtype=np.int64)
         key = found.number, _digest(found.tokens, found.positions, lengths)
         experts = _digest(found.experts)
+        seen = key in self._seen
         rank, before = self._seen.setdefault(key, (found.rank, experts))
-        if rank == found.rank or not len(found.tokens):
+        again = experts == before and seen and found.identified
+        if not len(found.tokens) or (rank == found.rank and not again):
             return False
+        if rank == found.rank:
+            self._notes.name(found.where, "the same pass was recorded before; it is counted once.")
+            return True
         self._notes.count(
             len(found.tokens),
             f"tokens of rank {found.rank}",
@@ -262,6 +268,7 @@ def _passes(file: Path, notes: Notes) -> Iterator[_Pass]:
         yield _Pass(
             where,
             number if identity is None else identity,
+            identity is not None,
             of_file if rank is None else str(rank),
             mode,
             tokens,

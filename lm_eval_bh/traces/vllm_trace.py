@@ -35,6 +35,7 @@ from lm_eval_bh.traces.trace_document import TraceDocument
 from lm_eval_bh.validation import mismatch, shown
 
 Array = NDArray[Any]
+MOST_ANSWERS = 2**15 - 1
 SERVE = "serve with --enable-return-routed-experts"
 
 
@@ -161,12 +162,23 @@ def _documents(
 ) -> Iterator[TraceDocument]:
     """Yield the choices: answers to one prompt are one document, other prompts are others."""
     choices = response["choices"]
-    if choices and all("routed_experts" not in choice for choice in choices):
+    if not choices:
+        notes.name(where, "it has no choices and is left out.")
+        return
+    if all("routed_experts" not in choice for choice in choices):
         raise DataError(f"{where} has no routed_experts: {SERVE}.")
+    indices = [index for choice in choices if (index := choice.get("index")) is not None]
+    if len(set(indices)) < len(indices) or any(not 0 <= i <= MOST_ANSWERS for i in indices):
+        raise DataError(
+            f"{where} is damaged: its choices must have an index each, from 0 to {MOST_ANSWERS}; "
+            "record the trace again."
+        )
     usage = response.get("usage") or {}
     if len(choices) > 1:
         usage = {}  # of all choices together
-    answers: dict[tuple[int, ...], set[int]] = {}
+    answers: dict[tuple[int, ...], int] = {}  # prompt -> the number of its last answer
+    if len(indices) == len(choices):
+        choices = sorted(choices, key=lambda choice: choice["index"] or 0)
     for place, choice in enumerate(choices):
         prompt = choice.get("prompt_token_ids")
         if prompt is None:
@@ -176,7 +188,7 @@ def _documents(
             notes.name(
                 where, "its choices have no prompt_token_ids and are taken for answers to one."
             )
-        repeats = answers.setdefault(ids, set())
+        repeat = answers[ids] = answers.get(ids, -1) + 1
         name = where if len(choices) == 1 else f"Choice {place + 1} of {where}"
         if choice.get("routed_experts") is None:
             notes.name(
@@ -201,11 +213,6 @@ def _documents(
         tokens = None
         if prompt is not None and start + len(experts) <= len(prompt) + len(answer or []):
             tokens = (prompt + (answer or []))[start : start + len(experts)]
-        index = choice.get("index")
-        repeat = len(repeats) if index is None or index in repeats else index
-        if len(answers) > 1:  # prompts of one request number their answers through
-            repeat = len(repeats)
-        repeats.add(repeat)
         yield TraceDocument.of(
             name,
             document + list(answers).index(ids),
@@ -256,6 +263,7 @@ class _Lengths:
                 raise self._wrong(len(of_prompt), "prompt", self.prompt)
             if self.answer is not None and rows > self.answer:
                 raise self._wrong(rows, "answer", self.answer)
+            self._note_fewer(rows)
             return 0, np.concatenate([of_prompt, experts])
         if self.prompt is None:
             self.notes.name(
@@ -268,6 +276,7 @@ class _Lengths:
             return 0, experts
         if not self.text and self.answer is not None and rows <= self.answer:
             self.notes.name(self.where, "its rows are those of the answer alone.")
+            self._note_fewer(rows)
             return self.prompt, experts
         if self.answer is None:
             if rows < self.prompt:
@@ -291,6 +300,9 @@ class _Lengths:
                 "rows are those of the last tokens.",
             )
         return forwarded - rows, experts
+
+    def _note_fewer(self, rows: int) -> None:
+        self.notes.count((self.answer or rows) - rows, "last tokens of answers", "have no experts.")
 
     def _wrong(self, rows: int, what: str, tokens: int) -> DataError:
         return DataError(

@@ -553,3 +553,18 @@ def test_integers_of_every_width(run, tmp_path, dtype):
     found = imported(run, save_records(tmp_path / "t.pt", good | more), tmp_path / "out")
     whole = imported(run, save_records(tmp_path / "u.pt", good), tmp_path / "out2")
     assert (found.tokens, found.usage) == (8, whole.usage)
+
+
+def test_the_first_of_several_answers_may_be_missing(run, tmp_path):
+    content = response(text_of(BY_ID), PROMPT, ANSWER)
+    (choice,) = content["choices"]
+    content["choices"] = [choice | {"index": 1}, choice | {"index": 0, "routed_experts": None}]
+    found = imported(run, write(tmp_path / "t.jsonl", content, content), tmp_path / "out")
+    assert (found.documents, found.tokens) == (2, 32)
+
+
+def test_a_pass_that_was_recorded_twice_counts_once(run, tmp_path):
+    file = save_records(tmp_path / "t.pt", prefill(), prefill(number=2), prefill())
+    found = imported(run, file, tmp_path / "out")
+    assert (found.documents, found.tokens) == (4, 16)
+    assert any("the same pass was recorded before" in note for note in found.notes)
