@@ -121,9 +121,10 @@ class _Survey:
                 f"{layers_of(odd)}: experts, but no router in the configuration of --model; check "
                 "that it is the model that was served."
             )
-        if known and self.rows[len(known) :].any():
+        chose = np.flatnonzero(seen & self.alive)
+        if known and chose.size and chose[-1] >= len(known):
             notes.add(
-                f"the trace has layer {int(np.flatnonzero(seen)[-1])}, and --model has "
+                f"the trace has layer {int(chose[-1])}, and --model has "
                 f"{len(known)} layers: check that it is the model that was served."
             )
         if self.renumbered is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from itertools import chain
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,10 @@ def of_numpy_file(content: bytes) -> NDArray[Any]:
     read = np.lib.format.read_array_header_1_0
     if version == (2, 0):
         read = np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
+    try:
+        shape, fortran, dtype = read(stream)
+    except (SyntaxError, TokenError, MemoryError, RecursionError) as error:  # it is Python's text
+        raise ValueError("a header that is none") from error
     left = len(content) - stream.tell()
     # Of an array without elements any number of rows would fit.
     empty = not math.prod(shape) and shape[:1] != (0,)

@@ -104,7 +104,10 @@ class _Archive:
         return self._zip.read(self._parts[name])
 
     def storage(self, key: str) -> bytes:
-        return self.part(f"data/{key}")
+        try:
+            return self.part(f"data/{key}")
+        except Exception as error:  # a damaged archive fails by whatever its bytes run into
+            raise ValueError(f"the numbers of a tensor cannot be read: {error}") from error
 
 
 def read_torch_file(file: Path) -> Any:

@@ -360,6 +360,8 @@ BROKEN = {
         "experts of other shapes",
     ),
     "cut.npy": (HEADER[:-1], "are no array"),
+    "header.npy": (HEADER.replace(b"}", b"("), "are no array"),
+    "brackets.npy": (HEADER.replace(b"{'descr'", b"((((((((("), "are no array"),
     "pickle.npy": (npy(np.array([Hostile()])), "are no array"),
     "unknown.jsonl": ("{}\n", "say --format"),
     "cut.jsonl": (json.dumps(LINE) + '\n{"step"', "Line 2 of {file} is damaged"),

@@ -568,3 +568,13 @@ def test_a_pass_that_was_recorded_twice_counts_once(run, tmp_path):
     found = imported(run, file, tmp_path / "out")
     assert (found.documents, found.tokens) == (4, 16)
     assert any("the same pass was recorded before" in note for note in found.notes)
+
+
+def test_bytes_of_a_tensor_that_changed_are_noticed(run, tmp_path):
+    ids = torch.tensor([77, 78, 79, 80, 81, 82, 83, 84])
+    file = save_records(tmp_path / "t.pt", prefill() | {"input_ids": ids})
+    content = file.read_bytes()
+    assert content.count(bytes([77, *[0] * 7, 78])) == 1
+    file.write_bytes(content.replace(bytes([77, *[0] * 7, 78]), bytes([66, *[0] * 7, 78])))
+    error = refused(run, file, tmp_path / "out")
+    assert "input_ids are no list of integers (the numbers of a tensor cannot be read" in error
