@@ -129,6 +129,12 @@ class RunInfo(_NotAlwaysWritten):
     summary: RoutingSummary | None  # None with log_routing=off
 
 
+class ImportedRunInfo(RunInfo):
+    """``results["config"]["bh"]`` of another engine's trace."""
+
+    notes: list[str]  # what was skipped, aligned or taken for filler
+
+
 class ExportedPolicy(TypedDict):
     """``adaptive_routing.policy`` of an exported model's ``config.json``."""
 

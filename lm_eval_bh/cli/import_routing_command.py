@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,30 +41,34 @@ def import_routing(
 ) -> None:
     """Turn expert traces of vLLM, SGLang, Megatron or a CSV into a run for aggregate and patterns.
 
-    vLLM: responses of its server with routed_experts (.json, .jsonl), or one array (.npy). SGLang:
-    its expert distribution record per token (.pt). Megatron: its router trace (.jsonl). CSV: the
-    columns document, token, layer, expert, and weight and token_id where known.
+    vLLM: responses of its server or of run-batch with routed_experts (.json, .jsonl), or one array
+    (.npy). SGLang: its expert distribution record per token (.pt). Megatron: its router trace
+    (.jsonl). CSV: the columns document, token, layer, expert, and weight and token_id where known.
+
+    What was skipped, aligned or taken for an engine's filler is said here, and as notes of the run.
     """
     with on_interrupt(NOTHING_HALF_WRITTEN):
-        from lm_eval_bh.traces.read_trace import format_of, read_traces, trace_files
+        from lm_eval_bh.traces.filler import without_filler
+        from lm_eval_bh.traces.model_layers import layers_with_router
+        from lm_eval_bh.traces.notes import Notes
+        from lm_eval_bh.traces.read_trace import by_format, read_traces, trace_files
         from lm_eval_bh.traces.trace_run import TraceSource, write_trace
 
         check_output(output, "--output", folder=True)
-        files, notes = trace_files(sources), list[str]()
+        notes = Notes()
+        files = by_format(trace_files(sources, notes), engine)
         config = _config(model)
         if num_experts is None:
             found = (config.get(name) for name in NUM_EXPERTS)
             num_experts = next((n for n in found if type(n) is int and n > 0), None)
-        documents = read_traces(files, engine, notes)
-        source = TraceSource(engine or format_of(files[0]), model, task, num_experts, config)
-        counters = write_trace(documents, source, output, force=force)
+        documents = without_filler(partial(read_traces, files), layers_with_router(config), notes)
+        source = TraceSource(" and ".join(files), model, task, num_experts, config)
+        counters = write_trace(documents, source, output, notes, force=force)
     low, high = counters.extremes
     say(
         f"{counters.documents} documents, {counters.tokens} tokens, {len(counters.layers)} layers, "
         f"{low if low == high else f'{low} to {high}'} of {counters.experts(num_experts)} experts."
     )
-    if num_experts is None:
-        notes.append("the number of experts is that of the highest one seen: see --num-experts.")
     for note in notes:
         warn(f"note: {note}")
     say(f"Written to {output}: aggregate, plot, report and patterns read it.")

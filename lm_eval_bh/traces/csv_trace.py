@@ -2,12 +2,13 @@
 
 The columns ``document, token, layer, expert`` are needed, ``weight`` and ``token_id`` are read
 where they are there, and others ignored. A token is named by its position in the document. The rows
-may come in any order; documents may be numbers or names.
+may come in any order; a document's name is the text that stands there, whatever it looks like.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,54 @@ import pandas as pd
 
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.schema import UNUSED
+from lm_eval_bh.traces.notes import Notes
 from lm_eval_bh.traces.trace_document import MOST_EXPERTS, MOST_LAYERS, TraceDocument
 
 NEEDED = ("document", "token", "layer", "expert")
+OPTIONAL = ("weight", "token_id")
+MOST_CELLS = 256  # slots of a document for each of its rows, in the array that all tokens share
+FEW_CELLS = 2**20  # that are no trouble whatever the rows
 
 
-def read_csv(file: Path, first: int) -> Iterator[TraceDocument]:
-    """Yield the documents of a table, numbered in the order in which they occur.
+def read_csv(files: Sequence[Path], first: int, notes: Notes) -> Iterator[TraceDocument]:
+    """Yield the documents of tables, numbered in the order in which they occur.
 
     Parameters
     ----------
-    file : Path
-        A ``.csv`` file with a header.
+    files : sequence of Path
+        ``.csv`` files with a header.
     first : int
         Number of the first document.
+    notes : Notes
+        Filled with the columns that are not read.
 
     Raises
     ------
     DataError
         If a column is missing, or holds something else than whole numbers.
     """
+    for file in files:
+        table = _table(file, notes)
+        # Slots are those that a token fills in a layer, in the order of the rows.
+        table["slot"] = table.groupby(["document", "token", "layer"]).cumcount()
+        for name, rows in table.groupby("document", sort=False):
+            yield _document(rows, f"Document {name} of {file}", first)
+            first += 1
+
+
+def _table(file: Path, notes: Notes) -> pd.DataFrame:
     try:
-        table = pd.read_csv(file)
+        with warnings.catch_warnings():
+            # Rows with more fields than the header would be cut, or their first be an index.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(
+                file, dtype={"document": str}, keep_default_na=False, index_col=False
+            )
+    except pd.errors.ParserWarning as error:
+        raise DataError(
+            f"{file} is damaged: rows have more fields than its header; give a table whose columns "
+            "all have a name."
+        ) from error
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         reason = " ".join(str(error).split())
         raise DataError(f"{file} could not be read: {reason}; give a table with a header.") from (
@@ -54,12 +81,16 @@ def read_csv(file: Path, first: int) -> Iterator[TraceDocument]:
     for name in ("token", "layer", "expert", "token_id"):
         if name in table and not pd.api.types.is_integer_dtype(table[name]):
             raise DataError(f"{file} is damaged: {name} must be whole numbers in every row.")
-    if table["document"].isna().any():
+    if table["document"].isna().any() or (table["document"].str.strip() == "").any():
         raise DataError(f"{file} is damaged: every row must name its document.")
-    if "weight" in table and not pd.api.types.is_numeric_dtype(table["weight"]):
+    if "weight" in table and not (
+        pd.api.types.is_numeric_dtype(table["weight"]) and np.isfinite(table["weight"]).all()
+    ):
         raise DataError(f"{file} is damaged: weight must be numbers in every row.")
-    for number, (name, rows) in enumerate(table.groupby("document", sort=False)):
-        yield _document(rows, f"Document {name} of {file}", first + number)
+    others = [str(name) for name in table if name not in NEEDED + OPTIONAL]
+    if others:
+        notes.add(f"{file}: the columns {', '.join(others)} are not read.")
+    return table[[name for name in NEEDED + OPTIONAL if name in table]]
 
 
 def _document(rows: pd.DataFrame, where: str, document: int) -> TraceDocument:
@@ -68,11 +99,17 @@ def _document(rows: pd.DataFrame, where: str, document: int) -> TraceDocument:
             raise DataError(f"{where} is damaged: {name} must be from 0 to {most - 1}.")
     positions, token = np.unique(rows["token"], return_inverse=True)
     layers, layer = np.unique(rows["layer"], return_inverse=True)
-    slot = rows.groupby(["token", "layer"]).cumcount().to_numpy()
+    slot = rows["slot"].to_numpy()
     shape = len(positions), len(layers), int(slot.max()) + 1
     if shape[-1] > MOST_EXPERTS:
         raise DataError(f"{where} is damaged: a token has {shape[-1]} experts in a layer.")
-    experts = np.full(shape, UNUSED, dtype=np.int64)
+    if shape[0] * shape[1] * shape[2] > max(FEW_CELLS, MOST_CELLS * len(rows)):
+        raise DataError(
+            f"{where} is damaged: {len(rows)} rows name {shape[0]} tokens, {shape[1]} layers and "
+            f"up to {shape[2]} experts of one, so that nearly nothing would be filled; write one "
+            "row for each expert of every token in every layer."
+        )
+    experts = np.full(shape, UNUSED, dtype=np.int16)
     experts[token, layer, slot] = rows["expert"]
     weights: Any = None
     if "weight" in rows:
@@ -82,14 +119,14 @@ def _document(rows: pd.DataFrame, where: str, document: int) -> TraceDocument:
     if "token_id" in rows:
         tokens = np.zeros(len(positions), dtype=np.int64)
         tokens[token] = rows["token_id"]
-    found = TraceDocument.of(
+        if (tokens[token] != rows["token_id"]).any():
+            raise DataError(f"{where} is damaged: rows of one token have different token ids.")
+    return TraceDocument.of(
         where,
         document,
         experts,
-        layers=[int(number) for number in layers],
+        layers=layers,
         positions=positions,
         tokens=tokens,
         weights=weights,
     )
-    assert found is not None  # a row names an expert
-    return found

@@ -3,48 +3,72 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from lm_eval_bh.errors import DataError, ParameterError, did_you_mean
 from lm_eval_bh.traces.csv_trace import read_csv
-from lm_eval_bh.traces.megatron_trace import read_megatron
+from lm_eval_bh.traces.megatron_trace import BESIDE, TRACE, read_megatron
+from lm_eval_bh.traces.notes import Notes
 from lm_eval_bh.traces.sglang_trace import read_sglang
 from lm_eval_bh.traces.trace_document import TraceDocument
-from lm_eval_bh.traces.vllm_trace import read_vllm
+from lm_eval_bh.traces.vllm_trace import is_vllm, read_vllm
 
-Reader = Callable[[Path, int, list[str]], Iterator[TraceDocument]]
+# All files of a format at once: those of several ranks belong together.
+Reader = Callable[[Sequence[Path], int, Notes], Iterator[TraceDocument]]
 READERS: dict[str, Reader] = {
-    "vllm": lambda file, first, notes: read_vllm(file, first),
+    "vllm": read_vllm,
     "sglang": read_sglang,
     "megatron": read_megatron,
-    "csv": lambda file, first, notes: read_csv(file, first),
+    "csv": read_csv,
 }
 SUFFIXES = {".npy": "vllm", ".json": "vllm", ".pt": "sglang", ".csv": "csv"}
 LINES = ".jsonl"  # of vLLM or of Megatron
+LOOKED_AT = 100  # lines
 
 
-def trace_files(sources: Iterable[Path]) -> list[Path]:
+def trace_files(sources: Iterable[Path], notes: Notes) -> list[Path]:
     """Return the files of traces: those given, and those that lie in folders that were given.
+
+    Parameters
+    ----------
+    sources : iterable of Path
+        Files and folders.
+    notes : Notes
+        Filled with files that are none, and with those that were given twice.
 
     Raises
     ------
     DataError
         If one does not exist, or a folder holds none.
     """
-    files: list[Path] = []
+    files: dict[Path, Path] = {}  # as it is on the disk -> as it was given
     for source in sources:
+        found = [source]
         if source.is_dir():
             known = (*SUFFIXES, LINES)
             found = sorted(file for file in source.iterdir() if file.suffix in known)
+            for file in filter(_is_beside, found):
+                notes.name(str(file), "it is no trace, but lies beside Megatron's; left out.")
+            found = [file for file in found if file.is_file() and not _is_beside(file)]
             if not found:
                 raise DataError(f"{source} holds no trace: its files end in {', '.join(known)}.")
-            files += found
-        elif source.is_file():
-            files.append(source)
-        else:
+        elif not source.is_file():
             raise DataError(f"There is no trace {source}: give a file or a folder of them.")
-    return files
+        elif _is_beside(source):
+            raise DataError(
+                f"{source} is no trace, but lies beside Megatron's: give router_trace_rank*.jsonl."
+            )
+        for file in found:
+            if file.resolve() in files:
+                notes.name(str(file), "it was given twice and is read once.")
+            files.setdefault(file.resolve(), file)
+    return list(files.values())
+
+
+def _is_beside(file: Path) -> bool:
+    return BESIDE.match(file.name) is not None
 
 
 def format_of(file: Path) -> str:
@@ -53,50 +77,67 @@ def format_of(file: Path) -> str:
     Raises
     ------
     ParameterError
-        If neither the name nor the first line tells.
+        If neither the name nor a line tells.
     """
     if file.suffix in SUFFIXES:
         return SUFFIXES[file.suffix]
     if file.suffix == LINES:
-        try:
-            with file.open(encoding="utf-8") as lines:
-                first = json.loads(lines.readline())
-        except (ValueError, RecursionError):
-            first = None
-        if isinstance(first, dict) and "top_indices" in first:
+        if TRACE.match(file.name):
             return "megatron"
-        if isinstance(first, dict) and "choices" in first:
-            return "vllm"
+        for content in _lines(file):
+            if isinstance(content, dict) and "top_indices" in content:
+                return "megatron"
+            if is_vllm(content):
+                return "vllm"
     raise ParameterError(f"Nobody knows what wrote {file}: say --format {' or '.join(READERS)}.")
 
 
-def read_traces(
-    files: Iterable[Path], name: str | None, notes: list[str]
-) -> Iterator[TraceDocument]:
-    """Yield the documents of some files, numbered through.
+def _lines(file: Path) -> Iterator[object]:
+    """Yield the first lines that are JSON: requests that failed may come before others."""
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            for line in islice(lines, LOOKED_AT):
+                if line.strip():
+                    yield json.loads(line)
+    except (ValueError, RecursionError):
+        return  # what cannot be read tells nothing; the reader says what is wrong
 
-    Parameters
-    ----------
-    files : iterable of Path
-        See :func:`trace_files`.
-    name : str, optional
-        Of the format; by default of each file its own, see :func:`format_of`.
-    notes : list of str
-        Filled with what was left out.
+
+def by_format(files: Iterable[Path], name: str | None) -> dict[str, list[Path]]:
+    """Return the files of each format, which is by default that of each file.
 
     Raises
     ------
     ParameterError
         If there is no such format, or a file does not tell its own.
-    DataError
-        If a file is damaged.
     """
     if name is not None and name not in READERS:
         raise ParameterError(
             f"format must be {', '.join(READERS)}, not {name!r}{did_you_mean(name, READERS)}."
         )
-    first = 0
+    found: dict[str, list[Path]] = {}
     for file in files:
-        for document in READERS[name or format_of(file)](file, first, notes):
+        found.setdefault(name or format_of(file), []).append(file)
+    return found
+
+
+def read_traces(files: dict[str, list[Path]], notes: Notes) -> Iterator[TraceDocument]:
+    """Yield the documents of some files as they were recorded, numbered through.
+
+    Parameters
+    ----------
+    files : dict
+        See :func:`by_format`.
+    notes : Notes
+        Filled with what was left out.
+
+    Raises
+    ------
+    DataError
+        If a file is damaged.
+    """
+    first = 0
+    for name, of_format in files.items():
+        for document in READERS[name](of_format, first, notes):
             yield document
             first = document.document + 1

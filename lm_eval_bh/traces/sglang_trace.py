@@ -1,156 +1,343 @@
 """Reads SGLang's expert distribution record of the mode ``per_token``.
 
-``expert_distribution_recorder_<time>_<rank>.pt``, as ``torch.save`` writes it: ``records``, one a
-forward pass, with ``input_ids`` and ``positions`` of its tokens, ``extend_seq_lens`` (tokens of
-each sequence, where the pass reads prompts), ``forward_mode`` and ``topk_ids_of_layer``, int32
-``[layers, tokens, slots]``, -1 in unused slots and in layers without experts; and
-``last_physical_to_logical_map`` ``[layers, physical experts]``: the recorded numbers are those of
-physical experts, of which a logical one may have several.
+``expert_distribution_recorder_<time>_<rank>.pt``, as ``torch.save`` writes it, one of every rank:
+``records``, one a forward pass, with ``forward_pass_id``, ``rank``, ``input_ids`` and ``positions``
+of its tokens, ``forward_mode``, ``extend_seq_lens`` (tokens of each sequence, where the pass reads
+prompts) and ``topk_ids_of_layer``, int32 ``[layers, tokens, slots]``, -1 in unused slots and in
+layers without experts; and ``last_physical_to_logical_map`` ``[layers, physical experts]``: the
+recorded numbers are those of physical experts, of which a logical one may have several.
 
-Source: sgl-project/sglang, python/sglang/srt/eplb/expert_distribution.py.
+Sources: sgl-project/sglang, python/sglang/srt/eplb/expert_distribution.py; of modes and of the
+order of sequences in a pass, managers/schedule_batch.py and model_executor/forward_batch_info.py.
 """
 
 from __future__ import annotations
 
-import pickle
-import warnings
-from collections.abc import Iterator
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lm_eval_bh.errors import DataError
+from lm_eval_bh.schema import UNUSED
+from lm_eval_bh.traces.integers import Ints, of_lists
+from lm_eval_bh.traces.notes import Notes
+from lm_eval_bh.traces.torch_file import Tensor, read_torch_file
 from lm_eval_bh.traces.trace_document import MOST_EXPERTS, TraceDocument
+from lm_eval_bh.validation import shown
 
-Ints = NDArray[np.int64]
+PER_TOKEN = "record with --expert-distribution-recorder-mode per_token"
+EXTEND, DECODE, MIXED, IDLE = 1, 2, 3, 4  # forward_mode: others are of speculation and the like
+MODES = {DECODE: "decoding passes", IDLE: "idle passes"}
+RANK = re.compile(r"_(\d+)$")
 
 
-def read_sglang(file: Path, first: int, notes: list[str]) -> Iterator[TraceDocument]:
-    """Yield the documents of a record: the sequences of the passes that read prompts.
+def read_sglang(files: Sequence[Path], first: int, notes: Notes) -> Iterator[TraceDocument]:
+    """Yield the documents of records: the prompts of the passes that read any.
 
-    A record does not say whose tokens a decoding pass continues: those are left out, with a note.
+    A prompt that the engine read in chunks is one document. A record does not say whose tokens a
+    decoding pass, or a mixed one, continues: those are left out. What another rank recorded of the
+    same pass is counted once.
 
     Parameters
     ----------
-    file : Path
-        A ``.pt`` file, of which nothing but tensors and plain values is loaded.
+    files : sequence of Path
+        ``.pt`` files, of which nothing but tensors and plain values is read.
     first : int
         Number of the first document.
-    notes : list of str
+    notes : Notes
         Filled with what was left out.
 
     Raises
     ------
     DataError
-        If it is damaged, or of another mode.
+        If one is damaged, or of another mode.
     """
-    content = _load(file)
+    ranks = _Ranks(notes)
+    for file in files:
+        waiting: _Sequence | None = None  # the last of a pass, which the next one may go on with
+        for found in _passes(file, notes):
+            if ranks.repeats(found):
+                continue
+            for number, sequence in enumerate(found.sequences(notes)):
+                if waiting is not None and number == 0 and sequence.goes_on_from(waiting):
+                    notes.count(1, "chunks", "are joined to the prompts that they go on with.")
+                    waiting = waiting.joined(sequence)
+                    continue
+                if waiting is not None:
+                    yield waiting.document(first, notes)
+                    first += 1
+                waiting = sequence
+        if waiting is not None:
+            yield waiting.document(first, notes)
+            first += 1
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """Consecutive tokens of one request."""
+
+    where: str
+    positions: Ints
+    tokens: Ints
+    experts: Ints
+
+    def goes_on_from(self, other: _Sequence) -> bool:
+        """Return whether this is the next chunk, which the scheduler puts first in its pass.
+
+        The chunk before it was the last of the previous pass, whose room it used up.
+        """
+        follows = self.positions[0] == other.positions[-1] + 1
+        return bool(follows and self.experts.shape[1:] == other.experts.shape[1:])
+
+    def joined(self, other: _Sequence) -> _Sequence:
+        return _Sequence(
+            self.where,
+            np.concatenate([self.positions, other.positions]),
+            np.concatenate([self.tokens, other.tokens]),
+            np.concatenate([self.experts, other.experts]),
+        )
+
+    def document(self, number: int, notes: Notes) -> TraceDocument:
+        if self.positions[0]:
+            notes.name(
+                self.where,
+                f"a prompt begins at position {self.positions[0]}: the engine had what came before "
+                "in its cache, or in a pass that is not there.",
+            )
+        return TraceDocument.of(
+            self.where,
+            number,
+            self.experts,
+            layers=np.arange(self.experts.shape[1]),
+            positions=self.positions,
+            tokens=self.tokens,
+        )
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One record, checked."""
+
+    where: str
+    number: int  # forward_pass_id, or where that is missing its place in the file
+    identified: bool
+    rank: str
+    mode: int
+    tokens: Ints
+    positions: Ints
+    lengths: list[int] | None
+    experts: Ints  # logical, [tokens, layers, slots]
+
+    def sequences(self, notes: Notes) -> Iterator[_Sequence]:
+        """Yield the prompts of the pass, or their chunks."""
+        lengths = self.lengths
+        if self.mode not in (EXTEND, MIXED) or lengths is None:
+            mode = MODES.get(self.mode, f"passes with forward_mode {self.mode}")
+            notes.count(
+                len(self.tokens),
+                f"tokens of {mode}",
+                "are left out, since the record does not say whose they are.",
+            )
+            return
+        total, prompts = sum(lengths), len(lengths)
+        if total != len(self.tokens) and not (self.mode == MIXED and total < len(self.tokens)):
+            raise DataError(
+                f"{self.where} is damaged: it has {len(self.tokens)} tokens, and its "
+                f"extend_seq_lens are {total} together; record it again."
+            )
+        starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).tolist()
+        if self.mode == MIXED:
+            # The decoding requests come last, one token each, and it may not be their first.
+            while prompts > 1 and lengths[prompts - 1] == 1 and self.positions[starts[prompts - 1]]:
+                prompts -= 1
+            notes.count(
+                len(self.tokens) - starts[prompts],
+                "decoded tokens of mixed passes",
+                "are left out, since the record does not say whose they are.",
+            )
+        for start, end in pairwise(starts[: prompts + 1]):
+            if start == end:
+                continue
+            part = slice(start, end)
+            if (np.diff(self.positions[part]) != 1).any():
+                raise DataError(
+                    f"{self.where} is damaged: the positions of a sequence do not follow each "
+                    "other; record it again."
+                )
+            yield _Sequence(self.where, self.positions[part], self.tokens[part], self.experts[part])
+
+
+class _Ranks:
+    """Knows which pass was read from which rank.
+
+    With tensor parallelism every rank has the tokens of all; with data parallelism its own.
+    """
+
+    def __init__(self, notes: Notes) -> None:
+        self._notes = notes
+        self._seen: dict[tuple[int, bytes], tuple[str, bytes]] = {}
+
+    def repeats(self, found: _Pass) -> bool:
+        """Return whether another rank had the same tokens in the same pass."""
+        lengths = np.array(found.lengths or [], dtype=np.int64)
+        key = found.number, _digest(found.tokens, found.positions, lengths)
+        experts = _digest(found.experts)
+        seen = key in self._seen
+        rank, before = self._seen.setdefault(key, (found.rank, experts))
+        again = experts == before and seen and found.identified
+        if not len(found.tokens) or (rank == found.rank and not again):
+            return False
+        if rank == found.rank:
+            self._notes.name(found.where, "the same pass was recorded before; it is counted once.")
+            return True
+        self._notes.count(
+            len(found.tokens),
+            f"tokens of rank {found.rank}",
+            f"are those of rank {rank} in the same pass, as with tensor parallelism: they are "
+            "counted once.",
+        )
+        if experts != before:
+            self._notes.name(
+                found.where, f"its experts are not those of rank {rank}, which are taken."
+            )
+        return True
+
+
+def _digest(*arrays: Ints) -> bytes:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.digest()
+
+
+def _passes(file: Path, notes: Notes) -> Iterator[_Pass]:
+    content = read_torch_file(file)
     records = content.get("records") if isinstance(content, dict) else None
     if not isinstance(records, list):
-        raise DataError(
-            f"{file} has no records of tokens: record with "
-            "--expert-distribution-recorder-mode per_token."
-        )
-    to_logical, left_out = _logical_experts(content, file), 0
+        if isinstance(content, dict) and any(
+            isinstance(part, dict) and "weight" in part for part in content.values()
+        ):
+            raise DataError(
+                f"{file} holds the weights of routers, as Megatron-LM writes them beside a trace: "
+                "give router_trace_rank*.jsonl."
+            )
+        raise DataError(f"{file} has no records of tokens: {PER_TOKEN}.")
+    to_logical = _logical_experts(content, file, notes)
+    named = RANK.search(file.stem)
+    of_file = named[1] if named else str(file)
     for number, record in enumerate(records):
         where = f"Record {number + 1} of {file}"
         if not isinstance(record, dict) or "topk_ids_of_layer" not in record:
+            raise DataError(f"{where} has no topk_ids_of_layer: {PER_TOKEN}.")
+        tokens = _integers(record, "input_ids", where)
+        positions = _integers(record, "positions", where)
+        if len(positions) != len(tokens):
             raise DataError(
-                f"{where} has no topk_ids_of_layer: record with "
-                "--expert-distribution-recorder-mode per_token."
+                f"{where} is damaged: it has {len(tokens)} input_ids and {len(positions)} "
+                "positions; record it again."
             )
-        ids = _ints(record, "input_ids", where)
-        positions = _ints(record, "positions", where)
-        experts = _experts(record["topk_ids_of_layer"], to_logical, len(ids), where)
-        lengths = [] if record.get("extend_seq_lens") is None else _lengths(record, where)
-        if sum(lengths) != len(ids) or len(positions) != len(ids):
-            left_out += len(ids)
-            continue
-        start = 0
-        for length in lengths:
-            part = slice(start, start + length)
-            start += length
-            found = TraceDocument.of(
-                where, first, experts[part], positions=positions[part], tokens=ids[part]
+        lengths = None
+        if record.get("extend_seq_lens") is not None:
+            lengths = _integers(record, "extend_seq_lens", where).tolist()
+            if min(lengths, default=0) < 0:
+                raise DataError(
+                    f"{where} is damaged: its extend_seq_lens are negative; record it again."
+                )
+        mode = _whole(record, "forward_mode", where)
+        if mode is None:
+            mode = DECODE if lengths is None else EXTEND
+            notes.add(
+                f"{file}: records have no forward_mode, and those with extend_seq_lens are taken "
+                "for passes that read prompts."
             )
-            if found is not None:
-                yield found
-                first += 1
-    if left_out:
-        notes.append(
-            f"{file}: {left_out} tokens of decoding passes are left out, since the record does not "
-            "say whose they are."
+        if mode in (EXTEND, MIXED) and lengths is None:
+            raise DataError(
+                f"{where} is damaged: its pass read prompts and it has no extend_seq_lens; record "
+                "it again."
+            )
+        identity = _whole(record, "forward_pass_id", where)
+        rank = _whole(record, "rank", where)
+        experts = _experts(record, to_logical, len(tokens), where)
+        yield _Pass(
+            where,
+            number if identity is None else identity,
+            identity is not None,
+            of_file if rank is None else str(rank),
+            mode,
+            tokens,
+            positions,
+            lengths,
+            experts,
         )
 
 
-def _load(file: Path) -> Any:
-    import torch
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what becomes the error below
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{file} could not be read as tensors and plain values: it is damaged, or holds what "
-            "would be executed; record the trace again."
-        ) from error
-
-
-def _logical_experts(content: dict[str, Any], file: Path) -> Ints | None:
+def _logical_experts(content: dict[str, Any], file: Path, notes: Notes) -> Ints | None:
     """Return the logical expert of each physical one, int64 [layers, physical]."""
-    found = content.get("last_physical_to_logical_map")
-    if found is None:
+    name = "last_physical_to_logical_map"
+    if content.get(name) is None:
+        notes.add(f"{file}: it has no {name}, and experts are numbered as they were recorded.")
         return None
-    table = np.asarray(found)
-    if table.ndim != 2 or not np.issubdtype(table.dtype, np.integer) or (table < 0).any():
+    table = _integers(content, name, str(file), 2)
+    if (table < 0).any() or not table.size:
         raise DataError(
-            f"{file} is damaged: last_physical_to_logical_map must be experts [layers, experts], "
-            f"not {list(table.shape)}; record the trace again."
+            f"{file} is damaged: {name} must be experts [layers, experts], not "
+            f"{list(table.shape)} with negative ones; record it again."
         )
-    return table.astype(np.int64)
+    if (table != np.arange(table.shape[1])).any():
+        notes.add(
+            f"{file}: experts have copies, which are named by the {name} of the recording's end; "
+            "if the engine moved experts meanwhile, record again with that turned off."
+        )
+    return table
 
 
-def _ints(record: dict[str, Any], name: str, where: str) -> Ints:
-    try:
-        found = np.asarray(record[name])
-        if found.ndim != 1 or not (np.issubdtype(found.dtype, np.integer) or not len(found)):
-            raise ValueError(f"found {found.dtype} {list(found.shape)}")
-    except (KeyError, ValueError, TypeError) as error:
+def _whole(record: dict[str, Any], name: str, where: str) -> int | None:
+    value = record.get(name)
+    if value is not None and type(value) is not int:
         raise DataError(
-            f"{where} is damaged: its {name} are no list of integers ({error}); record the trace "
+            f"{where} is damaged: its {name} must be an integer, not {shown(value)}; record it "
             "again."
-        ) from error
-    ints: Ints = found.astype(np.int64)
-    return ints
-
-
-def _lengths(record: dict[str, Any], where: str) -> list[int]:
-    found: list[int] = _ints(record, "extend_seq_lens", where).tolist()
-    if min(found, default=0) < 0:
-        raise DataError(
-            f"{where} is damaged: its extend_seq_lens are negative; record the trace again."
         )
+    return value
+
+
+def _integers(record: dict[str, Any], name: str, where: str, depth: int = 1) -> Ints:
+    """Return the integers of a field, a tensor or lists."""
+    value = record.get(name)
+    try:
+        found = value.integers() if isinstance(value, Tensor) else of_lists(value, depth)
+        if found.ndim != depth:
+            raise ValueError(f"found {list(found.shape)}")
+    except ValueError as error:
+        what = "list" if depth == 1 else f"array of {depth} dimensions"
+        raise DataError(
+            f"{where} is damaged: its {name} are no {what} of integers ({error}); record it again."
+        ) from error
     return found
 
 
-def _experts(found: Any, to_logical: Ints | None, tokens: int, where: str) -> Ints:
+def _experts(record: dict[str, Any], to_logical: Ints | None, tokens: int, where: str) -> Ints:
     """Return logical experts, int64 [tokens, layers, slots], -1 where unused."""
-    physical = np.asarray(found)
-    if (
-        physical.ndim != 3
-        or physical.shape[1] != tokens
-        or not np.issubdtype(physical.dtype, np.integer)
-    ):
+    physical = _integers(record, "topk_ids_of_layer", where, 3)
+    if physical.shape[1] != tokens:
         raise DataError(
-            f"{where} is damaged: topk_ids_of_layer must be integers [layers, {tokens}, slots], "
-            f"not {physical.dtype} {list(physical.shape)}; record the trace again."
+            f"{where} is damaged: topk_ids_of_layer must be [layers, {tokens} tokens, slots], not "
+            f"{list(physical.shape)}; record it again."
         )
-    physical = physical.astype(np.int64)
+    if (physical < UNUSED).any() or (physical >= MOST_EXPERTS).any():
+        wrong = physical[(physical < UNUSED) | (physical >= MOST_EXPERTS)][0]
+        raise DataError(
+            f"{where} is damaged: found expert {wrong}, which is out of range; record it again."
+        )
     if to_logical is None:
-        to_logical = np.tile(np.arange(MOST_EXPERTS), (len(physical), 1))
+        return physical.swapaxes(0, 1)
     if len(to_logical) != len(physical) or (physical >= to_logical.shape[1]).any():
         raise DataError(
             f"{where} is damaged: its experts are not those of last_physical_to_logical_map, "

@@ -25,6 +25,7 @@ class TraceCounters:
     def __init__(self) -> None:
         self.layers: Ints = np.array([], dtype=np.int64)
         self.documents = self.tokens = 0
+        self._last = -1
         # The system gives memory only to what is counted.
         self._histogram = np.zeros((MOST_LAYERS, MOST_EXPERTS + 1), dtype=np.int64)
         self._usage = np.zeros((MOST_LAYERS, MOST_EXPERTS), dtype=np.int64)
@@ -52,7 +53,8 @@ class TraceCounters:
         np.add.at(self._usage, (self.layers[layer], document.experts[used]), 1)
         np.add.at(self._histogram, (np.broadcast_to(self.layers, counts.shape), counts), 1)
         self._cross[self.layers[1:]] += (counts[:, 1:] * counts[:, :-1]).sum(0)
-        self.documents += document.repeat == 0
+        self.documents += document.document != self._last  # answers to a prompt come together
+        self._last = document.document
         self.tokens += len(counts)
 
     @property

@@ -13,6 +13,7 @@ from lm_eval_bh.schema import UNUSED
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Experts = NDArray[np.int16]
 
 MOST_EXPERTS, MOST_LAYERS, MOST_TOKENS = 4096, 1024, 2**31 - 1
 
@@ -25,10 +26,12 @@ class TraceDocument:
     ----------
     document : int
         Which one, from 0.
+    where : str
+        Of the trace, for messages.
     layers : int64 [layers]
         Numbers of the layers, ascending.
-    experts : int64 [tokens, layers, k]
-        Padded with -1; a token that no layer tells of is left out, and so is a layer without any.
+    experts : int16 [tokens, layers, k]
+        Padded with -1.
     positions : int64 [tokens]
         In the document.
     tokens : int64 [tokens] or None
@@ -37,15 +40,20 @@ class TraceDocument:
         Of the experts, where the trace has them.
     repeat : int
         Which answer to the same prompt.
+    buffer : bool
+        The experts are a zeroed buffer of the engine: layers are counted by their place in it, and
+        zeros may be where nothing was written.
     """
 
     document: int
+    where: str
     layers: Ints
-    experts: Ints
+    experts: Experts
     positions: Ints
     tokens: Ints | None = None
     weights: Floats | None = None
     repeat: int = 0
+    buffer: bool = False
 
     @classmethod
     def of(
@@ -54,21 +62,17 @@ class TraceDocument:
         document: int,
         experts: NDArray[np.integer],
         *,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[int] | Ints | None = None,
         positions: Sequence[int] | Ints | None = None,
         tokens: Sequence[int] | Ints | None = None,
         weights: Floats | None = None,
         repeat: int = 0,
-    ) -> TraceDocument | None:
-        """Return a document of a trace; None if it tells of no token.
-
-        Where a row names an expert twice, as engines do that cannot leave a slot empty, the second
-        one counts for nothing.
+        buffer: bool = False,
+    ) -> TraceDocument:
+        """Return a document of a trace, as the engine wrote it.
 
         Parameters
         ----------
-        where : str
-            Of the trace, for messages.
         layers, positions
             By default counted from 0.
 
@@ -77,7 +81,7 @@ class TraceDocument:
         DataError
             If the numbers are of the wrong shape or out of range.
         """
-        if experts.ndim != 3 or not np.issubdtype(experts.dtype, np.integer):
+        if experts.ndim != 3 or not np.issubdtype(experts.dtype, np.integer) or not experts.size:
             raise DataError(
                 f"{where} is damaged: the experts must be integers [tokens, layers, k], not "
                 f"{experts.dtype} {list(experts.shape)}; record the trace again."
@@ -85,18 +89,17 @@ class TraceDocument:
         length, number, k = experts.shape
         if k > MOST_EXPERTS:
             raise DataError(f"{where} is damaged: a token has {k} experts; record the trace again.")
-        chosen = experts.astype(np.int64)
         at = np.arange(length) if positions is None else np.asarray(positions)
         of_layer = np.arange(number) if layers is None else np.asarray(layers)
         ids = None if tokens is None else np.asarray(tokens)
-        for name, numbers, least, most in (
+        for name, values, least, most in (
             ("layer", of_layer, 0, MOST_LAYERS - 1),
-            ("expert", chosen, UNUSED, MOST_EXPERTS - 1),
+            ("expert", experts, UNUSED, MOST_EXPERTS - 1),
             ("position", at, 0, MOST_TOKENS),
             ("token id", np.zeros(0, int) if ids is None else ids, 0, MOST_TOKENS),
             ("document", np.array([document]), 0, MOST_TOKENS),
         ):
-            wrong = numbers[(numbers < least) | (numbers > most)]
+            wrong = values[(values < least) | (values > most)]
             if len(wrong):
                 raise DataError(
                     f"{where} is damaged: found {name} {wrong[0]}, which is out of range; record "
@@ -107,20 +110,29 @@ class TraceDocument:
                 f"{where} is damaged: {length} tokens have experts, but not as many have a "
                 "position and an id; record the trace again."
             )
-        for j in range(1, k):
-            again = (chosen[..., :j] == chosen[..., j : j + 1]).any(-1)
-            chosen[..., j][again] = UNUSED
-        used = chosen != UNUSED
-        rows, columns = used.any((1, 2)), used.any((0, 2))
-        if not rows.any():
-            return None
-        keep = np.ix_(rows, columns)
         return cls(
             document,
-            of_layer[columns].astype(np.int64),
-            chosen[keep],
-            at[rows].astype(np.int64),
-            None if ids is None else ids[rows].astype(np.int64),
-            None if weights is None else weights[keep],
+            where,
+            of_layer.astype(np.int64),
+            experts.astype(np.int16),
+            at.astype(np.int64),
+            None if ids is None else ids.astype(np.int64),
+            weights,
             repeat,
+            buffer,
+        )
+
+    def part(self, rows: NDArray[np.bool_], columns: NDArray[np.bool_]) -> TraceDocument:
+        """Return the document with some of its tokens [tokens] and layers [layers]."""
+        keep = np.ix_(rows, columns)
+        return TraceDocument(
+            self.document,
+            self.where,
+            self.layers[columns],
+            self.experts[keep],
+            self.positions[rows],
+            None if self.tokens is None else self.tokens[rows],
+            None if self.weights is None else self.weights[keep],
+            self.repeat,
+            self.buffer,
         )

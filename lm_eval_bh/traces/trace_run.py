@@ -19,7 +19,15 @@ import pyarrow.parquet as pq
 from lm_eval_bh.errors import DataError, ParameterError
 from lm_eval_bh.experiment_names import is_file_name
 from lm_eval_bh.harness.logs.merge_summaries import merge_summaries
-from lm_eval_bh.schema import MANIFEST, SCHEMA_VERSION, TOKENS, UNUSED, RunInfo, token_schema
+from lm_eval_bh.schema import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    TOKENS,
+    UNUSED,
+    ImportedRunInfo,
+    token_schema,
+)
+from lm_eval_bh.traces.notes import Notes
 from lm_eval_bh.traces.trace_counters import TraceCounters
 from lm_eval_bh.traces.trace_document import TraceDocument
 
@@ -52,7 +60,12 @@ class TraceSource:
 
 
 def write_trace(
-    documents: Iterable[TraceDocument], source: TraceSource, folder: Path, *, force: bool = False
+    documents: Iterable[TraceDocument],
+    source: TraceSource,
+    folder: Path,
+    notes: Notes,
+    *,
+    force: bool = False,
 ) -> TraceCounters:
     """Write a run of which ``aggregate``, ``plot``, ``report`` and ``patterns`` read the routing.
 
@@ -64,6 +77,8 @@ def write_trace(
         What they are of.
     folder : Path
         Made whole or not at all.
+    notes : Notes
+        What reading the documents leaves out, which the run says too.
     force : bool
         Replace the folder if it is one of an earlier import.
 
@@ -87,14 +102,16 @@ def write_trace(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         whole = Path(scratch) / "whole"
-        counters = _write(documents, source, whole)
+        counters = _write(documents, source, whole, notes)
         if folder.exists():
             shutil.rmtree(folder)
         whole.rename(folder)
     return counters
 
 
-def _write(documents: Iterable[TraceDocument], source: TraceSource, folder: Path) -> TraceCounters:
+def _write(
+    documents: Iterable[TraceDocument], source: TraceSource, folder: Path, notes: Notes
+) -> TraceCounters:
     run_id = uuid.uuid4().hex
     log = folder / LOGS / run_id
     (log / TOKENS).mkdir(parents=True)
@@ -108,7 +125,10 @@ def _write(documents: Iterable[TraceDocument], source: TraceSource, folder: Path
             writer.write_table(table)
             rows += table.num_rows
     if not counters.tokens:
-        raise DataError("The trace has no token with experts: record it again.")
+        found = "".join(f" ({sentence.removesuffix('.')})" for sentence in notes)
+        raise DataError(f"The trace has no token with experts{found}: record it again.")
+    if source.num_experts is None:
+        notes.add("the number of experts is that of the highest one seen: see --num-experts.")
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "run_id": run_id,
@@ -117,7 +137,7 @@ def _write(documents: Iterable[TraceDocument], source: TraceSource, folder: Path
     }
     (log / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
     now = time.strftime("%Y-%m-%dT%H-%M-%S")
-    results = _results(counters, source, run_id)
+    results = _results(counters, source, run_id, list(notes))
     (folder / f"results_{now}.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     return counters
 
@@ -159,7 +179,9 @@ def _rows(document: TraceDocument, task: str, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _results(counters: TraceCounters, source: TraceSource, run_id: str) -> dict[str, Any]:
+def _results(
+    counters: TraceCounters, source: TraceSource, run_id: str, notes: list[str]
+) -> dict[str, Any]:
     """Return what lm-eval would have written, without any metric."""
     experts, layers = counters.experts(source.num_experts), int(counters.layers[-1]) + 1
     state = {
@@ -170,7 +192,7 @@ def _results(counters: TraceCounters, source: TraceSource, run_id: str) -> dict[
     }
     min_k, max_k = counters.extremes
     fixed = min_k == max_k
-    info: RunInfo = {
+    info: ImportedRunInfo = {
         "schema_version": SCHEMA_VERSION,
         "run_id": run_id,
         "config": {
@@ -197,6 +219,7 @@ def _results(counters: TraceCounters, source: TraceSource, run_id: str) -> dict[
         "model_config": source.model_config or {},
         "null_model": None,
         "summary": merge_summaries([state], counters.layers.tolist(), 0),
+        "notes": notes,
     }
     counted = {"original": counters.documents, "effective": counters.documents}
     return {

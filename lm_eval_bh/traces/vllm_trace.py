@@ -1,63 +1,130 @@
 """Reads what vLLM returns with ``--enable-return-routed-experts``.
 
-A response of its OpenAI server has ``routed_experts`` in every choice: of later releases the
-base64 text of a NumPy file, whose rows are the tokens of prompt and answer but the last; of earlier
-ones nested lists of the answer's tokens, with those of the prompt in ``prompt_routed_experts``
-beside the choices and -1 where the prompt's cache answered. Token ids are there if they were asked
-for with ``return_token_ids``. From Python, ``CompletionOutput.routed_experts`` is the array itself,
-which ``numpy.save`` writes. Rows are ``[MoE layers, k]``.
+A response of its OpenAI server, or a line that ``vllm run-batch`` wrote around one, has
+``routed_experts`` in every choice. Of later releases it is the base64 text of a NumPy file: rows of
+the tokens of prompt and answer but the last, ``[hidden layers, k]``; with
+``routed_experts_prompt_start``, and where prefixes are omitted, the first tokens of the prompt have
+none. Of earlier releases it is nested lists of the answer's tokens, ``[MoE layers, k]``, with those
+of the prompt in ``prompt_routed_experts`` beside the choices, -1 where the prompt's cache answered,
+and null for a request that was preempted. Token ids are there if they were asked for with
+``return_token_ids``. From Python, ``CompletionOutput.routed_experts`` is the array itself, which
+``numpy.save`` writes.
 
-Sources: vLLM's documentation, training/routed_experts_replay (0.21) and training/routed_experts;
-vllm-project/vllm pull request 28284; vllm-project/router pull request 184.
+Sources: vLLM's documentation, training/routed_experts_replay (0.21) and features/routed_experts;
+vllm-project/vllm pull requests 28284 and 57966; vllm/entrypoints/openai/run_batch.py.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import io
 import json
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lm_eval_bh.errors import DataError
+from lm_eval_bh.schema import UNUSED
+from lm_eval_bh.traces.integers import of_lists, of_numpy_file
+from lm_eval_bh.traces.notes import Notes
 from lm_eval_bh.traces.trace_document import TraceDocument
+from lm_eval_bh.validation import mismatch, shown
 
 Array = NDArray[Any]
+MOST_ANSWERS = 2**15 - 1
+SERVE = "serve with --enable-return-routed-experts"
 
 
-def read_vllm(file: Path, first: int) -> Iterator[TraceDocument]:
-    """Yield the documents of a trace: one a response, and one of a ``.npy`` file.
+class Usage(TypedDict, total=False):
+    """How many tokens a request had."""
+
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+class Choice(TypedDict, total=False):
+    """What is read of an answer to a prompt."""
+
+    index: int | None
+    token_ids: list[int] | None
+    prompt_token_ids: list[int] | None
+    routed_experts: Any
+
+
+class _MayHave(TypedDict, total=False):
+    prompt_token_ids: list[int] | None
+    prompt_routed_experts: Any
+    usage: Usage | None
+
+
+class Response(_MayHave):
+    """What is read of an answer of the server."""
+
+    choices: list[Choice]
+
+
+class BatchResponse(TypedDict, total=False):
+    """What is read of the answer in a line of ``vllm run-batch``."""
+
+    body: dict[str, Any] | None
+
+
+class BatchLine(TypedDict, total=False):
+    """What is read of a line of ``vllm run-batch``."""
+
+    custom_id: str | None
+    response: BatchResponse | None
+
+
+def read_vllm(files: Sequence[Path], first: int, notes: Notes) -> Iterator[TraceDocument]:
+    """Yield the documents of traces: one a response and prompt, and one of a ``.npy`` file.
 
     Parameters
     ----------
-    file : Path
+    files : sequence of Path
         A response or a list of them (``.json``), one a line (``.jsonl``), or an array (``.npy``).
     first : int
         Number of the first document.
+    notes : Notes
+        Filled with what was left out or aligned.
 
     Raises
     ------
     DataError
-        If it is damaged, or vLLM was not asked for the experts.
+        If one is damaged, or vLLM was not asked for the experts.
     """
-    if file.suffix == ".npy":
-        document = TraceDocument.of(str(file), first, _array(file.read_bytes(), str(file)))
-        if document is not None:
-            yield document
-        return
-    for number, response in enumerate(_responses(file)):
-        yield from _documents(response, f"Response {number + 1} of {file}", first + number)
+    for file in files:
+        if file.suffix == ".npy":
+            experts = _array(file.read_bytes(), str(file))
+            if not len(experts):
+                notes.name(str(file), "it has no tokens and is left out.")
+                continue
+            yield TraceDocument.of(str(file), first, experts, buffer=True)
+            first += 1
+            continue
+        for number, content in enumerate(_contents(file)):
+            where = f"Response {number + 1} of {file}"
+            found = _response(content, where, notes)
+            if found is None:
+                continue
+            response, where = found
+            for document in _documents(response, where, first, notes):
+                yield document
+                first = document.document + 1
 
 
-def _responses(file: Path) -> Iterator[Any]:
+def is_vllm(content: Any) -> bool:
+    """Return whether a line of a file is vLLM's."""
+    return isinstance(content, dict) and ("choices" in content or "custom_id" in content)
+
+
+def _contents(file: Path) -> Iterator[Any]:
     try:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8-sig") as lines:
             if file.suffix == ".jsonl":
                 yield from (json.loads(line) for line in lines if line.strip())
                 return
@@ -67,48 +134,185 @@ def _responses(file: Path) -> Iterator[Any]:
     yield from content if isinstance(content, list) else [content]
 
 
-def _documents(response: Any, where: str, document: int) -> Iterator[TraceDocument]:
-    choices = response.get("choices") if isinstance(response, dict) else None
-    if not isinstance(choices, list) or not all(isinstance(one, dict) for one in choices):
+def _response(content: Any, where: str, notes: Notes) -> tuple[Response, str] | None:
+    """Return a response and what to call it; None of a request that failed."""
+    if isinstance(content, dict) and "choices" not in content and "custom_id" in content:
+        _expect(mismatch(content, BatchLine, "the line"), where)
+        where = f"{where} (custom_id {shown(content['custom_id'])})"
+        content = (content.get("response") or {}).get("body")
+        if not isinstance(content, dict) or "choices" not in content:
+            notes.name(where, "the request failed, or is no completion; it is left out.")
+            return None
+    if isinstance(content, dict) and "choices" not in content and content.get("error"):
+        notes.name(where, "the request failed; it is left out.")
+        return None
+    if not isinstance(content, dict) or not isinstance(content.get("choices"), list):
         raise DataError(f"{where} has no choices: save what vLLM's server answers.")
-    for repeat, choice in enumerate(choices):
-        if choice.get("routed_experts") is None:
-            raise DataError(
-                f"{where} has no routed_experts: serve with --enable-return-routed-experts."
+    _expect(mismatch(content, Response, "the response"), where)
+    return cast(Response, content), where
+
+
+def _expect(reason: str | None, where: str) -> None:
+    if reason is not None:
+        raise DataError(f"{where} is damaged: {reason}; record the trace again.")
+
+
+def _documents(
+    response: Response, where: str, document: int, notes: Notes
+) -> Iterator[TraceDocument]:
+    """Yield the choices: answers to one prompt are one document, other prompts are others."""
+    choices = response["choices"]
+    if not choices:
+        notes.name(where, "it has no choices and is left out.")
+        return
+    if all("routed_experts" not in choice for choice in choices):
+        raise DataError(f"{where} has no routed_experts: {SERVE}.")
+    indices = [index for choice in choices if (index := choice.get("index")) is not None]
+    if len(set(indices)) < len(indices) or any(not 0 <= i <= MOST_ANSWERS for i in indices):
+        raise DataError(
+            f"{where} is damaged: its choices must have an index each, from 0 to {MOST_ANSWERS}; "
+            "record the trace again."
+        )
+    usage = response.get("usage") or {}
+    if len(choices) > 1:
+        usage = {}  # of all choices together
+    answers: dict[tuple[int, ...], int] = {}  # prompt -> the number of its last answer
+    if len(indices) == len(choices):
+        choices = sorted(choices, key=lambda choice: choice["index"] or 0)
+    for place, choice in enumerate(choices):
+        prompt = choice.get("prompt_token_ids")
+        if prompt is None:
+            prompt = response.get("prompt_token_ids")
+        ids = tuple(prompt or [])
+        if ids not in answers and len(choices) > 1 and not ids:
+            notes.name(
+                where, "its choices have no prompt_token_ids and are taken for answers to one."
             )
-        experts = _array(choice["routed_experts"], where)
-        prompt = _ids(choice.get("prompt_token_ids") or response.get("prompt_token_ids"), where)
-        answer = _ids(choice.get("token_ids"), where)
-        start = 0
-        if response.get("prompt_routed_experts") is not None:
-            of_prompt = _array(response["prompt_routed_experts"], where)
-            if of_prompt.ndim != 3 or of_prompt.shape[1:] != experts.shape[1:]:
-                raise DataError(
-                    f"{where} is damaged: prompt and answer have experts of other shapes, "
-                    f"{list(of_prompt.shape)} and {list(experts.shape)}; record the trace again."
-                )
-            experts = np.concatenate([of_prompt, experts])
-        elif prompt and answer and len(experts) == len(answer) and len(prompt) > 1:
-            start = len(prompt)  # of the answer alone
-        tokens = (prompt + answer)[start : start + len(experts)]
-        found = TraceDocument.of(
-            where,
-            document,
+        repeat = answers[ids] = answers.get(ids, -1) + 1
+        name = where if len(choices) == 1 else f"Choice {place + 1} of {where}"
+        if choice.get("routed_experts") is None:
+            notes.name(
+                name,
+                "its routed_experts are null, as those of a preempted request are; it is left out "
+                f"(if all are, {SERVE}).",
+            )
+            continue
+        experts = _array(choice["routed_experts"], name)
+        of_prompt = response.get("prompt_routed_experts")
+        start, experts = _Lengths(
+            name,
+            _length(prompt, usage.get("prompt_tokens"), "prompt", name),
+            _length(choice.get("token_ids"), usage.get("completion_tokens"), "answer", name),
+            isinstance(choice["routed_experts"], str),
+            notes,
+        ).aligned(experts, None if of_prompt is None else _array(of_prompt, name))
+        if not len(experts):
+            notes.name(name, "it has no tokens and is left out.")
+            continue
+        answer = choice.get("token_ids")
+        tokens = None
+        if prompt is not None and start + len(experts) <= len(prompt) + len(answer or []):
+            tokens = (prompt + (answer or []))[start : start + len(experts)]
+        yield TraceDocument.of(
+            name,
+            document + list(answers).index(ids),
             experts,
             positions=np.arange(start, start + len(experts)),
-            tokens=tokens if len(tokens) == len(experts) else None,
+            tokens=tokens,
             repeat=repeat,
+            buffer=True,
         )
-        if found is not None:
-            yield found
 
 
-def _ids(value: Any, where: str) -> list[int]:
-    if value is None:
-        return []
-    if not isinstance(value, list) or not all(type(token) is int for token in value):
-        raise DataError(f"{where} is damaged: token ids must be integers; record the trace again.")
-    return value
+def _length(ids: list[int] | None, used: int | None, what: str, where: str) -> int | None:
+    """Return how many tokens a prompt or an answer has, where the response tells."""
+    if ids is not None and used is not None and len(ids) != used:
+        raise DataError(
+            f"{where} is damaged: its {what} has {len(ids)} token ids and {used} tokens of usage; "
+            "record the trace again."
+        )
+    return used if ids is None else len(ids)
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """How long prompt and answer of a choice are, by which its rows are told apart."""
+
+    where: str
+    prompt: int | None
+    answer: int | None
+    text: bool  # base64, as of later releases
+    notes: Notes
+
+    def aligned(self, experts: Array, of_prompt: Array | None) -> tuple[int, Array]:
+        """Return the position of the first row, and the rows.
+
+        Raises
+        ------
+        DataError
+            If there are more rows than tokens, or fewer than are explained.
+        """
+        rows = len(experts)
+        if of_prompt is not None:
+            if of_prompt.ndim != 3 or experts.ndim != 3 or _shape(of_prompt) != _shape(experts):
+                raise DataError(
+                    f"{self.where} is damaged: prompt and answer have experts of other shapes, "
+                    f"{list(of_prompt.shape)} and {list(experts.shape)}; record the trace again."
+                )
+            if self.prompt is not None and len(of_prompt) != self.prompt:
+                raise self._wrong(len(of_prompt), "prompt", self.prompt)
+            if self.answer is not None and rows > self.answer:
+                raise self._wrong(rows, "answer", self.answer)
+            self._note_fewer(rows)
+            return 0, np.concatenate([of_prompt, experts])
+        if self.prompt is None:
+            self.notes.name(
+                self.where,
+                "it has no token ids of the prompt, and positions are counted from its first row "
+                "(ask with return_token_ids).",
+            )
+            if not self.text and self.answer is not None and rows <= self.answer:
+                self.notes.name(self.where, "its rows are those of the answer alone.")
+            return 0, experts
+        if not self.text and self.answer is not None and rows <= self.answer:
+            self.notes.name(self.where, "its rows are those of the answer alone.")
+            self._note_fewer(rows)
+            return self.prompt, experts
+        if self.answer is None:
+            if rows < self.prompt:
+                raise self._wrong(rows, "prompt", self.prompt)
+            self.notes.name(
+                self.where,
+                "it has no token ids of the answer, and its first row is taken for the prompt's "
+                "first token (ask with return_token_ids).",
+            )
+            return 0, experts
+        forwarded = self.prompt + max(self.answer - 1, 0)  # the last token has no pass of its own
+        if rows > forwarded:
+            raise self._wrong(rows, "prompt and answer without its last", forwarded)
+        if rows < self.answer:
+            raise self._wrong(rows, "answer", self.answer)
+        if rows < forwarded:
+            self.notes.count(
+                forwarded - rows,
+                "tokens of prompts",
+                "have no experts, as with routed_experts_prompt_start or an omitted prefix: "
+                "rows are those of the last tokens.",
+            )
+        return forwarded - rows, experts
+
+    def _note_fewer(self, rows: int) -> None:
+        self.notes.count((self.answer or rows) - rows, "last tokens of answers", "have no experts.")
+
+    def _wrong(self, rows: int, what: str, tokens: int) -> DataError:
+        return DataError(
+            f"{self.where} is damaged: {rows} rows of experts do not fit {tokens} tokens of its "
+            f"{what}; record the trace again with return_token_ids."
+        )
+
+
+def _shape(experts: Array) -> tuple[int, ...]:
+    return experts.shape[1:]
 
 
 def _array(value: Any, where: str) -> Array:
@@ -116,28 +320,23 @@ def _array(value: Any, where: str) -> Array:
     try:
         if isinstance(value, str):
             value = base64.b64decode(value, validate=True)
-        if isinstance(value, bytes):
-            return _numpy_file(value)
-        return np.array(value, dtype=None if value else np.int64)
+        found = of_numpy_file(value) if isinstance(value, bytes) else of_lists(value, 3)
     except (binascii.Error, ValueError, TypeError, OverflowError) as error:
         raise DataError(
-            f"{where} is damaged: its routed_experts are no array ({error}); record the trace "
-            "again."
+            f"{where} is damaged: its routed_experts are no array [tokens, layers, k] of integers "
+            f"({error}); record the trace again."
         ) from error
+    return _signed(found)
 
 
-def _numpy_file(content: bytes) -> Array:
-    """Return the array of a NumPy file, whose header is believed only where the bytes are there."""
-    stream = io.BytesIO(content)
-    version = np.lib.format.read_magic(stream)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"NumPy format {version}")
-    read = np.lib.format.read_array_header_1_0
-    if version == (2, 0):
-        read = np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
-    left = len(content) - stream.tell()
-    if dtype.hasobject or math.prod(shape) * dtype.itemsize != left:
-        raise ValueError(f"{dtype} {list(shape)} in {left} bytes")
-    found = np.frombuffer(content, dtype, offset=stream.tell())
-    return found.reshape(shape, order="F" if fortran else "C")
+def _signed(experts: Array) -> Array:
+    """Return experts with -1 for what an unsigned type made of it.
+
+    The largest number of 8 bits may be an expert too: it is one where a row names it once.
+    """
+    if experts.dtype.kind != "u" or experts.dtype.itemsize > 2 or experts.ndim != 3:
+        return experts
+    largest = experts == np.iinfo(experts.dtype).max
+    if experts.dtype.itemsize == 1:
+        largest &= largest.sum(-1, keepdims=True) > 1
+    return np.where(largest, UNUSED, experts.astype(np.int32))
