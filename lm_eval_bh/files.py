@@ -65,6 +65,16 @@ def replacing(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def unwritable(folder: Path) -> str | None:
+    """Make a folder, and say in a few words why no file can be made in it; None if one can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"{folder} cannot be written to: {error.strerror or error}"
+
+
 def as_new(path: Path) -> None:
     """Give a file the permissions of any new file."""
     umask = os.umask(0)

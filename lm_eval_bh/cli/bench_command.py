@@ -76,12 +76,14 @@ def bench(
             raise ParameterError("There is no task whose text is fed: give --tasks bh_demo.")
 
         from lm_eval_bh.harness.model import BHLM
+        from lm_eval_bh.threads import use_threads_that_pay
 
         # Its own routing is taken out: the least that every model can do.
         plain: dict[str, Any] = {"rule": "topk", "max_k": 1, "log_routing": "off"}
         lm = BHLM.create_from_arg_obj(
             {"pretrained": pretrained, **common, **plain}, {"device": device}
         )
+        use_threads_that_pay(lm.model)
         loaded = new_task_manager(defaults=not are_ours(names)).load(names)["tasks"]
         found = measure(lm, pretrained, loaded, given, batch_size=batch_size, settings=settings)
         print_speeds([found])

@@ -284,11 +284,30 @@ class BHLM(HFLM):
 
     @contextmanager
     def _serving(self, requests: list[Instance]) -> Iterator[ServedRequests]:
+        self._own_routing()
         # Requests by hand, without lm-eval's evaluator, go on with a log until it has ended.
         if self.log.ended and self.world_size == 1:
             self.begin_evaluation()
         with self.log.serving(requests) as served:
             yield served
+
+    def _own_routing(self) -> None:
+        """Make sure that the model, which others may hold too, is routed as this object says.
+
+        Raises
+        ------
+        ModelError
+            If another integration has patched it since.
+        """
+        if self.integration.patched:
+            return
+        try:
+            self.integration.patch_model()
+        except ModelError as error:
+            raise ModelError(
+                "The model is no longer routed by this hf-bh object: another one has patched it "
+                "since. Call lm_eval_bh.unpatch(model), or evaluate the other object."
+            ) from error
 
     def barrier(self) -> None:
         """Wait for all processes, and bring their counters to the first one.

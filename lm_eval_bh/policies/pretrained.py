@@ -27,6 +27,7 @@ from lm_eval_bh.routing.tables.texts import (
     wikitext_texts,
     wikitext_train_texts,
 )
+from lm_eval_bh.threads import use_threads_that_pay
 
 
 def calibrate_pretrained(
@@ -168,7 +169,9 @@ def load_pretrained(
             f"The model {name!r} could not be loaded ({reason}); check its name and the network, "
             f"or use {TINY_OLMOE}, which ships and needs none."
         ) from error
-    return model.to(place["device"]), tokenizer
+    model = model.to(place["device"])
+    use_threads_that_pay(model)
+    return model, tokenizer
 
 
 def _check_length(length: int, config: Any) -> None:

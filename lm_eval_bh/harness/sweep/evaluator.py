@@ -30,6 +30,7 @@ from lm_eval_bh.routing.methods import METHODS
 from lm_eval_bh.routing.placement import placement
 from lm_eval_bh.routing.policy import Policy
 from lm_eval_bh.schema import shortened
+from lm_eval_bh.threads import CoresWatch, use_threads_that_pay
 
 
 class Evaluator:
@@ -66,6 +67,8 @@ class Evaluator:
         placement(device)  # unlike lm_eval, a sweep names no device that nobody asked for
         options = {"batch_size": config.batch_size, "device": device}
         self.lm = BHLM.create_from_arg_obj(config.model_args_of(first), options)
+        use_threads_that_pay(self.lm.model)
+        self._cores = CoresWatch()
         for experiment in experiments:
             config.routing_of(experiment).check_experts(self.lm.integration.num_experts)
         with quiet(logging.ERROR):  # custom data sets warn of options that nobody needs
@@ -123,6 +126,7 @@ class Evaluator:
         # lm-eval tells a task of the model's arguments when it loads it.
         task.set_config("metadata", self._metadata[experiment.task] | model_args)
         tracker = EvaluationTracker(output_path=str(folder))
+        self._cores.start()
         with quiet(logging.WARNING), exact_bootstrap():
             results = simple_evaluate(
                 self.lm,
@@ -133,6 +137,7 @@ class Evaluator:
                 task_manager=self._manager,
                 **self.config.evaluation_options,
             )
+        self._cores.check()
         if results is None:
             return None
         # A folder of this name is made, and a path can be longer than the name of a folder.

@@ -23,6 +23,7 @@ from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
 from lm_eval_bh.routing.tables.null_kind import NullKind
 from lm_eval_bh.routing.tables.null_match import check_routers
 from lm_eval_bh.routing.tables.null_model import NullModel
+from lm_eval_bh.threads import CoresWatch
 
 VALIDATION, CONFIRMATION = "validation", "confirmation"
 SENSITIVITY_TOKENS = 16384
@@ -92,6 +93,7 @@ class Subject:
             ),
             CONFIRMATION: Documents.of(tokenizer, splits.confirmation, length=length, batch=batch),
         }
+        self._cores = CoresWatch()
         self._nulls: dict[NullKind, NullModel] = {}
         self._failed: dict[NullKind, BHError] = {}
 
@@ -109,8 +111,10 @@ class Subject:
         except BHError as error:
             row.failed = str(error)
             return self.journal.add(text, key, row)
+        self._cores.start()
         with routing:
             losses = self.documents[text].losses(self.model)
+        self._cores.check()
         assert routing.counters is not None
         row.mean_experts = routing.counters.mean()
         row.losses = losses.tolist()

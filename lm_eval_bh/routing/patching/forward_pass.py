@@ -7,6 +7,7 @@ again when their pass has long ended; :class:`OwnPass` has kept it for them.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -144,11 +145,13 @@ class Begin:
 
     def __init__(self, patch: Patch, base: nn.Module) -> None:
         self.patch = patch
+        self._names = list(inspect.signature(type(base).forward).parameters)[1:]
         self._layers = [m for m in base.modules() if hasattr(m, "gradient_checkpointing")]
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Learn from the caller, or else from the attention mask, which tokens are padding."""
-        begun = ForwardPass(self.patch, self._real(module, args, kwargs))
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        begun = ForwardPass(self.patch, self._real(module, given))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             begun.recomputed = _in_backward()  # the whole model is checkpointed
             self._wrap_checkpointing()
@@ -164,8 +167,8 @@ class Begin:
             if layer.gradient_checkpointing and not isinstance(function, OwnPass):
                 setattr(layer, CHECKPOINTING, OwnPass(function, self.patch))
 
-    def _real(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
+    def _real(self, module: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
+        tokens = kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs.get("inputs_embeds")
         if tokens is None:
@@ -183,7 +186,7 @@ class Begin:
             return None
         real = query_mask(mask, rows, length, given_cache(kwargs))
         if real is None:
-            self.patch.tell_once("its attention mask is none that is understood")
+            self.patch.tell_once("its attention mask has an unsupported format")
             return None
         self.patch.padded = True
         return real.reshape(-1).to(tokens.device)
@@ -289,6 +292,8 @@ def query_mask(mask: Any, rows: int, length: int, cache: Any = None) -> Tensor |
     allowed = mask[:, 0]
     if allowed.is_floating_point():
         allowed = allowed > torch.finfo(allowed.dtype).min / 2
+    if cache is not None and not hasattr(cache, "get_seq_length"):  # continuous batching's, say
+        return None
     seen = 0 if cache is None else cache.get_seq_length()
     latest = mask.shape[-1] - length  # the place of the first query where the last keys are theirs
     place = torch.arange(length, device=mask.device)

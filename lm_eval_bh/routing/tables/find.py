@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lm_eval_bh.errors import BHError, ModelError, NullModelError
-from lm_eval_bh.files import as_path
+from lm_eval_bh.files import as_path, unwritable
 from lm_eval_bh.resources import cache_folder, shipped
 from lm_eval_bh.routing.routers import Router, transformers_model
 from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
@@ -147,12 +147,17 @@ def _calibrate(
             f"{str(error).removesuffix('.')}{rounded(routers)}."
         ) from error
     path = cached_null(fingerprint, kind)
+    fault = unwritable(path.parent)
+    kept = f"kept as {path}"
+    if fault is not None:  # a cache is no required output
+        kept = (
+            f"used now, but not kept ({fault}): set XDG_CACHE_HOME to a folder that can be written"
+        )
     logger.warning(
-        "No null model (%s) is known for the routers of %s: "
-        "calibrating one on WikiText, kept as %s",
+        "No null model (%s) is known for the routers of %s: calibrating one on WikiText, %s",
         kind,
         name,
-        path,
+        kept,
     )
     made, _ = calibrate_and_check(
         model,
@@ -165,7 +170,8 @@ def _calibrate(
         kind=kind,
         experts=routers[0].num_experts,
     )
-    made.save(path)
+    if fault is None:
+        made.save(path)
     return made
 
 
