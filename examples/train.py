@@ -36,9 +36,9 @@ from transformers import (
 
 from lm_eval_bh import BHRoutingIntegration, RoutingConfig
 from lm_eval_bh.resources import tiny_olmoe
-from lm_eval_bh.routing.nulls.calibration import calibrate
-from lm_eval_bh.routing.nulls.texts import text_batches, wikitext_texts
 from lm_eval_bh.routing.routers import find_routers, transformers_model
+from lm_eval_bh.routing.tables.calibration import calibrate
+from lm_eval_bh.routing.tables.texts import text_batches, wikitext_texts
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from lm_eval_bh import NullModel, RoutingConfig
 from lm_eval_bh.files import replacing
 from lm_eval_bh.policies.preview import analyze_grid
 from lm_eval_bh.resources import shipped, tiny_olmoe
-from lm_eval_bh.routing.nulls.calibration import collect_router_logits, listen
-from lm_eval_bh.routing.nulls.null_kind import NullKind
 from lm_eval_bh.routing.parameter_grid import grid_of
 from lm_eval_bh.routing.routers import find_routers
+from lm_eval_bh.routing.tables.calibration import collect_router_logits, listen
+from lm_eval_bh.routing.tables.null_kind import NullKind
 
 ALPHAS, MAX_KS = (0.3, 0.4, 0.5, 0.6), (8, 16, 32, 64)
 GRIDS: dict[str, list[RoutingConfig]] = {
@@ -62,13 +62,7 @@ def seconds(model: Any, batches: Sequence[torch.Tensor], grid: str, null: NullMo
     if GRIDS[grid]:
         analyze_grid(model, routers, batches, GRIDS[grid], {NullKind(trim=None): null}, False)
     else:
-        listen(
-            model,
-            [r.module for r in routers],
-            batches,
-            lambda layer, logits, hidden_states: None,
-            False,
-        )
+        listen(model, [r.module for r in routers], batches, lambda layer, said: None, False)
     return time.process_time() - start
 
 

@@ -24,7 +24,7 @@ from scipy.stats import gaussian_kde
 from tqdm import tqdm
 
 from lm_eval_bh.files import replacing
-from lm_eval_bh.routing.nulls.kde import POINTS, fit_cdf
+from lm_eval_bh.routing.tables.kde import POINTS, fit_cdf
 
 QUICK_POINTS = 200
 

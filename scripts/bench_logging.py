@@ -33,8 +33,8 @@ from lm_eval_bh.files import replacing
 from lm_eval_bh.harness.logs.log_options import LogOptions
 from lm_eval_bh.harness.model import BHLM
 from lm_eval_bh.resources import shipped, tiny_olmoe
-from lm_eval_bh.routing.nulls.calibration import collect_router_logits
 from lm_eval_bh.routing.routers import find_routers
+from lm_eval_bh.routing.tables.calibration import collect_router_logits
 
 LEVELS = ("off", "summary", "full")
 

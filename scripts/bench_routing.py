@@ -6,6 +6,8 @@ python scripts/bench_routing.py --profile                 # also shows where the
 python scripts/bench_routing.py --shared                  # on a CPU that others use too
 python scripts/bench_routing.py --full-size               # all 16 layers, random bfloat16 weights
 python scripts/bench_routing.py --device cuda --dtype bfloat16
+python scripts/bench_routing.py --hooks                   # only what every method adds to a layer
+python scripts/bench_routing.py --hooks --compiled        # its decisions under torch.compile, too
 python scripts/bench_routing.py --harness                 # whole lm_eval runs: hf against hf-bh
 python scripts/bench_routing.py --small --quick           # seconds: only to see that it works
 
@@ -15,6 +17,9 @@ random weights at OLMoE's true dimensions: its quality means nothing, its time d
 from token to token: the null model is fitted on the stack's own logits made narrower, and alpha
 solved so that the mean count is the one wanted. Decoding is a sequence of single tokens, each with
 its own count.
+
+What a method costs is the time of the routers of a whole pass, with its hooks less without, as a
+share of the time of one MoE layer with the model's own top-8, all measured in turn in one run.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,14 +57,27 @@ from lm_eval_bh import BHRoutingIntegration, NullModel
 from lm_eval_bh.files import replacing
 from lm_eval_bh.resources import tiny_olmoe
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.selector import Selector
+from lm_eval_bh.routing.fitted import fitted_method
+from lm_eval_bh.routing.methods import METHODS
+from lm_eval_bh.routing.methods.router import softmax_output
+from lm_eval_bh.routing.patching import hook
+from lm_eval_bh.routing.ranked import ranked_scores
+from lm_eval_bh.routing.tables.null_kind import NullKind
 from lm_eval_bh.speed.floor import measure_machine, wait_for
 
 MEANS = (8.0, 6.0, 4.5, 4.0, 2.0)
 STOCK = ("eager", "grouped_mm", "batched_mm")
 BATCH, PROMPT, STEPS = 32, 1024, 16
 LAYERS = 16  # of OLMoE-1B-7B
-ROUTER_LIMITS = {"prefill 1,024": 1.2, "batch 32": 1.5, "decode 1": 2.0}
+HOOK_LIMIT = 0.01  # of the time of the MoE layer
+# Every method by itself, and what costs more: a p-value of each expert, factors and a gain.
+HOOKS: dict[str, dict[str, Any]] = {
+    **{name: {"rule": name} for name in METHODS},
+    "bh, null of each expert": {"rule": "bh", "null_scope": "expert"},
+    "min_w, benefit, mass 0.2": {"rule": "min_w", "statistic": "benefit", "mass": 0.2},
+    "min_w, predicted": {"rule": "min_w", "statistic": "predicted"},
+}
+COMPILED = ("bh", "min_w")
 NARROWER = (
     1.5  # the null model is that much narrower than the logits, so that there is something to find
 )
@@ -156,6 +174,18 @@ def stock(model: Any, implementation: str, k: int) -> Iterator[None]:
 
 
 @contextmanager
+def compiled(context: AbstractContextManager[Any]) -> Iterator[None]:
+    """Decide under torch.compile."""
+    before = hook.pick
+    hook.pick = torch.compile(before, dynamic=False)  # type: ignore[assignment]
+    try:
+        with context, torch._dynamo.config.patch(recompile_limit=4 * LAYERS):
+            yield
+    finally:
+        hook.pick = before  # type: ignore[assignment]
+
+
+@contextmanager
 def prototype(
     model: Any, implementation: str, null: NullModel, alpha: float, max_k: int
 ) -> Iterator[None]:
@@ -205,6 +235,7 @@ class Bench:
     ) -> None:
         self.dtype, self.device, self.repeats, self.now = dtype, device, repeats, now
         self.results: list[Result] = []
+        self.hooks: list[Result] = []
         self.means = MEANS
         self.machine = measure_machine(dtype, device, now, array)
 
@@ -217,30 +248,35 @@ class Bench:
         wait_for(self.device)
         return (self.now() - start) / len(inputs) / part.times
 
+    def logits(self, part: Part, inputs: list[Tensor]) -> dict[int, Tensor]:
+        """Return the router logits of the layers that a part runs, on the CPU."""
+        found: dict[int, list[Tensor]] = {}
+        with BHRoutingIntegration(part.model, rule="topk", collect_stats=False) as routing:
+            routing.observers.append(lambda at, z, _: found.setdefault(at, []).append(z))
+            for value in inputs:
+                part.call(value)
+        return {at: torch.cat(values).float().cpu() for at, values in found.items()}
+
     def solve(
         self, part: Part, inputs: list[Tensor]
     ) -> tuple[NullModel, dict[float, tuple[float, float]]]:
         """Return a null model and, for each mean count wanted, (alpha, mean count got)."""
-        logits: dict[int, list[Tensor]] = {}
-        with BHRoutingIntegration(part.model, rule="topk", collect_stats=False) as routing:
-            routing.observers.append(lambda at, z, _: logits.setdefault(at, []).append(z))
-            for value in inputs:
-                part.call(value)
-        layers = len(routing.routers)
+        logits = self.logits(part, inputs)
         null = NullModel.fit(
             {
-                at: torch.cat(logits.get(at, logits[min(logits)])).float().cpu() / NARROWER
-                for at in range(layers)
+                at: logits.get(at, logits[min(logits)]) / NARROWER
+                for at in range(len(routers_of(part.model)))
             }
         )
-        pooled = {at: torch.cat(values) for at, values in logits.items()}
+        solved = []
+        for at, z in logits.items():
+            method = fitted_method(RoutingConfig(max_k=8), null, at, z.shape[-1])
+            solved.append((method, ranked_scores(method, null, at, softmax_output(z, 8, 8))[0]))
 
         def mean(log_odds: float) -> float:
-            config = RoutingConfig(alpha=float(1 / (1 + np.exp(-log_odds))), max_k=8)
-            counts = []
-            for at, z in pooled.items():
-                counts.append(torch.as_tensor(Selector(config, null, at, z.shape[-1])(z)[0]))
-            return float(torch.cat(counts).double().mean())
+            alpha = float(1 / (1 + np.exp(-log_odds)))
+            counts = [method.count(ranked, method.level(alpha)) for method, ranked in solved]
+            return float(torch.cat(counts).clamp(1, 8).double().mean())
 
         levels: dict[float, tuple[float, float]] = {}
         for wanted in self.means:
@@ -272,6 +308,24 @@ class Bench:
             self.clock(part, inputs)
             return self.clock(part, inputs)
 
+    def possible(self, part: Part, inputs: list[Tensor]) -> list[str]:
+        """Return the stock implementations that do not copy more weights than there is room."""
+        config: Any = part.model.config
+        tokens = inputs[0].shape[0] * inputs[0].shape[1]
+        copied = tokens * 8 * 3 * config.hidden_size * config.intermediate_size
+        return [
+            name
+            for name in (STOCK if part.experts else STOCK[:1])
+            if name != "batched_mm" or copied * self.dtype.itemsize < 2**28
+        ]
+
+    def best(self, part: Part, inputs: list[Tensor]) -> str:
+        """Return the stock implementation that is the fastest at top-8."""
+        return min(
+            self.possible(part, inputs),
+            key=lambda name: self.trial(part, inputs, stock(part.model, name, 8)),
+        )
+
     def rows(
         self,
         part: Part,
@@ -281,21 +335,8 @@ class Bench:
     ) -> list[Row]:
         """Return every row of a part."""
         model: Any = part.model
-        config = model.config
-        copied = (
-            inputs[0].shape[0]
-            * inputs[0].shape[1]
-            * 8
-            * 3
-            * config.hidden_size
-            * config.intermediate_size
-        )
-        possible = [
-            name
-            for name in (STOCK if part.experts else STOCK[:1])
-            if name != "batched_mm" or copied * self.dtype.itemsize < 2**28
-        ]
-        best = min(possible, key=lambda name: self.trial(part, inputs, stock(model, name, 8)))
+        possible = self.possible(part, inputs)
+        best = self.best(part, inputs)
         rows = []
         for wanted, (alpha, found) in levels.items():
             for k in sorted({int(wanted), -int(-wanted // 1)}):
@@ -359,6 +400,38 @@ class Bench:
                 result.floor = floors[result.wanted_k]
                 self.results.append(result)
 
+    def run_hooks(self, routers: Part, layer: Part, with_compiled: bool) -> None:
+        """Measure the routers of a pass with the hooks of every method, and the MoE layer."""
+        for workload in WORKLOADS:
+            fed = routers.inputs[workload.name], layer.inputs[workload.name]
+            tables = calibrated(self.logits(routers, fed[0])[0], routers.model)
+            contexts = {"stock router": lambda: stock(routers.model, "eager", 8)}
+            for name, options in HOOKS.items():
+                k = 4 if METHODS[options["rule"]].fixed_count else 8
+                config = RoutingConfig(**options, max_k=k)
+                null = tables[config.null_kind] if config.needs_null else "auto"
+                contexts[name] = lambda c=config, n=null: BHRoutingIntegration(
+                    routers.model, c, null_model=n, collect_stats=False
+                )
+            if with_compiled:
+                for name in COMPILED:
+                    contexts[f"{name}, compiled"] = lambda make=contexts[name]: compiled(make())
+            own = self.best(layer, fed[1])
+            seconds: dict[str, list[float]] = {name: [] for name in (*contexts, "MoE layer")}
+            for context in contexts.values():  # warm up
+                with context():
+                    self.clock(routers, fed[0])
+            for _ in tqdm(range(self.repeats), f"hooks, {workload.name}", disable=None):
+                with stock(layer.model, own, 8):
+                    seconds["MoE layer"].append(self.clock(layer, fed[1]))
+                for name, context in contexts.items():
+                    with context():
+                        self.clock(routers, fed[0])
+                        seconds[name].append(self.clock(routers, fed[0]))
+            self.hooks += [
+                Result("hook", workload.name, name, 8, 8, taken) for name, taken in seconds.items()
+            ]
+
     def floor(
         self, part: Part, inputs: list[Tensor], null: NullModel, alpha: float | None, k: float
     ) -> float:
@@ -403,6 +476,35 @@ class Bench:
             for bound in sorted({int(k), -int(-k // 1)})
         ]
         return [statistics.mean(each) for each in zip(*best, strict=True)]
+
+
+def calibrated(logits: Tensor, model: nn.Module) -> dict[NullKind, NullModel]:
+    """Return what the methods of HOOKS need, the same in every layer."""
+    layers, hidden = len(routers_of(model)), routers_of(model)[0].weight.shape[1]
+    experts, narrow = logits.shape[-1], logits / NARROWER
+    found = {}
+    for options in HOOKS.values():
+        config = RoutingConfig(**options)
+        kind = config.null_kind
+        if not config.needs_null or kind in found:
+            continue
+        factors = None
+        if kind.statistic != "logit":
+            shape = (1, hidden + 2, experts) if kind.statistic == "predicted" else (1, experts)
+            factors = 0.5 + np.random.default_rng(0).random(shape)
+        if kind.statistic == "predicted":
+            one = NullModel.from_scores([narrow], kind, factors)
+        else:
+            one = NullModel.fit(
+                {0: narrow},
+                null_scope=kind.null_scope,
+                statistic=kind.statistic,
+                factors=factors,
+            )
+        header = replace(one.header, num_layers=layers, bandwidth=None)
+        repeated = None if factors is None else factors.repeat(layers, 0)
+        found[kind] = NullModel(one.tables * layers, header, repeated)
+    return found
 
 
 def parts_of(name: str, model: Any, only_model: bool) -> list[Part]:
@@ -535,12 +637,12 @@ def checks(bench: Bench) -> list[dict[str, Any]]:
         top_8 = bench.best_stock(part, workload, 8)
         ratio = paired(ours.seconds, top_8)
         if part == "router":
-            add(f"router / stock router, {workload}, k {k:g}", *ratio, ROUTER_LIMITS[workload])
+            add(f"router / stock router, {workload}, k {k:g}", *ratio, None)
             if layer := bench.of("MoE layer", workload, "ours", k):
                 added = paired(list(np.subtract(ours.seconds, top_8)), layer.seconds)
-                add(f"what routing adds / layer, {workload}, k {k:g}", *added, 0.01)
+                add(f"what routing adds / layer, {workload}, k {k:g}", *added, HOOK_LIMIT)
                 share = paired(ours.seconds, layer.seconds)
-                add(f"router / layer, {workload}, k {k:g}", *share, 0.01)
+                add(f"router / layer, {workload}, k {k:g}", *share, None)
             continue
         limit = static = None
         if part == "MoE layer":  # whole models have no limit: they are shown
@@ -549,7 +651,34 @@ def checks(bench: Bench) -> list[dict[str, Any]]:
         alike = paired(ours.seconds, bench.best_stock(part, workload, k))
         add(f"{part} / best stock static, {workload}, k {k:g}", *alike, static)
         add(f"{part} / best stock top-8, {workload}, k {k:g}", *ratio, limit)
+    for workload in WORKLOADS:
+        seconds = {r.row: r.seconds for r in bench.hooks if r.workload == workload.name}
+        layers, stock_router = seconds.pop("MoE layer", []), seconds.pop("stock router", [])
+        for name, taken in seconds.items():
+            added = paired(list(np.subtract(taken, stock_router)), layers)
+            limit = None if name.endswith(", compiled") else HOOK_LIMIT
+            add(f"hook of {name} / layer, {workload.name}", *added, limit)
     return found
+
+
+def show_hooks(bench: Bench) -> None:
+    """Print what each method takes: microseconds of router and hook, and the hook's share."""
+    names = list(dict.fromkeys(r.row for r in bench.hooks))
+    table = Table(
+        "router with the hook of",
+        *(workload.name for workload in WORKLOADS),
+        title="Microseconds a layer, and in brackets the hook's share of the MoE layer's time",
+    )
+    rows = {(r.row, r.workload): r for r in bench.hooks}
+    for name in names:
+        cells = []
+        for workload in WORKLOADS:
+            r, layer = rows[name, workload.name], rows["MoE layer", workload.name]
+            bare = rows["stock router", workload.name].median
+            share = f" ({100 * (r.median - bare) / layer.median:.2f} %)" if r is not layer else ""
+            cells.append(f"{r.median * 1e6:,.0f}{share}")
+        table.add_row(name, *cells)
+    console.print(table)
 
 
 def show_checks(found: list[dict[str, Any]]) -> None:
@@ -600,7 +729,7 @@ def harness(repeats: int) -> dict[str, Any]:
                 subprocess.run(command, check=True, capture_output=True)
                 seconds[name].append(time.perf_counter() - start)
     ratio, interval = paired(seconds["hf-bh"], seconds["hf"])
-    return {"seconds": seconds, "ratio": ratio, "interval": interval, "limit": 1.03}
+    return {"seconds": seconds, "ratio": ratio, "interval": interval, "limit": 1.08}
 
 
 def paired(ours: list[float], theirs: list[float]) -> tuple[float, list[float]]:
@@ -640,6 +769,12 @@ def main(
     profiles: Annotated[
         bool, typer.Option("--profile", help="Print where the time of the MoE layer goes.")
     ] = False,
+    only_hooks: Annotated[
+        bool, typer.Option("--hooks", help="Measure only the hooks of all methods.")
+    ] = False,
+    with_compiled: Annotated[
+        bool, typer.Option("--compiled", help="Two of the hooks also under torch.compile.")
+    ] = False,
     small: Annotated[
         bool, typer.Option(help="Small matrices and two mean counts: says nothing of the speed.")
     ] = False,
@@ -676,11 +811,13 @@ def main(
                 f"{free_bytes(place) / 1e9:.1f}; run it elsewhere, or use --layers 2."
             )
         with torch.inference_mode():
-            bench = measure(
-                kind, place, 2 if quick else repeats, layers, full_size, profiles, now, small
-            )
+            bench = Bench(kind, place, 2 if quick else repeats, now, 2**20 if small else 2**27)
+            measure(bench, layers, full_size, profiles, small, only_hooks, with_compiled)
         found = checks(bench)
-        show(bench)
+        if bench.results:
+            show(bench)
+        if bench.hooks:
+            show_hooks(bench)
         show_checks(found)
         gflops = bench.machine.matmul_rate / 1e9
         copy, read = bench.machine.copy_rate / 1e9, bench.machine.read_rate / 1e9
@@ -700,6 +837,7 @@ def main(
                 asdict(r) | {"median_seconds": r.median, "times_floor": r.median / r.floor}
                 for r in bench.results
             ],
+            "hooks": [asdict(r) | {"median_seconds": r.median} for r in bench.hooks],
         }
     if output:
         with replacing(output) as temporary:
@@ -708,29 +846,32 @@ def main(
 
 
 def measure(
-    dtype: torch.dtype,
-    device: torch.device,
-    repeats: int,
+    bench: Bench,
     layers: int,
     full_size: bool,
     profiles: bool,
-    now: Callable[[], float],
     small: bool,
-) -> Bench:
+    only_hooks: bool,
+    with_compiled: bool,
+) -> None:
     """Run every part."""
-    bench = Bench(dtype, device, repeats, now, 2**20 if small else 2**27)
+    dtype, device = bench.dtype, bench.device
     if small:
         bench.means = (8.0, 4.0)
     stack = true_size(16 if full_size and not small else layers, dtype, device, small)
     name = "OLMoE-1B-7B" if full_size else f"{layers}-layer stack"
-    for part in parts_of(name, stack, only_model=full_size):
+    parts = parts_of(name, stack, only_model=full_size)
+    if not full_size:
+        bench.run_hooks(parts[0], parts[1], with_compiled)
+    if only_hooks:
+        return
+    for part in parts:
         bench.run(part)
         if profiles and part.name == "MoE layer":
             profile(bench, part)
     if not (full_size or small):
         tiny = AutoModelForCausalLM.from_pretrained(tiny_olmoe(), dtype=dtype).to(device).eval()
         bench.run(parts_of("tiny-olmoe", tiny, only_model=True)[0])
-    return bench
 
 
 if __name__ == "__main__":

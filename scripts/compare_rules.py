@@ -46,12 +46,12 @@ from lm_eval_bh.harness.demo_texts import demo_documents
 from lm_eval_bh.policies.document_losses import Documents
 from lm_eval_bh.policies.paired_differences import Difference, Ladder, PairedBootstrap
 from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
-from lm_eval_bh.routing.nulls.find import resolve_null
-from lm_eval_bh.routing.nulls.null_kind import NullKind
-from lm_eval_bh.routing.nulls.texts import wikitext_texts
+from lm_eval_bh.routing.methods import METHODS
+from lm_eval_bh.routing.methods.scores import STATISTICS
 from lm_eval_bh.routing.routers import find_routers
-from lm_eval_bh.routing.rules.registry import RULES
-from lm_eval_bh.routing.scores.statistic import STATISTICS
+from lm_eval_bh.routing.tables.find import resolve_null
+from lm_eval_bh.routing.tables.null_kind import NullKind
+from lm_eval_bh.routing.tables.texts import wikitext_texts
 
 LENGTH = 512
 DRAWN = 6  # rows of the figure
@@ -109,12 +109,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def kinds_of(name: str) -> list[tuple[str, str]]:
     """Return the (statistic, variant) that a rule is measured with."""
-    factored = [name for name, row in STATISTICS.items() if row.factors]
-    if RULES[name].random:
+    factored = [name for name, row in STATISTICS.items() if row.table]
+    if METHODS[name].random:
         return [("logit", "layer")]
     if name == "topk":
         return [("contribution", "layer"), ("logit", "mass 0.5")]
-    if RULES[name].weighs:
+    if not METHODS[name].tests:
         kinds = [(statistic, "layer") for statistic in ("logit", *factored)]
         return [*kinds, ("benefit", "mass 0.2")]
     kinds = [("logit", "layer"), ("contribution", "layer")]
@@ -183,7 +183,7 @@ class Bench:
 
     def measure(self, row: Configuration) -> Measured:
         options: dict[str, Any] = {"max_k": self.max_k, "target_experts": row.target}
-        if RULES[row.rule].fixed_count:
+        if METHODS[row.rule].fixed_count:
             options = {"max_k": int(row.target)}
         options |= VARIANTS[row.variant]
         try:
@@ -259,11 +259,11 @@ class Table:
         print("|---|---|---|", *("---:|" for _ in targets), sep="")
         static = [f"{self.bootstrap.perplexity(self.static.at(k)):.2f}" for k in targets]
         print(f"| topk (perplexity) | logit | | {' | '.join(static)} |")
-        order = list(RULES)
+        order = list(METHODS)
         others = {(r.rule, r.statistic, r.variant) for r in wanted} - {("topk", "logit", "layer")}
         for kind in sorted(others, key=lambda kind: (order.index(kind[0]), kind[1:])):
             cells = [self.cell(Configuration(*kind, k)) for k in targets]
-            variant = kind[2] if RULES[kind[0]].tests or kind[2].startswith("mass") else ""
+            variant = kind[2] if METHODS[kind[0]].tests or kind[2].startswith("mass") else ""
             print(f"| {kind[0]} | {kind[1]} | {variant} | {' | '.join(cells)} |")
 
     def draw(self, wanted: Sequence[Configuration], path: Path, title: str) -> None:
@@ -306,7 +306,7 @@ def main(
     tokens_per_document: Annotated[
         int | None, typer.Option(help="Tokens per document; default: all.")
     ] = None,
-    rules: Annotated[str, typer.Option(help="Rules, joined by commas.")] = ",".join(RULES),
+    rules: Annotated[str, typer.Option(help="Rules, joined by commas.")] = ",".join(METHODS),
     batch_size: int = 16,
     workers: Annotated[int, typer.Option(help="Processes; each loads the model.")] = 1,
     seed: int = 0,

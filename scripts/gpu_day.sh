@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs an accelerator, in under 25 minutes on one card and without network: the tests that
-# compare the card with the CPU, bench_routing.py in bfloat16 at OLMoE's true size, all 16 layers with
-# random weights, the speed phase, and vLLM's tests where vLLM is installed. It ends with one JSON file and
+# compare the card with the CPU, bench_routing.py in bfloat16 at OLMoE's true size (with the
+# hook of every method, and two of them under torch.compile), all 16 layers with random weights, the speed phase, and vLLM's tests where vLLM is installed. It ends with one JSON file and
 # one page, gpu_day.json and gpu_day.md. A step that fails is named there and does not stop the others; the
 # exit code says so.
 #
@@ -45,8 +45,8 @@ step() {
     echo "$name: exit code $code, $((SECONDS - start)) s"
 }
 
-tests=(tests/device tests/routing/rules tests/routing/test_selection.py tests/routing/test_fused_kernel.py)
-routing=(--dtype bfloat16)
+tests=(tests/device tests/routing/test_selection.py)
+routing=(--dtype bfloat16 --compiled)
 full=(--full-size)
 speed=(--tasks bh_demo --model-args dtype=bfloat16)
 if [ -n "$small" ]; then

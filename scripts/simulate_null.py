@@ -38,12 +38,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lm_eval_bh import NullModel
 from lm_eval_bh.files import replacing
 from lm_eval_bh.resources import shipped, tiny_olmoe
-from lm_eval_bh.routing.nulls.calibration import collect_router_logits
-from lm_eval_bh.routing.nulls.texts import text_batches
+from lm_eval_bh.routing.family import family_cutoff
+from lm_eval_bh.routing.methods import METHODS
 from lm_eval_bh.routing.routers import find_routers
-from lm_eval_bh.routing.rules.registry import RULES
 from lm_eval_bh.routing.selection import reject
-from lm_eval_bh.routing.target import family_cutoff
+from lm_eval_bh.routing.tables.calibration import collect_router_logits
+from lm_eval_bh.routing.tables.texts import text_batches
 
 EXPERTS, TOP_K = 64, 8
 REPEATS = 20  # of a family, which takes all tokens together
@@ -197,7 +197,7 @@ def main(
         "two camps, 0.5 and -0.5": camps(0.5),
         **of_tiny_olmoe(),
     }
-    tests = [name for name, rule in RULES.items() if rule.tests]
+    tests = [name for name, rule in METHODS.items() if rule.tests]
     p_values = {
         name: draw(matrix, tokens, np.random.default_rng(seed))
         for name, matrix in correlations.items()

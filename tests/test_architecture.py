@@ -1,4 +1,4 @@
-"""The plan of the house: which room may import which, without circles and without namesakes.
+"""The plan of the house: which room may import which, without circles, and how large it may be.
 
 Imports are read from the source, those inside functions and under ``TYPE_CHECKING`` too.
 """
@@ -6,6 +6,7 @@ Imports are read from the source, those inside functions and under ``TYPE_CHECKI
 import ast
 import importlib
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,12 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lm_eval_bh"
 
 # Every room may import itself, and the modules that all may import.
-COMMON = {"errors", "experiment_names", "files", "resources", "schema", "validation"}
+COMMON = {"errors", "experiment_names", "files", "resources", "schema", "threads", "validation"}
 MAY_IMPORT = {
     "schema": {"errors", "experiment_names", "validation"},
     "experiment_names": set(),
     "validation": set(),
     "errors": set(),
+    "threads": set(),
     "files": {"errors"},
     "resources": {"errors"},
     "routing": COMMON,
@@ -50,6 +52,10 @@ MAY_IMPORT = {
 # A sweep reads its own results the way the tables do, so that both have the same numbers.
 BESIDES = {("lm_eval_bh.harness.sweep.runner", "analysis")}
 HEAVY = ("torch", "transformers", "lm_eval")
+METHODS = PACKAGE / "routing" / "methods"
+# Lines, docstrings and all: what does not fit is to be made shorter, not the number larger.
+MOST_OF_A_METHOD, MOST_OF_A_ROUTING_FILE = 100, 300
+MOST_OF_ROUTING_AND_EXPORT, MOST_OF_THE_PACKAGE = 6_500, 27_500
 
 
 def name_of(file: Path) -> str:
@@ -62,14 +68,15 @@ MODULES = {name_of(file): file for file in sorted(PACKAGE.rglob("*.py"))}
 
 def imported(name: str) -> set[str]:
     """Return what a module imports: modules of the package by their full name, others too."""
-    found = set()
+    found, folder = set(), name.rpartition(".")[0]
     for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module if node.level == 0 else f"{folder}.{node.module}"
             for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                found.add(whole if whole in MODULES else node.module)
+                whole = f"{module}.{alias.name}"
+                found.add(whole if whole in MODULES else module)
     return found
 
 
@@ -118,7 +125,54 @@ def test_analysis_needs_no_torch(name):
     [name for name in MODULES if ".export.portable." in name or name.endswith(".engine_scores")],
 )
 def test_what_other_environments_run_needs_nothing_of_ours(name):
-    assert not {other for other in imported(name) if other.split(".")[0] == PACKAGE.name}
+    """But for its neighbours in an exported folder."""
+    ours = {other for other in imported(name) if other.split(".")[0] == PACKAGE.name}
+    assert {other for other in ours if ".export.portable." not in other} == set()
+
+
+@pytest.mark.parametrize(
+    "file", sorted(set(METHODS.glob("*.py")) - {METHODS / "__init__.py"}), ids=lambda f: f.stem
+)
+def test_methods_need_torch_and_their_neighbours_alone(file):
+    """They are copied, flat, to where nothing of ours is; transformers follows relative imports."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1, ast.unparse(node)
+            assert (METHODS / f"{node.module}.py").is_file(), ast.unparse(node)
+            continue
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        else:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            room = name.partition(".")[0]
+            assert room in {"torch", "numpy"} | sys.stdlib_module_names, ast.unparse(node)
+
+
+def lines_of(*files: Path) -> int:
+    return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+
+
+def test_a_method_is_one_short_file():
+    """What all methods share, such as base.py, is no method."""
+    methods = importlib.import_module("lm_eval_bh.routing.methods").METHODS.values()
+    own = [method for method in methods if method.__module__.startswith(PACKAGE.name)]
+    names = [method.__module__ for method in own]
+    assert len(set(names)) == len(names) >= 13
+    for name in (*names, "lm_eval_bh.routing.methods.pick"):
+        assert lines_of(MODULES[name]) <= MOST_OF_A_METHOD, name
+
+
+def test_no_file_of_routing_is_long():
+    files = (PACKAGE / "routing").rglob("*.py")
+    long = {file.name: lines_of(file) for file in files}
+    assert {k: n for k, n in long.items() if n > MOST_OF_A_ROUTING_FILE} == {}
+
+
+def test_the_core_and_the_whole_stay_small():
+    core = [file for room in ("routing", "export") for file in (PACKAGE / room).rglob("*.py")]
+    assert lines_of(*core) <= MOST_OF_ROUTING_AND_EXPORT
+    assert lines_of(*MODULES.values()) <= MOST_OF_THE_PACKAGE
 
 
 def test_no_two_modules_have_one_name():

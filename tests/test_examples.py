@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_bh import BHRoutingIntegration
 from lm_eval_bh.resources import shipped, tiny_olmoe
-from lm_eval_bh.routing.nulls.texts import text_batches
+from lm_eval_bh.routing.tables.texts import text_batches
 from lm_eval_bh.routing.policy import Policy
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lm_eval_bh.harness.sweep import runner
 from lm_eval_bh.harness.sweep.sweep_config import SweepConfig
-from lm_eval_bh.routing.rules.registry import RULES, Rule
+from lm_eval_bh.routing.methods import METHODS, Rule
 
 
 def above_mean(scores, alpha: float, thresholds: Tensor | None) -> Tensor:
@@ -22,7 +22,7 @@ TOY_FIXED = Rule("toy_k", "toy-k", "this test")
 @pytest.fixture
 def toys(monkeypatch):
     for rule in (TOY, TOY_FIXED):
-        monkeypatch.setitem(RULES, rule.name, rule)
+        monkeypatch.setitem(METHODS, rule.name, rule)
 
 
 def test_two_toy_rules_from_hf_bh_to_the_report(toys, tmp_path, run):

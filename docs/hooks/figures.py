@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lm_eval_bh import NullModel, select_experts
 from lm_eval_bh.analysis.show.plots.style import ALPHA, BASELINE_LINE, NEUTRAL, PALETTE, RC
 from lm_eval_bh.resources import shipped, tiny_olmoe
-from lm_eval_bh.routing.nulls.calibration import calibrate, collect_router_logits, text_batches
-from lm_eval_bh.routing.nulls.null_kind import NullKind
+from lm_eval_bh.routing.methods import METHODS
 from lm_eval_bh.routing.routers import find_routers
-from lm_eval_bh.routing.rules.registry import RULES
+from lm_eval_bh.routing.tables.calibration import calibrate, collect_router_logits, text_batches
+from lm_eval_bh.routing.tables.null_kind import NullKind
 
 TOKENS, LENGTH, LAYER, LEVEL = 4096, 512, 0, 0.4
 
@@ -42,7 +42,7 @@ class Measured:
 
     def counts(self, rule: str = "bh", **options: Any) -> torch.Tensor:
         """Return how many experts each token of each layer gets."""
-        null = self.null if RULES[rule].tests else None
+        null = self.null if METHODS[rule].tests else None
         found = [
             select_experts(logits, null, layer=layer, rule=rule, **options).counts
             for layer, logits in self.logits.items()

@@ -11,7 +11,7 @@ from lm_eval_bh.analysis.table.experiments import load_experiments
 from lm_eval_bh.export.checkpoint import Checkpoint
 from lm_eval_bh.export.model_folder import export_folder
 from lm_eval_bh.resources import tiny_olmoe
-from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
+from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
 
 VLLM = {
     "dtype": "float32",
@@ -33,7 +33,7 @@ def folders(tmp_path_factory):
         "min_p": {"rule": "min_p", "alpha": 0.3},
         "top8": {"rule": "topk"},
     }.items():
-        policy = Policy(RoutingConfig.of(parameters), fingerprint, 4, 64, 8)
+        policy = Policy(RoutingConfig.named(parameters), fingerprint, 4, 64, 8)
         export_folder(policy, checkpoint, home / name, name="tiny-olmoe", link=True)
     return home
 

@@ -23,7 +23,7 @@ from lm_eval_bh.analysis.table.perplexities import fill_perplexity
 from lm_eval_bh.analysis.table.strategy_names import strategy_label
 from lm_eval_bh.analysis.table.table_files import read_table, write_tables
 from lm_eval_bh.errors import DataError
-from lm_eval_bh.routing.rules.registry import RULES
+from lm_eval_bh.routing.methods import METHODS
 
 WIKITEXT, LAMBADA, HELLASWAG = "bh_wikitext", "bh_lambada", "bh_hellaswag"
 NATIVE = 4
@@ -300,7 +300,7 @@ def test_solved_levels_and_trimmed_nulls_are_told_apart(write):
     assert frame.groupby("strategy")["configuration"].nunique().eq(1).all()
 
 
-@pytest.mark.parametrize("rule", [RULES[name] for name in FIRST_RELEASE], ids=FIRST_RELEASE)
+@pytest.mark.parametrize("rule", [METHODS[name] for name in FIRST_RELEASE], ids=FIRST_RELEASE)
 def test_rules_of_the_first_release_are_what_they_were(rule):
     info = upgraded({"config": {"rule": rule.name}}, "it")["rule"]
     assert rule.fixed_count == info["fixed_count"]

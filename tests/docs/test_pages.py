@@ -15,6 +15,8 @@ import pytest
 from code_blocks import RUN, Block, blocks_of
 from warm_commands import warm_commands
 
+from lm_eval_bh.routing.methods import METHODS
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     page
@@ -35,6 +37,15 @@ def commands():
         warm_commands(Path(folder)) as path,
     ):
         yield path
+
+
+@pytest.fixture
+def methods_of_a_page():
+    """Forget the methods that a page has defined."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
 
 
 def run_bash(block: Block, place: str, commands: Path) -> None:
@@ -63,7 +74,7 @@ def run_bash(block: Block, place: str, commands: Path) -> None:
         if any(b.excuse is None and b.language in RUN for b in blocks)
     ],
 )
-def test_every_block_runs(page, commands, tmp_path, monkeypatch):
+def test_every_block_runs(page, commands, methods_of_a_page, tmp_path, monkeypatch):
     for name in ("examples", "scripts", "kde_models", "tasks"):  # a reader is in a clone
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)

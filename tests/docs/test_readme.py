@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
 import pytest
 
-from lm_eval_bh import RoutingConfig
 from lm_eval_bh.harness.arguments import DEFAULT_ALPHA
-from lm_eval_bh.routing.config import PARAMETERS
+from lm_eval_bh.routing.declared import PARAMETERS
+from lm_eval_bh.routing.methods import METHODS
+from lm_eval_bh.routing.methods.base import SCORED
+from lm_eval_bh.routing.methods.step_up import TESTED
+
+OURS = [name for name, method in METHODS.items() if method.__module__.startswith("lm_eval_bh.")]
+GROUPS = {"tested": TESTED, "scored": SCORED}
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(RoutingConfig), ids=lambda field: field.name)
-def test_every_parameter_has_its_row(request, field):
-    default = DEFAULT_ALPHA if field.name == "alpha" else field.default
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_every_parameter_has_its_row(request, name):
+    default = DEFAULT_ALPHA if name == "alpha" else PARAMETERS[name].default
     if default is None:
         shown = "none"
     else:
         shown = f"`{default}`" if isinstance(default, str) else f"{default:g}"
-    row = f"| `{field.name}` | {shown} | {PARAMETERS[field.name].help} |"
+    row = f"| `{name}` | {shown} | {PARAMETERS[name].help} |"
     page = request.config.rootpath / "docs" / "reference" / "model_args.md"
     assert row in page.read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/reference/rules.md"])
+@pytest.mark.parametrize("name", OURS)
+def test_every_method_is_listed_with_its_parameters_and_its_source(request, page, name):
+    text = (request.config.rootpath / page).read_text(encoding="utf-8")
+    [row] = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+    *_, parameters, source = (cell.strip() for cell in row.strip("|").split("|"))
+    assert re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", source) == METHODS[name].source
+    listed = set(re.findall(r"`(\w+)`", parameters))
+    for group in GROUPS.keys() & set(re.findall(r"\w+", parameters)):
+        listed |= GROUPS[group].keys()
+    assert listed == METHODS[name].declared.keys() - {"alpha"}
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere(request):

@@ -17,8 +17,8 @@ from lm_eval_bh.doctor.machine import check_caches, check_devices, check_hub
 from lm_eval_bh.doctor.outlook import check_model
 from lm_eval_bh.doctor.versions import check_versions
 from lm_eval_bh.resources import shipped, tiny_olmoe
-from lm_eval_bh.routing.nulls.find import cached_null
-from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
+from lm_eval_bh.routing.tables.find import cached_null
+from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
 from lm_eval_bh.routing.routers import find_routers
 
 

@@ -17,7 +17,7 @@ COUNT = "--override-kv olmoe.expert_used_count=int:{}"
 
 
 def options(solution=None, checkpoint=OLMOE, **parameters):
-    policy = Policy(RoutingConfig.of(parameters), "f" * 64, 4, 64, 8, solution=solution)
+    policy = Policy(RoutingConfig.named(parameters), "f" * 64, 4, 64, 8, solution=solution)
     return llama_cpp_options(policy, checkpoint)
 
 

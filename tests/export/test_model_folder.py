@@ -184,7 +184,7 @@ def test_what_is_replaced(policies, tmp_path):
         export(policies, "static", folder)
     export(policies, "static", folder, force=True)
     layers = json.loads((folder / "config.json").read_text())["adaptive_routing"]["layers"]
-    assert {settings["rule"] for settings in layers} == {"fixed"}
+    assert {settings["method"] for settings in layers} == {"topk"}
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter.txt").write_text("years of work")

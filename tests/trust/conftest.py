@@ -15,7 +15,7 @@ import pytest
 from lm_eval_bh.export.checkpoint import Checkpoint
 from lm_eval_bh.resources import shipped, tiny_olmoe
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.nulls.fingerprint import router_fingerprint
+from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
 from lm_eval_bh.routing.policy import Policy
 
 RESULTS = "results_2026-01-01T00-00-00.5.json"
@@ -161,7 +161,7 @@ def _strange_nulls(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from lm_eval_bh.routing.nulls.null_header import NullHeader
+    from lm_eval_bh.routing.tables.null_header import NullHeader
 
     x, cdf = torch.linspace(-1, 1, 4).double(), torch.linspace(0, 1, 4).double()
     for name, (grid, values) in {
@@ -232,7 +232,7 @@ def _policies(root: Path) -> None:
         ("another", "f" * 64, {"rule": "topk", "max_k": 4}),
     ):
         path = root / "policies" / f"{name}.safetensors"
-        config = RoutingConfig.of(parameters)
+        config = RoutingConfig.named(parameters)
         Policy(config, fingerprint, 4, 64, 8, model="tiny-olmoe").save(path)
     whole = (root / "policies" / "top4.safetensors").read_bytes()
     (root / "policies" / "cut.safetensors").write_bytes(whole[: len(whole) // 2])

@@ -20,7 +20,7 @@ from lm_eval_bh.analysis.show.report_tables import number, p_value
 from lm_eval_bh.analysis.table.experiments import load_experiments
 from lm_eval_bh.cli.app import app
 from lm_eval_bh.harness.arguments import routing_config
-from lm_eval_bh.routing.rules.registry import RULES
+from lm_eval_bh.routing.methods import METHODS
 from lm_eval_bh.schema import read_json
 
 LAMBADA, HELLASWAG = "bh_lambada", "bh_hellaswag"
@@ -314,7 +314,7 @@ def test_routing_is_spelt_out_where_the_model_was_given_as_an_object():
 @pytest.mark.parametrize(
     "wanted",
     [
-        *({"rule": rule} for rule in RULES),
+        *({"rule": rule} for rule in METHODS),
         {"rule": "bh", "trim": 2, "null_scope": "expert", "statistic": "contribution"},
         {"rule": "top_p", "statistic": "contribution"},
         {"rule": "random_k", "seed": 7},
@@ -324,13 +324,13 @@ def test_routing_is_spelt_out_where_the_model_was_given_as_an_object():
     ids=str,
 )
 def test_routing_that_is_spelt_out_is_accepted_and_the_same(wanted):
-    if "target_experts" not in wanted and not RULES[wanted["rule"]].fixed_count:
+    if "target_experts" not in wanted and not METHODS[wanted["rule"]].fixed_count:
         wanted = wanted | {"alpha": 0.3}
     config = routing_config(wanted | {"max_k": 6})
     written = config.as_dict()
     if config.target_experts is not None:  # as BHRoutingIntegration.describe() has it
         written |= {"alpha": 0.62, "solved": {"alphas": {"0": 0.6, "1": 0.64}}}
-    bh = {"config": written, "rule": RULES[config.rule].describe()}
+    bh = {"config": written, "rule": METHODS[config.rule].describe()}
     content = {
         "config": {"model": "some/model", "model_args": None, "bh": bh},
         "model_source": "CUSTOM",  # as lm-eval has it of an object

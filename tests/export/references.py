@@ -1,0 +1,143 @@
+"""A slow, plain reference of every method: one token at a time, in float64, from the formulas.
+
+It shares no code with the package: p-values are NumPy's interpolation, multiple testing is
+statsmodels' where it has the procedure.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from statsmodels.stats.multitest import multipletests
+
+STATSMODELS = {
+    "bh": "fdr_bh",
+    "by": "fdr_by",
+    "bonferroni": "bonferroni",
+    "holm": "holm",
+    "hochberg": "simes-hochberg",
+    "fdr_tsbh": "fdr_tsbh",
+}
+
+
+@dataclass
+class Reference:
+    """A method on one router.
+
+    Attributes
+    ----------
+    rule, alpha, parameters
+        The method, its level, and its configuration's values by name.
+    native_k, rescales
+        How many experts the router takes itself, and whether it rescales their weights to one.
+    factors : ndarray or None
+        ``[experts]``, or a predictor ``[hidden + 2, experts]``.
+    nulls : list of (x, cdf)
+        One for each expert, or a single one; empty where nothing is tested.
+    layer : int
+        What random experts depend on.
+    """
+
+    rule: str
+    alpha: float
+    parameters: dict[str, Any]
+    native_k: int
+    rescales: bool
+    factors: Any = None
+    nulls: Any = ()
+    layer: int = 0
+
+    def experts(self, logits: Any, hidden: Any) -> dict[int, float]:
+        """Return one token's experts, the best first, and their weights."""
+        z = np.asarray(logits, dtype=float)
+        order = sorted(range(len(z)), key=lambda e: -z[e])  # the router's
+        kept = self._kept(z, np.asarray(hidden, dtype=float), order)
+        tempered = softmax(z / self.parameters["temperature"])
+        native = sum(tempered[e] for e in order[: self.native_k])
+        weights = {e: tempered[e] / (native if self.rescales else 1) for e in kept}
+        total, mass = sum(weights.values()), self.parameters["mass"]
+        if mass is not None:
+            wanted = 1 if self.rescales else native  # the sum of the native top-k's
+            factor = (wanted / total) ** mass
+        elif self.parameters["renormalize"] is True or self.rescales:
+            factor = 1 / total
+        else:
+            factor = 1
+        return {e: weight * factor for e, weight in weights.items()}
+
+    def _kept(self, z: Any, hidden: Any, order: list[int]) -> list[int]:
+        least, most = self.parameters["min_k"], self.parameters["max_k"]
+        if self.rule == "random_k":
+            return sorted(self._drawn(order, most), key=lambda e: -z[e])
+        score = self._scores(z, hidden, order)
+        ranked = sorted(range(len(z)), key=lambda e: -score[e])
+        if self.rule in ("min_w", "p_value"):  # others than the router's first do not compete
+            ranked = [e for e in ranked if e in order[:most]]
+        if self.rule == "topk":
+            return ranked[:most]
+        if self.nulls:
+            p = np.array([self._p_value(e, score[e]) for e in range(len(z))])
+            if len(self.nulls) > 1:
+                ranked = sorted(ranked, key=lambda e: p[e])
+            count = self._rejections(p, ranked)
+        elif self.rule == "min_w":
+            count = sum(math.exp(score[e]) >= self.alpha for e in ranked)
+        else:
+            share = softmax(score)[ranked]
+            if self.rule == "top_p":
+                count = next(n for n in range(1, len(z) + 1) if share[:n].sum() >= self.alpha)
+            else:
+                count = sum(share >= self.alpha * share[0])
+        return ranked[: min(max(count, least), most)]
+
+    def _scores(self, z: Any, hidden: Any, order: list[int]) -> Any:
+        statistic = self.parameters.get("statistic", "logit")
+        if statistic == "logit" and self.rule != "min_w":
+            return z
+        weights = softmax(z)
+        if self.parameters["of"] == "own" and self.rescales:
+            weights = weights / sum(weights[e] for e in order[: self.native_k])
+        if statistic in ("logit", "weight"):
+            return np.log(weights)
+        if statistic == "predicted":
+            coefficients, intercept, mean = self.factors[:-2], self.factors[-2], self.factors[-1]
+            return np.log(weights * np.maximum(hidden @ coefficients + intercept, 0.05 * mean))
+        return np.log(weights * self.factors)
+
+    def _p_value(self, expert: int, score: float) -> float:
+        x, cdf = self.nulls[expert if len(self.nulls) > 1 else 0]
+        return 1 - np.interp(score, x, cdf)
+
+    def _rejections(self, p: Any, ranked: list[int]) -> int:
+        if self.rule == "p_value":
+            return int(sum(p[e] <= self.alpha for e in ranked))
+        if self.rule == "storey":
+            share = (1 + sum(p > 0.5)) / (len(p) / 2)
+            levels = [min(k * self.alpha / share / len(p), 0.5) for k in range(1, len(p) + 1)]
+            return max([k + 1 for k, low in enumerate(sorted(p)) if low <= levels[k]], default=0)
+        return int(multipletests(p, self.alpha, STATSMODELS[self.rule])[0].sum())
+
+    def _drawn(self, order: list[int], most: int) -> list[int]:
+        state = mixed(self.parameters["seed"] * 65537 + self.layer)
+        for expert in order[:8]:
+            state = mixed(state + expert)
+        lots = [mixed(state + e) for e in range(len(order))]
+        signed = [lot - 2**64 if lot >= 2**63 else lot for lot in lots]
+        return sorted(range(len(order)), key=lambda e: signed[e])[:most]
+
+
+def softmax(z: Any) -> Any:
+    """Return shares that sum to one."""
+    exact = np.exp(z - np.max(z))
+    return exact / exact.sum()
+
+
+def mixed(state: int) -> int:
+    """Return a step of SplitMix64, in Python's integers."""
+    state = (state + 0x9E3779B97F4A7C15) % 2**64
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+    return state ^ (state >> 31)

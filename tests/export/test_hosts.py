@@ -1,0 +1,295 @@
+"""The same files decide in every host: in the package, in hf-bh's hook, in an exported folder."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from references import Reference
+from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig
+
+from lm_eval_bh import BHRoutingIntegration, NullModel, Policy, PolicyError, RoutingConfig
+from lm_eval_bh.export.layer_methods import files_of, layer_methods
+from lm_eval_bh.export.model_folder import CHOSEN, chosen_methods
+from lm_eval_bh.routing.config import GENERAL
+from lm_eval_bh.routing.fitted import fitted_method
+from lm_eval_bh.routing.methods import METHODS
+from lm_eval_bh.routing.methods.pick import pick
+from lm_eval_bh.routing.methods.router import softmax_output
+from lm_eval_bh.routing.methods.scores import STATISTICS, log_weights
+from lm_eval_bh.routing.routers import find_routers
+from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
+from lm_eval_bh.routing.tables.null_kind import NullKind
+
+TOKENS, EXPERTS, LAYERS, NATIVE = 300, 16, 2, 4
+LEVELS = {"top_p": 0.6, "min_p": 0.3, "min_w": 0.08}
+CONFIGS = [
+    *({"rule": rule} for rule in METHODS if rule != "random_k"),
+    *(
+        {"rule": rule, "statistic": statistic}
+        for rule in ("bh", "holm", "p_value", "top_p", "min_p", "topk", "min_w")
+        for statistic in ("weight", "contribution", "benefit", "predicted")
+    ),
+    *(
+        {"rule": rule, "null_scope": scope, "statistic": statistic}
+        for rule, scope, statistic in itertools.product(
+            [name for name, method in METHODS.items() if method.tests],
+            ("expert", "model"),
+            ("logit", "contribution"),
+        )
+    ),
+    *(
+        {"rule": rule, "of": "own", "statistic": statistic}
+        for rule in ("bh", "p_value", "top_p", "min_w")
+        for statistic in ("weight", "benefit")
+    ),
+    {"rule": "min_w", "of": "own", "statistic": "benefit", "max_k": 2, "mass": 0.2},
+    {"rule": "min_w", "of": "own", "max_k": 2},
+    {"rule": "bh", "min_k": 6, "max_k": 6, "null_scope": "expert"},
+    {"rule": "min_w", "min_k": 6, "max_k": 6, "statistic": "benefit"},
+    {"rule": "topk", "k_per_layer": "5-3"},
+    {"rule": "topk", "max_k": 2, "mass": 0.5},
+    {"rule": "bh", "layers": "last1"},
+    {"rule": "bh", "min_k": 2, "max_k": 3},
+    {"rule": "bh", "temperature": 0.5},
+    {"rule": "min_w", "alpha": 0.03, "max_k": 5, "mass": 0.5, "temperature": 1.5},
+    {"rule": "bh", "temperature": 2.0, "statistic": "contribution"},
+    {"rule": "bh", "renormalize": True},
+    {"rule": "bh", "renormalize": False},
+    {"rule": "min_w", "mass": 0.5},
+    {"rule": "bh", "mass": 1.0, "max_k": 2, "statistic": "benefit"},
+]
+CASES = [(parameters, rescales) for parameters in CONFIGS for rescales in (False, True)]
+cases = pytest.mark.parametrize(("parameters", "rescales"), CASES, ids=str)
+
+# What runs where this package cannot be imported, with the files of an exported folder alone.
+ELSEWHERE = """
+import json, sys
+sys.modules["lm_eval_bh"] = None
+sys.path.insert(0, sys.argv[1])
+import torch
+from exported.methods_of_policy import METHODS
+from exported.pick import pick, repeated
+from exported.router import RouterOutput
+
+answers = []
+for settings, tables, router in torch.load(sys.argv[2]):
+    settings = json.loads(settings)
+    method = METHODS[settings["method"]](settings)
+    method.load_state_dict(tables)
+    method.to(torch.bfloat16).to(torch.float32)
+    rounded = [n for n, t in method.state_dict().items() if not torch.equal(t, tables[n])]
+    picked = pick(method, RouterOutput(**router))
+    answers.append((rounded, tuple(picked), repeated(picked, method.num_experts).indices))
+torch.save(answers, sys.argv[3])
+"""
+
+
+def rows(size, seed):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of(layer, tokens=TOKENS):
+    return rows((tokens, EXPERTS), 9 + layer) * 1.5
+
+
+def said(logits, slots, rescales):
+    """Return what a router says whose projection is the identity: hidden states are logits."""
+    return softmax_output(logits, slots, NATIVE, rescales=rescales, hidden_states=logits)
+
+
+def config_of(parameters):
+    return RoutingConfig.named({"alpha": LEVELS.get(parameters["rule"], 0.3)} | parameters)
+
+
+def null_of(config, rescales):
+    """Return a null model fitted on random numbers, where the method needs one."""
+    if not config.needs_null:
+        return None
+    own = config.of == "own" and rescales
+    return random_null(config.scored_by, config.null_scope, config.of, own)
+
+
+@functools.cache
+def random_null(statistic, scope, of, rescales):
+    row, factors, found = STATISTICS[statistic], None, []
+    if row.table:
+        shape = (LAYERS, EXPERTS + 2, EXPERTS) if row.predicts else (LAYERS, EXPERTS)
+        factors = np.abs(rows(shape, 3).double().numpy()) + 0.5
+    for layer in range(LAYERS):
+        scores = logits = rows((500, EXPERTS), layer) * 1.5
+        if row.weighs:
+            scores = log_weights(said(logits, NATIVE, rescales), of)
+        if row.table:
+            means = factors[layer][-1] if row.predicts else factors[layer]
+            scores = scores + torch.from_numpy(np.log(means))
+        found.append(scores)
+    kind = NullKind(statistic, scope, of=of).made()
+    return NullModel.from_scores(found, kind, factors)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Return OLMoE and Mixtral, which rescales, whose routers give back what they are given."""
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": EXPERTS,
+        "intermediate_size": 8,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": NATIVE,
+    }
+    configs = OlmoeConfig(num_experts=EXPERTS, **sizes), MixtralConfig(
+        num_local_experts=EXPERTS, **sizes
+    )
+    found = {}
+    for rescales, config in enumerate(configs):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for router in find_routers(model):
+            router.weight.data = torch.eye(EXPERTS)
+        found[bool(rescales)] = model
+    return found
+
+
+def policy_of(parameters, rescales):
+    fingerprint = router_fingerprint([torch.eye(EXPERTS)] * LAYERS)
+    config = config_of(parameters)
+    null = null_of(config, rescales)
+    return Policy(config, fingerprint, LAYERS, EXPERTS, NATIVE, null_model=null)
+
+
+def flat_files(folder, methods):
+    """Write what an exported folder holds of methods."""
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    for file in files_of(methods):
+        shutil.copyfile(file, folder / file.name)
+    (folder / CHOSEN).write_text(chosen_methods(methods), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def here():
+    """Return the methods of every case, and what they pick in the package."""
+    found = {}
+    for parameters, rescales in CASES:
+        methods = layer_methods(policy_of(parameters, rescales))
+        found[str(parameters), rescales] = [
+            (method, pick(method, said(logits_of(layer), method.asks(NATIVE), rescales)))
+            for layer, method in enumerate(methods)
+        ]
+    return found
+
+
+@pytest.fixture(scope="module")
+def elsewhere(here, tmp_path_factory):
+    """Return what all of them decide in one process that has nothing but the exported files."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    methods = [method for case in here.values() for method, _ in case]
+    flat_files(folder / "exported", methods)
+    jobs = []
+    for (_, rescales), case in here.items():
+        for layer, (method, _) in enumerate(case):
+            settings = json.dumps(method.settings | {"method": method.name})
+            router = said(logits_of(layer), method.asks(NATIVE), rescales)._asdict()
+            jobs.append((settings, method.state_dict(), router))
+    torch.save(jobs, folder / "jobs.pt")
+    command = [sys.executable, "-c", ELSEWHERE]
+    command += [str(folder / name) for name in ("", "jobs.pt", "answers.pt")]
+    subprocess.run(command, check=True)
+    answers = iter(torch.load(folder / "answers.pt"))
+    return {case: [next(answers) for _ in range(LAYERS)] for case in here}
+
+
+@cases
+def test_an_exported_folder_decides_the_same(parameters, rescales, here, elsewhere):
+    both = zip(
+        here[str(parameters), rescales], elsewhere[str(parameters), rescales], strict=True
+    )
+    for (method, expected), (rounded, found, repeating) in both:
+        assert not rounded, "a cast to bfloat16 and back has rounded tables"
+        for ours, theirs in zip(expected, found, strict=True):
+            assert torch.equal(ours, theirs)
+        indices, unused = found[0], found[0] == EXPERTS
+        assert torch.equal(repeating, torch.where(unused, indices[:, :1], indices))
+        assert torch.equal((~unused).sum(-1), expected.counts)
+        if not method.fixed:
+            assert len(expected.counts.unique()) > 1, "the case would prove nothing"
+
+
+@cases
+def test_the_hook_of_hf_bh_decides_the_same(parameters, rescales, here, models):
+    model = models[rescales]
+    with BHRoutingIntegration(model, policy=policy_of(parameters, rescales)):
+        for layer, (_, expected) in enumerate(here[str(parameters), rescales]):
+            with torch.no_grad():
+                _, weights, indices = model.model.layers[layer].mlp.gate(logits_of(layer))
+            assert torch.equal(indices, expected.indices)
+            torch.testing.assert_close(weights, expected.weights, rtol=1e-6, atol=1e-7)
+
+
+# With renormalize=False a rescaling router's scale is that of as many experts as it is asked for.
+@pytest.mark.parametrize(
+    ("parameters", "rescales"),
+    [case for case in CASES if case != ({"rule": "bh", "renormalize": False}, True)]
+    + [({"rule": "random_k", "max_k": 5, "seed": 7}, False)],
+    ids=str,
+)
+def test_it_decides_what_a_slow_plain_reference_does(parameters, rescales):
+    layer, config = LAYERS - 1, config_of(parameters)
+    config, null = config.for_layer(layer, LAYERS), null_of(config, rescales)
+    reference = Reference(
+        config.rule,
+        config.alpha,
+        {name: getattr(config, name) for name in (*GENERAL, *config.method.declared)},
+        NATIVE,
+        rescales,
+        layer=layer,
+    )
+    if null is not None:
+        reference.factors = null.layer(layer).factors
+        if config.tests:
+            x, cdf = (np.atleast_2d(table) for table in null.cdf(layer))
+            reference.nulls = list(zip(x, cdf, strict=True))
+    method = fitted_method(config, null, layer, EXPERTS)
+    logits = logits_of(layer, 60).double()
+    found = pick(method, said(logits, method.asks(NATIVE), rescales))
+    for token, z in enumerate(logits.numpy()):
+        expected, count = reference.experts(z, z), int(found.counts[token])
+        assert found.indices[token, :count].tolist() == list(expected)
+        weights = list(expected.values())
+        np.testing.assert_allclose(found.weights[token, :count], weights, rtol=1e-5)
+
+
+def test_what_is_copied_needs_neither_the_package_nor_imports_that_transformers_misses():
+    """transformers follows ``from .name import``, and takes no folder for a module."""
+    for file in files_of(METHODS[name](_plain(name)) for name in METHODS):
+        text = file.read_text(encoding="utf-8")
+        assert "lm_eval_bh.routing" not in text.replace(":func:`~lm_eval_bh.routing", "").replace(
+            ":class:`~lm_eval_bh.routing", ""
+        )
+        assert "from . import" not in text
+
+
+def _plain(name):
+    return RoutingConfig(rule=name).settings(0, EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"rule": "random_k"}, "the nearest that can be exported is rule=topk"),
+        ({"rule": "topk", "mode": "analyze"}, "only counts"),
+    ],
+)
+def test_what_no_engine_can_do_is_refused(parameters, sentence):
+    with pytest.raises(PolicyError, match=sentence):
+        layer_methods(policy_of(parameters, False))
