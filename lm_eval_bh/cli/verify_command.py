@@ -26,15 +26,18 @@ def verify(
         str | None, typer.Option(help="Hub name or folder of the model; default: the policy's.")
     ] = None,
     python: Annotated[
-        str, typer.Option(help="Interpreter of the engine's environment; default: this one.")
-    ] = sys.executable,
+        str | None, typer.Option(help="Interpreter of the engine's environment; default: this one.")
+    ] = None,
+    timeout: Annotated[
+        int, typer.Option(min=1, help="Seconds after which an engine that hangs is ended.")
+    ] = 3600,
 ) -> None:
     """Score documents in an engine and in hf-bh, in float32, and say how far they are apart."""
     from rich.table import Table
     from transformers import AutoTokenizer
 
     from lm_eval_bh.export.checkpoint import Checkpoint
-    from lm_eval_bh.export.verification import TOLERANCE, check_engine
+    from lm_eval_bh.export.verification import check_engine
     from lm_eval_bh.export.verification import verify as compare
     from lm_eval_bh.harness.demo_texts import demo_documents
     from lm_eval_bh.routing.policy import Policy
@@ -57,8 +60,9 @@ def verify(
             [ids[: min(length, longest)] for ids in texts if len(ids) > 1],
             engine=engine,
             name=name,
-            python=python,
+            python=python or sys.executable,
             policy_file=policy,
+            timeout=timeout,
         )
     table = Table(show_header=False, title=f"{policy.name} in {found.engine}, float32")
     counts = "not told by the engine"
@@ -66,6 +70,7 @@ def verify(
         counts = "all equal" if not found.other_counts else f"{found.other_counts} differ"
     for row in (
         ("documents, tokens scored", f"{found.documents}, {found.tokens:,}"),
+        ("tokens without a finite score", f"{found.unscored:,}"),
         ("largest difference of a log-probability", f"{found.largest:.2e}"),
         ("experts of each token in each layer", counts),
         ("mean experts in hf-bh", f"{found.mean_experts:.3f}"),
@@ -75,8 +80,8 @@ def verify(
     ):
         table.add_row(*row)
     show(table)
-    if not found.agrees:
+    if found.differences:
         raise ModelError(
-            f"{found.engine} does not do what hf-bh does (largest difference {found.largest:.2e}, "
-            f"allowed {TOLERANCE:.0e}; experts: {counts}): do not serve this policy there."
+            f"{found.engine} does not do what hf-bh does ({'; '.join(found.differences)}): "
+            "do not serve this policy there."
         )
