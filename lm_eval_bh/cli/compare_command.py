@@ -117,5 +117,12 @@ def _text(found: TwoRuns, settings: dict[str, float], output: Path) -> str:
         {name: plain(value) for name, value in row.items()}
         for row in found.table.to_dict(orient="records")
     ]
-    content = {"a": found.names[0], "b": found.names[1], "settings": settings, "rows": rows}
+    content = {
+        "a": found.names[0],
+        "b": found.names[1],
+        "settings": settings,
+        "rows": rows,
+        "notes": [sentence for _, sentence in found.notes],
+        "left_out": [sentence for _, sentence in found.problems],
+    }
     return json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
