@@ -24,6 +24,7 @@ from lm_eval_bh.analysis.read.averages import counted, ratio_confirmed
 from lm_eval_bh.analysis.read.documents import ACCURACIES, different
 from lm_eval_bh.analysis.read.loaded import Loaded
 from lm_eval_bh.analysis.table.columns import typed
+from lm_eval_bh.analysis.table.missing import holds, is_missing
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 from lm_eval_bh.errors import ParameterError
 
@@ -157,7 +158,7 @@ def _pairs(loaded: Loaded, baseline: str) -> Iterator[tuple[pd.Series, pd.Series
         ]
         for row in firsts:
             k = row["native_top_k" if baseline == "native" else "max_k"]
-            if pd.isna(k) or (row["baseline"] and row["max_k"] == k):
+            if is_missing(k) or (holds(row["baseline"]) and row["max_k"] == k):
                 continue
             candidates = rows[rows["baseline"] & (rows["max_k"] == k).fillna(False).astype(bool)]
             yield row, _first(loaded, candidates) if len(candidates) else None

@@ -12,6 +12,7 @@ from lm_eval_bh.analysis.patterns.log_reader import token_files
 from lm_eval_bh.analysis.patterns.token_classes import vocabulary
 from lm_eval_bh.analysis.show.view_page import ViewLayer, ViewRouted, ViewRun, ViewText, short
 from lm_eval_bh.analysis.table.experiments import load_experiments
+from lm_eval_bh.analysis.table.missing import is_missing
 from lm_eval_bh.errors import DataError, ParameterError
 
 ROWS = 65536  # of a log in memory at a time
@@ -166,7 +167,7 @@ def _texts(table: pd.DataFrame, words: Sequence[str]) -> list[ViewText]:
     texts: list[ViewText] = []
     for document, some in table.groupby("doc_id"):
         first = some[some["layer"] == some["layer"].iloc[0]]
-        ids = [None if pd.isna(token) else int(token) for token in first["token_id"]]
+        ids = [None if is_missing(token) else int(token) for token in first["token_id"]]
         texts.append(
             {
                 "title": f"document {document}",
