@@ -51,8 +51,14 @@ def verify(
         checkpoint = Checkpoint.find(
             model_path(name), loaded.revision if pretrained is None else None
         )
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-        longest = checkpoint.config.get("max_position_embeddings", length + 1) - 1
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+            raise ModelError(
+                f"The tokenizer of {name!r} could not be loaded ({reason}): give a model with one."
+            ) from error
+        longest = (checkpoint.config.get("max_position_embeddings") or length + 1) - 1
         texts = [tokenizer(text).input_ids for text in demo_documents(documents)]
         found = compare(
             loaded,

@@ -149,6 +149,13 @@ def test_caches_are_measured(monkeypatch, tmp_path):
     assert by_subject(check_caches())["null models"].state == "problem"
 
 
+def test_a_folder_that_cannot_be_made_is_no_lack_of_space(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    found = by_subject(check_caches())["null models"]
+    assert found.state == "problem"
+    assert "HF_HOME or XDG_CACHE_HOME to a folder that you can write to" in found.remedy
+
+
 # A model
 
 

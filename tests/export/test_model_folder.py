@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -263,3 +264,51 @@ def test_models_that_do_not_serve(policies, tmp_path):
     with pytest.raises(ModelError, match="'llama' cannot be exported: give a mixture"):
         Checkpoint.find(str(tmp_path / "another"))
     assert not (tmp_path / "out").exists()
+
+
+BAD_FILES = {
+    "NaN": ("config.json", lambda c: json.dumps(c | {"rms_norm_eps": math.nan}), "holds NaN"),
+    "infinite": ("config.json", lambda c: json.dumps(c | {"x": [math.inf]}), "holds Infinity"),
+    "a list": ("config.json", lambda c: json.dumps([c]), "must be an object"),
+    "nested": ("config.json", lambda c: "[" * 100_000, "could not be read"),
+    "type a list": ("config.json", lambda c: json.dumps(c | {"model_type": []}), "must be text"),
+    "type a number": ("config.json", lambda c: json.dumps(c | {"model_type": 3}), "must be text"),
+    "tied as text": (
+        "config.json",
+        lambda c: json.dumps(c | {"tie_word_embeddings": "no"}),
+        "must be true or false or null",
+    ),
+    "context as text": (
+        "config.json",
+        lambda c: json.dumps(c | {"max_position_embeddings": "512"}),
+        "must be an integer or null",
+    ),
+    "index a list": ("model.safetensors.index.json", lambda c: "[]", "must be an object"),
+    "index empty": ("model.safetensors.index.json", lambda c: "{}", "lacks weight_map"),
+    "map a list": (
+        "model.safetensors.index.json",
+        lambda c: '{"weight_map": ["a"]}',
+        "must be an object",
+    ),
+    "map of numbers": (
+        "model.safetensors.index.json",
+        lambda c: '{"weight_map": {"a": 1}}',
+        "must be text",
+    ),
+    "map elsewhere": (
+        "model.safetensors.index.json",
+        lambda c: '{"weight_map": {"a": "../b.safetensors"}}',
+        "outside its folder",
+    ),
+}
+
+
+@pytest.mark.parametrize(("file", "content", "said"), BAD_FILES.values(), ids=BAD_FILES)
+def test_damaged_files_of_a_model_are_one_sentence(file, content, said, tmp_path):
+    config = json.loads((tiny_olmoe() / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / file).write_text(content(config))
+    if file == "config.json":
+        (tmp_path / "model.safetensors").symlink_to(tiny_olmoe() / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"could not be read \(.*{said}|{said}"):
+        Checkpoint.find(str(tmp_path))
