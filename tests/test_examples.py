@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_bh import BHRoutingIntegration
 from lm_eval_bh.resources import shipped, tiny_olmoe
-from lm_eval_bh.routing.tables.texts import text_batches
 from lm_eval_bh.routing.policy import Policy
+from lm_eval_bh.routing.tables.texts import text_batches
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 LENGTH = 64

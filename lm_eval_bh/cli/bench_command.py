@@ -93,10 +93,10 @@ def bench(
 
 def print_speeds(files: list[SpeedFile]) -> None:
     """Print a table for each task and workload, and under what conditions it was measured."""
-    import pandas as pd
     from rich import box
     from rich.table import Table
 
+    from lm_eval_bh.analysis.table.missing import holds, is_missing, text_of
     from lm_eval_bh.analysis.table.speed_phase import conditions, speed_frame
 
     for (task, workload), rows in speed_frame(files).groupby(["task", "workload"], sort=False):
@@ -111,16 +111,22 @@ def print_speeds(files: list[SpeedFile]) -> None:
         table.add_column("rows a\ntoken", justify="right", no_wrap=True)
         table.add_column("times\nfloor", justify="right", no_wrap=True)
         for _, row in rows.iterrows():
-            ends = f" [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]" if row["verdict"] else ""
+            ends = (
+                f" [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
+                if not is_missing(row["ratio_low"])
+                else ""
+            )
             known, floor = row["expert_rows_per_token"], row["times_floor"]
             table.add_row(
                 row["strategy"],
                 f"{row['tokens_per_second']:,.0f}",
                 f"{row['ms_per_pass']:.3g}",
                 f"{row['ratio']:.2f}{ends}",
-                row["verdict"],
-                "" if pd.isna(known) else f"{known:.2f}{'' if row['rows_counted'] else '*'}",
-                "" if pd.isna(floor) else f"{floor:.1f}",
+                text_of(row["verdict"]),
+                ""
+                if is_missing(known)
+                else f"{known:.2f}{'' if holds(row['rows_counted']) else '*'}",
+                "" if is_missing(floor) else f"{floor:.1f}",
             )
         table.caption = (
             "Rows: one expert applied to one token. * as selected: transformers' own code computed "

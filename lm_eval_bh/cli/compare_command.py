@@ -82,6 +82,7 @@ def _table(task: str, rows: pd.DataFrame, confidence: float) -> Table:
     from rich.table import Table
 
     from lm_eval_bh.analysis.compare.verdicts import change_of, interval_of, size_of
+    from lm_eval_bh.analysis.table.missing import is_missing
 
     table = Table(
         title=task, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
@@ -99,7 +100,7 @@ def _table(task: str, rows: pd.DataFrame, confidence: float) -> Table:
             f"{'-' if value < 0 else '+'}{size_of(row, value)}\n{interval_of(row)}",
             f"{row['p_adjusted']:.2g}",
             f"{row['equivalence_p_adjusted']:.2g}",
-            f"{row['documents_needed']:,}" if row.notna()["documents_needed"] else "",
+            f"{row['documents_needed']:,}" if not is_missing(row["documents_needed"]) else "",
         )
     return table
 
@@ -117,5 +118,12 @@ def _text(found: TwoRuns, settings: dict[str, float], output: Path) -> str:
         {name: plain(value) for name, value in row.items()}
         for row in found.table.to_dict(orient="records")
     ]
-    content = {"a": found.names[0], "b": found.names[1], "settings": settings, "rows": rows}
+    content = {
+        "a": found.names[0],
+        "b": found.names[1],
+        "settings": settings,
+        "rows": rows,
+        "notes": [sentence for _, sentence in found.notes],
+        "left_out": [sentence for _, sentence in found.problems],
+    }
     return json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"

@@ -35,7 +35,7 @@ def export(
         )
     from lm_eval_bh.export.checkpoint import Checkpoint
     from lm_eval_bh.export.llama_cpp import llama_cpp_options
-    from lm_eval_bh.export.model_folder import check_folder, export_folder
+    from lm_eval_bh.export.model_folder import check_apart, check_folder, export_folder
     from lm_eval_bh.routing.policy import Policy
 
     loaded = Policy.load(policy)
@@ -57,6 +57,7 @@ def export(
         check_folder(output, force)
         check_output(output, "--output", folder=True)
         checkpoint = Checkpoint.find(model_path(name), revision)
+        check_apart(output, checkpoint, policy)
         export_folder(
             loaded, checkpoint, output, name=name, link=link, untie=to == "vllm", force=force
         )

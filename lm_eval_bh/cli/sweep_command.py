@@ -40,6 +40,9 @@ def sweep(
         str | None, typer.Option(help="Hub name or folder of the model, or tiny-olmoe.")
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks and tags: bh_suite,bh_demo.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder of further tasks, as lm_eval --include_path.")
+    ] = None,
     baselines: Annotated[str | None, typer.Option(help="Static top-k baselines: 8,16.")] = None,
     alphas: Annotated[str | None, typer.Option(help="Levels: 0.3,0.4.")] = None,
     max_k: Annotated[str | None, typer.Option(help="Largest numbers of experts: 8,16.")] = None,
@@ -109,6 +112,7 @@ def sweep(
                 "log_routing": log_routing,
                 "log_samples": log_samples,
                 "model_args": _arguments(model_args),
+                "include_path": None if include_path is None else str(include_path),
             },
         )
         check_output(output_dir, "--output-dir", folder=True)

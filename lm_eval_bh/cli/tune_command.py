@@ -9,7 +9,7 @@ import typer
 
 from lm_eval_bh.cli.interrupts import on_interrupt
 from lm_eval_bh.cli.options import BatchSize, Device, Dtype, Length, Pretrained, model_path
-from lm_eval_bh.cli.printing import say, say_written, show
+from lm_eval_bh.cli.printing import say, say_written, show, warn
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.files import check_output
 
@@ -29,7 +29,7 @@ def tune(
     ] = None,
     max_loss: Annotated[
         str | None,
-        typer.Option(help="Fewest experts within this loss of perplexity: 1%% or 0.01."),
+        typer.Option(help="Fewest experts within this loss of perplexity: 1% or 0.01."),
     ] = None,
     preset: Annotated[
         str, typer.Option(help="search, or winner: the recipe that won on tiny-olmoe, no search.")
@@ -74,7 +74,7 @@ def tune(
             pretrained,
             splits,
             output_dir,
-            {"target_experts": target_experts, "max_loss": loss},
+            {"target_experts": target_experts, "max_loss": loss, "preset": preset},
             tokens=tokens,
             length=length,
             batch=batch_size,
@@ -85,6 +85,8 @@ def tune(
     show(_table(account))
     say(verdict_of(account))
     say_written([output_dir / POLICY, *pages])
+    for note in splits.notes:
+        warn(f"note: {note}")
 
 
 def share_of(text: str) -> float:

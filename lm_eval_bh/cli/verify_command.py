@@ -26,15 +26,18 @@ def verify(
         str | None, typer.Option(help="Hub name or folder of the model; default: the policy's.")
     ] = None,
     python: Annotated[
-        str, typer.Option(help="Interpreter of the engine's environment; default: this one.")
-    ] = sys.executable,
+        str | None, typer.Option(help="Interpreter of the engine's environment; default: this one.")
+    ] = None,
+    timeout: Annotated[
+        int, typer.Option(min=1, help="Seconds after which an engine that hangs is ended.")
+    ] = 3600,
 ) -> None:
     """Score documents in an engine and in hf-bh, in float32, and say how far they are apart."""
     from rich.table import Table
     from transformers import AutoTokenizer
 
     from lm_eval_bh.export.checkpoint import Checkpoint
-    from lm_eval_bh.export.verification import TOLERANCE, check_engine
+    from lm_eval_bh.export.verification import check_engine
     from lm_eval_bh.export.verification import verify as compare
     from lm_eval_bh.harness.demo_texts import demo_documents
     from lm_eval_bh.routing.policy import Policy
@@ -48,8 +51,14 @@ def verify(
         checkpoint = Checkpoint.find(
             model_path(name), loaded.revision if pretrained is None else None
         )
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-        longest = checkpoint.config.get("max_position_embeddings", length + 1) - 1
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+            raise ModelError(
+                f"The tokenizer of {name!r} could not be loaded ({reason}): give a model with one."
+            ) from error
+        longest = (checkpoint.config.get("max_position_embeddings") or length + 1) - 1
         texts = [tokenizer(text).input_ids for text in demo_documents(documents)]
         found = compare(
             loaded,
@@ -57,8 +66,9 @@ def verify(
             [ids[: min(length, longest)] for ids in texts if len(ids) > 1],
             engine=engine,
             name=name,
-            python=python,
+            python=python or sys.executable,
             policy_file=policy,
+            timeout=timeout,
         )
     table = Table(show_header=False, title=f"{policy.name} in {found.engine}, float32")
     counts = "not told by the engine"
@@ -66,6 +76,7 @@ def verify(
         counts = "all equal" if not found.other_counts else f"{found.other_counts} differ"
     for row in (
         ("documents, tokens scored", f"{found.documents}, {found.tokens:,}"),
+        ("tokens without a finite score", f"{found.unscored:,}"),
         ("largest difference of a log-probability", f"{found.largest:.2e}"),
         ("experts of each token in each layer", counts),
         ("mean experts in hf-bh", f"{found.mean_experts:.3f}"),
@@ -75,8 +86,8 @@ def verify(
     ):
         table.add_row(*row)
     show(table)
-    if not found.agrees:
+    if found.differences:
         raise ModelError(
-            f"{found.engine} does not do what hf-bh does (largest difference {found.largest:.2e}, "
-            f"allowed {TOLERANCE:.0e}; experts: {counts}): do not serve this policy there."
+            f"{found.engine} does not do what hf-bh does ({'; '.join(found.differences)}): "
+            "do not serve this policy there."
         )

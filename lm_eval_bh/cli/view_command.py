@@ -99,13 +99,16 @@ def _paragraphs(text: Path | None, string: str | None) -> list[str]:
         from lm_eval_bh.harness.demo_texts import load_demo
 
         return [page.strip() for page in load_demo("wikitext")["test"]["page"]]
-    try:
-        if text != STDIN and text.exists() and not text.is_file():  # a pipe would be waited for
-            raise OSError("it is no file")
-        content = sys.stdin.read() if text == STDIN else text.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{text} could not be read ({error}): give a UTF-8 text file.") from error
-    found = [part.strip() for part in content.split("\n\n") if part.strip()]
+    from lm_eval_bh.policies.paragraphs import read_paragraphs, split_paragraphs
+
+    if text == STDIN:
+        try:
+            found = split_paragraphs(sys.stdin.read())
+        except ValueError as error:
+            raise DataError(f"- could not be read ({error}): give a UTF-8 text.") from error
+    else:
+        found = read_paragraphs(text)
+    found = [part.strip() for part in found]
     if not found:
         raise DataError(f"{text} holds no text: give one that is not empty.")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def check_caches() -> Iterator[Finding]:
 def _check_folder(name: str, folder: Path) -> Finding:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
-    if not os.access(there, os.W_OK) or not there.is_dir():
+    if not _can_be_made(there):
         remedy = "set HF_HOME or XDG_CACHE_HOME to a folder that you can write to"
         return Finding(name, f"{folder} cannot be written to", PROBLEM, remedy)
     found = "nothing yet"
@@ -105,6 +106,15 @@ def _check_folder(name: str, folder: Path) -> Finding:
     if free < LITTLE:
         return Finding(name, text, NOTE, "free some space before a large model loads")
     return Finding(name, text)
+
+
+def _can_be_made(folder: Path) -> bool:
+    """Return whether a folder can be made in another: permissions do not tell, of /proc for one."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _size(number: float) -> str:

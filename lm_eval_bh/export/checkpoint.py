@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -16,6 +16,7 @@ from torch import Tensor
 from lm_eval_bh.errors import ModelError
 from lm_eval_bh.routing.policy import Policy
 from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
+from lm_eval_bh.validation import mismatch
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*"]
@@ -28,6 +29,20 @@ FAMILIES = {
 }
 EMBEDDINGS = "model.embed_tokens.weight"
 _ROUTER = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.gate\.weight")
+
+
+class _OfSomeModels(TypedDict, total=False):
+    norm_topk_prob: bool | None
+    tie_word_embeddings: bool | None
+    max_position_embeddings: int | None
+
+
+class _Config(_OfSomeModels):
+    model_type: str
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,7 @@ class Checkpoint:
                 folder = Path(
                     snapshot_download(pretrained, revision=revision, allow_patterns=FILES)
                 )
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = _read(folder / "config.json", _Config)
             model_type = config["model_type"]
             if model_type in FAMILIES:
                 places = _places(folder)
@@ -73,6 +88,7 @@ class Checkpoint:
             KeyError,
             LocalEntryNotFoundError,
             OSError,
+            RecursionError,
             SafetensorError,
             TypeError,
             ValueError,
@@ -126,6 +142,10 @@ class Checkpoint:
         ModelError
             If its file is damaged.
         """
+        if name not in self.places:
+            raise ModelError(
+                f"The weights in {self.folder} lack {name}: give a model whose weights are whole."
+            )
         path = self.folder / self.places[name]
         try:
             with safe_open(path, framework="pt") as file:
@@ -141,13 +161,28 @@ class Checkpoint:
         policy.check(router_fingerprint(map(self.tensor, self.router_names)), name)
 
 
+def _read(path: Path, kind: Any) -> dict[str, Any]:
+    """Read a JSON file; raise ValueError if it is not what a TypedDict describes."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path.name} is no file")
+    content: Any = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+    if reason := mismatch(content, kind, path.name):
+        raise ValueError(reason)
+    found: dict[str, Any] = content
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it holds {constant}, which is no JSON")
+
+
 def _places(folder: Path) -> dict[str, str]:
     """Return the file of every tensor, as transformers looks for them."""
     if (folder / WEIGHTS).is_file():
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             return dict.fromkeys(file.keys(), WEIGHTS)
-    places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    if not all(isinstance(n, str) and Path(n).name == n for n in places.values()):
+    places: dict[str, str] = _read(folder / INDEX, _Index)["weight_map"]
+    if not all(Path(n).name == n for n in places.values()):
         raise ValueError(f"{INDEX} names files outside its folder")
     if missing := next((n for n in places.values() if not (folder / n).is_file()), None):
         raise FileNotFoundError(f"{missing} is missing")

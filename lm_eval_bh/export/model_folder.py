@@ -63,9 +63,10 @@ def export_folder(
     PolicyError
         If the policy is for another model, or no engine can do what it decides.
     ParameterError
-        If the folder exists and may not be replaced.
+        If the folder exists and may not be replaced, or has to do with the model's own.
     """
     check_folder(output, force)
+    check_apart(output, checkpoint)
     checkpoint.check(policy, name)
     methods = layer_methods(policy)
     numbers = [router.split(".")[2] for router in checkpoint.router_names]
@@ -122,6 +123,43 @@ def check_folder(output: Path, force: bool) -> None:
         )
     if not force:
         raise ParameterError(f"--output {output} exists: use --force to replace it.")
+
+
+def check_apart(output: Path, checkpoint: Checkpoint, *others: Path) -> None:
+    """Raise a :class:`ParameterError` if writing a folder would change what it is made from.
+
+    Parameters
+    ----------
+    output : Path
+        The folder to write, which replaces what is there.
+    checkpoint : Checkpoint
+        The model: neither its folder nor the files that its weights are linked to may be in
+        ``output``, nor may ``output`` be in its folder.
+    others : Path
+        Further files that must not be in ``output``.
+    """
+    source = checkpoint.folder.resolve()
+    # Where a link would be replaced, and where it leads to.
+    for place in (output.absolute().parent.resolve() / output.name, output.resolve()):
+        if _holds(source, place):
+            raise ParameterError(
+                f"--output {output} is or lies in the folder of the model, {checkpoint.folder}: "
+                "name a folder outside."
+            )
+        weights = [checkpoint.folder / name for name in sorted(set(checkpoint.places.values()))]
+        for file in (source, *weights, *others):
+            if _holds(place, file.resolve()):
+                raise ParameterError(
+                    f"--output {output} holds {file}, which the export is made from and would "
+                    "replace: name another folder."
+                )
+
+
+def _holds(folder: Path, path: Path) -> bool:
+    """Return whether a path is a folder or lies in it, whatever names lead there."""
+    return folder.exists() and any(
+        place.exists() and place.samefile(folder) for place in (path, *path.parents)
+    )
 
 
 def write_model(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,12 +22,14 @@ from transformers import AutoModelForCausalLM
 from lm_eval_bh.errors import ModelError, ParameterError, did_you_mean
 from lm_eval_bh.export import engine_scores
 from lm_eval_bh.export.checkpoint import Checkpoint
+from lm_eval_bh.export.engine_results import EngineScores, read_scores, run_script
 from lm_eval_bh.export.model_folder import export_folder, write_model
 from lm_eval_bh.export.vllm_plugin import POLICY_VARIABLE
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.routing.policy import Policy
 
 TOLERANCE = 1e-4  # of a token's log-probability, in float32
+TIMEOUT = 3600.0  # seconds that an engine may take for one model
 PROMPT = 16  # tokens of the first document that a text is generated from
 # What runs a policy, and what has to be installed for it.
 ENGINES = {
@@ -44,9 +48,11 @@ class Verification:
     engine : str
         Name and version of the engine.
     documents, tokens : int
-        How many, and how many of their tokens have a log-probability.
+        How many, and how many of their tokens have a log-probability in both.
+    unscored : int
+        How many tokens have none, or one that is not finite, in either.
     largest : float
-        The largest absolute difference of a token's log-probability, in nats.
+        The largest absolute difference of a token's log-probability, in nats; NaN without tokens.
     mean_experts : float
         Experts of a token, mean over tokens and layers, in hf-bh.
     other_counts : int or None
@@ -61,6 +67,7 @@ class Verification:
     engine: str
     documents: int
     tokens: int
+    unscored: int
     largest: float
     mean_experts: float
     other_counts: int | None
@@ -71,7 +78,23 @@ class Verification:
     @property
     def agrees(self) -> bool:
         """Whether the engine does what hf-bh does."""
-        return self.largest <= TOLERANCE and not self.other_counts
+        return not self.differences
+
+    @property
+    def differences(self) -> list[str]:
+        """In words, all that the engine does otherwise."""
+        found = []
+        if self.unscored:
+            found.append(
+                f"{self.unscored:,} of {self.tokens + self.unscored:,} tokens have no finite score"
+            )
+        if self.largest > TOLERANCE:
+            found.append(f"largest difference {self.largest:.2e}, allowed {TOLERANCE:.0e}")
+        if self.other_counts:
+            found.append(f"{self.other_counts:,} numbers of experts differ")
+        if not self.same_text:
+            found.append("the greedy continuation is another")
+        return found
 
 
 def verify(
@@ -83,6 +106,7 @@ def verify(
     name: str,
     python: str = sys.executable,
     policy_file: Path,
+    timeout: float = TIMEOUT,
 ) -> Verification:
     """Score documents in float32 in both.
 
@@ -101,13 +125,15 @@ def verify(
         What messages call the model.
     python : str
         The interpreter of the engine's environment.
+    timeout : float
+        Seconds after which an engine is ended that has not scored a model's documents.
 
     Raises
     ------
     ParameterError
         If the engine is unknown.
     ModelError
-        If the engine is not installed there, or fails.
+        If the engine is not installed there, fails, hangs, or returns something else than scores.
     PolicyError
         If the policy is for another model, or the engine cannot do what it decides.
     """
@@ -138,6 +164,7 @@ def verify(
                 adaptive=adaptive,
                 options=options,
                 policy_file=policy_file if adaptive and native else None,
+                timeout=timeout,
             )
     return _compared(expected, found["policy"], found["stock"], documents)
 
@@ -195,7 +222,8 @@ def in_engine(
     adaptive: bool = True,
     options: Mapping[str, Any] = MappingProxyType({}),
     policy_file: Path | None = None,
-) -> dict[str, Any]:
+    timeout: float = TIMEOUT,
+) -> EngineScores:
     """Run :mod:`engine_scores` in the engine's environment, where this package need not be.
 
     Parameters
@@ -210,11 +238,13 @@ def in_engine(
         Further arguments of ``vllm.LLM``.
     policy_file : Path, optional
         What our plugin applies to vLLM's own OLMoE.
+    timeout : float
+        Seconds after which the engine is ended.
 
     Raises
     ------
     ModelError
-        If the engine is not installed there, or fails.
+        If the engine is not installed there, fails, hangs, or returns something else than scores.
     """
     job = {
         "engine": engine,
@@ -235,54 +265,68 @@ def in_engine(
     }
     source, target = home / "job.json", home / "scores.json"
     source.write_text(json.dumps(job), encoding="utf-8")
+    target.unlink(missing_ok=True)  # what an earlier run returned is not this one's
     command = [python, "-I", str(Path(engine_scores.__file__)), str(source), str(target)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        code, said = run_script(command, home, timeout)
     except OSError as error:
         raise ModelError(
             f"--python {python} cannot be run ({error.strerror}): name the interpreter of an "
             "environment that has the engine."
         ) from error
-    if done.returncode == engine_scores.NOT_INSTALLED:
+    except subprocess.TimeoutExpired as error:
+        raise ModelError(
+            f"The engine {engine} was ended because it had returned nothing after {timeout:g} "
+            "seconds: give it longer with --timeout, or fewer --documents."
+        ) from error
+    if code == engine_scores.NOT_INSTALLED:
         raise ModelError(
             f"The engine {engine} is not installed for {python}: install "
             f"{ENGINES[engine]}, or name with --python an interpreter that has it."
         )
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+    if code:
         raise ModelError(
-            f"The engine {engine} failed ({said[-1].strip().rstrip('.')}): run "
+            f"The engine {engine} failed ({said.rstrip('.')}): run "
             f"{python} with the exported folder to see more."
         )
-    scores: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
-    return scores
+    return read_scores(target, documents, engine)
 
 
 def _compared(
     expected: dict[str, Any],
-    found: dict[str, Any],
-    stock: dict[str, Any],
+    found: EngineScores,
+    stock: EngineScores,
     documents: Sequence[Sequence[int]],
 ) -> Verification:
-    pairs = [
+    apart = [
         abs(a - b)
         for ours, theirs in zip(expected["log_probs"], found["log_probs"], strict=True)
-        for a, b in zip(ours, theirs, strict=True)
+        for a, b in itertools.zip_longest(ours, theirs)
+        if b is not None and math.isfinite(a) and math.isfinite(b)
     ]
-    counts = [k for each in expected["counts"] for k in each]
-    other = None
-    if found["counts"] is not None:
-        theirs = [k for each in found["counts"] for k in each]
-        other = sum(a != b for a, b in zip(counts, theirs, strict=True))
     tokens = sum(map(len, documents))
+    counts = list(itertools.chain.from_iterable(expected["counts"]))
     return Verification(
-        found["engine"],
-        len(documents),
-        len(pairs),
-        max(pairs),
-        sum(counts) / len(counts),
-        other,
-        found["generated"] == expected["generated"],
-        tokens / found["seconds"],
-        tokens / stock["seconds"],
+        engine=found["engine"],
+        documents=len(documents),
+        tokens=len(apart),
+        unscored=tokens - len(documents) - len(apart),
+        largest=max(apart, default=math.nan),
+        mean_experts=sum(counts) / len(counts),
+        other_counts=None if found["counts"] is None else _other(expected, found),
+        same_text=found["generated"] == expected["generated"],
+        speed=tokens / found["seconds"],
+        stock_speed=tokens / stock["seconds"],
     )
+
+
+def _other(expected: Mapping[str, Any], found: EngineScores) -> int:
+    """Return how many numbers of experts differ; one that is missing on one side differs."""
+
+    def pairs() -> Iterator[tuple[int | None, int | None]]:
+        for ours, theirs in itertools.zip_longest(
+            expected["counts"], found["counts"] or [], fillvalue=()
+        ):
+            yield from itertools.zip_longest(ours, theirs)
+
+    return sum(a != b for a, b in pairs())

@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lm_eval_bh.errors import DataError, ModelError, ParameterError
+from lm_eval_bh.errors import ModelError, ParameterError
+from lm_eval_bh.policies.paragraphs import read_paragraphs
 from lm_eval_bh.policies.preview import GridRow, analyze_grid
 from lm_eval_bh.resources import TINY_OLMOE
 from lm_eval_bh.routing.config import RoutingConfig
@@ -70,7 +71,7 @@ def calibrate_pretrained(
     ParameterError, DataError, ModelError, NullModelError
         If an argument, the text, the model or its logits cannot serve.
     """
-    texts = wikitext_train_texts() if text is None else paragraphs(text)
+    texts = wikitext_train_texts() if text is None else read_paragraphs(text)
     model, tokenizer = load_pretrained(pretrained, name, dtype, device, length)
     routers = find_routers(model)
     modules = [router.module for router in routers]
@@ -132,7 +133,7 @@ def analyze_pretrained(
     ParameterError, DataError, ModelError, NullModelError
         If an argument, the text, the model or the null model cannot serve.
     """
-    texts = wikitext_texts("test") if text is None else paragraphs(text)
+    texts = wikitext_texts("test") if text is None else read_paragraphs(text)
     model, tokenizer = load_pretrained(pretrained, name, dtype, device, length)
     routers = find_routers(model)
     kinds = {config.null_kind for config in configs if config.needs_null}
@@ -182,21 +183,3 @@ def _check_length(length: int, config: Any) -> None:
             f"length={length} is more than the model's context of {longest} tokens: "
             f"use at most {longest}."
         )
-
-
-def paragraphs(path: Path) -> list[str]:
-    """Return the paragraphs of a text file, which are documents.
-
-    Raises
-    ------
-    DataError
-        If it cannot be read as UTF-8.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(
-            f"The text {str(path)!r} could not be read ({reason}); give a UTF-8 text file."
-        ) from error
-    return [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]

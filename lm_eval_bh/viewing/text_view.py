@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lm_eval_bh.analysis.show.view_page import ViewRun, ViewText, view_page
+from lm_eval_bh.analysis.show.view_page import ViewRun, ViewText, pieces, view_page
 from lm_eval_bh.analysis.table.strategy_names import strategy_label
 from lm_eval_bh.errors import DataError, ParameterError
 from lm_eval_bh.files import as_path, write_text
@@ -123,7 +123,7 @@ def tokenized(tokenizer: Any, ids: Sequence[Sequence[int]]) -> list[ViewText]:
     return [
         {
             "title": f"document {number}" if len(ids) > 1 else "the text",
-            "tokens": [tokenizer.decode([token]) for token in of_text],
+            "tokens": pieces(tokenizer.decode, of_text),
             "ids": list(of_text),
         }
         for number, of_text in enumerate(ids, start=1)

@@ -927,3 +927,16 @@ def test_tables_of_earlier_releases_are_read_by_their_names(write, tmp_path):
     pd.testing.assert_series_equal(
         read_table(tmp_path / "earlier.csv")["avg_experts"], frame["avg_experts"]
     )
+
+
+@pytest.mark.parametrize("name", ["./m", "../work/m", "m"])
+def test_a_path_is_one_model_however_it_is_given(name, write, tmp_path, monkeypatch):
+    folder = tmp_path / "work" / "m"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder.parent)
+    write("bh", pretrained=str(folder))
+    write("top4", rule="topk", alpha=None, pretrained=name)
+    assert load_experiments([write.folder]).frame["group"].nunique() == 1
+    write("other", alpha=0.3, pretrained=str(tmp_path / "other" / "m"))
+    with pytest.raises(DataError, match="model"):
+        load_experiments([write.folder])

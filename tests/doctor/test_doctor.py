@@ -17,9 +17,9 @@ from lm_eval_bh.doctor.machine import check_caches, check_devices, check_hub
 from lm_eval_bh.doctor.outlook import check_model
 from lm_eval_bh.doctor.versions import check_versions
 from lm_eval_bh.resources import shipped, tiny_olmoe
+from lm_eval_bh.routing.routers import find_routers
 from lm_eval_bh.routing.tables.find import cached_null
 from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
-from lm_eval_bh.routing.routers import find_routers
 
 
 def by_subject(findings):
@@ -147,6 +147,13 @@ def test_caches_are_measured(monkeypatch, tmp_path):
     assert by_subject(check_caches())["null models"].state == "note"
     monkeypatch.setenv("XDG_CACHE_HOME", str(null))  # a file is no folder
     assert by_subject(check_caches())["null models"].state == "problem"
+
+
+def test_a_folder_that_cannot_be_made_is_no_lack_of_space(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    found = by_subject(check_caches())["null models"]
+    assert found.state == "problem"
+    assert "HF_HOME or XDG_CACHE_HOME to a folder that you can write to" in found.remedy
 
 
 # A model

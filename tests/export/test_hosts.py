@@ -8,7 +8,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,8 +147,9 @@ def models():
         "num_key_value_heads": 2,
         "num_experts_per_tok": NATIVE,
     }
-    configs = OlmoeConfig(num_experts=EXPERTS, **sizes), MixtralConfig(
-        num_local_experts=EXPERTS, **sizes
+    configs = (
+        OlmoeConfig(num_experts=EXPERTS, **sizes),
+        MixtralConfig(num_local_experts=EXPERTS, **sizes),
     )
     found = {}
     for rescales, config in enumerate(configs):
@@ -211,9 +211,7 @@ def elsewhere(here, tmp_path_factory):
 
 @cases
 def test_an_exported_folder_decides_the_same(parameters, rescales, here, elsewhere):
-    both = zip(
-        here[str(parameters), rescales], elsewhere[str(parameters), rescales], strict=True
-    )
+    both = zip(here[str(parameters), rescales], elsewhere[str(parameters), rescales], strict=True)
     for (method, expected), (rounded, found, repeating) in both:
         assert not rounded, "a cast to bfloat16 and back has rounded tables"
         for ours, theirs in zip(expected, found, strict=True):
@@ -270,7 +268,7 @@ def test_it_decides_what_a_slow_plain_reference_does(parameters, rescales):
 
 
 def test_what_is_copied_needs_neither_the_package_nor_imports_that_transformers_misses():
-    """transformers follows ``from .name import``, and takes no folder for a module."""
+    """Transformers follows ``from .name import``, and takes no folder for a module."""
     for file in files_of(METHODS[name](_plain(name)) for name in METHODS):
         text = file.read_text(encoding="utf-8")
         assert "lm_eval_bh.routing" not in text.replace(":func:`~lm_eval_bh.routing", "").replace(

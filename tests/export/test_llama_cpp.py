@@ -10,7 +10,7 @@ from lm_eval_bh import Policy, PolicyError, RoutingConfig
 from lm_eval_bh.export.checkpoint import Checkpoint
 from lm_eval_bh.export.llama_cpp import llama_cpp_options
 from lm_eval_bh.resources import tiny_olmoe
-from lm_eval_bh.routing.target import Solution
+from lm_eval_bh.routing.solution import Solution
 
 OLMOE = Checkpoint.find(str(tiny_olmoe()))
 COUNT = "--override-kv olmoe.expert_used_count=int:{}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from transformers import (
 from lm_eval_bh import BHRoutingIntegration, ModelError, ParameterError, Policy, PolicyError
 from lm_eval_bh.export import model_folder
 from lm_eval_bh.export.checkpoint import Checkpoint
-from lm_eval_bh.export.model_folder import export_folder
+from lm_eval_bh.export.model_folder import check_apart, export_folder
 from lm_eval_bh.resources import tiny_olmoe
 
 IDS = torch.arange(5, 65).reshape(2, 30)
@@ -193,6 +195,62 @@ def test_what_is_replaced(policies, tmp_path):
     assert (other / "chapter.txt").read_text() == "years of work"
 
 
+def tree_of(folder):
+    """Return every file and link below a folder with its content."""
+    return {
+        str(path.relative_to(folder)): (path.is_symlink(), path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# What is exported, and where to, in a folder with: ex, an export; linked, one whose weights are
+# links into ex; alias, a link to ex; in, an export that holds another, and a link to one.
+INTO_ITSELF = {
+    "the same folder": ("ex", "ex"),
+    "by another path": ("ex", "in/../ex"),
+    "through a link to the output": ("ex", "alias"),
+    "through a link to the source": ("alias", "ex"),
+    "a folder inside": ("ex", "ex/new"),
+    "a folder inside, through a link": ("ex", "alias/new"),
+    "a folder that holds it": ("in/ex", "in"),
+    "where its weights are linked to": ("linked", "ex"),
+    "a link that lies inside": ("in", "in/out"),
+}
+
+
+@pytest.mark.parametrize("link", [True, False])
+@pytest.mark.parametrize(("source", "output"), INTO_ITSELF.values(), ids=INTO_ITSELF)
+def test_an_export_never_destroys_what_it_is_made_from(
+    source, output, link, policies, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    export(policies, "bh", tmp_path / "ex")
+    policy = Policy.load(policies["bh"])
+    export_folder(
+        policy, Checkpoint.find("ex"), tmp_path / "linked", name="ex", link=True, force=True
+    )
+    (tmp_path / "alias").symlink_to("ex")
+    export(policies, "bh", tmp_path / "in")
+    export(policies, "bh", tmp_path / "in" / "ex")
+    (tmp_path / "in" / "out").symlink_to(tmp_path / "linked")
+    before = tree_of(tmp_path)
+    with pytest.raises(ParameterError, match=rf"--output {output} (is or lies in|holds)"):
+        export_folder(
+            policy, Checkpoint.find(source), Path(output), name="ex", link=link, force=True
+        )
+    assert tree_of(tmp_path) == before
+    load(tmp_path / "ex")
+
+
+def test_an_export_never_destroys_its_policy(policies, tmp_path):
+    folder = export(policies, "bh", tmp_path / "out")
+    own = folder / "own.safetensors"
+    own.write_bytes(policies["bh"].read_bytes())
+    with pytest.raises(ParameterError, match=r"holds .*own.safetensors, which the export is made"):
+        check_apart(folder, Checkpoint.find(str(tiny_olmoe())), own)
+
+
 def test_models_that_do_not_serve(policies, tmp_path):
     policy = Policy.load(policies["bh"])
     another = AutoModelForCausalLM.from_config(FAMILIES["olmoe"])
@@ -206,3 +264,51 @@ def test_models_that_do_not_serve(policies, tmp_path):
     with pytest.raises(ModelError, match="'llama' cannot be exported: give a mixture"):
         Checkpoint.find(str(tmp_path / "another"))
     assert not (tmp_path / "out").exists()
+
+
+BAD_FILES = {
+    "NaN": ("config.json", lambda c: json.dumps(c | {"rms_norm_eps": math.nan}), "holds NaN"),
+    "infinite": ("config.json", lambda c: json.dumps(c | {"x": [math.inf]}), "holds Infinity"),
+    "a list": ("config.json", lambda c: json.dumps([c]), "must be an object"),
+    "nested": ("config.json", lambda c: "[" * 100_000, "could not be read"),
+    "type a list": ("config.json", lambda c: json.dumps(c | {"model_type": []}), "must be text"),
+    "type a number": ("config.json", lambda c: json.dumps(c | {"model_type": 3}), "must be text"),
+    "tied as text": (
+        "config.json",
+        lambda c: json.dumps(c | {"tie_word_embeddings": "no"}),
+        "must be true or false or null",
+    ),
+    "context as text": (
+        "config.json",
+        lambda c: json.dumps(c | {"max_position_embeddings": "512"}),
+        "must be an integer or null",
+    ),
+    "index a list": ("model.safetensors.index.json", lambda c: "[]", "must be an object"),
+    "index empty": ("model.safetensors.index.json", lambda c: "{}", "lacks weight_map"),
+    "map a list": (
+        "model.safetensors.index.json",
+        lambda c: '{"weight_map": ["a"]}',
+        "must be an object",
+    ),
+    "map of numbers": (
+        "model.safetensors.index.json",
+        lambda c: '{"weight_map": {"a": 1}}',
+        "must be text",
+    ),
+    "map elsewhere": (
+        "model.safetensors.index.json",
+        lambda c: '{"weight_map": {"a": "../b.safetensors"}}',
+        "outside its folder",
+    ),
+}
+
+
+@pytest.mark.parametrize(("file", "content", "said"), BAD_FILES.values(), ids=BAD_FILES)
+def test_damaged_files_of_a_model_are_one_sentence(file, content, said, tmp_path):
+    config = json.loads((tiny_olmoe() / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / file).write_text(content(config))
+    if file == "config.json":
+        (tmp_path / "model.safetensors").symlink_to(tiny_olmoe() / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"could not be read \(.*{said}|{said}"):
+        Checkpoint.find(str(tmp_path))

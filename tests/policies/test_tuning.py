@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lm_eval_bh import BHRoutingIntegration, ParameterError, Policy, UnreachableError
 from lm_eval_bh.errors import DataError, ModelError
@@ -20,6 +23,7 @@ from lm_eval_bh.policies.tuning.splits import LEAST_DOCUMENTS, Splits
 from lm_eval_bh.policies.tuning.subject import CONFIRMATION, VALIDATION, Subject
 
 FAMILIES = [Family("min_w weight", {"rule": "min_w"}), Family("top_p", {"rule": "top_p"})]
+NAN = math.nan
 SIZES = {"tokens": 4096, "length": 128, "tokens_per_document": 60}
 
 
@@ -116,19 +120,159 @@ def test_a_folder_of_another_search_is_refused(tiny, tokenizer, splits, tmp_path
         Subject(tiny, tokenizer, "tiny-olmoe", splits, tmp_path, {"target": 5.0}, **SIZES)
 
 
+WHOLE = {"format_version": 2, "settings": {}, "rows": {}, "sensitivities": None, "nulls": {}}
+
+
 @pytest.mark.parametrize(
     "content",
     [
-        "", "{", "[]", "null", '{"format_version": 1}', "[" * 100_000,
-        '{"format_version": 9, "settings": {}, "rows": {}, "sensitivities": null}',
-        '{"format_version": 1, "settings": {}, "rows": {"a": 1}, "sensitivities": null}',
+        "", "{", "[]", "null", '"x"', "3", '{"format_version": 2}', "[" * 100_000,
+        json.dumps(WHOLE | {"format_version": 9}),
+        json.dumps(WHOLE | {"format_version": 1}),
+        json.dumps(WHOLE | {"format_version": "2", "rows": 3}),
+        json.dumps(WHOLE | {"settings": []}),
+        json.dumps(WHOLE | {"nulls": {"a": 1}}),
+        json.dumps(WHOLE | {"rows": {"a": 1}}),
+        json.dumps(WHOLE | {"rows": []}),
+        json.dumps(WHOLE | {"sensitivities": 3}),
+        json.dumps(WHOLE | {"sensitivities": [["a"]]}),
     ],
-    ids=lambda content: content[:20],
+    ids=lambda content: content[:40],
 )  # fmt: skip
 def test_a_damaged_journal_is_named(tiny, tokenizer, splits, tmp_path, content):
     (tmp_path / FILE).write_text(content)
     with pytest.raises(DataError, match=FILE):
         Subject(tiny, tokenizer, "tiny-olmoe", splits, tmp_path, {}, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory, tiny_model_folder, tokenizer, splits):
+    """Return the settings, and the content of the journal of a small search that was done."""
+    folder = tmp_path_factory.mktemp("searched")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32).eval()
+    subject = Subject(model, tokenizer, "tiny-olmoe", splits, folder, {}, **SIZES)
+    subject.measure(VALIDATION, FAMILIES[0], FAMILIES[0].at(4.0, 8))
+    subject.sensitivities()
+    subject._null(adaptive_families()[-3].null_kind)
+    return model, folder
+
+
+def row_of(content):
+    return next(iter(content["rows"].values()))
+
+
+def solved_of(content):
+    return row_of(content)["solved"]
+
+
+CHANGES = {
+    "sensitivities of other layers": lambda c: c["sensitivities"].pop(),
+    "sensitivities of another top-k": lambda c: c["sensitivities"][0].pop(),
+    "a sensitivity that is not finite": lambda c: c["sensitivities"][0].__setitem__(0, NAN),
+    "a loss too few": lambda c: row_of(c)["losses"].pop(),
+    "a loss too many": lambda c: row_of(c)["losses"].append(1.0),
+    "no loss": lambda c: row_of(c).update(losses=[]),
+    "a loss as text": lambda c: row_of(c)["losses"].__setitem__(0, "1"),
+    "a loss that is not finite": lambda c: row_of(c)["losses"].__setitem__(0, NAN),
+    "no mean": lambda c: row_of(c).update(mean_experts=None),
+    "an infinite mean": lambda c: row_of(c).update(mean_experts=math.inf),
+    "a mean as text": lambda c: row_of(c).update(mean_experts="4"),
+    "a name that is no text": lambda c: row_of(c).update(name=3),
+    "a failure that is no text": lambda c: row_of(c).update(failed=True),
+    "an unknown field": lambda c: row_of(c).update(more=1),
+    "a missing field": lambda c: row_of(c).pop("solved"),
+    "no solution": lambda c: row_of(c).update(solved=None),
+    "another configuration": lambda c: row_of(c)["config"].update(target_experts=5.0),
+    "an unknown parameter": lambda c: row_of(c)["config"].update(beta=5.0),
+    "no configuration": lambda c: row_of(c).update(config={}),
+    "a solution of no layer": lambda c: solved_of(c).update(alphas={}),
+    "a solution of a far layer": lambda c: solved_of(c)["alphas"].update({"99": 0.1}),
+    "a layer that is no number": lambda c: solved_of(c)["alphas"].update({"x": 0.1}),
+    "a level that is not finite": lambda c: solved_of(c)["alphas"].update({"0": NAN}),
+    "a level as text": lambda c: solved_of(c)["alphas"].update({"0": "1"}),
+    "a solution without a mean": lambda c: solved_of(c).pop("mean_experts"),
+    "an unknown field of a solution": lambda c: solved_of(c).update(more=1),
+    "a row of another text": lambda c: c["rows"].update({"training {}": row_of(c)}),
+    "a row of no text": lambda c: c["rows"].update({"": row_of(c)}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_an_edited_journal_is_one_sentence(change, searched, tokenizer, splits, tmp_path):
+    model, folder = searched
+    content = json.loads((folder / FILE).read_text())
+    change(content)
+    (tmp_path / FILE).write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"{FILE} is damaged \(.*\): remove it to start over"):
+        Subject(model, tokenizer, "tiny-olmoe", splits, tmp_path, {}, **SIZES)
+
+
+def test_an_untouched_journal_is_read_whole(searched, tokenizer, splits):
+    model, folder = searched
+    again = Subject(model, tokenizer, "tiny-olmoe", splits, folder, {}, **SIZES)
+    content = json.loads((folder / FILE).read_text())
+    assert {key: dataclasses.asdict(row) for key, row in again.journal.rows.items()} == (
+        content["rows"]
+    )
+    assert again.journal.sensitivities == content["sensitivities"]
+
+
+def other_weight(model):
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] += 0.5
+    return model
+
+
+@pytest.mark.parametrize(
+    ("setting", "change"),
+    [
+        ("digest of the text", lambda a: a.update(splits=changed_part(a, "calibration"))),
+        ("digest of the text", lambda a: a.update(splits=changed_part(a, "validation"))),
+        ("digest of the text", lambda a: a.update(splits=changed_part(a, "confirmation"))),
+        ("dtype", lambda a: a.update(model=a["model"].bfloat16())),
+        ("weights", lambda a: a.update(model=other_weight(a["model"]))),
+        ("preset", lambda a: a.update(settings={"preset": "search"})),
+        ("tokens_per_document", lambda a: a["sizes"].update(tokens_per_document=30)),
+        ("length", lambda a: a["sizes"].update(length=64)),
+        ("calibration_tokens", lambda a: a["sizes"].update(tokens=2048)),
+    ],
+)
+def test_rows_of_anything_else_are_not_kept(
+    setting, change, tiny_model_folder, tokenizer, splits, tmp_path
+):
+    def start(model, splits, settings, sizes):
+        return Subject(model, tokenizer, "tiny-olmoe", splits, tmp_path, settings, **sizes)
+
+    load = AutoModelForCausalLM.from_pretrained
+    arguments = {
+        "model": load(tiny_model_folder, dtype=torch.float32).eval(),
+        "splits": splits,
+        "settings": {"preset": "winner"},
+        "sizes": dict(SIZES),
+    }
+    start(**arguments).journal.write()
+    start(**arguments)
+    change(arguments)
+    with pytest.raises(ParameterError, match=rf"other settings \({setting}"):
+        start(**arguments)
+
+
+def changed_part(arguments, part):
+    """Return a text of the same name and sizes, one paragraph of which is another."""
+    documents = list(getattr(arguments["splits"], part))
+    documents[0] = documents[0][:-2] + "!!"
+    return dataclasses.replace(arguments["splits"], **{part: documents})
+
+
+def test_a_null_model_that_another_search_left_is_not_taken(searched, tokenizer, splits, tmp_path):
+    model, folder = searched
+    kind = adaptive_families()[-3].null_kind
+    file = next(folder.glob("null*.safetensors"))
+    again = Subject(model, tokenizer, "tiny-olmoe", splits, folder, {}, **SIZES)
+    assert again._kept(kind) is not None
+    shutil.copy(file, tmp_path / file.name)
+    fresh = Subject(model, tokenizer, "tiny-olmoe", splits, tmp_path, {}, **SIZES)
+    assert fresh._kept(kind) is None
 
 
 @pytest.mark.parametrize("mean", [0.5, 1.0, 8.0, 9.0])
@@ -193,5 +337,28 @@ def test_a_file_is_cut_into_three_parts(tmp_path, paragraphs):
     assert [*found.calibration, *found.validation, *found.confirmation] == paragraphs[:50]
     assert len(found.validation) == LEAST_DOCUMENTS
     path.write_text("\n\n".join(paragraphs[:49]), encoding="utf-8")
-    with pytest.raises(DataError, match=r"49 paragraphs, too few .* at least 50"):
+    with pytest.raises(DataError, match=r"49 paragraphs, too few .* at least 50 that differ"):
+        Splits.of_file(path)
+
+
+@pytest.mark.parametrize(
+    "repeat",
+    [
+        lambda part: part,
+        lambda part: part.upper(),
+        lambda part: f"  {part.replace(' ', '   ')} ",
+        lambda part: part.replace(" ", "\n"),
+    ],
+)
+def test_unseen_text_is_unseen_by_content(repeat, tmp_path, paragraphs):
+    """Equal paragraphs cross no parts, and are not two documents."""
+    path = tmp_path / "text.txt"
+    several = paragraphs[:60]
+    path.write_text("\n\n".join([*several, *map(repeat, several)]), encoding="utf-8")
+    found = Splits.of_file(path)
+    assert [*found.calibration, *found.validation, *found.confirmation] == several
+    [note] = found.notes
+    assert note.startswith("60 paragraphs repeat an earlier one and were left out")
+    path.write_text("\n\n".join([*paragraphs[:3]] * 30), encoding="utf-8")
+    with pytest.raises(DataError, match=r"3 paragraphs that differ, and 87 that repeat one"):
         Splits.of_file(path)

@@ -21,13 +21,12 @@ from lm_eval_bh import (
     RoutingConfig,
     select_experts,
 )
-from lm_eval_bh.routing.tables.calibration import calibrate, calibrate_and_check
-from lm_eval_bh.routing.tables.null_kind import NullKind
+from lm_eval_bh.routing.methods.scores import LEAST, STATISTICS, log_predicted_norms
 from lm_eval_bh.routing.routers import find_routers
 from lm_eval_bh.routing.tables.benefit import measure_benefits
+from lm_eval_bh.routing.tables.calibration import calibrate, calibrate_and_check
 from lm_eval_bh.routing.tables.norm_regression import PENALTY, measuring_predictors
-from lm_eval_bh.routing.methods.scores import LEAST, log_predicted_norms
-from lm_eval_bh.routing.methods.scores import STATISTICS
+from lm_eval_bh.routing.tables.null_kind import NullKind
 from lm_eval_bh.routing.target import family_cutoff, family_level
 
 FACTORED = [name for name, row in STATISTICS.items() if row.table]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError, RoutingConfig
 from lm_eval_bh.policies.preview import analyze_grid
-from lm_eval_bh.routing.tables.calibration import collect_router_logits
-from lm_eval_bh.routing.tables.null_kind import NullKind
+from lm_eval_bh.routing.methods import METHODS
 from lm_eval_bh.routing.parameter_grid import grid_of
 from lm_eval_bh.routing.routers import find_routers
-from lm_eval_bh.routing.methods import METHODS
+from lm_eval_bh.routing.tables.calibration import collect_router_logits
+from lm_eval_bh.routing.tables.null_kind import NullKind
 
 KINDS = [(s, n) for s in ("logit", "contribution") for n in ("layer", "expert", "model")]
 

@@ -20,14 +20,14 @@ from lm_eval_bh import (
     select_experts,
 )
 from lm_eval_bh.resources import shipped
+from lm_eval_bh.routing.methods import METHODS
+from lm_eval_bh.routing.routers import find_routers
+from lm_eval_bh.routing.selection import reject
 from lm_eval_bh.routing.tables import kde
 from lm_eval_bh.routing.tables.calibration import calibrate
+from lm_eval_bh.routing.tables.contribution import measuring_norms
 from lm_eval_bh.routing.tables.find import cached_null, resolve_null
 from lm_eval_bh.routing.tables.null_kind import NullKind
-from lm_eval_bh.routing.routers import find_routers
-from lm_eval_bh.routing.methods import METHODS
-from lm_eval_bh.routing.tables.contribution import measuring_norms
-from lm_eval_bh.routing.selection import reject
 
 KINDS = [(s, n) for s in ("logit", "contribution") for n in ("layer", "expert", "model")]
 TESTS = [name for name, rule in METHODS.items() if rule.tests]
@@ -187,8 +187,8 @@ class TestFile:
         fitted("contribution", "layer").save(path)
         from safetensors import safe_open
 
-        from lm_eval_bh.routing.tables.null_file import METADATA_KEY
         from lm_eval_bh.routing.sealed_file import write_sealed
+        from lm_eval_bh.routing.tables.null_file import METADATA_KEY
 
         with safe_open(path, framework="numpy") as file:
             header = {METADATA_KEY: file.metadata()[METADATA_KEY]}

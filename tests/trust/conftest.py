@@ -15,8 +15,8 @@ import pytest
 from lm_eval_bh.export.checkpoint import Checkpoint
 from lm_eval_bh.resources import shipped, tiny_olmoe
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
 from lm_eval_bh.routing.policy import Policy
+from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
 
 RESULTS = "results_2026-01-01T00-00-00.5.json"
 

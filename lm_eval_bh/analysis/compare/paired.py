@@ -20,10 +20,16 @@ from lm_eval_bh.analysis.compare.paired_measures import (
     compare_scores,
 )
 from lm_eval_bh.analysis.compare.paired_tests import adjusted, bootstrap_interval
+from lm_eval_bh.analysis.read.averages import counted, ratio_confirmed
+from lm_eval_bh.analysis.read.documents import ACCURACIES, different
 from lm_eval_bh.analysis.read.loaded import Loaded
 from lm_eval_bh.analysis.table.columns import typed
+from lm_eval_bh.analysis.table.missing import holds, is_missing
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 from lm_eval_bh.errors import ParameterError
+
+# The documents of a run with its row of the table: those of a configuration, and of its baseline.
+Sides = tuple[tuple[pd.DataFrame, pd.Series], tuple[pd.DataFrame, pd.Series]]
 
 BASELINES = ("native", "max_k")
 COMPARISON: dict[str, str] = {
@@ -131,13 +137,15 @@ def compare(
         if isinstance(documents, str):
             found.append(common | {"reason": documents})
             continue
-        ours, theirs = documents
+        sides, shared = documents
         for metric, unit in PERPLEXITIES.items():
-            if {"loglikelihood", unit} <= set(ours) & set(theirs):
-                found.append(common | _perplexities(ours, theirs, metric, margin, interval))
+            if all({"loglikelihood", unit} <= set(side) for side, _ in sides):
+                found.append(common | _perplexities(sides, shared, metric, margin, interval))
                 break
-        if "accuracy" in ours and "accuracy" in theirs:
-            found.append(common | _accuracies(ours, theirs, accuracy_margin, interval))
+        for name in ACCURACIES:
+            if all(name in side for side, _ in sides):
+                found.append(common | _accuracies(sides, shared, name, accuracy_margin, interval))
+                break
     return _adjusted(found, 1 - confidence)
 
 
@@ -150,7 +158,7 @@ def _pairs(loaded: Loaded, baseline: str) -> Iterator[tuple[pd.Series, pd.Series
         ]
         for row in firsts:
             k = row["native_top_k" if baseline == "native" else "max_k"]
-            if pd.isna(k) or (row["baseline"] and row["max_k"] == k):
+            if is_missing(k) or (holds(row["baseline"]) and row["max_k"] == k):
                 continue
             candidates = rows[rows["baseline"] & (rows["max_k"] == k).fillna(False).astype(bool)]
             yield row, _first(loaded, candidates) if len(candidates) else None
@@ -167,8 +175,8 @@ def _first(loaded: Loaded, rows: pd.DataFrame) -> pd.Series:
 
 def _paired_documents(
     loaded: Loaded, row: pd.Series, reference: pd.Series | None
-) -> tuple[pd.DataFrame, pd.DataFrame] | str:
-    """Return the documents of both runs in the same order, or why there are none."""
+) -> tuple[Sides, pd.Index] | str:
+    """Return the documents of both runs, and which both have, or why there are none."""
     if reference is None:
         return "its baseline was not run on this task"
     ours, theirs = (loaded.documents(one["run_id"], one["task"]) for one in (row, reference))
@@ -178,31 +186,36 @@ def _paired_documents(
     shared = ours.index.intersection(theirs.index).sort_values()
     if len(shared) < 2:
         return "fewer than two documents in common: raise --limit"
-    ours, theirs = ours.loc[shared].copy(), theirs.loc[shared].copy()
-    if (ours["hash"] != theirs["hash"]).any():
-        return "the documents differ: run both on the same data set"
-    for name in ("acc_norm", "acc", "exact_match"):
-        if name in ours and name in theirs:
-            ours["accuracy"], theirs["accuracy"] = ours[name], theirs[name]
-            ours.attrs["accuracy"] = name
-            break
-    return ours, theirs
+    if reason := different(ours.loc[shared, "hash"], theirs.loc[shared, "hash"]):
+        return f"{reason}: run both on the same data set with the same release of lm_eval"
+    return ((ours, row), (theirs, reference)), shared
 
 
 def _perplexities(
-    ours: pd.DataFrame, theirs: pd.DataFrame, metric: str, margin: float, interval: Interval
+    sides: Sides, shared: pd.Index, metric: str, margin: float, interval: Interval
 ) -> dict[str, Any]:
-    one, other = (-side["loglikelihood"].to_numpy(np.float64) for side in (ours, theirs))
-    sizes = ours[PERPLEXITIES[metric]].to_numpy(np.float64)
+    unit = PERPLEXITIES[metric]
+    for documents, row in sides if metric != "perplexity" else ():  # lm-eval has none of tokens
+        if reason := ratio_confirmed(documents["loglikelihood"], documents[unit], row[metric]):
+            return {"metric": metric, "reason": reason}
+    one, other = (-side["loglikelihood"].loc[shared].to_numpy(np.float64) for side, _ in sides)
+    sizes = sides[0][0][unit].loc[shared].to_numpy(np.float64)
     return {"metric": metric} | compare_perplexities(one, other, sizes, margin, interval)
 
 
 def _accuracies(
-    ours: pd.DataFrame, theirs: pd.DataFrame, margin: float, interval: Interval
+    sides: Sides, shared: pd.Index, name: str, margin: float, interval: Interval
 ) -> dict[str, Any]:
-    one, other = (side["accuracy"].to_numpy(np.float64) for side in (ours, theirs))
-    metric = ours.attrs["accuracy"]
-    return {"metric": metric} | compare_scores(one, other, margin, interval)
+    """Compare the documents whose mean is the accuracy that the results have."""
+    for documents, row in sides:
+        of_mean = counted(documents[name], row[name])
+        if isinstance(of_mean, str):
+            return {"metric": name, "reason": of_mean}
+        shared = shared.intersection(of_mean)
+    if len(shared) < 2:
+        return {"metric": name, "reason": "fewer than two documents in common count for it"}
+    one, other = (side[name].loc[shared].to_numpy(np.float64) for side, _ in sides)
+    return {"metric": name} | compare_scores(one, other, margin, interval)
 
 
 def _adjusted(found: list[dict[str, Any]], level: float) -> pd.DataFrame:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
+from lm_eval_bh.analysis.table.missing import holds, is_missing
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 from lm_eval_bh.errors import ParameterError
 
@@ -182,7 +183,8 @@ def _judge(
 
 
 def _takes_the_native_k(row: pd.Series) -> bool:
-    return bool(row["baseline"]) and pd.notna(row["max_k"]) and row["max_k"] == row["native_top_k"]
+    known = not is_missing(row["max_k"])
+    return holds(row["baseline"]) and known and bool(row["max_k"] == row["native_top_k"])
 
 
 def _unless_beaten(candidate: Candidate, others: list[Candidate]) -> Candidate:

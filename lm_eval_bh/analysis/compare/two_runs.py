@@ -20,9 +20,16 @@ from lm_eval_bh.analysis.compare.paired_measures import (
 from lm_eval_bh.analysis.compare.paired_tests import adjusted, bootstrap_interval
 from lm_eval_bh.analysis.compare.power import detectable, documents_needed
 from lm_eval_bh.analysis.compare.verdicts import verdict_of
+from lm_eval_bh.analysis.read.averages import counted, is_checkable, ratio_confirmed, reported
+from lm_eval_bh.analysis.read.documents import DIFFER, different
 from lm_eval_bh.analysis.read.results_file import Notices, Run
 from lm_eval_bh.analysis.read.run_folders import find_files, read_runs
-from lm_eval_bh.analysis.read.sample_scores import LOSSES, SampleScores, read_scores
+from lm_eval_bh.analysis.read.sample_scores import (
+    LOSSES,
+    OTHER_UNITS,
+    SampleScores,
+    read_scores,
+)
 from lm_eval_bh.analysis.table.columns import typed
 from lm_eval_bh.analysis.table.strategy_names import strategy_label
 from lm_eval_bh.errors import DataError, ParameterError, did_you_mean
@@ -55,6 +62,7 @@ COLUMNS: dict[str, str] = {
     "verdict": "object",  # better, worse, higher, lower, equivalent or undecided
     "sentence": "object",
     "reason": "object",  # why there is no comparison; None where there is one
+    "note": "object",  # what was assumed or left out
 }
 _RENAMED = {
     "value": "b",
@@ -142,12 +150,23 @@ def compare_runs(
         if isinstance(found, str):
             rows.append({"task": task, "reason": found})
             continue
-        shared = _shared_documents(runs, task, found, notes)
+        told = [
+            f"of {name}, {note}"
+            for name, scores in zip("AB", found, strict=True)
+            for note in scores.notes
+        ]
+        shared = _shared_documents(found, told)
+        notes += [(runs[1].file, f"{task}: {note}.") for note in told]
+        note = "; ".join(told) or None
         if isinstance(shared, str):
-            rows.append({"task": task, "reason": shared})
+            rows.append({"task": task, "reason": shared, "note": note})
             continue
         better = (runs[1].of_task("higher_is_better", task) or {}) | {m: False for m in LOSSES}
-        for row in _compared(found, shared, margin, accuracy_margin, interval):
+        values = [reported(run.content["results"][task]) for run in runs]
+        for row in _compared(found, values, shared, margin, accuracy_margin, interval):
+            if own := row.get("note"):
+                notes.append((runs[1].file, f"{task} {row['metric']}: {own}."))
+            row["note"] = "; ".join(filter(None, (note, own))) or None
             rows.append({"task": task, "higher_is_better": better.get(row.get("metric"))} | row)
     table = _decided(rows, 1 - confidence, power)
     names = [", ".join(sorted({_name(run) for run in side.values()})) for side in sides]
@@ -229,70 +248,155 @@ def _scores_of_both(
     runs: Sequence[Run], task: str, problems: Notices
 ) -> tuple[SampleScores, SampleScores] | str:
     """Return what both runs logged of a task, or why that is not known."""
-    found = []
-    for name, run in zip("AB", runs, strict=True):
-        path = run.samples_file(task)
-        if path is None:
-            return f"there are no samples of {name}: run it with --log_samples"
-        try:
-            found.append(read_scores(path, run.documents(task)))
-        except DataError as error:
-            problems.append((path, str(error)))
-            return f"the samples of {name} could not be read"
-    return found[0], found[1]
+
+    def read(by_content: bool) -> list[SampleScores] | str:
+        found = []
+        for name, run in zip("AB", runs, strict=True):
+            path = run.samples_file(task)
+            if path is None:
+                return f"there are no samples of {name}: run it with --log_samples"
+            keys = reported(run.content["results"][task])
+            try:
+                found.append(
+                    read_scores(path, run.documents(task), keys=keys, by_content=by_content)
+                )
+            except DataError as error:
+                problems.append((path, str(error)))
+                return f"the samples of {name} could not be read"
+        return found
+
+    found = read(by_content=False)
+    if not isinstance(found, str) and found[0].has_hashes != found[1].has_hashes:
+        found = read(by_content=True)
+    return found if isinstance(found, str) else (found[0], found[1])
 
 
-def _shared_documents(
-    runs: Sequence[Run], task: str, found: tuple[SampleScores, SampleScores], notes: Notices
-) -> pd.Index | str:
-    """Return the ids of the documents that both have, or why there are none."""
+def _shared_documents(found: tuple[SampleScores, SampleScores], notes: list[str]) -> pd.Index | str:
+    """Return the ids of the documents that both have, or why there are none; add what to know."""
     one, other = (scores.hashes for scores in found)
     shared = one.index.intersection(other.index).sort_values()
     if len(shared) < 2:
         return "fewer than two documents in common: raise --limit"
-    if (one["doc"][shared] != other["doc"][shared]).any():
-        return "the documents differ: run both on the same data set"
-    file = runs[1].file
+    if reason := different(one["doc"][shared], other["doc"][shared]):
+        return f"{reason}: run both on the same data set with the same release of lm_eval"
     if len(shared) < max(len(one), len(other)):
-        sentence = (
-            f"{task}: A has {len(one)} documents and B {len(other)}; the {len(shared)} that both "
-            "have are compared."
+        notes.append(
+            f"A has {len(one)} documents and B {len(other)}; the {len(shared)} that both "
+            "have are compared"
         )
-        notes.append((file, sentence))
-    if (one["prompt"][shared] != other["prompt"][shared]).any():
-        sentence = (
-            f"{task}: the prompts differ (few-shot examples, chat template or version of the "
-            "task), and with them more than the models."
+    prompts = different(one["prompt"][shared], other["prompt"][shared])
+    if prompts == DIFFER:
+        notes.append(
+            "the prompts differ (few-shot examples, chat template or version of the "
+            "task), and with them more than the models"
         )
-        notes.append((file, sentence))
+    elif prompts:
+        notes.append(
+            "the samples do not say what the prompts were, so whether both have the same is not "
+            "known"
+        )
     return shared
 
 
 def _compared(
     found: tuple[SampleScores, SampleScores],
+    values: Sequence[dict[tuple[str, str], Any]],
     shared: pd.Index,
     margin: float,
     accuracy_margin: float,
     interval: Interval,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row per metric and filter that both have."""
+    """Yield one row per metric and filter: of those that both have, then what is left out."""
     keys = [key for key in found[0].scores if key in found[1].scores]
-    if not keys:
-        yield {"reason": "no metric of single documents in common"}
-    for metric, filter_name in keys:
-        row: dict[str, Any] = {"metric": metric, "filter": filter_name}
-        pair = [scores.scores[metric, filter_name].reindex(shared) for scores in found]
-        a, b = (side["value"].to_numpy(np.float64) for side in pair)
-        sizes = [side["size"].to_numpy(np.float64) for side in pair]
-        if metric in LOSSES and np.array_equal(*sizes):
-            row |= compare_perplexities(-b, -a, sizes[0], margin, interval)
-        elif metric in LOSSES:
-            row["reason"] = f"the {LOSSES[metric]} of the documents differ"
-        elif not (np.isfinite(a).all() and np.isfinite(b).all()):
-            row["reason"] = "a document has no score, or one that is not finite"
+    for key in keys:
+        row: dict[str, Any] = {"metric": key[0], "filter": key[1]}
+        pair = [scores.scores[key] for scores in found]
+        said = [of_run.get(key) for of_run in values]
+        if key[0] in LOSSES:
+            row |= _losses(pair, said, shared, key[0], margin, interval)
         else:
-            row |= _scores(b, a, accuracy_margin, interval)
+            row |= _means(pair, said, shared, accuracy_margin, interval)
+        if row.get("reason") is None and (missing := _unchecked(said)):
+            row["note"] = "; ".join(filter(None, (row.get("note"), missing)))
         yield {_RENAMED.get(name, name): value for name, value in row.items()}
+    left_out = list(_left_out(found, values, keys))
+    yield from left_out
+    if not keys and not left_out:
+        yield {"reason": "no metric of single documents in common"}
+
+
+def _losses(
+    pair: Sequence[pd.DataFrame],
+    said: Sequence[Any],
+    shared: pd.Index,
+    metric: str,
+    margin: float,
+    interval: Interval,
+) -> dict[str, Any]:
+    for name, side, value in zip("AB", pair, said, strict=True):
+        if reason := ratio_confirmed(side["value"], side["size"], value):
+            return {"reason": f"{reason} in {name}"}
+    both = [side.reindex(shared) for side in pair]
+    a, b = (side["value"].to_numpy(np.float64) for side in both)
+    sizes = [side["size"].to_numpy(np.float64) for side in both]
+    if not np.array_equal(*sizes):
+        return {"reason": f"the {LOSSES[metric]} of the documents differ"}
+    return compare_perplexities(-b, -a, sizes[0], margin, interval)
+
+
+def _means(
+    pair: Sequence[pd.DataFrame],
+    said: Sequence[Any],
+    shared: pd.Index,
+    margin: float,
+    interval: Interval,
+) -> dict[str, Any]:
+    """Compare the documents whose mean is what each run's results.json says."""
+    kept = shared
+    for name, side, value in zip("AB", pair, said, strict=True):
+        every = side["value"].reindex(side.index.union(shared))
+        documents = counted(every, value)
+        if isinstance(documents, str):
+            return {"reason": f"{documents} in {name}"}
+        kept = kept.intersection(documents)
+    if len(kept) < 2:
+        return {"reason": "fewer than two documents in common count for this metric"}
+    a, b = (side["value"].loc[kept].to_numpy(np.float64) for side in pair)
+    row = _scores(b, a, margin, interval)
+    if len(kept) < len(shared):
+        row["note"] = f"{len(kept)} of {len(shared)} documents, for the task leaves out the others"
+    return row
+
+
+def _unchecked(said: Sequence[Any]) -> str | None:
+    names = [name for name, value in zip("AB", said, strict=True) if not is_checkable(value)]
+    if not names:
+        return None
+    return (
+        f"results.json of {' and '.join(names)} has no value of it, so nothing confirms that it is "
+        "a mean of documents"
+    )
+
+
+def _left_out(
+    found: Sequence[SampleScores],
+    values: Sequence[dict[tuple[str, str], Any]],
+    compared: Sequence[tuple[str, str]],
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each metric and filter that is not compared; other units of a loss are."""
+    has_loss = {of_filter for metric, of_filter in compared if metric in LOSSES}
+    known = [
+        {**dict.fromkeys(side.scores), **of_run} for side, of_run in zip(found, values, strict=True)
+    ]
+    for key in dict.fromkeys([*known[0], *known[1]]):
+        if key in compared or (key[0] in OTHER_UNITS and key[1] in has_loss):
+            continue
+        only = [name for name, side in zip("AB", known, strict=True) if key in side]
+        if len(only) == 1:
+            reason = f"only {only[0]} has it"
+        else:
+            reason = "the samples have no score of single documents for it, only the task has"
+        yield {"metric": key[0], "filter": key[1], "reason": reason}
 
 
 def _scores(b: Any, a: Any, margin: float, interval: Interval) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
+from lm_eval_bh.analysis.table.missing import is_missing
+
 WORDS = ("better", "worse", "higher", "lower", "equivalent", "undecided")
 
 
@@ -27,11 +29,11 @@ def verdict_of(row: pd.Series, level: float, power: float) -> tuple[str | None, 
     str
         The sentence.
     """
-    parts = [str(row[name]) for name in ("task", "metric") if pd.notna(row[name])]
-    if pd.notna(row["filter"]) and row["filter"] != "none":
+    parts = [str(row[name]) for name in ("task", "metric") if not is_missing(row[name])]
+    if not is_missing(row["filter"]) and row["filter"] != "none":
         parts.append(f"({row['filter']})")
     subject = " ".join(parts)
-    if pd.notna(row["reason"]):
+    if not is_missing(row["reason"]):
         return None, f"{subject}: not compared, {row['reason']}."
     differs = row["p_adjusted"] <= level
     equal = row["equivalence_p_adjusted"] <= level
@@ -48,12 +50,12 @@ def verdict_of(row: pd.Series, level: float, power: float) -> tuple[str | None, 
     if differs:
         return word, f"{subject}: {size} ({tests})."
     shown = ""
-    if pd.notna(row["detectable"]):
+    if not is_missing(row["detectable"]):
         shown = (
             f"; with {100 * power:g} % power so many documents show differences from "
             f"{size_of(row, row['detectable'])}"
         )
-    if pd.notna(row["documents_needed"]):
+    if not is_missing(row["documents_needed"]):
         shown += f", and one of this size needs {row['documents_needed']:,}"
     return "undecided", (
         f"{subject}: undecided: {size}, which shows neither a difference ({tests}) nor equivalence "
@@ -63,7 +65,7 @@ def verdict_of(row: pd.Series, level: float, power: float) -> tuple[str | None, 
 
 def change_of(row: pd.Series) -> float:
     """Return the relative change of a perplexity, the difference of anything else."""
-    return float(row["difference"] if pd.isna(row["ratio"]) else row["ratio"] - 1)
+    return float(row["difference"] if is_missing(row["ratio"]) else row["ratio"] - 1)
 
 
 def _direction(row: pd.Series) -> str | None:
@@ -71,19 +73,19 @@ def _direction(row: pd.Series) -> str | None:
     if not row["difference"]:
         return None
     higher = row["difference"] > 0
-    if pd.isna(row["higher_is_better"]):
+    if is_missing(row["higher_is_better"]):
         return "higher" if higher else "lower"
     return "better" if higher == row["higher_is_better"] else "worse"
 
 
 def size_of(row: pd.Series, value: float) -> str:
     """Return a difference in words, without its sign."""
-    return f"{abs(value):.3g}" if pd.isna(row["ratio"]) else f"{100 * abs(value):.3g} %"
+    return f"{abs(value):.3g}" if is_missing(row["ratio"]) else f"{100 * abs(value):.3g} %"
 
 
 def interval_of(row: pd.Series) -> str:
     """Return the interval of :func:`change_of` in words."""
-    if pd.isna(row["ratio"]):
+    if is_missing(row["ratio"]):
         return f"[{row['difference_low']:+.3g}, {row['difference_high']:+.3g}]"
     low, high = (100 * (row[name] - 1) for name in ("ratio_low", "ratio_high"))
     return f"[{low:+.3g} %, {high:+.3g} %]"

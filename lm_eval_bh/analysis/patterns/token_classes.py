@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lm_eval_bh.errors import DataError
 
@@ -62,6 +64,35 @@ def vocabulary(tokenizer: Path) -> tuple[list[str], list[str]]:
     DataError
         If the file cannot be read.
     """
+    loaded = _loaded(tokenizer)
+    special = {i for i, token in loaded.get_added_tokens_decoder().items() if token.special}
+    texts, classes = [], []
+    for i in range(loaded.get_vocab_size(with_added_tokens=True)):
+        texts.append(loaded.decode([i], skip_special_tokens=False))
+        classes.append(classify(loaded.id_to_token(i) or "", texts[-1], i in special))
+    return texts, classes
+
+
+def decoder(tokenizer: Path) -> Callable[[list[int]], str]:
+    """Return what makes text of token ids; one that the vocabulary lacks is its number.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read.
+    """
+    loaded = _loaded(tokenizer)
+    size = loaded.get_vocab_size(with_added_tokens=True)
+
+    def decode(ids: list[int]) -> str:
+        if any(not 0 <= token < size for token in ids):
+            return "".join(f" {token}" for token in ids)
+        return str(loaded.decode(ids, skip_special_tokens=False))
+
+    return decode
+
+
+def _loaded(tokenizer: Path) -> Any:
     from tokenizers import Tokenizer
 
     try:
@@ -72,9 +103,4 @@ def vocabulary(tokenizer: Path) -> tuple[list[str], list[str]]:
         raise DataError(
             f"The tokenizer {tokenizer} could not be read: {error}; use a tokenizer.json."
         ) from error
-    special = {i for i, token in loaded.get_added_tokens_decoder().items() if token.special}
-    texts, classes = [], []
-    for i in range(loaded.get_vocab_size(with_added_tokens=True)):
-        texts.append(loaded.decode([i], skip_special_tokens=False))
-        classes.append(classify(loaded.id_to_token(i) or "", texts[-1], i in special))
-    return texts, classes
+    return loaded

@@ -15,6 +15,8 @@ from lm_eval_bh.analysis.patterns.pictures import (
     specialisation_picture,
 )
 from lm_eval_bh.analysis.read.loaded import Loaded
+from lm_eval_bh.analysis.show.names import show_names
+from lm_eval_bh.analysis.table.missing import is_missing
 from lm_eval_bh.files import replacing, write_text
 
 FOLDER = "patterns"
@@ -81,8 +83,10 @@ def write_patterns(
         text += [f"- {sentence}" for sentence in sentences(found)]
         for kind, draw in PICTURES.items():
             path = _unlike(paths, folder, found.strategy, kind)
+            figure = draw(found)
+            show_names(figure)
             with replacing(path) as temporary:
-                draw(found).savefig(temporary, format="png", dpi=200)
+                figure.savefig(temporary, format="png", dpi=200)
             paths.append(path)
             text.append(f"\n![{kind} of {found.strategy}]({path.name})")
         text.append("")
@@ -108,10 +112,10 @@ def sentences(found: Patterns) -> list[str]:
     """Return what was found for a configuration, in sentences."""
     written = []
     for _, row in found.tables["complexity"].iterrows():
-        if pd.notna(row["layer"]):
+        if not is_missing(row["layer"]):
             continue
         what = row["against"] if row["task"] == "all" else f"{row['against']}, {row['task']}"
-        if row["reason"]:
+        if not is_missing(row["reason"]):
             written.append(f"Experts and {what}: {row['reason']}.")
         else:
             written.append(

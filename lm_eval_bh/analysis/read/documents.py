@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +18,10 @@ from lm_eval_bh.validation import mismatch
 
 # lm-eval's accuracies, the preferred one first: acc_norm allows for the endings' lengths.
 ACCURACIES = ("acc_norm", "acc", "exact_match")
+CONTENT = "content:"
+DIFFER = "the documents differ"
+# What lm-eval hashes, and where its samples have it.
+_CONTENTS = {"doc": "doc", "prompt": "arguments", "target": "target"}
 REMEDY = "run the evaluation again with --log_samples"
 Taken = TypeVar("Taken")
 
@@ -84,16 +89,45 @@ def check_complete(path: Path, documents: int, expected: int | None) -> None:
         raise DataError(f"{path} is incomplete: {documents} of {expected} documents; {REMEDY}.")
 
 
-def hashes_of(sample: Mapping[str, Any]) -> dict[str, str]:
-    """Return the hashes of a sample's document, prompt and target; ``"None"`` where unknown."""
-    found = {part: str(sample.get(f"{part}_hash")) for part in ("doc", "prompt", "target")}
-    "".join(found.values()).encode()  # half a character is a ValueError
+def hashes_of(sample: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the hashes of a sample's document, prompt and target.
+
+    Earlier releases of lm-eval wrote none: of what they did write a digest is taken, which begins
+    with :data:`CONTENT`. None where the sample has neither.
+    """
+    found: dict[str, str | None] = {}
+    for part in _CONTENTS:
+        known = sample.get(f"{part}_hash")
+        found[part] = content_digest(sample, part) if known is None else known
+        (found[part] or "").encode()  # half a character is a ValueError
     return found
 
 
+def content_digest(sample: Mapping[str, Any], part: str) -> str | None:
+    """Return a digest of a sample's document, prompt or target itself; None where it has none."""
+    content = sample.get(_CONTENTS[part])
+    if content is None:
+        return None
+    return CONTENT + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def different(ours: pd.Series, theirs: pd.Series) -> str | None:
+    """Return why hashes of the same documents do not agree; None where they do.
+
+    A hash that is missing agrees with nothing, and one of lm-eval's with no digest of content.
+    """
+    if ours.isna().any() or theirs.isna().any():
+        return "the samples do not say which documents they are of"
+    if any(ours.str.startswith(CONTENT) != theirs.str.startswith(CONTENT)):
+        return "only one of the two has hashes of its documents"
+    return DIFFER if (ours != theirs).any() else None
+
+
 def _document(sample: Mapping[str, Any]) -> dict[str, Any]:
+    hashes = hashes_of(sample)
+    told = hashes["doc"] is not None and hashes["prompt"] is not None
     row: dict[str, Any] = {
-        "hash": "-".join(hashes_of(sample).values()),
+        "hash": "-".join(map(str, hashes.values())) if told else None,
         "output": json.dumps(sample["resps"]),
         "choices": len(sample["resps"]),
     }
@@ -144,7 +178,8 @@ def _with_ids(samples: Iterable[Sample], documents: pd.DataFrame) -> Iterator[tu
     chose documents: then only the document's hash tells which one it is.
     """
     in_order = list(documents.index) == list(range(len(documents)))
-    id_of = {hashes.split("-")[0]: int(index) for index, hashes in documents["hash"].items()}
+    known = documents["hash"].dropna()
+    id_of = {hashes.split("-")[0]: int(index) for index, hashes in known.items()}
     for sample in samples:
         place = sample["sample_id"] if in_order else id_of.get(sample.get("doc_hash", ""))
         if place is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from lm_eval_bh.analysis.read.documents import CONTENT, different
 from lm_eval_bh.analysis.read.results_file import Run
 
 SHOWN_DIFFERENCES = 5  # files named in the error
@@ -88,9 +89,11 @@ def _documents_of(run: Run, task: str, documents: Documents) -> str | None:
     """Return the digest of a run's documents, from its samples where it is not in the results."""
     known = run.documents_digest(task)
     table = None if known else documents(run.run_id, task)
-    if table is None:
+    if table is None or table["hash"].isna().any():
         return known
     hashes = sorted(hashes.split("-")[0] for hashes in table["hash"])
+    if hashes[-1].startswith(CONTENT) or hashes[0].startswith(CONTENT):
+        return None  # of an earlier release: lm-eval's own hashes are no match for it
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -100,9 +103,9 @@ def _same_documents(first: Run, second: Run, task: str, documents: Documents) ->
     lm-eval's hash of a task is over the order in which its processes gather the documents.
     """
     one, other = (documents(run.run_id, task) for run in (first, second))
-    return (
-        one is not None and other is not None and one["hash"].to_dict() == other["hash"].to_dict()
-    )
+    if one is None or other is None or not one.index.equals(other.index):
+        return False
+    return different(one["hash"], other["hash"]) is None
 
 
 def difference(runs: Sequence[Run], groups: Sequence[Group], documents: Documents) -> str:

@@ -59,9 +59,9 @@ class HarnessResults(HarnessSettings, HarnessTables):
 
 
 class _OfSomeTasks(TypedDict, total=False):
-    doc_hash: str
-    prompt_hash: str
-    target_hash: str
+    doc_hash: str | None
+    prompt_hash: str | None
+    target_hash: str | None
     word_perplexity: list[float] | float | None  # log-likelihood in nats, and words
     byte_perplexity: list[float] | float | None
     perplexity: list[Any] | float | None  # log-likelihood in nats

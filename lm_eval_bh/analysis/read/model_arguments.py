@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import posixpath
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from lm_eval_bh.resources import TINY_OLMOE
@@ -144,9 +145,9 @@ def model_of(content: Mapping[str, Any]) -> str:
 
 def one_name(name: str) -> str:
     """Return what is equal for two ways to name a model; see :func:`model_of`."""
-    if not is_path(name):
+    if not (is_path(name) or Path(name).is_dir()):
         return name
-    path = posixpath.normpath(name)
+    path = posixpath.abspath(posixpath.expanduser(name))  # ./m and /home/me/m are one
     return TINY_OLMOE if path.endswith(f"/models/{TINY_OLMOE}") else path  # the one that ships
 
 

@@ -6,16 +6,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lm_eval_bh.analysis.show.names import show_names
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def settle(figure: Figure) -> None:
-    """Lay a figure out once and for all, and round where everything is.
+    """Lay a figure out once and for all, its names as they are, and round where everything is.
 
     The solver of matplotlib's constrained layout orders its variables by their address in memory:
     the last bits differ from run to run, and with them the names that an SVG makes of such numbers.
     """
+    show_names(figure)  # the layout makes room for what is shown
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)

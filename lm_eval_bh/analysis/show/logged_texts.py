@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
 
 from lm_eval_bh.analysis.patterns.log_reader import token_files
-from lm_eval_bh.analysis.patterns.token_classes import vocabulary
-from lm_eval_bh.analysis.show.view_page import ViewLayer, ViewRouted, ViewRun, ViewText, short
+from lm_eval_bh.analysis.patterns.token_classes import decoder
+from lm_eval_bh.analysis.show.view_page import (
+    ViewLayer,
+    ViewRouted,
+    ViewRun,
+    ViewText,
+    pieces,
+    short,
+)
 from lm_eval_bh.analysis.table.experiments import load_experiments
+from lm_eval_bh.analysis.table.missing import is_missing
 from lm_eval_bh.errors import DataError, ParameterError
 
 ROWS = 65536  # of a log in memory at a time
@@ -69,8 +78,8 @@ def read_logged(
         tables.append(table)
         runs.append(_run(row.iloc[0], table))
     path = tokenizer or find_tokenizer(Path(opened[0][0]["file"].iloc[0]))
-    words = vocabulary(path)[0] if path else []
-    texts = [_texts(table, words) for table in tables]
+    decode = decoder(path) if path else None
+    texts = [_texts(table, decode) for table in tables]
     if any(some != texts[0] for some in texts):
         raise ParameterError(
             f"The two runs have different texts of {task}, so nothing can stand side by side: "
@@ -162,23 +171,30 @@ def _routed(table: pd.DataFrame) -> ViewRouted:
     return {"loss": [short(loss) for loss in losses], "layers": layers}
 
 
-def _texts(table: pd.DataFrame, words: Sequence[str]) -> list[ViewText]:
+def _texts(table: pd.DataFrame, decode: Callable[[list[int]], str] | None) -> list[ViewText]:
     texts: list[ViewText] = []
     for document, some in table.groupby("doc_id"):
         first = some[some["layer"] == some["layer"].iloc[0]]
-        ids = [None if pd.isna(token) else int(token) for token in first["token_id"]]
+        ids = [None if is_missing(token) else int(token) for token in first["token_id"]]
         texts.append(
             {
                 "title": f"document {document}",
-                "tokens": [
-                    " ?"
-                    if token is None
-                    else words[token]
-                    if 0 <= token < len(words)
-                    else f" {token}"
-                    for token in ids
-                ],
+                "tokens": _words(ids, decode),
                 "ids": ids,
             }
         )
     return texts
+
+
+def _words(ids: Sequence[int | None], decode: Callable[[list[int]], str] | None) -> list[str]:
+    """Return the texts of tokens; of those that no vocabulary knows, their numbers."""
+    words: list[str] = []
+    for known, some in groupby(ids, key=lambda token: token is not None):
+        run = [-1 if token is None else token for token in some]
+        if not known:
+            words += [" ?"] * len(run)
+        elif decode is None:
+            words += [f" {token}" for token in run]
+        else:
+            words += pieces(decode, run)
+    return words

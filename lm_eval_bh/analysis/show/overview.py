@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from lm_eval_bh.analysis.table.chance import NONE_RIGHT, with_note
+from lm_eval_bh.analysis.table.missing import holds, is_missing
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES, PERPLEXITY_UNITS, perplexity_column
 
 if TYPE_CHECKING:
@@ -84,12 +85,12 @@ def _table(rows: pd.DataFrame, compared: pd.DataFrame, level: float, title: str)
 
 
 def _number(value: Any, how: str) -> str:
-    return "" if value is None or pd.isna(value) else f"{value:{how}}"
+    return "" if is_missing(value) else f"{value:{how}}"
 
 
 def _perplexity(value: Any) -> str:
     """Return a perplexity with two decimals; without any from 1000 on."""
-    return _number(value, ",.0f" if pd.notna(value) and value >= 1000 else ".2f")
+    return _number(value, ",.0f" if not is_missing(value) and value >= 1000 else ".2f")
 
 
 def _change(rows: pd.DataFrame, level: float) -> str:
@@ -98,23 +99,23 @@ def _change(rows: pd.DataFrame, level: float) -> str:
     if not len(rows):
         return ""
     row = rows.iloc[0]
-    relative = pd.notna(row["ratio"])
+    relative = not is_missing(row["ratio"])
     change = 100 * (row["ratio"] - 1 if relative else row["difference"])
     mark = "*" if row["p_adjusted"] <= level else ""
-    equal = "=" if row["equivalent"] else ""
+    equal = "=" if holds(row["equivalent"]) else ""
     return f" ({change:+.1f}{'%' if relative else ''}{mark}{equal})"
 
 
 def _speed(row: pd.Series) -> str:
     """Return the ratio to the model as it is, with its interval."""
     ratio, low, high = (row[f"speed_ratio{end}"] for end in ("", "_low", "_high"))
-    known = pd.notna(low) and pd.notna(high)
+    known = not (is_missing(low) or is_missing(high))
     return _number(ratio, ".2f") + (f"\n[{low:.2f},\n{high:.2f}]" if known else "")
 
 
 def _matched(row: pd.Series) -> str:
-    if not row["matched_by"]:
-        return "" if row["baseline"] else "not run"
+    if is_missing(row["matched_by"]):
+        return "" if holds(row["baseline"]) else "not run"
     interpolated = row["matched_by"] == "interpolated"
     nothing = row.get("accuracy_note") == NONE_RIGHT and row["matched_accuracy"] == 0
     values = (

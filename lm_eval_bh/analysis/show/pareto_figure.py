@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_bh.analysis.show.names import show_names
 from lm_eval_bh.analysis.show.plots.style import BASELINE_LINE, MARKERS, NEUTRAL, PALETTE, RC
 
 ONE_MEAN = 0.5  # experts; policies that differ by less are drawn below each other
@@ -94,6 +95,7 @@ def draw_pareto(
         figure.suptitle(title, fontsize=10)
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        show_names(figure)
     return figure
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from lm_eval_bh.analysis.table.chance import with_note
+from lm_eval_bh.analysis.table.missing import holds, is_missing, text_of
 from lm_eval_bh.analysis.table.perplexities import perplexity_column
 from lm_eval_bh.analysis.table.speed_phase import speed_frame
 
@@ -69,7 +70,7 @@ def number(value: Any, form: str = "", then: str = "") -> Cell:
 
     What stands behind it, such as its interval, plays no part in sorting.
     """
-    if value is None or pd.isna(value):
+    if is_missing(value):
         return Cell("", numeric=True)
     value = float(value)
     if not math.isfinite(value):
@@ -93,14 +94,14 @@ def p_value(value: Any) -> Cell:
 def interval(row: pd.Series, name: str, form: str) -> Cell:
     """Return a number of a row with the interval in its columns ``_low`` and ``_high``."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
-    known = pd.notna(low) and pd.notna(high)
+    known = not (is_missing(low) or is_missing(high))
     return number(row[name], form, f" [{low:{form}}, {high:{form}}]" if known else "")
 
 
 def accuracy(row: pd.Series) -> Cell:
     """Return an accuracy with its standard error, or with what it says in their place."""
     error = row["accuracy_stderr"]
-    cell = number(row["accuracy"], ".3f", f" ± {error:.3f}" if pd.notna(error) else "")
+    cell = number(row["accuracy"], ".3f", f" ± {error:.3f}" if not is_missing(error) else "")
     return replace(cell, text=with_note(cell.text, row))
 
 
@@ -152,14 +153,14 @@ def results_table(frame: pd.DataFrame) -> Table:
             "floor (%)": number(row["floor_hit_rate"], ".1f"),
             "Gini": number(row["gini_coefficient"], ".3f"),
         }
-        kind = "adaptive" if row["adaptive"] else "static"
+        kind = "adaptive" if holds(row["adaptive"]) else "static"
         rows.append(Row(cells, f"run-{place}", kind, row["task"]))
     return Table(rows, RESULTS)
 
 
 def _how(row: pd.Series) -> str:
-    if row["matched_by"] is None:
-        return "not measured" if row["adaptive"] else ""
+    if is_missing(row["matched_by"]):
+        return "not measured" if holds(row["adaptive"]) else ""
     ks = sorted({int(row["matched_k_low"]), int(row["matched_k_high"])})
     return f"{row['matched_by']}, k = {' to '.join(map(str, ks))}"
 
@@ -178,7 +179,7 @@ def speed_table(speeds: Sequence[SpeedFile]) -> Table:
     """Return what speed phases measured: a row per configuration and workload."""
     rows = []
     for _, row in speed_frame(speeds).iterrows():
-        counted = "" if row["rows_counted"] else " (selected)"
+        counted = "" if holds(row["rows_counted"]) else " (selected)"
         cells = {
             "configuration": Cell(row["strategy"]),
             "task": Cell(row["task"]),
@@ -186,7 +187,7 @@ def speed_table(speeds: Sequence[SpeedFile]) -> Table:
             "tokens/s": number(row["tokens_per_second"], ",.0f"),
             "ms a pass": number(row["ms_per_pass"], ".3g"),
             "times as fast": interval(row, "ratio", ".2f"),
-            "verdict": Cell(row["verdict"]),
+            "verdict": Cell(text_of(row["verdict"])),
             "expert rows a token": number(row["expert_rows_per_token"], ".2f", counted),
             "times the floor": number(row["times_floor"], ".1f"),
         }
@@ -210,7 +211,7 @@ def comparison_table(comparisons: pd.DataFrame) -> Table:
     changes = {f"change{end}": 100 * (comparisons[f"ratio{end}"] - 1) for end in ends}
     rows = []
     for _, row in comparisons.assign(**changes).iterrows():
-        metric, flips = row["metric"] or "", (row["flips_worse"], row["flips_better"])
+        metric, flips = text_of(row["metric"]), (row["flips_worse"], row["flips_better"])
         named = f"{PER[metric]} perplexity" if metric in PER else metric.replace("_", " ")
         cells = {
             "configuration": Cell(row["strategy"]),
@@ -221,11 +222,15 @@ def comparison_table(comparisons: pd.DataFrame) -> Table:
             "baseline's": number(row["baseline_value"]),
             "difference": interval(row, "difference", "+.3g"),
             "change (%)": interval(row, "change", "+.2f"),
-            "flips worse / better": Cell("" if pd.isna(flips[0]) else f"{flips[0]} / {flips[1]}"),
+            "flips worse / better": Cell(
+                "" if is_missing(flips[0]) else f"{flips[0]} / {flips[1]}"
+            ),
             "p of a difference": p_value(row["p_adjusted"]),
             "p of equivalence": p_value(row["equivalence_p_adjusted"]),
-            "equivalent": Cell({True: "yes", False: "not shown"}.get(row["equivalent"], "")),
-            "remark": Cell(row["reason"] or ""),
+            "equivalent": Cell(
+                "" if is_missing(row["equivalent"]) else "yes" if row["equivalent"] else "not shown"
+            ),
+            "remark": Cell(text_of(row["reason"])),
         }
         rows.append(Row(cells))
     return Table(rows, COMPARISONS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict
@@ -15,6 +15,10 @@ from lm_eval_bh.files import write_text
 # An expert, its weight, what it was decided by, and the limit of that; None where unknown.
 Row = tuple[int, float | None, float | None, float | None]
 DIGITS = 4  # significant ones of what the page shows
+
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # what part of a character decodes to
+LONGEST = 16  # tokens of one character, or of several that share tokens
 
 
 class ViewText(TypedDict):
@@ -55,6 +59,31 @@ class ViewRun(TypedDict):
     experts: int
     max_k: int
     texts: list[ViewRouted]
+
+
+def pieces(decode: Callable[[list[int]], str], ids: Sequence[int]) -> list[str]:
+    """Return the text of each token: of a character made of several, all of it at the first.
+
+    Parameters
+    ----------
+    decode : callable
+        Returns the text of token ids.
+    ids : sequence of int
+        Of a text. Where it ends within a character, that stays a replacement character.
+    """
+    found: list[str] = []
+    place = 0
+    while place < len(ids):
+        text, length = decode([ids[place]]), 1
+        if text.endswith(BROKEN):
+            for longer in range(2, min(LONGEST, len(ids) - place) + 1):
+                whole = decode(list(ids[place : place + longer]))
+                if not whole.endswith(BROKEN):
+                    text, length = whole, longer
+                    break
+        found += [text, *[""] * (length - 1)]
+        place += length
+    return found
 
 
 def short(value: float | None) -> float | None:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_bh.analysis.table.columns import EARLIER
+from lm_eval_bh.analysis.table.missing import is_missing
 from lm_eval_bh.analysis.table.perplexities import own_perplexities
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.files import replacing_all
@@ -157,7 +158,7 @@ def _replacing_texts(texts: Mapping[str, str], folder: Path) -> Iterator[list[Pa
 
 def plain(value: Any) -> Any:
     """Return a value of a frame as JSON knows it; what is not finite is null."""
-    if value is None or value is pd.NA:
+    if is_missing(value):
         return None
     if isinstance(value, list):
         return [plain(element) for element in value]

@@ -73,7 +73,8 @@ class Evaluator:
             config.routing_of(experiment).check_experts(self.lm.integration.num_experts)
         with quiet(logging.ERROR):  # custom data sets warn of options that nobody needs
             self._manager = new_task_manager(
-                defaults=not are_ours(config.tasks),
+                defaults=not are_ours(config.tasks, config.include_path),
+                include_path=config.include_path,
                 metadata=config.model_args_of(first, routing=False),
             )
             self.tasks: dict[str, Any] = self._manager.load(list(config.tasks))["tasks"]

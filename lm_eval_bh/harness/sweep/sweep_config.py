@@ -142,6 +142,8 @@ class SweepConfig:
         article of WikiText is thousands of tokens, and 60 experiments add up.
     model_args : dict
         Further arguments of ``hf-bh``, the same for all.
+    include_path : str or None
+        A folder of further tasks, as ``lm_eval --include_path`` takes it.
 
     Raises
     ------
@@ -162,6 +164,7 @@ class SweepConfig:
     log_routing: str = "samples"
     log_samples: int | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
+    include_path: str | None = None
 
     def __post_init__(self) -> None:
         for name in GRID:
@@ -180,7 +183,7 @@ class SweepConfig:
         if self.log_samples is None and self.log_routing in ("samples", "full"):
             object.__setattr__(self, "log_samples", LOGGED)
         self._check()
-        object.__setattr__(self, "tasks", tuple(expand_tasks(self.tasks)))
+        object.__setattr__(self, "tasks", tuple(expand_tasks(self.tasks, self.include_path)))
         if long := [task for task in self.tasks if len(task.encode()) > LONGEST_NAME]:
             raise ParameterError(
                 f"The task {long[0]!r:.80} has a name of {len(long[0].encode())} bytes: its files "
@@ -218,6 +221,10 @@ class SweepConfig:
                     f"model_args sets {name}, which the sweep sets for each experiment: "
                     "leave it out, and use the option of its name where there is one."
                 )
+        if self.include_path is not None and not isinstance(self.include_path, str):
+            raise ParameterError(
+                f"include_path must be the name of a folder: found {self.include_path!r:.80}."
+            )
         if not self.tasks:
             raise ParameterError("The sweep has no task: give --tasks, for example bh_demo.")
         if not self.configurations and not self.policies:

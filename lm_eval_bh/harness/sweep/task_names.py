@@ -4,33 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from lm_eval_bh.errors import ParameterError, did_you_mean
 from lm_eval_bh.resources import shipped
 
 
-def new_task_manager(*, defaults: bool, metadata: dict[str, Any] | None = None) -> Any:
+def new_task_manager(
+    *, defaults: bool, metadata: dict[str, Any] | None = None, include_path: str | None = None
+) -> Any:
     """Return lm-eval's ``TaskManager`` over our tasks, with ``defaults`` over its own 14,000 too.
 
-    Indexing those takes 12 seconds or more, ours some milliseconds. Tasks are told the metadata
-    when they load.
+    A folder of tasks that the user gives is read after ours, so that its tasks win. Indexing
+    lm-eval's takes 12 seconds or more, ours some milliseconds. Tasks are told the metadata when
+    they load.
     """
     from lm_eval.tasks import TaskManager
 
-    ours = str(shipped("tasks"))
-    return TaskManager(include_path=ours, include_defaults=defaults, metadata=metadata)
+    paths = [str(shipped("tasks")), *([include_path] if include_path else [])]
+    return TaskManager(include_path=paths, include_defaults=defaults, metadata=metadata)
 
 
 _known = cache(new_task_manager)
 
 
-def are_ours(names: Sequence[str]) -> bool:
-    """Whether all tasks are of this package, so that lm-eval's own need no index."""
-    return all(name in _known(defaults=False).task_index for name in names)
+def are_ours(names: Sequence[str], include_path: str | None = None) -> bool:
+    """Whether all tasks are of this package or a given folder, so that lm-eval's need no index."""
+    known = _known(defaults=False, include_path=include_path).task_index
+    return all(name in known for name in names)
 
 
-def expand_tasks(names: Sequence[str]) -> list[str]:
+def expand_tasks(names: Sequence[str], include_path: str | None = None) -> list[str]:
     """Replace tags by their tasks, without loading any data.
 
     Raises
@@ -38,11 +43,17 @@ def expand_tasks(names: Sequence[str]) -> list[str]:
     ParameterError
         If a name is unknown, or a group, whose tasks are to be named one by one.
     """
-    ours = _known(defaults=False)
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ParameterError(
+            f"include_path={include_path!r} is no folder: name one that holds the YAML files of "
+            "tasks."
+        )
+    ours = _known(defaults=False, include_path=include_path)
     for name in names:
         if name.startswith("bh_") and name not in ours.task_index:  # no need for lm-eval's index
             raise _unknown(name, ours)
-    manager = ours if are_ours(names) else _known(defaults=True)
+    own = are_ours(names, include_path)
+    manager = ours if own else _known(defaults=True, include_path=include_path)
     found: list[str] = []
     for name in names:
         if name not in manager.task_index:

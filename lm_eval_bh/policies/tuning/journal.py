@@ -3,20 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from lm_eval_bh.errors import DataError, ParameterError
+from lm_eval_bh.errors import BHError, DataError, ParameterError
 from lm_eval_bh.files import write_text
 from lm_eval_bh.policies.document_losses import Floats
+from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.solution import Solution
+from lm_eval_bh.validation import mismatch, shown
 
 FILE = "tune.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 bound its rows to the name of a text
+
+
+class _Solved(TypedDict):
+    target_experts: float | None
+    budget: str
+    alphas: dict[str, float]
+    mean_experts: float
+    layer_means: dict[str, float]
+    tokens: int
+    text: str
+    level: float | None
+
+
+class _Row(TypedDict):
+    name: str
+    config: dict[str, Any]
+    mean_experts: float | None
+    losses: list[float]
+    solved: _Solved | None
+    failed: str | None
+
+
+class _File(TypedDict):
+    settings: dict[str, Any]
+    sensitivities: list[list[float]] | None
+    nulls: dict[str, str]
+    rows: dict[str, _Row]
 
 
 @dataclass
@@ -65,7 +95,16 @@ class Journal:
     folder : Path
         Of the search.
     settings : mapping
-        What the rows depend on: model, texts, sizes, target.
+        What the rows depend on, by content: model, texts, sizes, target.
+    documents : mapping of str to int
+        How many documents each text has, and so how many losses a row of it.
+    shape : (int, int)
+        Layers of the model, and its own top-k: what sensitivities are measured of.
+
+    Attributes
+    ----------
+    nulls : dict of str to str
+        The digests of the null models that were calibrated, by the names of their files.
 
     Raises
     ------
@@ -75,9 +114,18 @@ class Journal:
         If its file is damaged.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        *,
+        documents: Mapping[str, int],
+        shape: tuple[int, int],
+    ) -> None:
         self.path = folder / FILE
         self.settings = dict(settings)
+        self.nulls: dict[str, str] = {}
+        self._documents, self._shape = documents, shape
         self.rows: dict[str, Row] = {}
         self.sensitivities: list[list[float]] | None = None
         if self.path.exists():
@@ -99,6 +147,7 @@ class Journal:
             "format_version": FORMAT_VERSION,
             "settings": self.settings,
             "sensitivities": self.sensitivities,
+            "nulls": self.nulls,
             "rows": {key: asdict(row) for key, row in self.rows.items()},
         }
         write_text(self.path, json.dumps(content, allow_nan=False) + "\n")
@@ -106,31 +155,79 @@ class Journal:
     def _read(self) -> None:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
-            version, settings = content["format_version"], content["settings"]
-            rows = {key: Row(**row) for key, row in content["rows"].items()}
-            self.sensitivities = content["sensitivities"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(
-                f"{self.path} is damaged ({type(error).__name__}): remove it to start over, or "
-                "name another folder."
-            ) from error
-        if version != FORMAT_VERSION:
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._damaged(str(error) or type(error).__name__) from error
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if type(version) is int and version != FORMAT_VERSION:
             raise DataError(
                 f"{self.path} has format version {version}, and this release reads "
                 f"{FORMAT_VERSION}: name another folder."
             )
-        differing = {
-            name: (settings.get(name), value)
-            for name, value in self.settings.items()
-            if settings.get(name) != value
-        }
-        if differing:
-            name, (found, given) = next(iter(differing.items()))
-            raise ParameterError(
-                f"{self.path.parent} holds a search with other settings ({name} {found}, not "
-                f"{given}): name another folder."
-            )
-        self.rows = rows
+        reason = mismatch(content, _File, "the file")
+        if version is None or reason:
+            raise self._damaged(reason or "the file lacks format_version")
+        settings = content["settings"]
+        for name, value in self.settings.items():
+            if settings.get(name) != value:
+                raise ParameterError(
+                    f"{self.path.parent} holds a search with other settings ({name} "
+                    f"{shown(settings.get(name))}, not {shown(value)}): name another folder."
+                )
+        for key, row in content["rows"].items():
+            if reason := self._wrong(key, row):
+                raise self._damaged(f"row {shown(key)}: {reason}")
+        if reason := self._wrong_sensitivities(content["sensitivities"]):
+            raise self._damaged(reason)
+        self.rows = {key: Row(**row) for key, row in content["rows"].items()}
+        self.sensitivities, self.nulls = content["sensitivities"], content["nulls"]
+
+    def _damaged(self, reason: str) -> DataError:
+        return DataError(
+            f"{self.path} is damaged ({' '.join(reason.split()).rstrip('.')}): remove it to start "
+            "over, or name another folder."
+        )
+
+    def _wrong(self, key: str, row: _Row) -> str | None:
+        """Return what is wrong with a row whose fields are of the right types, or None."""
+        if unknown := sorted(row.keys() - Row.__dataclass_fields__.keys()):
+            return f"it has an unknown field, {unknown[0]}"
+        text = key.partition(" ")[0]
+        if text not in self._documents or key != _key(text, row["config"]):
+            return "its name is not that of its text and configuration"
+        try:
+            config = RoutingConfig.named(row["config"])
+            if config.as_dict() != row["config"]:
+                return "its configuration lacks or adds parameters"
+            solution = None if row["solved"] is None else Solution.of(row["solved"])
+        except (BHError, ValueError, TypeError, KeyError, AttributeError) as error:
+            return str(error)
+        if row["failed"] is not None:
+            return None
+        if len(row["losses"]) != self._documents[text]:
+            return f"it has {len(row['losses'])} losses of {self._documents[text]} documents"
+        numbers = [*row["losses"], math.nan if row["mean_experts"] is None else row["mean_experts"]]
+        if solution is not None:
+            layers = [*solution.alphas, *solution.layer_means]
+            if not solution.alphas or not all(0 <= layer < self._shape[0] for layer in layers):
+                return "its solution is of other layers"
+            numbers += [*solution.alphas.values(), *solution.layer_means.values()]
+            numbers.append(solution.mean_experts)
+        elif config.solves:
+            return "it lacks its solution"
+        return _not_finite(numbers)
+
+    def _wrong_sensitivities(self, found: list[list[float]] | None) -> str | None:
+        if found is None:
+            return None
+        layers, native = self._shape
+        if len(found) != layers or any(len(row) != native for row in found):
+            return f"sensitivities must be of {layers} layers and {native} numbers of experts"
+        return _not_finite(value for row in found for value in row)
+
+
+def _not_finite(numbers: Iterable[float]) -> str | None:
+    wrong = next((number for number in numbers if not math.isfinite(number)), None)
+    return None if wrong is None else f"a number must be finite, not {wrong}"
 
 
 def _key(text: str, config: Mapping[str, Any]) -> str:

@@ -70,6 +70,7 @@ def tune(
         "max_loss": max_loss,
         "preset": preset,
         "text": subject.splits.name,
+        "notes": list(subject.splits.notes),
         "documents": {text: len(subject.documents[text].tokens) for text in subject.documents},
         "tokens": {text: int(subject.documents[text].tokens.sum()) for text in subject.documents},
         "static": curve,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lm_eval_bh.errors import DataError
-from lm_eval_bh.policies.pretrained import paragraphs
+from lm_eval_bh.policies.paragraphs import read_paragraphs, unseen
 from lm_eval_bh.routing.tables.texts import wikitext_texts
 
 SHARES = (0.6, 0.2)  # of a given text: to calibrate, to choose; the rest confirms
@@ -16,7 +18,7 @@ LEAST_DOCUMENTS = 10  # of a part: an interval over fewer says little
 
 @dataclass(frozen=True)
 class Splits:
-    """Documents of each part; no document is in two.
+    """Documents of each part; no document is in two, nor twice in one.
 
     Attributes
     ----------
@@ -25,38 +27,61 @@ class Splits:
     calibration, validation, confirmation : sequence of str
         What null models and levels are fitted on, what the winner is chosen on, and what it is
         compared on, once.
+    notes : tuple of str
+        What was left out.
     """
 
     name: str
     calibration: Sequence[str]
     validation: Sequence[str]
     confirmation: Sequence[str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """A SHA-256, in hex, of all documents."""
+        parts = [list(part) for part in (self.calibration, self.validation, self.confirmation)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @classmethod
     def of_wikitext(cls) -> Splits:
         """Return WikiText-2's own three splits."""
-        parts = [wikitext_texts(split) for split in ("train", "validation", "test")]
-        return cls("WikiText-2", *parts)
+        (train, validation, test), repeats = unseen(
+            *map(wikitext_texts, ("train", "validation", "test"))
+        )
+        return cls("WikiText-2", train, validation, test, _left_out(repeats))
 
     @classmethod
     def of_file(cls, path: Path) -> Splits:
         """Cut the paragraphs of a text file into three parts, in their order.
 
-        Neighbours stay together: paragraphs of one article in two parts would not be unseen.
+        Neighbours stay together: paragraphs of one article in two parts would not be unseen. Of
+        equal paragraphs the first is taken.
 
         Raises
         ------
         DataError
             If the file cannot be read, or has too few paragraphs.
         """
-        found = paragraphs(path)
+        [found], repeats = unseen(read_paragraphs(path))
         first = int(SHARES[0] * len(found))
         second = first + int(SHARES[1] * len(found))
         parts = found[:first], found[first:second], found[second:]
         if min(map(len, parts)) < LEAST_DOCUMENTS:
             least = int(LEAST_DOCUMENTS / min(*SHARES, 1 - sum(SHARES)))
+            several = f" that differ, and {repeats} that repeat one of them" if repeats else ""
             raise DataError(
-                f"The text {str(path)!r} has {len(found)} paragraphs, too few to calibrate, choose "
-                f"and confirm on: use one with at least {least}, parted by empty lines."
+                f"The text {str(path)!r} has {len(found)} paragraphs{several}, too few to "
+                f"calibrate, choose and confirm on: use one with at least {least} that differ, "
+                "parted by empty lines."
             )
-        return cls(path.name, *parts)
+        return cls(path.name, *parts, _left_out(repeats))
+
+
+def _left_out(repeats: int) -> tuple[str, ...]:
+    if not repeats:
+        return ()
+    return (
+        f"{repeats} paragraphs repeat an earlier one and were left out: a text that was calibrated "
+        "on is not unseen, and the same text twice is no second document.",
+    )

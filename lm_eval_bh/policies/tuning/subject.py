@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from lm_eval_bh.errors import BHError, NullModelError
@@ -27,6 +30,7 @@ from lm_eval_bh.threads import CoresWatch
 
 VALIDATION, CONFIRMATION = "validation", "confirmation"
 SENSITIVITY_TOKENS = 16384
+MEASURING = 1  # to be raised where the same model and texts would give other rows
 
 
 class Subject:
@@ -71,18 +75,6 @@ class Subject:
         self.native = self.routers[0].top_k
         self.layers = len(self.routers)
         self.fingerprint = router_fingerprint(router.weight for router in self.routers)
-        self.journal = Journal(
-            folder,
-            settings
-            | {
-                "model": name,
-                "fingerprint": self.fingerprint,
-                "text": splits.name,
-                "calibration_tokens": tokens,
-                "length": length,
-                "tokens_per_document": tokens_per_document,
-            },
-        )
         self.documents = {
             VALIDATION: Documents.of(
                 tokenizer,
@@ -94,8 +86,37 @@ class Subject:
             CONFIRMATION: Documents.of(tokenizer, splits.confirmation, length=length, batch=batch),
         }
         self._cores = CoresWatch()
+        weight = next(model.parameters())
+        self.journal = Journal(
+            folder,
+            settings
+            | {
+                "model": name,
+                "fingerprint": self.fingerprint,
+                "weights": weights_digest(model),
+                "dtype": str(weight.dtype).removeprefix("torch."),
+                "device": weight.device.type,
+                "text": splits.name,
+                "digest of the text": splits.digest,
+                "calibration_tokens": tokens,
+                "length": length,
+                "tokens_per_document": tokens_per_document,
+                "version of the measuring code": MEASURING,
+                "digest of its tokens": self._digest_of_tokens(),
+            },
+            documents={text: len(found.tokens) for text, found in self.documents.items()},
+            shape=(self.layers, self.native),
+        )
         self._nulls: dict[NullKind, NullModel] = {}
         self._failed: dict[NullKind, BHError] = {}
+
+    def _digest_of_tokens(self) -> str:
+        """Return what differs where another tokenizer cuts the same texts."""
+        found = hashlib.sha256()
+        for documents in self.documents.values():
+            windows = sorted(window for batch in documents.batches for window in batch)
+            found.update(json.dumps(windows).encode())
+        return found.hexdigest()
 
     def measure(self, text: str, family: Family, config: RoutingConfig) -> Row:
         """Solve a member of a family if it must be, run it over a text, and keep what came out.
@@ -202,7 +223,8 @@ class Subject:
             )
         except NullModelError:
             return None  # calibrated again, which replaces it
-        return found
+        # One that another search left in the folder was calibrated on another text.
+        return found if found.digest() == self.journal.nulls.get(path.name) else None
 
     def _calibrated(self, kind: NullKind) -> NullModel:
         made, _ = calibrate_and_check(
@@ -218,5 +240,25 @@ class Subject:
             kind=kind,
             experts=self.routers[0].num_experts,
         )
-        made.save(self._path(kind))
+        path = self._path(kind)
+        made.save(path)
+        self.journal.nulls[path.name] = made.digest()
+        self.journal.write()
         return made
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return what differs where a weight differs: of each its name, shape, sum and norms.
+
+    Rounded, since threads and devices add up in another order.
+    """
+    found = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        numbers: list[str] = []
+        if weight.is_floating_point():
+            flat = weight.detach().flatten()
+            size, norm = (torch.linalg.vector_norm(flat, n, dtype=torch.float64) for n in (1, 2))
+            share = flat.sum(dtype=torch.float64) / size.clamp(min=1e-300)
+            numbers = [f"{float(size):.6g}", f"{float(norm):.6g}", f"{float(share):.6f}"]
+        found.update(repr((name, tuple(weight.shape), numbers)).encode())
+    return found.hexdigest()

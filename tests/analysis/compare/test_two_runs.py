@@ -21,6 +21,17 @@ DOCUMENTS = 60
 DATES = itertools.count()
 
 
+def aggregated(metric, scores):
+    """Return what lm-eval writes of a task: means, ratios of totals, or BLEU of a corpus."""
+    if not isinstance(scores[0], list):
+        return sum(scores) / len(scores)
+    if metric == "bleu":
+        return 12.5
+    total, size = (sum(part) for part in zip(*scores, strict=True))
+    ratio = -total / size
+    return ratio / math.log(2) if metric == "bits_per_byte" else math.exp(ratio)
+
+
 def logged(folder, scores, *, task="qa", higher=True, model="dense/one", prompts="p", **more):
     """Write a run as lm-eval does; scores are of a metric, or of (metric, filter)."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,8 +55,9 @@ def logged(folder, scores, *, task="qa", higher=True, model="dense/one", prompts
             }
             lines.append(json.dumps(line | values) + "\n")
     metrics = list(dict.fromkeys(metric for metric, _ in scores))
+    values = {f"{metric},{name}": aggregated(metric, v) for (metric, name), v in scores.items()}
     content = {
-        "results": {task: {"alias": task, "sample_len": number}},
+        "results": {task: {"alias": task, "sample_len": number} | values | more.get("values", {})},
         "configs": {task: {}},
         "n-samples": {task: {"original": 500, "effective": number}},
         "higher_is_better": {task: dict.fromkeys(metrics, higher)},
@@ -137,7 +149,8 @@ def test_every_filter_and_every_scale(tmp_path):
     longer = (length * rng.normal(1.1, 0.02, DOCUMENTS)).tolist()
     b = logged(tmp_path / "b", scores | {("length", "strict-match"): longer}, higher=None)
     table = compare_runs(a, b).table.set_index(["metric", "filter"])
-    assert set(table.index) == {key for key in scores if key[0] != "bleu"}
+    assert set(table.index) == set(scores)
+    assert "only the task has" in table["reason"].loc[("bleu", "strict-match")]
     same = table.loc[("exact_match", "flexible-extract")]
     assert (same["difference"], same["p_value"], same["only_a"]) == (0, 1, 0)
     assert same["equivalence_p"] == pytest.approx(0.99**DOCUMENTS)
@@ -226,7 +239,11 @@ def test_what_cannot_be_compared_says_why(tmp_path, right):
     table = compare_runs(a, silent).table
     assert table["sentence"].item().startswith("qa: not compared, there are no samples of B")
     other = logged(tmp_path / "other", {"em": right[1].tolist()})
-    assert compare_runs(a, other).table["reason"].item().startswith("no metric")
+    table = compare_runs(a, other).table
+    assert dict(zip(table["metric"], table["reason"], strict=True)) == {
+        "acc": "only A has it",
+        "em": "only B has it",
+    }
     holes = [math.nan, *right[1][1:].tolist()]
     holed = logged(tmp_path / "holed", {"acc": holes})
     assert "no score, or one that is not finite" in compare_runs(a, holed).table["reason"].item()

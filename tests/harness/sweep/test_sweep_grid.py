@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.harness.sweep.sweep_config import Experiment, SweepConfig, shard_of
-from lm_eval_bh.harness.sweep.task_names import expand_tasks
+from lm_eval_bh.harness.sweep.task_names import are_ours, expand_tasks
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.policy import Policy
 
@@ -143,6 +143,24 @@ def test_tags_are_replaced_by_their_tasks():
         "bh_demo_wikitext",
     ]
     assert expand_tasks(["bh_lambada", "bh_suite"])[0] == "bh_lambada"
+
+
+def test_own_tasks_are_found_in_a_folder_and_win(tmp_path):
+    """As with lm_eval --include_path."""
+    (tmp_path / "own.yaml").write_text("task: own_lambada\ndataset_path: json\n")
+    settings = GRID | {"tasks": ["own_lambada", "bh_demo"], "include_path": str(tmp_path)}
+    found = SweepConfig(**settings)
+    assert found.tasks[0] == "own_lambada"
+    assert are_ours(found.tasks, found.include_path)
+    assert found.as_dict(grid=False)["include_path"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["none", "file", 3])
+def test_a_folder_of_tasks_that_is_none(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ParameterError, match=r"include_path.* folder"):
+        SweepConfig(**GRID, include_path=path)
 
 
 @given(shards=st.integers(1, 20), repeats=st.integers(1, 3))

@@ -16,9 +16,9 @@ from lm_eval_bh import (
     RoutingConfig,
     RoutingError,
 )
+from lm_eval_bh.routing.methods import METHODS
 from lm_eval_bh.routing.patching.hook import RouterHook
 from lm_eval_bh.routing.routers import find_routers
-from lm_eval_bh.routing.methods import METHODS
 
 STOCK_EXPERTS = ["eager", "grouped_mm", "batched_mm"]
 TESTS = [name for name, rule in METHODS.items() if rule.tests]

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import lm_eval_bh
 from lm_eval_bh import BHRoutingIntegration, ModelError, NullModelError
-from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
 from lm_eval_bh.routing.routers import find_routers
+from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
 
 
 def logits(model, ids, **kwargs):

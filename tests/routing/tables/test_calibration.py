@@ -10,7 +10,6 @@ from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from lm_eval_bh.errors import DataError, ModelError, NullModelError, ParameterError
-from lm_eval_bh.routing.tables.null_match import check_routers
 from lm_eval_bh.routing.tables.calibration import (
     calibrate,
     calibrate_and_check,
@@ -21,6 +20,7 @@ from lm_eval_bh.routing.tables.calibration import (
 from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
 from lm_eval_bh.routing.tables.null_health import LayerHealth, health
 from lm_eval_bh.routing.tables.null_kind import NullKind
+from lm_eval_bh.routing.tables.null_match import check_routers
 from lm_eval_bh.routing.tables.null_model import NullModel
 
 SHARED = Path(

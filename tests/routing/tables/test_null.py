@@ -11,9 +11,9 @@ from safetensors.numpy import save_file
 
 from lm_eval_bh.errors import NullModelError, ParameterError
 from lm_eval_bh.resources import shipped
-from lm_eval_bh.routing.tables.null_match import check_routers
 from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
 from lm_eval_bh.routing.tables.kde import bandwidth_of, fit_cdf
+from lm_eval_bh.routing.tables.null_match import check_routers
 from lm_eval_bh.routing.tables.null_model import NullHeader, NullModel
 from lm_eval_bh.routing.tables.thresholds import _from_ordered, _ordered
 

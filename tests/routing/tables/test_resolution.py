@@ -9,8 +9,8 @@ import torch
 
 from lm_eval_bh import BHRoutingIntegration, NullModel, NullModelError
 from lm_eval_bh.resources import cache_folder
-from lm_eval_bh.routing.tables.find import cached_null, resolve_null
 from lm_eval_bh.routing.routers import find_routers
+from lm_eval_bh.routing.tables.find import cached_null, resolve_null
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,9 @@ const number = (value, digits = 3) => value === null || value === undefined ? ""
 const mean = values => values.reduce((sum, value) => sum + value, 0) / values.length;
 const tokens = () => texts[state.text].tokens;
 const name = run => two ? `${"AB"[run]}: ${runs[run].label}` : runs[run].label;
-const visible = token => token.replaceAll("\n", "⏎") || "∅";
+// A token without text goes on with the character of the one before it.
+const GOES_ON = "‿";
+const visible = token => token.replaceAll("\n", "⏎") || GOES_ON;
 
 // What each pane shows: a run's number, or the difference of both.
 const shown = () => state.run === BOTH ? [0, 1] : [state.run === DIFFERENCE ? DIFFERENCE : Number(state.run)];
@@ -79,7 +81,7 @@ function build() {
     line.setAttribute("role", "group");
     line.setAttribute("aria-label", "Tokens; left and right choose one, up and down a layer");
     tokens().forEach((token, index) => {
-      const span = element("span", token.replaceAll("\n", "⏎\n").replaceAll("\t", "⇥\t") || "∅", "token");
+      const span = element("span", token.replaceAll("\n", "⏎\n").replaceAll("\t", "⇥\t") || GOES_ON, "token");
       span.dataset.index = index;
       span.setAttribute("role", "button");
       line.append(span);

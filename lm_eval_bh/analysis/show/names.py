@@ -1,0 +1,110 @@
+"""Names in figures, as they are: matplotlib takes $...$ for mathematics, and its font for all."""
+
+from __future__ import annotations
+
+import logging
+import re
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
+
+BOX = "\N{WHITE SQUARE}"  # where no font has a character
+# What matplotlib itself writes at the ticks of a logarithmic axis.
+_POWER = re.compile(r"\$\\mathdefault\{[-\N{MINUS SIGN}0-9.^{} ]*(\\times)?[-0-9.^{} ]*\}\$")
+
+
+def show_names(figure: Figure) -> None:
+    """Let every text of a figure be shown as it is, before it is laid out.
+
+    Dollar signs are dollar signs. Characters that the figure's font lacks, such as Chinese ones,
+    come from another font of this machine; where none has them the figure shows boxes, which is
+    said once.
+    """
+    from matplotlib.text import Text
+
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        labels = [label.get_text() for label in axis.get_ticklabels()]
+        if (boxed := [_boxed(label) for label in labels]) != labels:
+            axis.set_ticks(axis.get_majorticklocs(), boxed)  # else drawing writes them anew
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        written = text.get_text()
+        if "$" in written and not _POWER.fullmatch(written):
+            text.set_parse_math(False)
+        if lacking := _lacking(written):
+            text.set_text(_boxed(written))
+            text.set_fontfamily([*text.get_fontfamily(), *_fonts_with(lacking)[0]])
+
+
+def _lacking(written: str) -> frozenset[str]:
+    """Return what a text holds that the figure's font has no shape for."""
+    unknown = {c for c in written if not (c.isascii() and c.isprintable())} - {"\n"}
+    return frozenset(c for c in unknown if not (c.isprintable() and _has(_own(), c)))
+
+
+def _boxed(written: str) -> str:
+    """Return a text with a box for each character that no font has, and say so once."""
+    nowhere = _fonts_with(lacking)[1] if (lacking := _lacking(written)) else frozenset()
+    if nowhere:
+        _say_once("".join(sorted(nowhere)))
+    return "".join(BOX if c in nowhere else c for c in written)
+
+
+@cache
+def _fonts_with(characters: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Return fonts of this machine that have characters between them, and what none has."""
+    from matplotlib.font_manager import fontManager
+
+    families: list[str] = []
+    left = {c for c in characters if c.isprintable()}
+    for entry in sorted(fontManager.ttflist, key=lambda entry: (entry.name, entry.fname)):
+        if not left:
+            break
+        if entry.style != "normal" or entry.name in families:
+            continue
+        if found := {c for c in left if _has(entry.fname, c)}:
+            families.append(entry.name)
+            left -= found
+    return tuple(families), frozenset(left | {c for c in characters if not c.isprintable()})
+
+
+def _has(path: str, character: str) -> bool:
+    face = _face(path)
+    return face is not None and bool(face.get_char_index(ord(character)))
+
+
+@cache
+def _face(path: str) -> Any:
+    """Return a font whose outlines can be drawn, or None: pictures such as colour emoji cannot."""
+    from matplotlib.ft2font import FT2Font
+
+    if not Path(path).is_file():  # the list of fonts is kept between runs
+        return None
+    try:
+        face = FT2Font(path)
+    except RuntimeError:  # not a font that FreeType reads
+        return None
+    return face if face.scalable else None
+
+
+@cache
+def _own() -> str:
+    """Return the file of the font that figures are drawn in."""
+    from matplotlib.font_manager import FontProperties, findfont
+
+    return str(findfont(FontProperties(family=["sans-serif"])))
+
+
+@cache
+def _say_once(characters: str) -> None:
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in characters)
+    logger.warning(
+        "No font of this machine has the characters %s of a name, so the figure shows boxes: "
+        "install one that has them, such as Noto Sans CJK.",
+        shown[:60],
+    )
