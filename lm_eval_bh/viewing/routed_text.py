@@ -168,4 +168,6 @@ def _decided_by(
     by_expert = blank.scatter(-1, order, values)
     if limits is None:
         return _Decided(name, by_expert)
-    return _Decided(name, by_expert, limit, limits.expand(values.shape))
+    limits = limits.expand(values.shape)
+    beyond = limits[:, -1:].expand(-1, said.logits.shape[-1] - limits.shape[-1])
+    return _Decided(name, by_expert, limit, torch.cat([limits, beyond], dim=-1))

@@ -90,8 +90,6 @@ def test_the_null_share_is_storeys():
     half = np.concatenate([uniform[:, :2500], np.zeros((200, 2500))], axis=1)
     share = null_share(torch.from_numpy((half > 0.5).sum(1)), 5000)
     assert share.mean() == pytest.approx(0.5, abs=0.005)
-        0.5, abs=0.005
-    )
 
 
 @pytest.mark.parametrize(("rule", "method"), [("bh", "bh"), ("by", "by")])
