@@ -99,7 +99,7 @@ def epoch_texts(articles: list[str], rare_words: list[str], rng: random.Random) 
     return texts
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE tokenizer: every text has tokens, no unknown token exists."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -113,12 +113,18 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
             show_progress=False,
         ),
     )
+    return tokenizer
+
+
+def wrapped(tokenizer: Tokenizer, length: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer as transformers saves it."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=EOS,
         bos_token=EOS,
         pad_token=PAD,
         clean_up_tokenization_spaces=False,
+        model_max_length=length,
     )
 
 
@@ -251,41 +257,31 @@ class Loads:
             gate.e_score_correction_bias += step * (load.mean() - load).sign()
 
 
-def olmoe(sizes: dict[str, Any], args: dict[str, Any]) -> OlmoeForCausalLM:
-    """Return an OLMoE with random weights."""
-    config = OlmoeConfig(
-        intermediate_size=args["intermediate"],
-        num_experts=args["experts"],
-        norm_topk_prob=args["norm_topk_prob"],
-        **sizes,
-    )
+def olmoe(*, experts: int, intermediate: int, **settings: Any) -> OlmoeForCausalLM:
+    """Return an OLMoE with random weights; ``settings`` are those of its configuration."""
+    config = OlmoeConfig(num_experts=experts, intermediate_size=intermediate, **settings)
     model = OlmoeForCausalLM(config)
     for block in model.model.layers:  # zero-initialised routers make a token's experts all equal
         nn.init.normal_(block.mlp.gate.weight, std=config.initializer_range)
     return model
 
 
-def glm4_moe(sizes: dict[str, Any], args: dict[str, Any], device: str) -> Glm4MoeForCausalLM:
+def glm4_moe(*, experts: int, intermediate: int, **settings: Any) -> Glm4MoeForCausalLM:
     """Return a GLM-4.5 with random weights, all of whose layers are sparse."""
     config = Glm4MoeConfig(
-        intermediate_size=args["intermediate"],
-        moe_intermediate_size=args["intermediate"],
-        n_routed_experts=args["experts"],
+        n_routed_experts=experts,
+        moe_intermediate_size=intermediate,
+        intermediate_size=intermediate,  # of dense layers, which it has none of
+        first_k_dense_replace=0,
         n_shared_experts=1,
         norm_topk_prob=True,
         routed_scaling_factor=1.8,
-        first_k_dense_replace=0,
-        num_mtp_layers=0,
-        num_key_value_heads=sizes["num_attention_heads"],
+        num_key_value_heads=settings["num_attention_heads"],
         use_qk_norm=True,
-        **sizes,
+        num_mtp_layers=0,
+        **settings,
     )
-    model = Glm4MoeForCausalLM(config)
-    for block in model.model.layers:
-        # bfloat16 has no numbers between scores that differ by less than a step of the bias.
-        gate = block.mlp.gate
-        gate.forward = torch.autocast(device, enabled=False)(gate.forward)
-    return model
+    return Glm4MoeForCausalLM(config)
 
 
 def olmoe_router_loss(router_logits: tuple[torch.Tensor, ...], config: Any) -> torch.Tensor:
@@ -303,7 +299,7 @@ def language_loss(logits: torch.Tensor, window: torch.Tensor, **options: Any) ->
     return F.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten(), **options)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def validate(
     model: PreTrainedModel, loads: Loads, windows: torch.Tensor, text_bytes: int
 ) -> dict[str, Any]:
@@ -379,10 +375,10 @@ def main(
     articles, rare_words, validation = load_articles()
     if tokenizer_folder is None:
         texts = epoch_texts(articles, rare_words, random.Random(f"{seed}/bpe"))
-        tokenizer = train_tokenizer(texts, vocab)
+        bpe = train_tokenizer(texts, vocab)
     else:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
-    tokenizer.model_max_length = length
+        bpe = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    tokenizer = wrapped(bpe, length)
     held_out = [tokenizer.eos_token_id]
     for page in validation:
         held_out += [
@@ -397,7 +393,9 @@ def main(
     seen = windows[:, 1:].numel() / (len(held_out) - 1)
     text_bytes = round(seen * sum(len(page.encode()) for page in validation))
 
-    sizes = {
+    settings: dict[str, Any] = {
+        "experts": experts,
+        "intermediate": intermediate,
         "vocab_size": len(tokenizer),
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -409,11 +407,14 @@ def main(
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    widths = {"experts": experts, "intermediate": intermediate}
     if family is Family.OLMOE:
-        model = olmoe(sizes, {**widths, "norm_topk_prob": norm_topk_prob})
+        model = olmoe(norm_topk_prob=norm_topk_prob, **settings)
     else:
-        model = glm4_moe(sizes, widths, device)
+        model = glm4_moe(**settings)
+        for block in model.model.layers:
+            # bfloat16 has no numbers between scores that differ by less than a step of the bias.
+            gate = block.mlp.gate
+            gate.forward = torch.autocast(device, enabled=False)(gate.forward)
     model = model.to(device).train()
     loads = Loads(model)
     ALL_EXPERTS_FUNCTIONS.register("grouped_experts", grouped_experts)
