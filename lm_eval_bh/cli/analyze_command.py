@@ -19,11 +19,11 @@ from lm_eval_bh.cli.options import (
     NullScope,
     Pretrained,
     Statistic,
-    model_path,
 )
 from lm_eval_bh.cli.printing import say, show
 from lm_eval_bh.cli.word_lists import numbers, words
 from lm_eval_bh.files import check_output, replacing
+from lm_eval_bh.resources import model_path
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -11,7 +11,7 @@ import posixpath
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lm_eval_bh.resources import TINY_OLMOE
+from lm_eval_bh.resources import MODELS
 
 # Where and how fast it is computed, and what is compared by its outcome in the results file.
 HARMLESS = frozenset(
@@ -147,7 +147,7 @@ def one_name(name: str) -> str:
     if not is_path(name):
         return name
     path = posixpath.normpath(name)
-    return TINY_OLMOE if path.endswith(f"/models/{TINY_OLMOE}") else path  # the one that ships
+    return next((model for model in MODELS if path.endswith(f"/models/{model}")), path)  # that ship
 
 
 def is_path(name: str) -> bool:
