@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from lm_eval_bh import BHRoutingIntegration, RoutingConfig
-from lm_eval_bh.resources import tiny_olmoe
+from lm_eval_bh.resources import model_path
 from lm_eval_bh.routing.routers import find_routers, transformers_model
 from lm_eval_bh.routing.tables.calibration import calibrate
 from lm_eval_bh.routing.tables.texts import text_batches, wikitext_texts
@@ -143,7 +143,7 @@ def main(
     device: Annotated[str | None, typer.Option(help="cpu, or cuda; default: cuda if any.")] = None,
 ) -> dict[str, Measured]:
     """Fine-tune, measure before and after, and write the model with its policy."""
-    path = str(tiny_olmoe()) if pretrained == "tiny-olmoe" else pretrained
+    path = model_path(pretrained)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(path)

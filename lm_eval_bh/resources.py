@@ -1,4 +1,4 @@
-"""Finds the files that ship with the package: tasks, null models, the demo model.
+"""Finds the files that ship with the package: tasks, null models, the demo models.
 
 ``tasks/`` and ``kde_models/`` lie beside the package in a checkout (where people look for them) and
 inside it in an installed wheel.
@@ -14,6 +14,8 @@ from lm_eval_bh.errors import DataError
 PACKAGE = Path(__file__).resolve().parent
 DEFAULT_MODEL = "allenai/OLMoE-1B-7B-0924"
 TINY_OLMOE = "tiny-olmoe"
+TINY_GLM = "tiny-glm"
+MODELS = (TINY_OLMOE, TINY_GLM)  # that ship, by the names that ``pretrained=`` takes
 
 
 def shipped(name: str) -> Path:
@@ -35,6 +37,16 @@ def shipped(name: str) -> Path:
 def tiny_olmoe() -> Path:
     """Return the folder of the demo model, loadable with ``from_pretrained``."""
     return shipped(f"models/{TINY_OLMOE}")
+
+
+def tiny_glm() -> Path:
+    """Return the folder of the demo model with a sigmoid router."""
+    return shipped(f"models/{TINY_GLM}")
+
+
+def model_path(pretrained: str) -> str:
+    """Return what transformers loads for a name: the folder of a model that ships, or the name."""
+    return str(shipped(f"models/{pretrained}")) if pretrained in MODELS else pretrained
 
 
 def shipped_policies() -> dict[str, Path]:

@@ -45,7 +45,7 @@ from lm_eval_bh.files import figure_format, replacing
 from lm_eval_bh.harness.demo_texts import demo_documents
 from lm_eval_bh.policies.document_losses import Documents
 from lm_eval_bh.policies.paired_differences import Difference, Ladder, PairedBootstrap
-from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
+from lm_eval_bh.resources import TINY_OLMOE, model_path
 from lm_eval_bh.routing.methods import METHODS
 from lm_eval_bh.routing.methods.scores import STATISTICS
 from lm_eval_bh.routing.routers import find_routers
@@ -167,7 +167,7 @@ class Bench:
         text: str,
         batch: int,
     ) -> None:
-        folder = str(tiny_olmoe()) if pretrained == TINY_OLMOE else pretrained
+        folder = model_path(pretrained)
         self.max_k = max_k
         self.model: nn.Module = AutoModelForCausalLM.from_pretrained(folder).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)

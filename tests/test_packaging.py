@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from lm_eval_bh.resources import MODELS
+
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = [
     f"bh_{demo}{name}" for demo in ("", "demo_") for name in ("wikitext", "lambada", "hellaswag")
@@ -80,9 +82,10 @@ def test_wheel_holds_everything(in_wheel):
     assert "lm_eval_bh/py.typed" in rest
 
 
-def test_wheel_holds_model_and_null_model(in_wheel):
-    assert "lm_eval_bh/models/tiny-olmoe/model.safetensors" in in_wheel
-    assert "lm_eval_bh/models/tiny-olmoe/tokenizer.json" in in_wheel
+def test_wheel_holds_models_and_null_model(in_wheel):
+    for name in MODELS:
+        assert f"lm_eval_bh/models/{name}/model.safetensors" in in_wheel
+        assert f"lm_eval_bh/models/{name}/tokenizer.json" in in_wheel
     assert any(name.startswith("lm_eval_bh/kde_models/") for name in in_wheel)
 
 

@@ -19,11 +19,11 @@ from lm_eval_bh.cli.options import (
     NullScope,
     Pretrained,
     Statistic,
-    model_path,
 )
 from lm_eval_bh.cli.printing import say, show
 from lm_eval_bh.cli.word_lists import numbers, words
 from lm_eval_bh.files import check_output, replacing
+from lm_eval_bh.resources import model_path
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -102,10 +102,8 @@ def analyze(
 
 def _plain(row: GridRow) -> dict[str, object]:
     """Return a row as JSON knows it; a rule without a level has a null alpha."""
-    plain = dataclasses.asdict(row)
-    if not row.config.adaptive:
-        plain["config"]["alpha"] = None
-    return plain
+    config = row.config.as_dict() | ({} if row.config.adaptive else {"alpha": None})
+    return dataclasses.asdict(row) | {"config": config}
 
 
 def _table(title: str, rows: list[GridRow]) -> Table:

@@ -18,11 +18,11 @@ from lm_eval_bh.cli.options import (
     NullScope,
     Pretrained,
     Statistic,
-    model_path,
 )
 from lm_eval_bh.cli.printing import say, show
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.files import check_output, figure_format
+from lm_eval_bh.resources import model_path
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from lm_eval_bh.cli.interrupts import NOTHING_HALF_WRITTEN, on_interrupt
-from lm_eval_bh.cli.options import model_path
 from lm_eval_bh.cli.printing import say
 from lm_eval_bh.errors import ParameterError, did_you_mean
 from lm_eval_bh.files import check_output
+from lm_eval_bh.resources import model_path
 
 ENGINES = ("hf", "vllm", "llama.cpp")
 

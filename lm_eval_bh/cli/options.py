@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lm_eval_bh.cli.printing import warn
-from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
+from lm_eval_bh.resources import MODELS
 
 if TYPE_CHECKING:
     from lm_eval_bh.analysis.read.loaded import Loaded
@@ -18,7 +18,9 @@ INCOMPLETE = 3  # exit code if files were left out
 LARGEST_SEED = 2**32 - 1  # that numpy takes
 
 # Of a model that is run: calibrate and analyze.
-Pretrained = Annotated[str, typer.Option(help=f"Hub name or folder of the model, or {TINY_OLMOE}.")]
+Pretrained = Annotated[
+    str, typer.Option(help=f"Hub name or folder of the model, {' or '.join(MODELS)}.")
+]
 Length = Annotated[int, typer.Option(min=1, help="Window length in tokens.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows in a batch.")]
 Statistic = Annotated[str, typer.Option(help="logit, weight, contribution, benefit or predicted.")]
@@ -49,11 +51,6 @@ AccuracyMargin = Annotated[float, typer.Option(help="Difference of accuracy to i
 Confidence = Annotated[float, typer.Option(help="Confidence of the intervals.")]
 Resamples = Annotated[int, typer.Option(help="Bootstrap resamples.")]
 Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the bootstrap.")]
-
-
-def model_path(pretrained: str) -> str:
-    """Return what transformers loads for ``--pretrained``."""
-    return str(tiny_olmoe()) if pretrained == TINY_OLMOE else pretrained
 
 
 def home_of(source: Path) -> Path:

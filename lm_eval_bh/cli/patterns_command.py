@@ -18,7 +18,7 @@ from lm_eval_bh.cli.options import (
 )
 from lm_eval_bh.cli.printing import say_written, warn
 from lm_eval_bh.files import check_output
-from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
+from lm_eval_bh.resources import model_path
 from lm_eval_bh.schema import read_json
 
 
@@ -64,7 +64,7 @@ def file_of_model(model: str, file: str, revision: str | None = None) -> Path | 
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    folder = tiny_olmoe() if model == TINY_OLMOE else Path(model)
+    folder = Path(model_path(model))
     if (folder / file).is_file():
         return folder / file
     if folder.is_absolute():

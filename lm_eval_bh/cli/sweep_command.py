@@ -37,7 +37,7 @@ def sweep(
         Path | None, typer.Option(help="YAML file with the same keys; flags override it.")
     ] = None,
     pretrained: Annotated[
-        str | None, typer.Option(help="Hub name or folder of the model, or tiny-olmoe.")
+        str | None, typer.Option(help="Hub name or folder of the model, tiny-olmoe or tiny-glm.")
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks and tags: bh_suite,bh_demo.")] = None,
     include_path: Annotated[

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lm_eval_bh.cli.interrupts import on_interrupt
-from lm_eval_bh.cli.options import BatchSize, Device, Dtype, Length, Pretrained, model_path
+from lm_eval_bh.cli.options import BatchSize, Device, Dtype, Length, Pretrained
 from lm_eval_bh.cli.printing import say, say_written, show, warn
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.files import check_output
+from lm_eval_bh.resources import model_path
 
 if TYPE_CHECKING:
     from rich.table import Table

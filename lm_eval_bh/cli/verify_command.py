@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from lm_eval_bh.cli.interrupts import NOTHING_HALF_WRITTEN, on_interrupt
-from lm_eval_bh.cli.options import model_path
 from lm_eval_bh.cli.printing import show
 from lm_eval_bh.errors import ModelError, ParameterError
+from lm_eval_bh.resources import model_path
 
 
 def verify(

@@ -15,7 +15,7 @@ from transformers.utils.hub import cached_file
 
 from lm_eval_bh.doctor.finding import NOTE, PROBLEM, Finding
 from lm_eval_bh.errors import BHError, ModelError, PolicyError
-from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
+from lm_eval_bh.resources import TINY_OLMOE, model_path
 from lm_eval_bh.routing.policy import Policy
 from lm_eval_bh.routing.routers import Router, find_routers
 from lm_eval_bh.routing.tables.find import cached_null, known_null
@@ -35,7 +35,7 @@ def check_model(pretrained: str, policy: Path | None = None) -> Iterator[Finding
     policy : Path, optional
         A policy to hold against it.
     """
-    name = str(tiny_olmoe()) if pretrained == TINY_OLMOE else pretrained
+    name = model_path(pretrained)
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=True)
         with torch.device("meta"):
@@ -47,7 +47,7 @@ def check_model(pretrained: str, policy: Path | None = None) -> Iterator[Finding
             "model",
             f"{pretrained} is not on this machine, or no model of transformers: {reason}",
             PROBLEM,
-            "download it, or check the name; tiny-olmoe ships",
+            f"download it, or check the name; {TINY_OLMOE} ships",
         )
         return
     except BHError as error:

@@ -33,7 +33,7 @@ from lm_eval_bh.harness.logs.served_requests import ServedRequests
 from lm_eval_bh.harness.plugin.evaluation_start import announce_evaluations
 from lm_eval_bh.harness.preflight import check_model_config, check_names, given_null_model
 from lm_eval_bh.harness.quantized import take_quantization
-from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE, tiny_olmoe
+from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE, model_path
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.declared import PARAMETERS
 from lm_eval_bh.routing.parameters import ALIASES, accepts
@@ -51,7 +51,7 @@ class BHLM(HFLM):
     Parameters
     ----------
     pretrained : str
-        A hub name, a folder, or ``tiny-olmoe``, the model that ships.
+        A hub name, a folder, or a model that ships: ``tiny-olmoe`` or ``tiny-glm``.
     policy : path
         A policy file, in place of all parameters of routing.
     null_model : str
@@ -120,7 +120,8 @@ class BHLM(HFLM):
         )
         try:
             super().__init__(
-                pretrained=str(tiny_olmoe()) if pretrained == TINY_OLMOE else pretrained, **kwargs
+                pretrained=model_path(pretrained) if isinstance(pretrained, str) else pretrained,
+                **kwargs,
             )
         except BHError:
             raise

@@ -9,7 +9,7 @@ from typing import Any
 
 from lm_eval_bh.errors import ParameterError, did_you_mean
 from lm_eval_bh.harness.quantized import take_quantization
-from lm_eval_bh.resources import TINY_OLMOE, tiny_olmoe
+from lm_eval_bh.resources import model_path
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.declared import PARAMETERS
 from lm_eval_bh.routing.parameters import ALIASES
@@ -117,10 +117,11 @@ def check_run(
     check_implementation(arguments.get("experts_implementation", "auto"))
     take_quantization(dict(arguments))
     placement(dtype=arguments.get("dtype", "auto"))
-    name = str(tiny_olmoe()) if pretrained == TINY_OLMOE else pretrained
     try:
         config = AutoConfig.from_pretrained(
-            name, revision=arguments.get("revision", "main"), local_files_only=True
+            model_path(pretrained),
+            revision=arguments.get("revision", "main"),
+            local_files_only=True,
         )
     except (OSError, ValueError):  # elsewhere, or the run says why
         return

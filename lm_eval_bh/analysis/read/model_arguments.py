@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from lm_eval_bh.resources import TINY_OLMOE
+from lm_eval_bh.resources import MODELS
 
 # Where and how fast it is computed, and what is compared by its outcome in the results file.
 HARMLESS = frozenset(
@@ -148,7 +148,7 @@ def one_name(name: str) -> str:
     if not (is_path(name) or Path(name).is_dir()):
         return name
     path = posixpath.abspath(posixpath.expanduser(name))  # ./m and /home/me/m are one
-    return TINY_OLMOE if path.endswith(f"/models/{TINY_OLMOE}") else path  # the one that ships
+    return next((model for model in MODELS if path.endswith(f"/models/{model}")), path)  # that ship
 
 
 def is_path(name: str) -> bool:

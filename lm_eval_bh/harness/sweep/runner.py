@@ -252,7 +252,7 @@ class BHRoutingExperimentRunner:
     Parameters
     ----------
     model_name : str
-        Hub name or folder of the model, or ``tiny-olmoe``.
+        Hub name or folder of the model, ``tiny-olmoe`` or ``tiny-glm``.
     device : str or None
         As lm-eval takes it; None for CUDA where there is one, else the CPU.
     output_dir : str or Path

@@ -122,7 +122,7 @@ class SweepConfig:
     Attributes
     ----------
     pretrained : str
-        Hub name or folder of the model, or ``tiny-olmoe``.
+        Hub name or folder of the model, ``tiny-olmoe`` or ``tiny-glm``.
     tasks : tuple of str
         Tasks and tags of lm-eval; tags are replaced by their tasks.
     baselines : tuple of int

@@ -1,17 +1,21 @@
-"""Train tiny-olmoe, the small but real OLMoE that ships with lm-eval-bh, on WikiText-2.
+r"""Train tiny-olmoe and tiny-glm, the small but real models that ship, on WikiText-2.
 
-The architecture is OLMoE's own (64 experts, top-8, ``norm_topk_prob=False``), scaled down until the
-weights fit into a few megabytes; the loss is the language-modelling loss plus OLMoE's
-load-balancing and router z-losses (Muennighoff et al. 2024, "OLMoE: Open Mixture-of-Experts
-Language Models").
+Their architectures are those of OLMoE (a softmax router, ``norm_topk_prob=False``) and of GLM-4.5
+(sigmoid scores, a correction bias on the choice, rescaled weights times 1.8, one shared expert),
+scaled down until the weights fit into a few megabytes: 64 experts, top-8. An OLMoE's loads are
+balanced by its load-balancing and router z-losses (Muennighoff et al. 2024, "OLMoE: Open
+Mixture-of-Experts Language Models"), a GLM's without gradients, by its correction bias (Wang et al.
+2024, "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts").
 
-    python scripts/train_tiny_olmoe.py --output tiny-olmoe            # from a fixed seed
-    python scripts/train_tiny_olmoe.py --output tiny-olmoe --resume   # after an interruption
+    python scripts/train_subject.py --output tiny-olmoe            # from a fixed seed
+    python scripts/train_subject.py --output tiny-olmoe --resume   # after an interruption
+    python scripts/train_subject.py --output tiny-glm --family glm4_moe \
+        --tokenizer lm_eval_bh/models/tiny-olmoe
 
 Other subjects of the same recipe, which do not ship, tell whether a result is an accident of one:
 
-    python scripts/train_tiny_olmoe.py --output another --seed 7
-    python scripts/train_tiny_olmoe.py --output renormalised --experts 32 --top-k 4 --norm-topk-prob
+    python scripts/train_subject.py --output another --seed 7
+    python scripts/train_subject.py --output renormalised --experts 32 --top-k 4 --norm-topk-prob
 
 The text is WikiText-2's training split. Its full word-level form writes rare words as ``<unk>``,
 which the raw text one evaluates on never contains. So the articles that the raw training split
@@ -27,6 +31,8 @@ import math
 import random
 import time
 from collections.abc import Iterator
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,13 +43,29 @@ import typer
 from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 DATASET = "EleutherAI/wikitext_document_level"
 EOS, PAD = "<|endoftext|>", "<|padding|>"
 UNK = "<unk>"
+Z_LOSS = 1e-3
+BIAS_STEP = 3e-3  # a tenth of it in the last fifth of the training, where loads should settle
+
+
+class Family(StrEnum):
+    """Architectures that a subject can have, by transformers' names."""
+
+    OLMOE = "olmoe"
+    GLM4_MOE = "glm4_moe"
 
 
 def load_articles() -> tuple[list[str], list[str], list[str]]:
@@ -77,7 +99,7 @@ def epoch_texts(articles: list[str], rare_words: list[str], rng: random.Random) 
     return texts
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE tokenizer: every text has tokens, no unknown token exists."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -91,12 +113,18 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
             show_progress=False,
         ),
     )
+    return tokenizer
+
+
+def wrapped(tokenizer: Tokenizer, length: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer as transformers saves it."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=EOS,
         bos_token=EOS,
         pad_token=PAD,
         clean_up_tokenization_spaces=False,
+        model_max_length=length,
     )
 
 
@@ -205,38 +233,90 @@ def grouped_experts(
     return GroupedExperts.apply(h, index, weight, module.gate_up_proj, module.down_proj)
 
 
-def losses(model: OlmoeForCausalLM, window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return means (language-modelling loss, load-balancing + z-loss), balanced in every layer."""
-    out = model(input_ids=window[:, :-1], output_router_logits=True)
-    loss = F.cross_entropy(out.logits.float().flatten(0, 1), window[:, 1:].flatten())
-    config, router = model.config, out.router_logits
+class Loads:
+    """How many tokens each expert has served, ``[layers, experts]``, as the routers chose them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.gates = [block.mlp.gate for block in model.model.layers]
+        self.counts = torch.zeros(len(self.gates), len(self.gates[0].weight), device=model.device)
+        for layer, gate in enumerate(self.gates):
+            gate.register_forward_hook(partial(self._add, layer))
+
+    def _add(self, layer: int, gate: Any, args: Any, output: Any) -> None:
+        self.counts[layer] += torch.bincount(output[2].flatten(), minlength=self.counts.shape[1])
+
+    def take(self) -> torch.Tensor:
+        """Return the loads since the last call."""
+        taken, self.counts = self.counts, torch.zeros_like(self.counts)
+        return taken
+
+    @torch.no_grad()
+    def move_biases(self, loads: torch.Tensor, step: float) -> None:
+        """Make experts below the mean load likelier to be chosen, those above it less likely."""
+        for gate, load in zip(self.gates, loads, strict=True):
+            gate.e_score_correction_bias += step * (load.mean() - load).sign()
+
+
+def olmoe(*, experts: int, intermediate: int, **settings: Any) -> OlmoeForCausalLM:
+    """Return an OLMoE with random weights; ``settings`` are those of its configuration."""
+    config = OlmoeConfig(num_experts=experts, intermediate_size=intermediate, **settings)
+    model = OlmoeForCausalLM(config)
+    for block in model.model.layers:  # zero-initialised routers make a token's experts all equal
+        nn.init.normal_(block.mlp.gate.weight, std=config.initializer_range)
+    return model
+
+
+def glm4_moe(*, experts: int, intermediate: int, **settings: Any) -> Glm4MoeForCausalLM:
+    """Return a GLM-4.5 with random weights, all of whose layers are sparse."""
+    config = Glm4MoeConfig(
+        n_routed_experts=experts,
+        moe_intermediate_size=intermediate,
+        intermediate_size=intermediate,  # of dense layers, which it has none of
+        first_k_dense_replace=0,
+        n_shared_experts=1,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.8,
+        num_key_value_heads=settings["num_attention_heads"],
+        use_qk_norm=True,
+        num_mtp_layers=0,
+        **settings,
+    )
+    return Glm4MoeForCausalLM(config)
+
+
+def olmoe_router_loss(router_logits: tuple[torch.Tensor, ...], config: Any) -> torch.Tensor:
+    """Return the mean over layers of load-balancing loss + z-loss, balanced in every layer."""
     balance = sum(
         load_balancing_loss_func((r.float(),), config.num_experts, config.num_experts_per_tok)
-        for r in router
+        for r in router_logits
     )
-    z = sum(r.float().logsumexp(-1).square().mean() for r in router)
-    return loss, (config.router_aux_loss_coef * balance + 1e-3 * z) / len(router)
+    z = sum(r.float().logsumexp(-1).square().mean() for r in router_logits)
+    return (config.router_aux_loss_coef * balance + Z_LOSS * z) / len(router_logits)
 
 
-@torch.inference_mode()
+def language_loss(logits: torch.Tensor, window: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Return the mean loss of a window's next tokens, or as ``reduction`` says."""
+    return F.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten(), **options)
+
+
+@torch.no_grad()
 def validate(
-    model: OlmoeForCausalLM, windows: torch.Tensor, text_bytes: int
-) -> tuple[float, float, list[int]]:
-    """Return (nats a token, byte perplexity, dead experts a layer) on the raw validation text."""
+    model: PreTrainedModel, loads: Loads, windows: torch.Tensor, text_bytes: int
+) -> dict[str, Any]:
+    """Return losses on the raw validation text, and each layer's dead experts and largest load."""
     model.eval()
-    total, used = 0.0, torch.zeros(model.config.num_hidden_layers, model.config.num_experts)
+    total = 0.0
     for window in windows.split(8):
-        out = model(input_ids=window[:, :-1], output_router_logits=True)
-        total += float(
-            F.cross_entropy(
-                out.logits.float().flatten(0, 1), window[:, 1:].flatten(), reduction="sum"
-            )
-        )
-        for layer, logits in enumerate(out.router_logits):
-            top = logits.topk(model.config.num_experts_per_tok).indices
-            used[layer] += torch.bincount(top.flatten(), minlength=model.config.num_experts).cpu()
+        logits = model(input_ids=window[:, :-1]).logits
+        total += float(language_loss(logits, window, reduction="sum"))
     model.train()
-    return total / windows[:, 1:].numel(), math.exp(total / text_bytes), (used == 0).sum(1).tolist()
+    found = loads.take()
+    return {
+        "validation_loss": total / windows[:, 1:].numel(),
+        "validation_byte_perplexity": math.exp(total / text_bytes),
+        "dead_experts": (found == 0).sum(1).tolist(),
+        "largest_load_over_mean": [round(x, 2) for x in (found.amax(1) / found.mean(1)).tolist()],
+    }
 
 
 def optimizer_for(model: nn.Module, rate: float) -> torch.optim.AdamW:
@@ -260,6 +340,11 @@ def main(
     output: Annotated[
         Path, typer.Option(help="Folder for the model, its tokenizer and train.json.")
     ],
+    family: Family = Family.OLMOE,
+    tokenizer_folder: Annotated[
+        Path | None,
+        typer.Option("--tokenizer", help="Folder of a tokenizer; else one is trained on the text."),
+    ] = None,
     tokens: Annotated[float, typer.Option(help="Training tokens, in millions.")] = 7.2,
     horizon: Annotated[
         float, typer.Option(help="Millions of tokens of a whole cosine schedule.")
@@ -273,9 +358,10 @@ def main(
     experts: Annotated[int, typer.Option(help="Experts of a layer.")] = 64,
     top_k: Annotated[int, typer.Option(help="Experts of a token, in training too.")] = 8,
     norm_topk_prob: Annotated[
-        bool, typer.Option(help="Whether the selected experts' weights are made to sum to 1.")
+        bool,
+        typer.Option(help="Whether an OLMoE's selected experts' weights are made to sum to 1."),
     ] = False,
-    vocab: int = 4096,
+    vocab: Annotated[int, typer.Option(help="Tokens of a tokenizer that is trained.")] = 4096,
     length: Annotated[int, typer.Option(help="Window length in tokens.")] = 512,
     batch: Annotated[int, typer.Option(help="Windows per step.")] = 8,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
@@ -283,14 +369,16 @@ def main(
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     resume: bool = False,
 ) -> None:
-    """Train tiny-olmoe and write it, as bfloat16 safetensors, with its tokenizer."""
+    """Train a subject and write it, as bfloat16 safetensors, with its tokenizer."""
     torch.manual_seed(seed)
     output.mkdir(parents=True, exist_ok=True)
     articles, rare_words, validation = load_articles()
-    tokenizer = train_tokenizer(
-        epoch_texts(articles, rare_words, random.Random(f"{seed}/bpe")), vocab
-    )
-    tokenizer.model_max_length = length
+    if tokenizer_folder is None:
+        texts = epoch_texts(articles, rare_words, random.Random(f"{seed}/bpe"))
+        bpe = train_tokenizer(texts, vocab)
+    else:
+        bpe = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    tokenizer = wrapped(bpe, length)
     held_out = [tokenizer.eos_token_id]
     for page in validation:
         held_out += [
@@ -305,26 +393,30 @@ def main(
     seen = windows[:, 1:].numel() / (len(held_out) - 1)
     text_bytes = round(seen * sum(len(page.encode()) for page in validation))
 
-    config = OlmoeConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_experts=experts,
-        num_experts_per_tok=top_k,
-        norm_topk_prob=norm_topk_prob,
-        tie_word_embeddings=True,
-        max_position_embeddings=length,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = OlmoeForCausalLM(config).to(device).train()
-    for (
-        block
-    ) in model.model.layers:  # zero-initialised routers would make all experts of a token equal
-        nn.init.normal_(block.mlp.gate.weight, std=config.initializer_range)
+    settings: dict[str, Any] = {
+        "experts": experts,
+        "intermediate": intermediate,
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_experts_per_tok": top_k,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": length,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if family is Family.OLMOE:
+        model = olmoe(norm_topk_prob=norm_topk_prob, **settings)
+    else:
+        model = glm4_moe(**settings)
+        for block in model.model.layers:
+            # bfloat16 has no numbers between scores that differ by less than a step of the bias.
+            gate = block.mlp.gate
+            gate.forward = torch.autocast(device, enabled=False)(gate.forward)
+    model = model.to(device).train()
+    loads = Loads(model)
     ALL_EXPERTS_FUNCTIONS.register("grouped_experts", grouped_experts)
     model.set_experts_implementation("grouped_experts")
 
@@ -351,24 +443,29 @@ def main(
     for step, window in zip(range(steps), stream, strict=False):
         if step < first:
             continue
+        window = window.to(device)
         with torch.autocast(device, torch.bfloat16):
-            loss, router_loss = losses(model, window.to(device))
-        (loss + router_loss).backward()
+            out = model(input_ids=window[:, :-1], output_router_logits=family is Family.OLMOE)
+            loss = objective = language_loss(out.logits, window)
+            if family is Family.OLMOE:
+                objective = loss + olmoe_router_loss(out.router_logits, model.config)
+        objective.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        served = loads.take()
+        if family is Family.GLM4_MOE:
+            loads.move_biases(served, BIAS_STEP if step < 0.8 * steps else BIAS_STEP / 10)
         recent.append(loss.item())
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            nats, byte_perplexity, dead = validate(model, windows, text_bytes)
+            found = validate(model, loads, windows, text_bytes)
             speed = (step + 1 - first) * batch * length / (time.monotonic() - start)
             entry = {
                 "step": step + 1,
                 "tokens": (step + 1) * batch * length,
                 "train_loss": sum(recent) / len(recent),
-                "validation_loss": nats,
-                "validation_byte_perplexity": byte_perplexity,
-                "dead_experts": dead,
+                **found,
             }
             log.append(entry)
             recent.clear()
@@ -384,7 +481,10 @@ def main(
             state.with_suffix(".tmp").replace(state)
 
     model.set_experts_implementation("eager")
-    model.eval().to(torch.bfloat16).save_pretrained(output)
+    model.eval()
+    for parameter in model.parameters():  # a correction bias is a buffer, and stays in float32
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model.save_pretrained(output)
     # Half the bytes on disk; but at this size float32 is what CPUs compute fastest.
     saved_config = json.loads((output / "config.json").read_text())
     saved_config["dtype"] = "float32"
