@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs an accelerator, in under 25 minutes on one card and without network: the tests that
 # compare the card with the CPU, bench_routing.py in bfloat16 at OLMoE's true size (with the
-# hook of every method, and two of them under torch.compile), all 16 layers with random weights, the speed phase, and vLLM's tests where vLLM is installed. It ends with one JSON file and
-# one page, gpu_day.json and gpu_day.md. A step that fails is named there and does not stop the others; the
-# exit code says so.
+# hook of every method, and two of them under torch.compile), all 16 layers with random weights, the speed phase,
+# and vLLM's tests where vLLM is installed. It ends with one JSON file and one page, gpu_day.json and
+# gpu_day.md. A step that fails is named there and does not stop the others; the exit code says so.
 #
 #   bash scripts/gpu_day.sh [--device cuda] [--pretrained tiny-olmoe] [--output runs/gpu_day]
 #   bash scripts/gpu_day.sh --device cpu --small      # the same steps on little, to see that they work

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from lm_eval_bh.errors import ParameterError
-from lm_eval_bh.routing.declared import ALPHA, GENERAL, PARAMETERS, known_to, unknown_name
+from lm_eval_bh.routing.declared import (
+    ALPHA,
+    GENERAL,
+    PARAMETERS,
+    known_to,
+    unknown_name,
+)
 from lm_eval_bh.routing.layer_choice import chosen_layers
 from lm_eval_bh.routing.methods import METHODS, Method
 from lm_eval_bh.routing.methods.declare import Parameter
@@ -231,3 +237,27 @@ class RoutingConfig:
 def rule_info(rule: str) -> RuleInfo:
     """Return what results say about a rule."""
     return cast(RuleInfo, METHODS[rule].describe())
+
+
+def one_configuration(
+    alpha: float | RoutingConfig, config: RoutingConfig | None, given: Mapping[str, Any]
+) -> RoutingConfig:
+    """Return the configuration of a caller who gives a whole one, or its parameters.
+
+    Raises
+    ------
+    ParameterError
+        If both were given.
+    """
+    if isinstance(alpha, RoutingConfig):
+        config = alpha
+    else:
+        given = {**given, "alpha": alpha}
+    if config is None:
+        return RoutingConfig.named(given)
+    if RoutingConfig.named(given) != RoutingConfig():
+        raise ParameterError(
+            "A configuration and parameters beside it were given: "
+            "put the parameters into the RoutingConfig."
+        )
+    return config

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from safetensors import SafetensorError, safe_open
 
@@ -24,10 +24,20 @@ from lm_eval_bh.routing.sealed_file import broken_seal, write_sealed
 from lm_eval_bh.routing.solution import Solution
 from lm_eval_bh.routing.tables import null_file
 from lm_eval_bh.routing.tables.null_model import NullModel
+from lm_eval_bh.validation import mismatch
 
 METADATA_KEY = "lm_eval_bh_policy"
 FORMAT_VERSION = 1
 MOST = 2**16  # whatever a damaged file says: layers are counted one by one
+
+
+class _Header(TypedDict):
+    """What a file says of a policy's origin."""
+
+    fingerprint: str
+    model: str | None
+    revision: str | None
+    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +163,8 @@ class Policy:
                         f"The policy {path} has format version {version}, and this release reads "
                         f"up to {FORMAT_VERSION}: upgrade lm-eval-bh."
                     )
+                if fault := mismatch(header, _Header, "its header"):
+                    raise PolicyError(f"The policy {path} is damaged ({fault}): make it again.")
                 null = None
                 if header["null_model"] is not None:
                     null = NullModel(

@@ -17,7 +17,6 @@ STATSMODELS = {
     "bh": "fdr_bh",
     "by": "fdr_by",
     "bonferroni": "bonferroni",
-    "holm": "holm",
     "hochberg": "simes-hochberg",
     "fdr_tsbh": "fdr_tsbh",
 }
@@ -118,6 +117,9 @@ class Reference:
             share = (1 + sum(p > 0.5)) / (len(p) / 2)
             levels = [min(k * self.alpha / share / len(p), 0.5) for k in range(1, len(p) + 1)]
             return max([k + 1 for k, low in enumerate(sorted(p)) if low <= levels[k]], default=0)
+        if self.rule == "holm":  # statsmodels takes 70 ms a token for it
+            fails = [low > self.alpha / (len(p) - k) for k, low in enumerate(sorted(p))]
+            return [*fails, True].index(True)
         return int(multipletests(p, self.alpha, STATSMODELS[self.rule])[0].sum())
 
     def _drawn(self, order: list[int], most: int) -> list[int]:

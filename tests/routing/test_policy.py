@@ -114,6 +114,11 @@ def header_of(path):
         lambda header: header.pop("fingerprint"),
         lambda header: header.update(solved={"alphas": 3}),
         lambda header: header["null_model"].update(num_layers=3),
+        lambda header: header.update(provenance=["found", "by"]),
+        lambda header: header.update(provenance="by hand"),
+        lambda header: header.update(model=3),
+        lambda header: header.update(revision={}),
+        lambda header: header.update(fingerprint=None),
     ],
 )
 def test_a_changed_header_is_refused(made, tmp_path, change):

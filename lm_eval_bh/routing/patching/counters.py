@@ -109,3 +109,27 @@ class RoutingCounters:
         mean = (histogram * counts).sum() / total
         variance = (histogram * (counts - mean) ** 2).sum() / total
         return float(mean), float(variance.sqrt())
+
+
+def routing_stats(
+    counters: RoutingCounters, top_k: int, *, analyze: bool
+) -> dict[str, float | None]:
+    """Return statistics of the experts per token under the names of the earlier prototype.
+
+    ``sparsity_gain`` is one minus the mean as a share of the model's own top-k. Where a method only
+    counts, the model has run with its top-k.
+    """
+    mean, deviation = counters.moments()
+    gain = None if mean is None else 1.0 - mean / top_k
+    if analyze:
+        return {
+            "mean_experts_per_token": None if mean is None else float(top_k),
+            "std_experts_per_token": None if mean is None else 0.0,
+            "sparsity_gain": gain,
+            "bh_would_select_mean": mean,
+        }
+    return {
+        "mean_experts_per_token": mean,
+        "std_experts_per_token": deviation,
+        "sparsity_gain": gain,
+    }

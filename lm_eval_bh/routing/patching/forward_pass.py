@@ -21,6 +21,7 @@ from lm_eval_bh.errors import ParameterError, RoutingError
 from lm_eval_bh.routing.caches import given_cache
 from lm_eval_bh.routing.methods.pick import Picked
 from lm_eval_bh.routing.patching.patch import Patch
+from lm_eval_bh.routing.patching.query_mask import query_mask
 
 CHECKPOINTING = "_gradient_checkpointing_func"  # where transformers' layers keep it
 
@@ -261,45 +262,6 @@ class _Rerun:
             return self.run(*args)
         finally:
             _current.reset(token)
-
-
-def query_mask(mask: Any, rows: int, length: int, cache: Any = None) -> Tensor | None:
-    """Return which of a pass's tokens an attention mask takes for real, bool ``[rows, length]``.
-
-    Parameters
-    ----------
-    mask : Tensor, or dict of layer type to Tensor
-        ``[rows, cached + length]``, 0 for padding; or ``[rows, 1, length, keys]``, bool or what is
-        added to the attention scores. There a token is real if it may attend to itself.
-    rows, length : int
-        Of the pass.
-    cache : Cache or None
-        Which tells how many tokens went before.
-
-    Returns
-    -------
-    Tensor or None
-        None if the mask is nothing of the kind.
-    """
-    if isinstance(mask, Mapping):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if not isinstance(mask, Tensor) or mask.shape[0] not in (1, rows):
-        return None
-    if mask.ndim == 2 and mask.shape[1] >= length:
-        return (mask[:, -length:] != 0).expand(rows, length)
-    if mask.ndim != 4 or mask.shape[-2] != length or mask.shape[-1] < length:
-        return None
-    allowed = mask[:, 0]
-    if allowed.is_floating_point():
-        allowed = allowed > torch.finfo(allowed.dtype).min / 2
-    if cache is not None and not hasattr(cache, "get_seq_length"):  # continuous batching's, say
-        return None
-    seen = 0 if cache is None else cache.get_seq_length()
-    latest = mask.shape[-1] - length  # the place of the first query where the last keys are theirs
-    place = torch.arange(length, device=mask.device)
-    place = place + (seen.clamp(max=latest) if isinstance(seen, Tensor) else min(seen, latest))
-    own = allowed.gather(-1, place.expand(len(allowed), length).unsqueeze(-1))
-    return (own[..., 0] != 0).expand(rows, length)
 
 
 def _in_backward() -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -12,25 +11,28 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lm_eval_bh.errors import ModelError, NullModelError, ParameterError
-from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.errors import ModelError, ParameterError
+from lm_eval_bh.routing.config import RoutingConfig, one_configuration
 from lm_eval_bh.routing.fitted import fitted_method
 from lm_eval_bh.routing.methods import Method
 from lm_eval_bh.routing.parameters import ALIASES, accepts
-from lm_eval_bh.routing.patching.counters import RoutingCounters
-from lm_eval_bh.routing.patching.experts_switch import ExpertsSwitch, check_implementation
+from lm_eval_bh.routing.patching.counters import RoutingCounters, routing_stats
+from lm_eval_bh.routing.patching.experts_switch import (
+    ExpertsSwitch,
+    check_implementation,
+)
 from lm_eval_bh.routing.patching.fits import check_fit
 from lm_eval_bh.routing.patching.forward_pass import real_tokens
 from lm_eval_bh.routing.patching.hook import RouterHook
+from lm_eval_bh.routing.patching.null_in_force import NullInForce, refuse_stale
 from lm_eval_bh.routing.patching.patch import Observer, Patch
 from lm_eval_bh.routing.patching.unpatch import put_in, refuse_patched, unpatch
 from lm_eval_bh.routing.policy import Policy, described
 from lm_eval_bh.routing.rich_display import integration_html
 from lm_eval_bh.routing.routers import find_routers, transformers_model
 from lm_eval_bh.routing.solution import Solution
-from lm_eval_bh.routing.tables.find import is_auto, resolve_null, rounded
+from lm_eval_bh.routing.tables.find import rounded
 from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
-from lm_eval_bh.routing.tables.null_match import mismatch
 from lm_eval_bh.routing.tables.null_model import NullModel
 from lm_eval_bh.routing.target import solve
 
@@ -45,11 +47,7 @@ class BHRoutingIntegration:
         compiled.
     alpha : float or RoutingConfig
         The level; or the whole configuration, instead of its parameters one by one.
-    temperature : float
-    min_k : int
-    max_k : int
-    mode : "patch" or "analyze"
-    **parameters : Any
+    temperature, min_k, max_k, mode, **parameters
         Those of :class:`~lm_eval_bh.routing.config.RoutingConfig`. With ``target_experts`` alpha is
         solved.
     collect_stats : bool
@@ -100,16 +98,7 @@ class BHRoutingIntegration:
             policy = Policy.load(policy)
         given = {"temperature": temperature, "min_k": min_k, "max_k": max_k, "mode": mode}
         given |= parameters
-        if isinstance(alpha, RoutingConfig):
-            config = alpha
-        else:
-            given["alpha"] = alpha
-        if config is not None and RoutingConfig.named(given) != RoutingConfig():
-            raise ParameterError(
-                "A configuration and parameters beside it were given: "
-                "put the parameters into the RoutingConfig."
-            )
-        self.config = config or RoutingConfig.named(given)
+        self.config = one_configuration(alpha, config, given)
         if policy is not None:
             if self.config != RoutingConfig() or null_model != "auto":
                 raise ParameterError(
@@ -128,15 +117,16 @@ class BHRoutingIntegration:
         self.num_experts = self.routers[0].num_experts
         self._tokenizer = tokenizer
         self._texts = texts
-        self._given_null = "auto" if null_model is None else null_model
+        self._nulls = NullInForce(
+            "auto" if null_model is None else null_model, model, self.routers, tokenizer
+        )
         self.solution: Solution | None = None
         if policy is not None:
             name = transformers_model(model).name_or_path or type(model).__name__
             own = router_fingerprint(r.weight for r in self.routers)
             policy.check(own, name, rounded(self.routers))
         check_fit(self.config, self.routers)
-        self._known: NullModel | None = None  # kept while a rule without a test is in force
-        self.null_model = self._resolve(self.config)
+        self.null_model = self._nulls.of(self.config)
         self.observers: list[Observer] = []
         self.counters: RoutingCounters | None = None
         if collect_stats:
@@ -187,18 +177,15 @@ class BHRoutingIntegration:
     def configure(self, config: RoutingConfig) -> None:
         """Take another configuration, patched or not; the statistics start anew.
 
-        Raises
-        ------
-        BHError
-            If it does not fit the model, or its target cannot be met; then the old configuration
-            stays in force.
+        A :class:`BHError` says if it does not fit the model, or its target cannot be met; then the
+        old configuration stays in force.
         """
         check_fit(config, self.routers)
         patched = self.patched
         before = self.config, self.null_model, self.solution
         self.unpatch_model()  # first: a null model may be calibrated, and on the model as it is
         try:
-            self.null_model = self._resolve(config)
+            self.null_model = self._nulls.of(config)
             self.config = config
             self._solve()
             if patched:
@@ -216,13 +203,11 @@ class BHRoutingIntegration:
 
         Raises
         ------
-        ModelError
-            If a router carries hooks of this or another integration already.
-        NullModelError
-            If the routers have changed since their null model was found.
+        ModelError, NullModelError
+            If a router carries hooks already, or has changed since its null model was found.
         """
         refuse_patched(self.model)
-        self._refuse_stale()
+        refuse_stale(self.null_model, self.routers)
         patch = Patch(self.config.mode, self.observers, self.counters)
         hooks = []
         for layer in self.layers:
@@ -232,11 +217,8 @@ class BHRoutingIntegration:
             put_in(self.model, patch, hooks)
             if self.config.mode == "patch":
                 unused = self.config.adaptive and self.config.min_k < self.config.max_k
-                patch.switch = ExpertsSwitch(
-                    self.model,
-                    self.experts_implementation,
-                    unused_slots=unused,
-                )
+                how = self.experts_implementation
+                patch.switch = ExpertsSwitch(self.model, how, unused_slots=unused)
         except BaseException:
             unpatch(self.model)
             raise
@@ -276,16 +258,11 @@ class BHRoutingIntegration:
     def real_tokens(self, mask: Tensor) -> Iterator[None]:
         """Say which tokens of the forward passes inside are real, where no attention mask does.
 
-        What is not real is not counted, and given no experts wherever unused slots cost no work:
-        a causal model's real tokens never see what is padded behind them.
-
-        Parameters
-        ----------
-        mask : Tensor
-            bool ``[rows, length]``, as an attention mask: False, or 0, for padding.
+        The mask is bool ``[rows, length]``, False for padding. What is not real is not counted, and
+        given no experts wherever unused slots cost no work: a causal model's real tokens never see
+        what is padded behind them.
         """
-        base = transformers_model(self.model).base_model
-        with real_tokens(base, mask):
+        with real_tokens(transformers_model(self.model).base_model, mask):
             yield
 
     @property
@@ -295,35 +272,16 @@ class BHRoutingIntegration:
         return None if switch is None else switch.rows_computed
 
     def get_routing_stats(self) -> dict[str, float | None]:
-        """Return statistics of the experts per token since the last reset; None before any token.
+        """Return :func:`~lm_eval_bh.routing.patching.counters.routing_stats` since the last reset.
 
-        ``sparsity_gain`` is one minus the mean as a share of the model's own top-k.
-
-        Raises
-        ------
-        ParameterError
-            If the integration was made with ``collect_stats=False``.
+        A :class:`ParameterError` says if the integration was made with ``collect_stats=False``.
         """
         if self.counters is None:
             raise ParameterError(
                 "No statistics were collected: make the integration with collect_stats=True."
             )
-        mean, deviation = self.counters.moments()
-        top_k = float(self.routers[0].top_k)
-        gain = None if mean is None else 1.0 - mean / top_k
-        if self.config.mode == "analyze":
-            ran = None if mean is None else top_k
-            return {
-                "mean_experts_per_token": ran,
-                "std_experts_per_token": None if mean is None else 0.0,
-                "sparsity_gain": gain,
-                "bh_would_select_mean": mean,
-            }
-        return {
-            "mean_experts_per_token": mean,
-            "std_experts_per_token": deviation,
-            "sparsity_gain": gain,
-        }
+        analyze = self.config.mode == "analyze"
+        return routing_stats(self.counters, self.routers[0].top_k, analyze=analyze)
 
     def reset_stats(self) -> None:
         """Start the statistics anew."""
@@ -333,30 +291,6 @@ class BHRoutingIntegration:
 
     def _repr_html_(self) -> str:
         return integration_html(self)
-
-    def _refuse_stale(self) -> None:
-        known = None if self.null_model is None else self.null_model.header.fingerprint
-        if known is not None and known != router_fingerprint(r.weight for r in self.routers):
-            raise NullModelError(
-                "The routers are no longer those that the null model was fitted on (trained "
-                "since?): make a new BHRoutingIntegration, whose null model is calibrated on "
-                "them as they are."
-            )
-
-    def _resolve(self, config: RoutingConfig) -> NullModel | None:
-        if not config.needs_null:
-            return None
-        auto = is_auto(self._given_null)
-        wanted = config.null_kind
-        if auto:
-            wanted = replace(wanted, trim=wanted.trim or 0)
-        if self._known is None or mismatch(self._known.header, wanted):
-            if auto:
-                refuse_patched(self.model)  # it may have to be calibrated, on the model as it is
-            self._known = resolve_null(
-                self._given_null, self.model, self.routers, self._tokenizer, wanted
-            )
-        return self._known
 
     def _solve(self) -> None:
         self.solution = None

@@ -10,9 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from lm_eval_bh.errors import NullModelError, ParameterError
-from lm_eval_bh.routing.methods.scores import STATISTICS
+from lm_eval_bh.routing.methods.scores import STATISTICS, log_predicted_norms
 from lm_eval_bh.routing.tables.fitting import Table, fit_tables, points_of, unselected
-from lm_eval_bh.routing.tables.null_header import NullHeader, check_fields, library_versions
+from lm_eval_bh.routing.tables.null_header import (
+    NullHeader,
+    check_fields,
+    library_versions,
+)
 from lm_eval_bh.routing.tables.null_kind import NullKind
 from lm_eval_bh.routing.tensors import numbers_of
 
@@ -29,6 +33,35 @@ def softmax_scores(
     dtype = torch.promote_types(router_logits.dtype, torch.float32)
     scores = torch.log_softmax(router_logits, dim=-1, dtype=dtype)
     return scores if log_factors is None else scores + log_factors.to(scores)
+
+
+def statistic_of(
+    router_logits: torch.Tensor,
+    statistic: str,
+    factors: NDArray[Any] | None,
+    hidden_states: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return what a statistic makes of softmax routers' logits and a layer's measured factors.
+
+    Raises
+    ------
+    ParameterError
+        If the hidden states are needed and missing.
+    """
+    row = STATISTICS[statistic]
+    if factors is None:
+        return softmax_scores(router_logits, statistic, None)
+    found = torch.from_numpy(factors).to(router_logits.device)
+    if not row.predicts:
+        return softmax_scores(router_logits, statistic, found.log())
+    if hidden_states is None:
+        raise ParameterError(
+            "statistic=predicted needs the hidden states that the router was given: "
+            "give hidden_states."
+        )
+    dtype = torch.promote_types(router_logits.dtype, torch.float32)
+    norms = log_predicted_norms(found.to(dtype), hidden_states)
+    return softmax_scores(router_logits, statistic, norms)
 
 
 def scores_of(

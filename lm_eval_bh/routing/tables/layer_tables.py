@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from lm_eval_bh.errors import ParameterError
+from lm_eval_bh.routing.methods.survival import survival
 from lm_eval_bh.routing.tables.thresholds import thresholds
 
 Array = NDArray[np.float64]
@@ -30,6 +31,22 @@ class LayerTables:
     x: Array
     cdf: Array
     factors: Array | None
+
+    @torch.no_grad()
+    def p_values(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return the p-values of scores, float64, same shape and device.
+
+        Parameters
+        ----------
+        scores : Tensor [any shape], any float dtype
+            [..., experts] for a distribution of each expert.
+        """
+        x, cdf = (torch.tensor(values, device=scores.device) for values in (self.x, self.cdf))
+        z = scores.double()
+        if x.ndim == 1:
+            return survival(x, cdf, z.flatten()).view(z.shape)
+        by_expert = z.reshape(-1, z.shape[-1]).T
+        return survival(x, cdf, by_expert).T.reshape(z.shape)
 
     def thresholds(self, critical_values: Any) -> Any:
         """Return the least scores whose p-values do not exceed critical values, float64.

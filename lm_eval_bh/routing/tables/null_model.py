@@ -13,12 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lm_eval_bh.errors import NullModelError, ParameterError
+from lm_eval_bh.errors import NullModelError
 from lm_eval_bh.files import as_path
-from lm_eval_bh.routing.methods.scores import STATISTICS, log_predicted_norms
-from lm_eval_bh.routing.methods.survival import survival
 from lm_eval_bh.routing.parameters import ALIASES, accepts, checked_integer
-from lm_eval_bh.routing.tables import fit_null, null_checks, null_file, pickles, table_checks
+from lm_eval_bh.routing.tables import (
+    fit_null,
+    null_checks,
+    null_file,
+    pickles,
+    table_checks,
+)
 from lm_eval_bh.routing.tables.layer_tables import LayerTables
 from lm_eval_bh.routing.tables.null_header import NullHeader, check_fields
 from lm_eval_bh.routing.tables.null_kind import NullKind
@@ -229,10 +233,7 @@ class NullModel:
     def layer(self, layer: int) -> LayerTables:
         """Return what a method is fitted to in one layer.
 
-        Raises
-        ------
-        ParameterError
-            If there is no such layer.
+        A :class:`ParameterError` says if there is no such layer.
         """
         x, cdf = self.cdf(layer)
         return LayerTables(x, cdf, None if self.factors is None else self.factors[layer])
@@ -245,41 +246,11 @@ class NullModel:
     ) -> torch.Tensor:
         """Return what is tested, as this null model has it.
 
-        Parameters
-        ----------
-        layer : int
-            Index of the MoE layer.
-        router_logits : Tensor [..., experts], any float dtype
-        hidden_states : Tensor [..., hidden], any float dtype
-            What the router was given; only the statistic "predicted" needs it.
-
-        Returns
-        -------
-        Tensor, same shape and device as the logits
-            The logits themselves; or log(softmax weight * factor) in float32, or float64 where the
-            logits are.
-
-        Raises
-        ------
-        ParameterError
-            If the hidden states are needed and missing, or there is no such layer.
+        The logits [..., experts] themselves; or log(softmax weight * factor) of the same shape, in
+        float32, or float64 where these are. The statistic "predicted" needs the hidden states.
         """
-        logs, statistic = None, STATISTICS[self.header.statistic]
-        if statistic.table:
-            assert self.factors is not None
-            self.cdf(layer)  # raises if there is no such layer
-            factors = torch.from_numpy(self.factors[layer]).to(router_logits.device)
-            if not statistic.predicts:
-                logs = factors.log()
-            elif hidden_states is None:
-                raise ParameterError(
-                    "statistic=predicted needs the hidden states that the router was given: "
-                    "give hidden_states."
-                )
-            else:
-                dtype = torch.promote_types(router_logits.dtype, torch.float32)
-                logs = log_predicted_norms(factors.to(dtype), hidden_states)
-        return fit_null.softmax_scores(router_logits, statistic.name, logs)
+        factors = None if self.factors is None else self.layer(layer).factors
+        return fit_null.statistic_of(router_logits, self.header.statistic, factors, hidden_states)
 
     @torch.no_grad()
     def p_values(
@@ -309,21 +280,8 @@ class NullModel:
         return self.p_values_of(layer, self.scores(layer, router_logits, hidden_states))
 
     def p_values_of(self, layer: int, scores: torch.Tensor) -> torch.Tensor:
-        """Return the p-values of scores, float64, same shape and device.
-
-        Parameters
-        ----------
-        layer : int
-            Index of the MoE layer.
-        scores : Tensor [any shape], any float dtype
-            [..., experts] for a distribution of each expert.
-        """
-        x, cdf = (torch.tensor(values, device=scores.device) for values in self.cdf(layer))
-        z = scores.double()
-        if self.header.null_scope != "expert":
-            return survival(x, cdf, z.flatten()).view(z.shape)
-        by_expert = z.reshape(-1, z.shape[-1]).T
-        return survival(x, cdf, by_expert).T.reshape(z.shape)
+        """Return the p-values of a layer's scores, see :meth:`LayerTables.p_values`."""
+        return self.layer(layer).p_values(scores)
 
     def thresholds(self, layer: int, critical_values: NDArray[np.float64]) -> Array:
         """Return the smallest logits whose p-values do not exceed the critical values.
@@ -331,17 +289,7 @@ class NullModel:
         For every finite z, ``z >= threshold`` and ``p_values(z) <= critical_value`` are the same
         decision, exactly: the threshold is found by bisection over the float64 numbers themselves.
 
-        Parameters
-        ----------
-        layer : int
-            Index of the MoE layer.
-        critical_values : ndarray, float64 [n]
-            Levels to compare p-values with.
-
-        Returns
-        -------
-        ndarray, float64 [n]
-            -inf where every logit qualifies, +inf where none does.
+        Both are float64 [n]; -inf where every logit qualifies, +inf where none does.
 
         Raises
         ------

@@ -10,6 +10,7 @@ import torch
 from lm_eval_bh import BHRoutingIntegration, NullModel, NullModelError
 from lm_eval_bh.resources import cache_folder
 from lm_eval_bh.routing.routers import find_routers
+from lm_eval_bh.routing.tables import calibration
 from lm_eval_bh.routing.tables.find import cached_null, resolve_null
 
 
@@ -90,3 +91,16 @@ def test_a_null_model_object_is_taken_as_it_is(tiny, null):
     assert resolve_null(null, tiny, find_routers(tiny)) is null
     with pytest.raises(NullModelError, match="layers"):
         resolve_null(NullModel.fit({0: torch.randn(500, 64)}), tiny, find_routers(tiny))
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(
+    stranger, tokenizer, demo_texts, monkeypatch, tmp_path, caplog
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(calibration, "wikitext_train_texts", lambda: demo_texts)
+    with caplog.at_level(logging.WARNING):
+        made = resolve_null("auto", stranger, find_routers(stranger), tokenizer)
+    assert made.header.tokens
+    assert "set XDG_CACHE_HOME" in caplog.text
+    assert (tmp_path / "file").read_text() == ""

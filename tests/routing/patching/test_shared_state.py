@@ -1,0 +1,81 @@
+"""What others do with a model, its masks and its caches: believed only where it is understood."""
+
+from __future__ import annotations
+
+import logging
+
+import lm_eval
+import pytest
+import torch
+from transformers import GenerationConfig
+
+import lm_eval_bh
+from lm_eval_bh import BHRoutingIntegration
+from lm_eval_bh.errors import ModelError
+from lm_eval_bh.harness.model import BHLM
+
+
+@pytest.fixture
+def padded(ids):
+    """Return token ids int64 [2, 40] and a mask whose second row is padded on the left."""
+    mask = torch.ones_like(ids)
+    mask[1, :30] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda base, ids, mask: base(ids, mask),
+        lambda base, ids, mask: base(ids, attention_mask=mask),
+        lambda base, ids, mask: base(input_ids=ids, attention_mask=mask),
+    ],
+    ids=["by position", "ids by position", "by keyword"],
+)
+def test_a_mask_is_seen_however_it_is_given(tiny, null, padded, call):
+    ids, mask = padded
+    with BHRoutingIntegration(tiny, alpha=0.4, kde=null) as routing, torch.no_grad():
+        call(tiny.model, ids, mask)
+        assert routing.counters.tokens(0) == int(mask.sum())
+
+
+@pytest.mark.parametrize("options", [{"rule": "topk", "max_k": 8}, {"alpha": 0.4}], ids=str)
+def test_continuous_batching_generates_what_generate_does(tiny, null, tokenizer, caplog, options):
+    texts = [
+        "The river flows through the city and",
+        "The history of the old castle on the hill above the town",
+    ]
+    prompts = [tokenizer(text).input_ids for text in texts]
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=0, pad_token_id=1)
+    with BHRoutingIntegration(tiny, kde=null, **options), caplog.at_level(logging.WARNING):
+        expected = [
+            tiny.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0, len(ids) :]
+            for ids in prompts
+        ]
+        found = tiny.generate_batch(prompts, generation_config=config, progress_bar=False)
+    assert [list(one.generated_tokens) for one in found.values()] == [e.tolist() for e in expected]
+    assert caplog.text.count("padding cannot be told from text") == 1
+
+
+class TestTwoObjectsAroundOneModel:
+    """The second one was made after lm_eval_bh.unpatch; then the first one is evaluated."""
+
+    @staticmethod
+    def made(model, tokenizer, k):
+        return BHLM(pretrained=model, tokenizer=tokenizer, rule="topk", max_k=k, batch_size=2)
+
+    @staticmethod
+    def perplexity(lm):
+        found = lm_eval.simple_evaluate(lm, tasks=["bh_demo_wikitext"], limit=2, bootstrap_iters=0)
+        return found["results"]["bh_demo_wikitext"]["word_perplexity,none"]
+
+    def test_each_has_its_own_numbers_or_says_that_it_cannot(self, tiny, tokenizer):
+        two = self.made(tiny, tokenizer, 2)
+        alone = self.perplexity(two)
+        lm_eval_bh.unpatch(tiny)
+        four = self.made(tiny, tokenizer, 4)
+        assert self.perplexity(four) != alone
+        with pytest.raises(ModelError, match="no longer routed by this hf-bh object"):
+            self.perplexity(two)
+        lm_eval_bh.unpatch(tiny)
+        assert self.perplexity(two) == alone
