@@ -14,13 +14,14 @@ import transformers
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "routing" / "patching"))
 from families import Examined, examine, families  # noqa: E402
+from plain_picks import faults  # noqa: E402
 
 PAGE = "docs/reference/families.md"
 BEGIN, END = "<!-- families: scripts/table_families.py -->", "<!-- end of families -->"
 KINDS: list[tuple[str, str, Callable[[Examined], bool]]] = [
     (
         "softmax of the logits",
-        "every rule, temperature and `max_k`",
+        "every method, statistic, temperature and `max_k`",
         lambda e: e.behaviour.softmax and not e.behaviour.normalizes,
     ),
     (
@@ -30,7 +31,7 @@ KINDS: list[tuple[str, str, Callable[[Examined], bool]]] = [
     ),
     (
         "scores of their own, rescaled to a fixed sum",
-        "`topk` and tests of the pooled logits, every `max_k`",
+        "the same but temperature; statistics start from the router's own weight",
         lambda e: e.behaviour.obeys and e.behaviour.normalizes,
     ),
     (
@@ -40,7 +41,7 @@ KINDS: list[tuple[str, str, Callable[[Examined], bool]]] = [
     ),
     (
         "scores of their own, always of as many experts",
-        "the same, `max_k` up to the router's own number",
+        "`topk`, `min_w` and tests of a layer's logits, `max_k` up to the router's own number",
         lambda e: True,
     ),
 ]
@@ -51,18 +52,24 @@ def table() -> str:
     found = [examine(family) for family in families()]
     works = [each for each in found if each.behaviour is not None]
     lines = [f"Of transformers {transformers.__version__}:", ""]
-    lines += ["| weights of the router | what works | families |", "|---|---|---|"]
+    lines += [
+        "| weights of the router | what works | `min_w` with `benefit` and `mass` | families |",
+        "|---|---|---|---|",
+    ]
     left = list(works)
     for weights, what, fits in KINDS:
         names = [each.family for each in left if fits(each)]
         left = [each for each in left if each.family not in names]
-        lines.append(f"| {weights} | {what} | {', '.join(names)} |")
+        exact = [name for name in names if not faults(name, "min_w")]
+        lines.append(
+            f"| {weights} | {what} | exact in {len(exact)} of {len(names)} | {', '.join(names)} |"
+        )
     refused = [each.family for each in found if each.built and each.behaviour is None]
     lines.append(
-        f"| none beside logits and indices | refused when constructed | {', '.join(refused)} |"
+        f"| no (logits, weights, indices) | refused when constructed | | {', '.join(refused)} |"
     )
     unknown = [each.family for each in found if not each.built]
-    lines.append(f"| not known: no tiny model was made | | {', '.join(unknown)} |")
+    lines.append(f"| not known: no tiny model was made | | | {', '.join(unknown)} |")
     crashing = ", ".join(each.family for each in works if not each.eager)
     lines += ["", f"`experts=eager` is refused where slots can stay unused in: {crashing}."]
     return "\n".join(lines)

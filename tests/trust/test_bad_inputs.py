@@ -653,7 +653,7 @@ CALLS = [
     (lambda: lm_eval_bh.RoutingConfig(rule="random_k", seed=1.0), "seed"),
     (lambda: lm_eval_bh.RoutingConfig(trim=HUGE), "trim"),
     (lambda: lm_eval_bh.RoutingConfig(target_experts=float("nan")), "target_experts"),
-    (lambda: lm_eval_bh.RoutingConfig(alhpa=0.4), "parameter of RoutingConfig (did you mean 'a"),
+    (lambda: lm_eval_bh.RoutingConfig(alhpa=0.4), "parameter of routing (did you mean 'a"),
     (lambda: lm_eval_bh.RoutingConfig.named({"alhpa": 0.4}), "did you mean 'alpha'"),
     # Logits and p-values.
     (lambda: select([[1.0], [1.0, 2.0]]), "lists of equal length"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import posixpath
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from lm_eval_bh.resources import MODELS
@@ -69,6 +68,7 @@ OF_ROUTING = frozenset(
         "mode",
         "null",
         "null_from",
+        "of",
         "null_model",
         "null_scope",
         "policy",
@@ -145,7 +145,7 @@ def model_of(content: Mapping[str, Any]) -> str:
 
 def one_name(name: str) -> str:
     """Return what is equal for two ways to name a model; see :func:`model_of`."""
-    if not (is_path(name) or Path(name).is_dir()):
+    if not (is_path(name) or posixpath.isdir(name)):
         return name
     path = posixpath.abspath(posixpath.expanduser(name))  # ./m and /home/me/m are one
     return next((model for model in MODELS if path.endswith(f"/models/{model}")), path)  # that ship

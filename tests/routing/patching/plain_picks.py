@@ -17,7 +17,7 @@ from families import EXPERTS, IDS, examine, run, stock
 from lm_eval_bh import BHRoutingIntegration, NullModel
 from lm_eval_bh.routing.routers import find_routers
 
-MASS, MIN_K, MAX_K = 0.2, 1, 6
+MASS, MAX_K = 0.2, 6
 
 
 class OwnPicks:
@@ -66,11 +66,14 @@ class OwnPicks:
         return {e: native[one] * more[e] / more[one] for e in self.first(token, k)}
 
 
-def min_w(own: OwnPicks, token: int, benefits: Any, alpha: float, max_k: int) -> dict[int, float]:
+def min_w(
+    own: OwnPicks, token: int, benefits: Any, alpha: float, bounds: tuple[int, int]
+) -> dict[int, float]:
     """Return experts and weights: those that add at least alpha, of the router's first."""
+    min_k, max_k = bounds
     weights, added = own.weights(token, max_k), added_by(own, token, benefits, max_k)
     best = sorted(added, key=lambda e: -added[e])
-    kept = best[: max(MIN_K, sum(added[e] >= alpha for e in best))]
+    kept = best[: max(min_k, sum(added[e] >= alpha for e in best))]
     native = sum(own.at[token][own.native_k].values())
     factor = (native / sum(weights[e] for e in kept)) ** MASS
     return {e: weights[e] * factor for e in kept}
@@ -83,15 +86,17 @@ def added_by(own: OwnPicks, token: int, benefits: Any, max_k: int) -> dict[int, 
     return {e: base[e] * benefits[e] for e in weights}
 
 
-def by_share(own: OwnPicks, token: int, rule: str, alpha: float, max_k: int) -> dict[int, float]:
+def by_share(
+    own: OwnPicks, token: int, rule: str, alpha: float, bounds: tuple[int, int]
+) -> dict[int, float]:
     """Return experts and weights of ``top_p`` or ``min_p``."""
-    shares = shares_of(own, token)
+    (min_k, max_k), shares = bounds, shares_of(own, token)
     best = sorted(shares, key=lambda e: -shares[e])
     if rule == "top_p":
         count = 1 + int(sum(np.cumsum([shares[e] for e in best]) < alpha))
     else:
         count = sum(shares[e] >= alpha * shares[best[0]] for e in best)
-    kept, weights = best[: min(count, max_k)], own.weights(token, EXPERTS)
+    kept, weights = best[: min(max(count, min_k), max_k)], own.weights(token, EXPERTS)
     native = sum(own.at[token][own.native_k].values())
     factor = native / sum(weights[e] for e in kept) if own.rescales else 1
     return {e: weights[e] * factor for e in kept}
@@ -155,8 +160,8 @@ def faults(family: str, rule: str) -> tuple[str, ...]:
     model, behaviour = stock(family), examine(family).behaviour
     before = own_picks(model)
     null = benefits_of(len(before))
-    max_k = MAX_K if behaviour.obeys else behaviour.slots
-    parameters: dict[str, Any] = {"rule": rule, "max_k": max_k, "min_k": MIN_K}
+    min_k, max_k = bounds = (2, MAX_K) if behaviour.obeys else (1, behaviour.slots)
+    parameters: dict[str, Any] = {"rule": rule, "min_k": min_k, "max_k": max_k}
     if rule == "min_w":
         parameters |= {"statistic": "benefit", "mass": MASS, "null_model": null}
     alpha = parameters["alpha"] = middle(rule, before, null, max_k)
@@ -170,9 +175,9 @@ def faults(family: str, rule: str) -> tuple[str, ...]:
         for token, count in enumerate(picked.counts.tolist()):
             counts.add(count)
             if rule == "min_w":
-                expected = min_w(own, token, null.factors[layer], alpha, max_k)
+                expected = min_w(own, token, null.factors[layer], alpha, bounds)
             else:
-                expected = by_share(own, token, rule, alpha, max_k)
+                expected = by_share(own, token, rule, alpha, bounds)
             experts = picked.indices[token, :count].tolist()
             weights = picked.weights[token, :count].tolist()
             if experts != list(expected) or not np.allclose(
