@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import itertools
 import json
 import shutil
 import subprocess
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from lm_eval_bh.export.model_folder import CHOSEN, chosen_methods
 from lm_eval_bh.routing.config import GENERAL
 from lm_eval_bh.routing.fitted import fitted_method
 from lm_eval_bh.routing.methods import METHODS
-from lm_eval_bh.routing.methods.pick import pick
+from lm_eval_bh.routing.methods.pick import pick, repeated
 from lm_eval_bh.routing.methods.router import softmax_output
 from lm_eval_bh.routing.methods.scores import STATISTICS, log_weights
 from lm_eval_bh.routing.routers import find_routers
@@ -234,6 +236,41 @@ def test_the_hook_of_hf_bh_decides_the_same(parameters, rescales, here, models):
                 _, weights, indices = model.model.layers[layer].mlp.gate(logits_of(layer))
             assert torch.equal(indices, expected.indices)
             torch.testing.assert_close(weights, expected.weights, rtol=1e-6, atol=1e-7)
+
+
+@pytest.fixture
+def vllm_olmoe(monkeypatch):
+    """Return our vLLM plugin's module, beside a stand-in for what it takes from vLLM."""
+    parts = ("config", "model_executor", "model_executor.models")
+    parts += ("model_executor.models.olmoe", "model_executor.models.utils")
+    modules = {name: ModuleType(name) for name in ("vllm", *(f"vllm.{part}" for part in parts))}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+        parent, _, own = name.rpartition(".")
+        if parent:
+            setattr(modules[parent], own, module)
+    modules["vllm.config"].VllmConfig = object
+    olmoe = modules["vllm.model_executor.models.olmoe"]
+    olmoe.OlmoeForCausalLM, olmoe.FusedMoEFactory = object, dict
+    modules["vllm.model_executor.models.utils"].extract_layer_index = lambda name: int(name[-1])
+    name = "lm_eval_bh.export.vllm_olmoe"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module(name)
+    sys.modules.pop(name, None)
+
+
+def test_what_the_plugin_hands_to_vllm_decides_the_same(here, vllm_olmoe):
+    """VLLM itself, where it is installed, is asked in test_vllm.py."""
+    for (_, rescales), case in here.items():
+        with vllm_olmoe._routed_by([method for method, _ in case], NATIVE, rescales):
+            factory = vllm_olmoe.olmoe.FusedMoEFactory
+            made = [factory(prefix=f"experts.{layer}", top_k=NATIVE) for layer in range(LAYERS)]
+        for layer, (method, expected) in enumerate(case):
+            assert made[layer]["top_k"] == method.max_k
+            route, logits = made[layer]["custom_routing_function"], logits_of(layer)
+            weights, indices = route(logits, logits, method.max_k, rescales)
+            assert torch.equal(weights, expected.weights)
+            assert torch.equal(indices, repeated(expected, EXPERTS).indices)
 
 
 # With renormalize=False a rescaling router's scale is that of as many experts as it is asked for.

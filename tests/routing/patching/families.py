@@ -177,7 +177,7 @@ def _model_class(config: Any) -> Any:
 
 
 def scramble(model: torch.nn.Module) -> None:
-    """Give routers logits that differ, and correction biases that change the order."""
+    """Give routers logits that differ, biases that change the order, and scales that are no 1."""
     generator = torch.Generator().manual_seed(1)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point():
@@ -187,6 +187,8 @@ def scramble(model: torch.nn.Module) -> None:
             torch.nn.init.normal_(tensor, std=0.3, generator=generator)
         elif name.endswith("bias") and tensor.numel() == EXPERTS:
             torch.nn.init.normal_(tensor, std=0.2, generator=generator)
+        elif name.endswith("per_expert_scale"):
+            torch.nn.init.uniform_(tensor, 0.5, 1.5, generator=generator)
 
 
 def run(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -448,7 +448,7 @@ def test_restoring_leaves_no_trace(own, experts, unused_slots):
     model.set_experts_implementation(own)
     modules = [layer.mlp.experts for layer in model.model.layers]
     before = [dict(module.__dict__) for module in modules]
-    switch = ExpertsSwitch(model, experts, unused_slots=unused_slots, slots=2)
+    switch = ExpertsSwitch(model, experts, unused_slots=unused_slots)
     ran = model.get_experts_implementation()[""]
     if experts == "auto":
         assert ran == ("bh_ragged" if unused_slots else own)
