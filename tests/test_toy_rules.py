@@ -8,12 +8,13 @@ import lm_eval
 import pandas as pd
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
 from lm_eval_bh import BHRoutingIntegration, ParameterError, RoutingConfig
 from lm_eval_bh.harness.sweep import runner
 from lm_eval_bh.harness.sweep.sweep_config import SweepConfig
-from lm_eval_bh.resources import tiny_olmoe
+from lm_eval_bh.resources import shipped, tiny_olmoe
 from lm_eval_bh.routing import methods
 from lm_eval_bh.routing.methods import METHODS
 
@@ -60,6 +61,7 @@ ELSEWHERE = """
 import sys
 sys.modules["lm_eval_bh"] = None
 import torch
+from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(
     sys.argv[1], trust_remote_code=True, dtype=torch.float32
@@ -131,12 +133,14 @@ def test_its_own_parameter_is_known_to_it_alone(toys):
 
 
 def test_its_own_parameter_in_hf_bh(toys):
+    manager = TaskManager(include_path=str(shipped("tasks")), include_defaults=False)
     means = []
     for spare in (0, 1):
         found = lm_eval.simple_evaluate(
             "hf-bh",
             model_args=f"pretrained={tiny_olmoe()},rule=toy_mean,alpha=0.9,max_k=32,spare={spare}",
             tasks=["bh_demo_wikitext"],
+            task_manager=manager,
             limit=2,
             device="cpu",
             bootstrap_iters=0,

@@ -114,7 +114,8 @@ def _layer(
         left = -left
     chosen = torch.zeros(len(softmax), experts + 1, dtype=torch.bool, device=softmax.device)
     chosen.scatter_(-1, selection.indices, True)
-    next_best = left.double().masked_fill(chosen[:, :experts], -torch.inf).argmax(-1)
+    left = left.double().nan_to_num(nan=-torch.inf)  # what was no candidate comes last
+    next_best = left.masked_fill(chosen[:, :experts], -torch.inf).argmax(-1)
     plain = softmax.tolist() if integration.routers[layer].softmax else None
     scores = None if decided.scores is None else decided.scores.tolist()
     limits = None if decided.limits is None else decided.limits.tolist()

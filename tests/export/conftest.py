@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from made_policies import PARAMETERS, random_null
+from made_policies import PARAMETERS, random_benefits, random_null
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_bh import BHRoutingIntegration, NullModel
@@ -30,9 +30,10 @@ def policies(tmp_path_factory):
     folder = tmp_path_factory.mktemp("policies")
     loaded = AutoModelForCausalLM.from_pretrained(tiny_olmoe(), dtype=torch.float32)
     shipped_null = NullModel.load(shipped("kde_models") / "tiny-olmoe.safetensors")
+    nulls = {"own": random_null(4, 64), "benefit": random_benefits(4, 64)}
     found = {}
     for name, parameters in PARAMETERS.items():
-        null = random_null(4, 64) if name == "own" else shipped_null
+        null = nulls.get(name, shipped_null)
         integration = BHRoutingIntegration(loaded, null_model=null, **parameters)
         found[name] = folder / f"{name}.safetensors"
         integration.policy(made_for="tests").save(found[name])

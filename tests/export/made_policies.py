@@ -11,7 +11,18 @@ PARAMETERS = {
     "static": {"rule": "topk", "k_per_layer": "5-3-3-5"},
     "top8": {"rule": "topk"},
     "own": {"alpha": 0.6, "null_scope": "expert", "statistic": "contribution", "mass": 0.5},
+    "benefit": {"rule": "min_w", "alpha": 0.1, "statistic": "benefit", "mass": 0.2},
 }
+
+
+def random_benefits(layers: int, experts: int) -> NullModel:
+    """Return a null model of benefits, which ``min_w`` takes its factors from."""
+    draw = torch.Generator().manual_seed(6)
+    return NullModel.fit(
+        {layer: torch.randn(200, experts, generator=draw) for layer in range(layers)},
+        statistic="benefit",
+        factors=torch.rand(layers, experts, generator=draw).double().numpy() + 0.5,
+    )
 
 
 def random_null(layers: int, experts: int) -> NullModel:

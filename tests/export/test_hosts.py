@@ -260,7 +260,7 @@ def vllm_olmoe(monkeypatch):
 
 
 def test_what_the_plugin_hands_to_vllm_decides_the_same(here, vllm_olmoe):
-    """VLLM itself, where it is installed, is asked in test_vllm.py."""
+    """Where vLLM itself is installed, test_vllm.py asks it."""
     for (_, rescales), case in here.items():
         with vllm_olmoe._routed_by([method for method, _ in case], NATIVE, rescales):
             factory = vllm_olmoe.olmoe.FusedMoEFactory

@@ -66,7 +66,7 @@ def export(policies, name, folder, **arguments):
     return folder
 
 
-@pytest.mark.parametrize("name", ["bh", "static", "top8", "own"])
+@pytest.mark.parametrize("name", ["bh", "static", "top8", "own", "benefit"])
 def test_it_gives_the_logits_of_hf_bh(policies, name, tmp_path, model):
     exported = load(export(policies, name, tmp_path / "out"), dtype=torch.float32)
     with BHRoutingIntegration(model, policy=policies[name]) as routing:

@@ -42,7 +42,7 @@ def tuned(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("name", ["bh", "static", "tuned", "top8", "own"])
+@pytest.mark.parametrize("name", ["bh", "static", "tuned", "top8", "own", "benefit"])
 @pytest.mark.parametrize("engine", ["vllm", "vllm-plugin"])
 def test_it_scores_as_hf_bh(engine, name, policies, tuned):
     file = tuned if name == "tuned" else policies[name]
