@@ -99,8 +99,11 @@ def test_the_correction_bias_of_tiny_glm_changes_what_is_chosen(glm):
 
 
 def test_no_expert_of_tiny_glm_is_dead_or_serves_much_more_than_its_share(loads):
-    assert loads.min() > 0
-    assert (loads.amax(1) / loads.float().mean(1)).max() < 2
+    trained = json.loads((tiny_glm() / "train.json").read_text())["log"][-1]
+    assert max(trained["largest_load_over_mean"]) < 1.3  # on WikiText-2's validation text
+    share = loads / loads.float().mean(1, keepdim=True)  # the demo articles are of other text
+    assert share.min() > 0.1
+    assert share.max() < 3
 
 
 @pytest.mark.parametrize("name", MODELS)
