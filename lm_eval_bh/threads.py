@@ -47,13 +47,14 @@ class CoresWatch:
         """Say whether the process was short of cores since :meth:`start`, and warn the first time.
 
         Less than two seconds tell nothing. On an accelerator the host waits, so nothing is said.
+        A process of one thread is not warned: none of its threads spins while it waits.
         """
         wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
         if wall < 2 or torch.cuda.is_available():
             return False
         share = cpu / wall / torch.get_num_threads()
         starved = share < LEAST_SHARE and os.getloadavg()[0] > (os.cpu_count() or 1)
-        if starved and not self._told:
+        if starved and torch.get_num_threads() > 1 and not self._told:
             self._told = True
             logger.warning(
                 "Other processes take the cores: this one had %.0f %% of the time that its %d "

@@ -46,12 +46,14 @@ def test_stacked_experts_count_one_by_one(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("load", "share", "starved"),
-    [(4.0, 0.3, True), (4.0, 0.95, False), (0.5, 0.3, False)],
-    ids=["others take the cores", "enough of them", "it waits for a disk"],
+    ("used", "load", "share", "starved"),
+    [(2, 4.0, 0.3, True), (2, 4.0, 0.95, False), (2, 0.5, 0.3, False), (1, 4.0, 0.3, True)],
+    ids=["others take the cores", "enough of them", "it waits for a disk", "one thread"],
 )
-def test_a_process_that_is_short_of_cores_says_so_once(monkeypatch, caplog, load, share, starved):
-    torch.set_num_threads(1)
+def test_a_process_that_is_short_of_cores_says_so_once(
+    monkeypatch, caplog, used, load, share, starved
+):
+    torch.set_num_threads(used)
     now = {"wall": 0.0, "cpu": 0.0}
     monkeypatch.setattr(time, "perf_counter", lambda: now["wall"])
     monkeypatch.setattr(time, "process_time", lambda: now["cpu"])
@@ -62,6 +64,6 @@ def test_a_process_that_is_short_of_cores_says_so_once(monkeypatch, caplog, load
         for _ in range(2):
             watch.start()
             now["wall"] += 10
-            now["cpu"] += 10 * share
+            now["cpu"] += 10 * share * used
             assert watch.check() is starved
-    assert caplog.text.count("OMP_NUM_THREADS=1") == int(starved)
+    assert caplog.text.count("OMP_NUM_THREADS=1") == int(starved and used > 1)
