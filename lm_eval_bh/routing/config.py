@@ -15,6 +15,7 @@ from lm_eval_bh.routing.declared import (
 )
 from lm_eval_bh.routing.layer_choice import chosen_layers
 from lm_eval_bh.routing.methods import METHODS, Method
+from lm_eval_bh.routing.methods.base import SCORED
 from lm_eval_bh.routing.methods.declare import Parameter
 from lm_eval_bh.routing.parameters import canonical, checked
 from lm_eval_bh.routing.tables.null_kind import NullKind
@@ -97,6 +98,17 @@ class RoutingConfig:
             raise ParameterError(
                 f"max_k={self.max_k} is less than min_k={self.min_k}: raise max_k or lower min_k."
             )
+        if self.decode_batch is None and (self.batch_seed or self.target_distinct):
+            given = "batch_seed" if self.batch_seed else "target_distinct"
+            raise ParameterError(
+                f"{given}={getattr(self, given)!r} has no meaning without decode_batch: "
+                "give the number of rows that are decoded together."
+            )
+        if self._values.get("step_budget", self.min_k) < self.min_k:
+            raise ParameterError(
+                f"step_budget={self.step_budget} is less than min_k={self.min_k}: a step has to "
+                "load what every token gets; raise step_budget or lower min_k."
+            )
         target = self.target_experts
         if target is None and self.budget == "layer":
             raise ParameterError(
@@ -147,9 +159,12 @@ class RoutingConfig:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, as they are written to results and policies.
 
-        All parameters of :data:`IN_FILES`, and of those declared since what is not the default.
+        All parameters of :data:`IN_FILES`; of those declared since what is not the default, and
+        what a method of a step has itself.
         """
-        own = {n: v for n, v in self._values.items() if v != PARAMETERS[n].default}
+        method = METHODS[self.rule]
+        step = {*method.declared} - {*SCORED, *IN_FILES} if method.joint else set()
+        own = {n: v for n, v in self._values.items() if v != PARAMETERS[n].default or n in step}
         return {name: getattr(self, name) for name in IN_FILES} | own
 
     @property
@@ -186,7 +201,8 @@ class RoutingConfig:
     @property
     def solves(self) -> bool:
         """Whether a parameter has to be solved on calibration text."""
-        return self.target_experts is not None or self.family == "all"
+        targets = self.target_experts, self.target_distinct
+        return targets != (None, None) or self.family == "all"
 
     @property
     def adaptive(self) -> bool:
@@ -217,11 +233,13 @@ class RoutingConfig:
 
     def check_experts(self, num_experts: int) -> None:
         """Raise :class:`ParameterError` if a layer has too few experts for ``max_k``."""
-        if self.max_k > num_experts:
-            raise ParameterError(
-                f"max_k={self.max_k} is more than the model's {num_experts} experts: "
-                f"give a max_k of at most {num_experts}."
-            )
+        for name in ("max_k", "step_budget", "k0"):
+            found = self._values.get(name, 0)
+            if found > num_experts:
+                raise ParameterError(
+                    f"{name}={found} is more than the model's {num_experts} experts: "
+                    f"give a {name} of at most {num_experts}."
+                )
 
     def select_layers(self, num_layers: int) -> list[int]:
         """Return the sorted positions, among ``num_layers`` MoE layers, that ``layers`` names."""

@@ -38,6 +38,23 @@ GENERAL: dict[str, Parameter] = {
         check_layers,
         "all, last4, first2, 0-7, 3, or several of these joined by '+'",
     ),
+    "decode_batch": Parameter(
+        None,
+        "how many rows are decoded together: tokens at one position of as many rows are one step, "
+        "whose distinct experts are counted, and decided together by methods of a step",
+        *or_none(integer("an integer number of rows, 1 or more", 1)),
+    ),
+    "batch_seed": Parameter(
+        0,
+        "seed of the order in which rows are put together into decode batches",
+        *integer(f"an integer from 0 to {2**32 - 1}", 0, 2**32 - 1),
+    ),
+    "phase": Parameter(
+        "all",
+        "which tokens methods of a step decide about: `all`, or those that are decoded "
+        "(`decode`); the tokens of prompts then take the model's own top-k",
+        *choice(["all", "decode"]),
+    ),
 }
 # What a solver finds alpha for, where a method has one.
 SOLVED: dict[str, Parameter] = {
@@ -52,6 +69,14 @@ SOLVED: dict[str, Parameter] = {
         "alpha of its own",
         *choice(["model", "layer"]),
     ),
+}
+SOLVED_BY_STEP: dict[str, Parameter] = {
+    "target_distinct": Parameter(
+        None,
+        "the mean number of distinct experts of a layer and step that alpha is solved for, on "
+        "calibration text",
+        *or_none(number("a number of experts", lambda value: value > 0)),
+    )
 }
 ALPHA = Parameter(
     0.05,
@@ -68,7 +93,7 @@ class Parameters(Mapping[str, Parameter]):
         found = {"alpha": ALPHA} | GENERAL
         for method in METHODS.values():
             found |= {n: p for n, p in method.declared.items() if n not in found}
-        return found | SOLVED
+        return found | SOLVED | SOLVED_BY_STEP
 
     def __getitem__(self, name: str) -> Parameter:
         return self._all()[name]
@@ -86,6 +111,8 @@ PARAMETERS = Parameters()
 def known_to(method: type[Method]) -> dict[str, Parameter]:
     """Return the parameters that a method takes, by name."""
     found = GENERAL | dict(method.declared)
+    if method.joint:
+        return found | SOLVED_BY_STEP if "alpha" in method.declared else found
     return found if method.fixed_count else found | SOLVED
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -235,6 +235,20 @@ def described(config: RoutingConfig, solution: Solution | None) -> dict[str, Any
     level = solution.level  # of a family of all decisions, whose cut-offs alphas then are
     mean = sum(solution.alphas.values()) / len(solution.alphas) if level is None else level
     return content | {"alpha": mean, "solved": solution.as_dict()}
+
+
+# How rows are decoded together is the evaluation's to say; a policy says what it was made for.
+BESIDE_A_POLICY = ("decode_batch", "batch_seed")
+
+
+def beside_policy(policy: Policy, arguments: Mapping[str, Any]) -> Policy:
+    """Return a policy with what an evaluation says of decode batches.
+
+    A :class:`ParameterError` says if anything is given that the policy decides.
+    """
+    check_alone({n: v for n, v in arguments.items() if n not in BESIDE_A_POLICY})
+    given = {n: v for n, v in arguments.items() if n in BESIDE_A_POLICY and v is not None}
+    return replace(policy, config=policy.config.replaced(**given)) if given else policy
 
 
 def check_alone(arguments: Mapping[str, Any]) -> None:

@@ -44,6 +44,7 @@ def select_experts(
     seed: int = 0,
     mass: float | None = None,
     hidden_states: Tensor | None = None,
+    step: Tensor | Sequence[int] | None = None,
 ) -> Selection:
     """Select the experts of every token by a rule that looks at its router logits.
 
@@ -69,6 +70,9 @@ def select_experts(
     hidden_states : Tensor, optional
         float ``[tokens, hidden]``, what the router was given; for a null model of the statistic
         "predicted".
+    step : Tensor or sequence of int, optional
+        Which tokens are decoded together, ``[tokens]``, for methods of a step: those of one number;
+        -1 takes the model's own top-k. By default all are.
 
     Returns
     -------
@@ -127,8 +131,28 @@ def select_experts(
             )
     method = fitted_method(config, null_model, layer, num_experts).to(router_logits.device)
     slots = method.asks(config.max_k)
-    said = softmax_output(router_logits, slots, config.max_k, hidden_states=hidden_states)
+    said = softmax_output(
+        router_logits,
+        slots,
+        config.max_k,
+        hidden_states=hidden_states,
+        step=_numbered(step, router_logits),
+    )
     return Selection(*pick(method, said))
+
+
+def _numbered(step: Tensor | Sequence[int] | None, router_logits: Tensor) -> Tensor | None:
+    """Return steps numbered from 0 on, int64 ``[tokens]`` on the device of the logits."""
+    if step is None:
+        return None
+    given = torch.as_tensor(step, device=router_logits.device)
+    if given.shape != router_logits.shape[:1] or given.is_floating_point():
+        raise ParameterError(
+            f"step must have a number for each of the {len(router_logits)} tokens: found shape "
+            f"{tuple(given.shape)} and dtype {given.dtype}."
+        )
+    _, numbered = given.clamp(min=-1).unique(return_inverse=True)
+    return torch.where(given < 0, -1, numbered - int((given < 0).any()))
 
 
 def _config(null_model: NullModel | None, **given: Any) -> RoutingConfig:

@@ -26,6 +26,9 @@ class Solution:
         How many tokens of the text.
     text : str
         What text.
+    target_distinct, distinct_experts : float or None
+        For a method of a step: what was asked for, and the mean number of distinct experts of a
+        layer and step on the calibration text; ``layer_means`` are those of the layers then.
     level : float or None
         For a family of all decisions: the level at which the procedure, over all decisions on the
         text with the unchanged model, has the cut-off that ``alphas`` holds.
@@ -39,10 +42,14 @@ class Solution:
     tokens: int
     text: str
     level: float | None = None
+    target_distinct: float | None = None
+    distinct_experts: float | None = None
 
     @property
     def miss(self) -> float:
         """By what share of itself the target is missed; in the worst layer if each has its own."""
+        if self.target_distinct is not None:
+            return abs((self.distinct_experts or 0.0) / self.target_distinct - 1)
         if self.target_experts is None:
             return 0.0
         per_layer = self.budget == "layer"
@@ -60,6 +67,8 @@ class Solution:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, whose keys are text."""
         content = dataclasses.asdict(self)
+        if self.target_distinct is None:  # as earlier releases wrote it
+            del content["target_distinct"], content["distinct_experts"]
         for name in ("alphas", "layer_means"):
             content[name] = {str(layer): value for layer, value in content[name].items()}
         return content

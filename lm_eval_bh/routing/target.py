@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_bh.errors import ParameterError, UnreachableError
+from lm_eval_bh.routing.bisection import LOG_ODDS, Mean, bisect, parameter_at
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.family import family_cutoff, family_level
 from lm_eval_bh.routing.methods import Method
@@ -19,6 +19,7 @@ from lm_eval_bh.routing.methods.router import RouterOutput
 from lm_eval_bh.routing.ranked import ranked_scores
 from lm_eval_bh.routing.routers import Router
 from lm_eval_bh.routing.solution import Solution
+from lm_eval_bh.routing.step_target import joined, mean_distinct, on_cpu, picked
 from lm_eval_bh.routing.tables.calibration import listen
 from lm_eval_bh.routing.tables.find import tokenizer_of
 from lm_eval_bh.routing.tables.null_model import NullModel
@@ -31,10 +32,7 @@ TOKENS, LENGTH, BATCH = 16384, 512, 8
 TOLERANCE = 0.02  # share of the target that the mean may miss it by
 AIM = 0.01  # and what ends the search
 ROUNDS = 8
-LOG_ODDS = 20.0  # alpha is looked for between 2e-9 and 1 - 2e-9
-HALVINGS = 24
-
-Mean = Callable[[float], float]
+Heard = Tensor | RouterOutput  # what a layer's method looks at: ranked scores, or for a step all
 
 
 class Routed(Protocol):
@@ -62,7 +60,10 @@ class Routed(Protocol):
 def solve(
     integration: Routed, tokenizer: Any = None, texts: Sequence[str] | None = None
 ) -> Solution:
-    """Solve the parameter of the integration's rule for its ``target_experts`` or its family.
+    """Solve the parameter of the integration's rule for its target, or its family.
+
+    The target is a mean number of experts per token, or for a method of a step of distinct experts
+    a layer and step.
 
     The rule is solved on the logits of the unchanged model; but experts that are left out below
     change the logits above, so the model is run with what was solved, and it is solved again on the
@@ -91,14 +92,14 @@ def solve(
         wikitext_texts("train", INSTEAD) if texts is None else texts,
         tokens=TOKENS,
         length=LENGTH,
-        batch=BATCH,
+        batch=config.decode_batch if config.target_distinct else BATCH,
     )
     unchanged = _p_values(integration, batches) if config.family == "all" else None
-    scores: Mapping[int, Tensor] = {}
+    scores: Mapping[int, Heard] = {}
     best: Solution | None = None
     tried: list[dict[int, float]] = []
     while len(tried) < ROUNDS and (best is None or best.miss > AIM):
-        if config.target_experts is None:
+        if _target(config) is None:
             assert unchanged is not None
             alphas = dict.fromkeys(integration.layers, family_cutoff(unchanged, config.alpha))
         else:
@@ -108,14 +109,23 @@ def solve(
             break
         tried.append(alphas)
         integration.solution = Solution(
-            config.target_experts, config.budget, alphas, 0.0, {}, 0, ""
+            config.target_experts,
+            config.budget,
+            alphas,
+            0.0,
+            {},
+            0,
+            "",
+            target_distinct=config.target_distinct,
         )
         with integration:
             scores = _collect(integration, batches)
         means = {layer: _mean(integration, layer, scores[layer])(alphas[layer]) for layer in alphas}
+        mean = sum(means.values()) / len(means)
         found = dataclasses.replace(
             integration.solution,
-            mean_experts=sum(means.values()) / len(means),
+            mean_experts=_experts(integration, scores, alphas) if config.method.joint else mean,
+            distinct_experts=mean if config.method.joint else None,
             layer_means=means,
             tokens=sum(batch.numel() for batch in batches),
             text=WIKITEXT if texts is None else "given",
@@ -127,10 +137,15 @@ def solve(
         _give_up(integration, scores, best, len(tried))
     if unchanged is not None:
         cutoff = next(iter(best.alphas.values()))
-        level = config.alpha if config.target_experts is None else family_level(unchanged, cutoff)
+        level = config.alpha if _target(config) is None else family_level(unchanged, cutoff)
         best = dataclasses.replace(best, level=level)
-    logger.info("Solved for %s experts: %s", config.target_experts, best)
+    logger.info("Solved for %s experts: %s", _target(config), best)
     return best
+
+
+def _target(config: RoutingConfig) -> float | None:
+    target: float | None = config.target_distinct or config.target_experts
+    return target
 
 
 def _p_values(integration: Routed, batches: Sequence[Tensor]) -> Tensor:
@@ -147,16 +162,31 @@ def _p_values(integration: Routed, batches: Sequence[Tensor]) -> Tensor:
     return torch.cat(parts).sort().values
 
 
-def _collect(integration: Routed, batches: Sequence[Tensor]) -> dict[int, Tensor]:
+def _collect(integration: Routed, batches: Sequence[Tensor]) -> dict[int, Heard]:
     """Run the model as it is now, and return what the rule looks at in every routed layer."""
-    parts: dict[int, list[Tensor]] = {layer: [] for layer in integration.layers}
+    parts: dict[int, list[Any]] = {layer: [] for layer in integration.layers}
+    joint = integration.config.method.joint
 
     def hear(layer: int, method: Method, said: RouterOutput) -> None:
+        if joint:
+            parts[layer].append(on_cpu(said, method.statistic.predicts))
+            return
         ranked, _ = ranked_scores(method, integration.null_model, layer, said)
         parts[layer].append(ranked.cpu())
 
     _listen(integration, batches, hear)
-    return {layer: torch.cat(found) for layer, found in parts.items()}
+    join: Callable[[list[Any]], Heard] = joined if joint else torch.cat
+    return {layer: join(found) for layer, found in parts.items()}
+
+
+def _experts(integration: Routed, heard: Mapping[int, Heard], alphas: Mapping[int, float]) -> float:
+    """Return the mean number of experts per token of a method of a step."""
+    means = []
+    for layer, said in heard.items():
+        assert isinstance(said, RouterOutput)
+        method = integration.method(layer).cpu()
+        means.append(float(picked(method, said, alphas[layer]).counts.double().mean()))
+    return sum(means) / len(means)
 
 
 def _listen(
@@ -179,40 +209,41 @@ def _listen(
 
 
 def _give_up(
-    integration: Routed, scores: Mapping[int, Tensor], best: Solution, rounds: int
+    integration: Routed, scores: Mapping[int, Heard], best: Solution, rounds: int
 ) -> NoReturn:
     """Say of the first budget that is not met whether any parameter could have met it."""
-    target, rule = best.target_experts or 0.0, integration.config.rule
+    target, rule = _target(integration.config) or 0.0, integration.config.rule
+    name = "target_experts" if best.target_distinct is None else "target_distinct"
     for layers, mean in _budgets(integration, scores).items():
         met = sum(best.layer_means[layer] for layer in layers) / len(layers)
         if abs(met / target - 1) <= TOLERANCE:
             continue
         where = f" in layer {layers[0]}" if best.budget == "layer" else ""
         method = integration.config.method
-        low, high = sorted(mean(_level(end, method)) for end in (-LOG_ODDS, LOG_ODDS))
+        low, high = sorted(mean(parameter_at(end, method)) for end in (-LOG_ODDS, LOG_ODDS))
         if not low <= target <= high:
             raise UnreachableError(
-                f"target_experts={target} cannot be reached with rule={rule}{where}: with the rule "
+                f"{name}={target} cannot be reached with rule={rule}{where}: with the rule "
                 f"at work on the calibration text its mean lies between {low:.3g} and {high:.3g} "
                 "experts for every alpha; give another target or rule."
             )
         raise ParameterError(
-            f"target_experts={target} was not met: rule={rule} came no nearer than a mean of "
+            f"{name}={target} was not met: rule={rule} came no nearer than a mean of "
             f"{met:.3g}{where} in {rounds} rounds; give another target or rule."
         )
     raise AssertionError("a solution that misses its target misses one of its budgets")
 
 
-def _solve_on(integration: Routed, scores: Mapping[int, Tensor]) -> dict[int, float]:
+def _solve_on(integration: Routed, scores: Mapping[int, Heard]) -> dict[int, float]:
     """Return every layer's parameter, solved on logits as they are, or the one that is nearest."""
-    target = float(integration.config.target_experts or 0)
+    target = float(_target(integration.config) or 0)
     alphas: dict[int, float] = {}
     for layers, mean in _budgets(integration, scores).items():
-        alphas |= dict.fromkeys(layers, _bisect(mean, target, integration.config.method))
+        alphas |= dict.fromkeys(layers, bisect(mean, target, integration.config.method))
     return alphas
 
 
-def _budgets(integration: Routed, scores: Mapping[int, Tensor]) -> dict[tuple[int, ...], Mean]:
+def _budgets(integration: Routed, scores: Mapping[int, Heard]) -> dict[tuple[int, ...], Mean]:
     """Return the layers that share a parameter, and their mean as a function of it."""
     means = {layer: _mean(integration, layer, scores[layer]) for layer in integration.layers}
     if integration.config.budget == "layer":
@@ -224,43 +255,14 @@ def _budgets(integration: Routed, scores: Mapping[int, Tensor]) -> dict[tuple[in
     return {tuple(means): over_layers}
 
 
-def _mean(integration: Routed, layer: int, ranked: Tensor) -> Mean:
+def _mean(integration: Routed, layer: int, ranked: Heard) -> Mean:
     """Return the function from the parameter to a layer's mean number of experts."""
     method = integration.method(layer).cpu()
+    if isinstance(ranked, RouterOutput):
+        return mean_distinct(method, ranked)
 
     def mean(alpha: float) -> float:
         counts = method.count(ranked, method.level(alpha))
         return float(counts.clamp(method.min_k, method.max_k).double().mean())
 
     return mean
-
-
-def _bisect(mean: Mean, target: float, method: type[Method]) -> float:
-    """Return the parameter whose mean comes nearest to the target.
-
-    The mean rises with the level of a test and falls with that of ``min_p`` and ``min_w``.
-    """
-    low, high = -LOG_ODDS, LOG_ODDS
-    ends = mean(_level(low, method)), mean(_level(high, method))
-    rising = ends[1] >= ends[0]
-    nearest = min((abs(ends[0] - target), low), (abs(ends[1] - target), high))
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        value = mean(_level(middle, method))
-        nearest = min(nearest, (abs(value - target), middle))
-        low, high = (middle, high) if (value < target) == rising else (low, middle)
-    return _level(nearest[1], method)
-
-
-def _level(position: float, method: type[Method]) -> float:
-    """Return the parameter at a position: log odds, or the log where it has no upper bound."""
-    return math.exp(position) if _unbounded(method) else 1 / (1 + math.exp(-position))
-
-
-def _unbounded(method: type[Method]) -> bool:
-    """Whether the parameter may be larger than 1."""
-    try:
-        method.declared["alpha"].checked("alpha", 2.0)
-    except ValueError:
-        return False
-    return True

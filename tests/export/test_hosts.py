@@ -34,8 +34,16 @@ from lm_eval_bh.routing.tables.null_kind import NullKind
 TOKENS, EXPERTS, LAYERS, NATIVE = 300, 16, 2, 4
 LEVELS = {"top_p": 0.6, "min_p": 0.3, "min_w": 0.08}
 LEVELS |= dict.fromkeys(("by", "bonferroni", "holm", "hochberg"), 0.95)  # that reject little
+BATCHES = {  # methods of a step, of which all tokens here are one
+    "batch_min_w": {"alpha": 0.9},
+    "batch_mass": {"step_budget": 7},
+    "batch_bh": {"alpha": 0.01, "combine": "fisher"},
+    "oea": {"max_k": 5, "k0": 1},
+    "xshare": {"max_k": 5, "step_budget": 7},
+}
+UNSCALED = {"rule": "bh", "renormalize": False}
 CONFIGS = [
-    *({"rule": rule} for rule in METHODS if rule != "random_k"),
+    *({"rule": rule} for rule, row in METHODS.items() if rule != "random_k" and not row.joint),
     *(
         {"rule": rule, "statistic": statistic}
         for rule in ("bh", "holm", "p_value", "top_p", "min_p", "topk", "min_w")
@@ -44,7 +52,7 @@ CONFIGS = [
     *(
         {"rule": rule, "null_scope": scope, "statistic": statistic}
         for rule, scope, statistic in itertools.product(
-            [name for name, method in METHODS.items() if method.tests],
+            [name for name, row in METHODS.items() if row.tests and not row.joint],
             ("expert", "model"),
             ("logit", "contribution"),
         )
@@ -66,11 +74,12 @@ CONFIGS = [
     {"rule": "min_w", "alpha": 0.03, "max_k": 5, "mass": 0.5, "temperature": 1.5},
     {"rule": "bh", "temperature": 2.0, "statistic": "contribution"},
     {"rule": "bh", "renormalize": True},
-    {"rule": "bh", "renormalize": False},
+    UNSCALED,
     {"rule": "min_w", "mass": 0.5},
     {"rule": "bh", "mass": 1.0, "max_k": 2, "statistic": "benefit"},
 ]
-CASES = [(parameters, rescales) for parameters in CONFIGS for rescales in (False, True)]
+JOINT = [{"rule": rule, **BATCHES[rule]} for rule, row in METHODS.items() if row.joint]
+CASES = [(case, rescales) for case in CONFIGS + JOINT for rescales in (False, True)]
 cases = pytest.mark.parametrize(("parameters", "rescales"), CASES, ids=str)
 
 # What runs where this package cannot be imported, with the files of an exported folder alone.
@@ -223,7 +232,7 @@ def test_an_exported_folder_decides_the_same(parameters, rescales, here, elsewhe
         indices, unused = found[0], found[0] == EXPERTS
         assert torch.equal(repeating, torch.where(unused, indices[:, :1], indices))
         assert torch.equal((~unused).sum(-1), expected.counts)
-        if not method.fixed:
+        if not (method.fixed or getattr(method, "beyond", False)):
             assert len(expected.counts.unique()) > 1, "the case would prove nothing"
 
 
@@ -276,7 +285,11 @@ def test_what_the_plugin_hands_to_vllm_decides_the_same(here, vllm_olmoe):
 # With renormalize=False a rescaling router's scale is that of as many experts as it is asked for.
 @pytest.mark.parametrize(
     ("parameters", "rescales"),
-    [case for case in CASES if case != ({"rule": "bh", "renormalize": False}, True)]
+    [
+        (parameters, rescales)
+        for parameters, rescales in CASES
+        if parameters not in JOINT and (parameters, rescales) != (UNSCALED, True)
+    ]
     + [({"rule": "random_k", "max_k": 5, "seed": 7}, False)],
     ids=str,
 )

@@ -59,6 +59,8 @@ class Method(nn.Module):
     fixed_count, tests, random : bool
         Whether every token gets ``max_k`` experts; whether it compares p-values, so that it needs a
         null distribution; whether experts are drawn.
+    joint : bool
+        Whether the tokens of a step are decided together, see :class:`~.batch.BatchMethod`.
     first_only : bool
         Whether each expert is decided by itself, among the ``max_k`` that the router ranks first.
     """
@@ -71,6 +73,7 @@ class Method(nn.Module):
     fixed_count: ClassVar[bool] = False
     tests: ClassVar[bool] = False
     random: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
     first_only: bool = False
     bounds: Tensor
 
@@ -179,6 +182,13 @@ class Method(nn.Module):
         A method may return a mask instead, bool of the shape of ``ranked``: which are kept.
         """
         return self.count(ranked, self.table("thresholds") if "thresholds" in self._kinds else None)
+
+    def keep_in_step(self, router: RouterOutput) -> Tensor:
+        """Return which slots of the router serve each token, bool ``[tokens, slots]``.
+
+        Of a method whose decisions are ``joint``; the others never look at a step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not decide over a step.")
 
     def shown(self, ranked: Tensor, alpha: float) -> Shown | None:
         """Return what a page shows of a decision; None where nothing is compared.

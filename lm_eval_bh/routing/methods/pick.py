@@ -67,6 +67,8 @@ def _decided(method: Method, router: RouterOutput) -> tuple[Tensor, Tensor, Tens
     k, seen = method.max_k, router
     if torch.is_grad_enabled():  # decisions have no gradient, weights do
         seen = router._replace(logits=router.logits.detach(), weights=router.weights.detach())
+    if method.joint:
+        return _kept(method.keep_in_step(seen), router.indices, router.weights, method.min_k, k)
     scores = method.score(seen)
     experts, weights = router.indices[:, :k], router.weights[:, :k]
     if method.first_only:
@@ -82,11 +84,18 @@ def _decided(method: Method, router: RouterOutput) -> tuple[Tensor, Tensor, Tens
         everyone = torch.zeros_like(scores, dtype=weights.dtype)
         weights = everyone.scatter(-1, router.indices, router.weights).gather(-1, experts)
     decision = method.decide(ranked) if not method.fixed else ranked.new_full(ranked.shape[:1], k)
-    if decision.dtype == torch.bool:  # which are kept: these come first
-        front = decision[:, :k].sort(dim=-1, descending=True, stable=True).indices
-        experts, weights = experts.gather(-1, front), weights.gather(-1, front)
-        decision = decision[:, :k].sum(-1)
+    if decision.dtype == torch.bool:
+        return _kept(decision[:, :k], experts, weights, method.min_k, k)
     return decision.clamp(method.min_k, k).long(), experts, weights
+
+
+def _kept(
+    kept: Tensor, experts: Tensor, weights: Tensor, min_k: int, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return counts, experts and weights of what a mask keeps; of others the first fill up."""
+    front = kept.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    experts, weights = experts.gather(-1, front), weights.gather(-1, front)
+    return kept.sum(-1).clamp(min_k, k), experts, weights
 
 
 def _tempered(router: RouterOutput, temperature: float) -> RouterOutput:

@@ -29,7 +29,8 @@ class RouterOutput(NamedTuple):
     hidden_states : Tensor or None
         float ``[tokens, hidden]``, what the router was given.
     step : Tensor or None
-        int64 ``[tokens]``, which tokens are decided together; None where all are.
+        int64 ``[tokens]``, which tokens are decided together: those of one number, from 0 and below
+        the number of tokens; -1 takes the model's own top-k. None where all are decided together.
     """
 
     logits: Tensor
@@ -60,6 +61,7 @@ def softmax_output(
     rescales: bool = False,
     dtype: torch.dtype | None = None,
     hidden_states: Tensor | None = None,
+    step: Tensor | None = None,
 ) -> RouterOutput:
     """Return what a router says whose weights are a softmax over all experts of its logits.
 
@@ -75,6 +77,8 @@ def softmax_output(
         Of the weights; by default float32, or float64 where the logits are.
     hidden_states : Tensor or None
         float ``[tokens, hidden]``.
+    step : Tensor or None
+        int64 ``[tokens]``, see :class:`RouterOutput`.
     """
     kind = torch.promote_types(logits.dtype, torch.float32)
     # The very calls that OLMoE's router makes, so that ties fall the same way.
@@ -83,5 +87,11 @@ def softmax_output(
         weights = weights / weights.sum(-1, keepdim=True)
     weights = weights if dtype is None else weights.to(dtype)
     return RouterOutput(
-        logits, weights, indices, native_k, rescales=rescales, hidden_states=hidden_states
+        logits,
+        weights,
+        indices,
+        native_k,
+        rescales=rescales,
+        hidden_states=hidden_states,
+        step=step,
     )

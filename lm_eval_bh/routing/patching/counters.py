@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_bh.routing.methods.pick import Picked
+from lm_eval_bh.routing.steps import Steps, distinct_experts, step_sizes
 
 Selections = Sequence[tuple[int, Picked]]  # each with its position among the layers
 
@@ -38,15 +39,29 @@ class LayerSums:
 
 
 class RoutingCounters:
-    """Histogram of experts per token and usage of each expert, layer by layer."""
+    """Histogram of experts per token and usage of each expert, layer by layer.
 
-    def __init__(self, num_layers: int, num_experts: int) -> None:
+    Parameters
+    ----------
+    num_layers, num_experts : int
+        Of the model.
+    decode_batch : int or None
+        How many rows are decoded together; None counts no distinct experts.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, decode_batch: int | None = None) -> None:
         self.num_experts = num_experts
+        self.decode_batch = decode_batch
+        # The distinct experts of all steps; and how many steps had 0, 1, ... tokens.
+        self._distinct = LayerSums(num_layers, 1)
+        self._sizes = LayerSums(num_layers, (decode_batch or 0) + 1)
         # How many tokens got 0, 1, ... experts; then how many tokens each expert served, and last
         # how many slots were unused.
         self._sums = LayerSums(num_layers, 2 * (num_experts + 1))
 
-    def add(self, selections: Selections, weight: Tensor | None = None) -> None:
+    def add(
+        self, selections: Selections, weight: Tensor | None = None, steps: Steps | None = None
+    ) -> None:
         """Count what the layers selected in one forward pass.
 
         Parameters
@@ -56,24 +71,31 @@ class RoutingCounters:
         weight : Tensor or None
             int64 or bool ``[tokens]``, how often each token counts (0 for padding). None, or
             another number of tokens than were selected for, counts all once.
+        steps : Steps or None
+            Which tokens are decoded together; None counts no distinct experts.
         """
         alike: dict[tuple[torch.device, torch.Size], list[tuple[int, Picked]]] = {}
         for layer, selection in selections:
             key = selection.indices.device, selection.indices.shape
             alike.setdefault(key, []).append((layer, selection))
         for (device, (tokens, slots)), group in alike.items():
+            layers = tuple(layer for layer, _ in group)
+            indices = torch.stack([selection.indices for _, selection in group])
+            if steps is not None and self.decode_batch is not None and len(steps.of) == tokens:
+                here = steps._replace(of=steps.of.to(device))
+                found = distinct_experts(indices, here, self.num_experts)
+                self._distinct.of(device, layers).add_(found.unsqueeze(-1))
+                self._sizes.of(device, layers).add_(step_sizes(here, self.decode_batch))
             columns = [
                 torch.stack([selection.counts for _, selection in group]),
-                torch.stack([selection.indices for _, selection in group])
-                .flatten(1)
-                .add_(self.num_experts + 1),
+                indices.flatten(1).add_(self.num_experts + 1),
             ]
             if weight is None or len(weight) != tokens:
                 times = [torch.ones((), dtype=torch.int64, device=device)] * 2
             else:
                 weight = weight.to(device, torch.int64)
                 times = [weight, weight.repeat_interleave(slots)]
-            sums = self._sums.of(device, tuple(layer for layer, _ in group))
+            sums = self._sums.of(device, layers)
             for column, once in zip(columns, times, strict=True):
                 sums.scatter_add_(1, column, once.expand_as(column))
 
@@ -86,6 +108,21 @@ class RoutingCounters:
     def usage(self) -> list[Tensor]:
         """How many tokens each expert served: one int64 ``[experts]`` a layer."""
         return list(self._sums.total()[:, self.num_experts + 1 : -1].unbind())
+
+    @property
+    def distinct(self) -> list[int]:
+        """The distinct experts of all steps, added up: one number a layer."""
+        return [int(found) for found in self._distinct.total()]
+
+    @property
+    def sizes(self) -> Tensor:
+        """How many steps had 0, 1, ... tokens: int64 ``[layers, decode_batch + 1]``."""
+        return self._sizes.total()
+
+    def mean_distinct(self) -> float | None:
+        """Return the mean number of distinct experts a layer and step; None before any step."""
+        steps = int(self.sizes[:, 1:].sum())
+        return sum(self.distinct) / steps if steps else None
 
     def tokens(self, layer: int) -> int:
         """Return how many tokens the layer has seen."""
@@ -120,6 +157,9 @@ def routing_stats(
     counts, the model has run with its top-k.
     """
     mean, deviation = counters.moments()
+    distinct = {}
+    if counters.decode_batch is not None and not analyze:
+        distinct = {"distinct_experts": counters.mean_distinct()}
     gain = None if mean is None else 1.0 - mean / top_k
     if analyze:
         return {
@@ -132,4 +172,5 @@ def routing_stats(
         "mean_experts_per_token": mean,
         "std_experts_per_token": deviation,
         "sparsity_gain": gain,
+        **distinct,
     }

@@ -7,26 +7,23 @@ again when their pass has long ended; :class:`OwnPass` has kept it for them.
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lm_eval_bh.errors import ParameterError, RoutingError
-from lm_eval_bh.routing.caches import given_cache
+from lm_eval_bh.errors import RoutingError
 from lm_eval_bh.routing.methods.pick import Picked
 from lm_eval_bh.routing.patching.patch import Patch
-from lm_eval_bh.routing.patching.query_mask import query_mask
-
-CHECKPOINTING = "_gradient_checkpointing_func"  # where transformers' layers keep it
+from lm_eval_bh.routing.steps import Steps, steps_of
 
 _current: ContextVar[ForwardPass | None] = ContextVar("bh_forward_pass", default=None)
-_told: ContextVar[Mapping[int, Tensor]] = ContextVar("bh_real_tokens")
+# By base model: which tokens are real, and which of them decoded.
+_told: ContextVar[Mapping[int, tuple[Tensor, Tensor | None]]] = ContextVar("bh_real_tokens")
+_ends: ContextVar[Tensor | None] = ContextVar("bh_ending_tokens", default=None)
 _counting = threading.Lock()
 
 
@@ -39,6 +36,10 @@ class ForwardPass:
         What was put into the model.
     real : Tensor or None
         bool ``[tokens]``, False for padding; None where all tokens are real, or nobody can tell.
+    shape : (int, int) or None
+        Rows and length, where they are known.
+    decoded : Tensor or None
+        bool ``[tokens]``, which tokens belong to a step, apart from padding; None for all.
     recomputed : bool
         Whether activation checkpointing runs it again, so that nothing of it counts.
     alone : bool
@@ -48,16 +49,26 @@ class ForwardPass:
     """
 
     def __init__(
-        self, patch: Patch, real: Tensor | None, *, recomputed: bool = False, alone: bool = False
+        self,
+        patch: Patch,
+        real: Tensor | None,
+        shape: tuple[int, int] | None = None,
+        decoded: Tensor | None = None,
+        *,
+        recomputed: bool = False,
+        alone: bool = False,
     ) -> None:
         self.patch = patch
         self.real = real
+        self.shape = shape
+        self.decoded = decoded
         self.recomputed = recomputed
         self.alone = alone
         self.outer: ForwardPass | None = None
         self.selections: list[tuple[int, Picked]] = []
         self._sums: list[tuple[int, Tensor]] = []
         self._padding: dict[torch.device, Tensor] = {}
+        self._steps: dict[torch.device, Steps] = {}
 
     def note(self, layer: int, router_logits: Tensor, selection: Picked) -> None:
         """Keep what a router said, until the end of the pass.
@@ -80,6 +91,19 @@ class ForwardPass:
         if found is None:
             found = self._padding[device] = (~self.real).unsqueeze(-1).to(device)
         return found
+
+    def steps(self, device: torch.device) -> Steps | None:
+        """Return which tokens are decoded together, on a device; None where rows are not known."""
+        if self.shape is None:
+            return None
+        if device not in self._steps:
+            counted = self.real
+            if self.decoded is not None:
+                here = self.decoded.to(device)
+                counted = here if counted is None else here & counted.to(device)
+            found = steps_of(*self.shape, self.patch.decode_batch, counted, device)
+            self._steps[device] = found
+        return self._steps[device]
 
     def end(self) -> None:
         """Count what was selected, and ask all layers at once whether their logits were finite.
@@ -105,8 +129,11 @@ class ForwardPass:
                 "check the model's weights and its dtype."
             )
         if self.patch.counters is not None and selections:
+            steps = None
+            if self.patch.decode_batch is not None:
+                steps = self.steps(selections[0][1].counts.device)
             with _counting:
-                self.patch.counters.add(selections, self.real)
+                self.patch.counters.add(selections, self.real, steps)
 
 
 def current_pass(patch: Patch) -> ForwardPass:
@@ -121,7 +148,7 @@ def current_pass(patch: Patch) -> ForwardPass:
     found = _current.get()
     if found is not None and found.patch is patch:
         return found
-    recomputed = _in_backward()
+    recomputed = in_backward()
     if recomputed and patch.padded:
         raise RoutingError(
             "A layer is run again in the backward pass by a checkpointing that is not "
@@ -132,137 +159,67 @@ def current_pass(patch: Patch) -> ForwardPass:
 
 
 @contextmanager
-def real_tokens(base: nn.Module, mask: Tensor) -> Iterator[None]:
-    """Say which tokens of the passes of a base model inside are real, bool ``[rows, length]``."""
-    token = _told.set({**_told.get({}), id(base): mask})
+def real_tokens(base: nn.Module, mask: Tensor, decoded: Tensor | None = None) -> Iterator[None]:
+    """Say which tokens of the passes of a base model inside are real, bool ``[rows, length]``.
+
+    And which of these are decoded: where nothing is said, those of passes of one token a row.
+    """
+    token = _told.set({**_told.get({}), id(base): (mask, decoded)})
     try:
         yield
     finally:
         _told.reset(token)
 
 
-class Begin:
-    """A forward pre-hook of the base model: begins a pass."""
-
-    def __init__(self, patch: Patch, base: nn.Module) -> None:
-        self.patch = patch
-        self._names = list(inspect.signature(type(base).forward).parameters)[1:]
-        self._layers = [m for m in base.modules() if hasattr(m, "gradient_checkpointing")]
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Learn from the caller, or else from the attention mask, which tokens are padding."""
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        begun = ForwardPass(self.patch, self._real(module, given))
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            begun.recomputed = _in_backward()  # the whole model is checkpointed
-            self._wrap_checkpointing()
-        outer = _current.get()
-        if outer is not None and outer.patch is self.patch:  # it died before its end
-            outer = outer.outer
-        begun.outer = outer
-        _current.set(begun)
-
-    def _wrap_checkpointing(self) -> None:
-        for layer in self._layers:
-            function: Any = getattr(layer, CHECKPOINTING, None)
-            if layer.gradient_checkpointing and not isinstance(function, OwnPass):
-                setattr(layer, CHECKPOINTING, OwnPass(function, self.patch))
-
-    def _real(self, module: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
-        tokens = kwargs.get("input_ids")
-        if tokens is None:
-            tokens = kwargs.get("inputs_embeds")
-        if tokens is None:
-            return None
-        rows, length = tokens.shape[:2]
-        told = _told.get({}).get(id(module))
-        if told is not None and told.shape != tokens.shape[:2]:
-            raise ParameterError(
-                f"real_tokens() was told of {tuple(told.shape)} tokens, but the forward pass has "
-                f"{(rows, length)}: give a mask [rows, length] of the same tokens."
-            )
-        mask = kwargs.get("attention_mask") if told is None else told
-        if mask is None:
-            self._look_for_padding(module, tokens)
-            return None
-        real = query_mask(mask, rows, length, given_cache(kwargs))
-        if real is None:
-            self.patch.tell_once("its attention mask has an unsupported format")
-            return None
-        self.patch.padded = True
-        return real.reshape(-1).to(tokens.device)
-
-    def _look_for_padding(self, module: nn.Module, tokens: Tensor) -> None:
-        """Look, in the first pass without a mask, whether its rows look as if they were padded."""
-        if self.patch.looked or len(tokens) == 1 or tokens.is_floating_point():
-            return
-        self.patch.looked = True
-        pad = getattr(getattr(module, "config", None), "pad_token_id", None)
-        if pad is not None and bool((tokens[:, [0, -1]] == pad).any()):
-            self.patch.tell_once("its rows begin or end with padding tokens, and it has no mask")
+@contextmanager
+def ending_with(tokens: Sequence[int | Sequence[int] | None]) -> Iterator[None]:
+    """Say which tokens end a row, in the passes inside."""
+    ids = [torch.tensor(one).reshape(-1) for one in tokens if one is not None]
+    token = _ends.set(torch.cat(ids) if ids else None)
+    try:
+        yield
+    finally:
+        _ends.reset(token)
 
 
-class End:
-    """A forward hook of the base model, called whatever happens: ends the pass."""
-
-    def __init__(self, patch: Patch) -> None:
-        self.patch = patch
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Put the outer pass back; count, and check the logits, unless the pass has failed."""
-        ended = _current.get()
-        if ended is None or ended.patch is not self.patch:
-            return
-        _current.set(ended.outer)
-        if output is not None:
-            ended.end()
+def what_was_told(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Return what :func:`real_tokens` says of a base model: which tokens are real, and decoded."""
+    return _told.get({}).get(id(base), (None, None))
 
 
-class OwnPass:
-    """Wraps a checkpointing function: what is run again meets the pass that it first ran in.
-
-    Parameters
-    ----------
-    function : callable
-        Takes what to run, and its arguments; as ``torch.utils.checkpoint.checkpoint``.
-    patch : Patch
-        What was put into the model.
-    """
-
-    def __init__(self, function: Callable[..., Any], patch: Patch) -> None:
-        self.function = function
-        self.patch = patch
-
-    def __call__(self, run: Callable[..., Any], *args: Any) -> Any:
-        """Checkpoint a layer."""
-        return self.function(_Rerun(run, current_pass(self.patch)), *args)
+def what_ends() -> Tensor | None:
+    """Return what :func:`ending_with` says: the tokens that end a row."""
+    return _ends.get()
 
 
-class _Rerun:
-    def __init__(self, run: Callable[..., Any], own: ForwardPass) -> None:
-        self.run = run
-        self.own = own
-        self.ran = False
-
-    def __call__(self, *args: Any) -> Any:
-        if not self.ran:
-            self.ran = True
-            return self.run(*args)
-        patch = self.own.patch
-        if not patch.alive:
-            if patch.mode == "analyze":
-                return self.run(*args)
-            raise RoutingError(
-                "The backward pass has to run layers again, and the model is no longer routed as "
-                "in its forward pass: call backward() before the model is unpatched or "
-                "configured anew."
-            )
-        token = _current.set(ForwardPass(patch, self.own.real, recomputed=True))
-        try:
-            return self.run(*args)
-        finally:
-            _current.reset(token)
+def begin_pass(begun: ForwardPass) -> None:
+    """Make a pass the current one, within the one that was."""
+    outer = _current.get()
+    if outer is not None and outer.patch is begun.patch:  # it died before its end
+        outer = outer.outer
+    begun.outer = outer
+    _current.set(begun)
 
 
-def _in_backward() -> bool:
+def end_pass(patch: Patch) -> ForwardPass | None:
+    """Put the outer pass back, and return the one that has ended; None if it is another's."""
+    ended = _current.get()
+    if ended is None or ended.patch is not patch:
+        return None
+    _current.set(ended.outer)
+    return ended
+
+
+@contextmanager
+def entering(again: ForwardPass) -> Iterator[None]:
+    """Make a pass the current one inside."""
+    token = _current.set(again)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward pass in this thread."""
     return bool(torch._C._current_graph_task_id() != -1)

@@ -41,8 +41,12 @@ class RouterHook:
             said = self._read(module, args, output)
             if self.method.bounds.device != said.logits.device:
                 self.method.to(said.logits.device)
+            now = current_pass(self.patch)
+            if self.method.joint:
+                steps = now.steps(said.logits.device)
+                if steps is not None and len(steps.of) == len(said.logits):
+                    said = said._replace(step=steps.of)
             selection = pick(self.method, said)
-        now = current_pass(self.patch)
         if not now.recomputed:
             now.note(self.layer, said.logits, selection)
             for observe in self.patch.observers:

@@ -22,7 +22,7 @@ from lm_eval_bh.routing.patching.experts_switch import (
     check_implementation,
 )
 from lm_eval_bh.routing.patching.fits import check_fit
-from lm_eval_bh.routing.patching.forward_pass import real_tokens
+from lm_eval_bh.routing.patching.forward_pass import ending_with, real_tokens
 from lm_eval_bh.routing.patching.hook import RouterHook
 from lm_eval_bh.routing.patching.null_in_force import NullInForce, refuse_stale
 from lm_eval_bh.routing.patching.patch import Observer, Patch
@@ -130,7 +130,7 @@ class BHRoutingIntegration:
         self.observers: list[Observer] = []
         self.counters: RoutingCounters | None = None
         if collect_stats:
-            self.counters = RoutingCounters(len(self.routers), self.num_experts)
+            self.counters = self._new_counters()
         self._patch: Patch | None = None
         if policy is None:
             self._solve()
@@ -208,7 +208,7 @@ class BHRoutingIntegration:
         """
         refuse_patched(self.model)
         refuse_stale(self.null_model, self.routers)
-        patch = Patch(self.config.mode, self.observers, self.counters)
+        patch = Patch(self.config, self.observers, self.counters)
         hooks = []
         for layer in self.layers:
             router = self.routers[layer]
@@ -255,14 +255,24 @@ class BHRoutingIntegration:
         self.unpatch_model()
 
     @contextmanager
-    def real_tokens(self, mask: Tensor) -> Iterator[None]:
+    def real_tokens(self, mask: Tensor, decoded: Tensor | None = None) -> Iterator[None]:
         """Say which tokens of the forward passes inside are real, where no attention mask does.
 
         The mask is bool ``[rows, length]``, False for padding. What is not real is not counted, and
         given no experts wherever unused slots cost no work: a causal model's real tokens never see
-        what is padded behind them.
+        what is padded behind them. ``decoded`` says of the same tokens which of them stand for
+        decoded ones, where ``phase=decode``; by default those of passes of one token a row.
         """
-        with real_tokens(transformers_model(self.model).base_model, mask):
+        with real_tokens(transformers_model(self.model).base_model, mask, decoded):
+            yield
+
+    @contextmanager
+    def ending_with(self, *tokens: int | Sequence[int] | None) -> Iterator[None]:
+        """Say which tokens end a row: what is fed one of them alone has finished.
+
+        ``generate`` goes on feeding finished rows until all have; they belong to no step.
+        """
+        with ending_with(tokens):
             yield
 
     @property
@@ -285,9 +295,12 @@ class BHRoutingIntegration:
 
     def reset_stats(self) -> None:
         """Start the statistics anew."""
-        self.counters = RoutingCounters(len(self.routers), self.num_experts)
+        self.counters = self._new_counters()
         if self._patch is not None:
             self._patch.counters = self.counters
+
+    def _new_counters(self) -> RoutingCounters:
+        return RoutingCounters(len(self.routers), self.num_experts, self.config.decode_batch)
 
     def _repr_html_(self) -> str:
         return integration_html(self)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.methods.pick import Picked
 from lm_eval_bh.routing.patching.counters import RoutingCounters
 from lm_eval_bh.routing.patching.experts_switch import ExpertsSwitch
@@ -32,6 +33,12 @@ class Patch:
         What selections are counted by.
     switch : ExpertsSwitch or None
         What computes the experts.
+    decode_batch : int or None
+        How many rows are decoded together; None: all of a pass, and no distinct experts count.
+    decoded_only : bool
+        Whether the tokens of prompts belong to no step.
+    has_steps : bool
+        Whether anybody asks which tokens are decoded together.
     alive : bool
         Whether the hooks are still in the model.
     padded, looked : bool
@@ -39,9 +46,12 @@ class Patch:
     """
 
     def __init__(
-        self, mode: str, observers: list[Observer], counters: RoutingCounters | None
+        self, config: RoutingConfig, observers: list[Observer], counters: RoutingCounters | None
     ) -> None:
-        self.mode = mode
+        self.mode: str = config.mode
+        self.decode_batch: int | None = config.decode_batch
+        self.decoded_only = config.phase == "decode"
+        self.has_steps = config.method.joint or config.decode_batch is not None
         self.observers = observers
         self.counters = counters
         self.switch: ExpertsSwitch | None = None

@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from lm_eval_bh.errors import ModelError
-from lm_eval_bh.routing.patching.forward_pass import CHECKPOINTING, Begin, End, OwnPass
+from lm_eval_bh.routing.patching.begin_and_end import CHECKPOINTING, Begin, End
 from lm_eval_bh.routing.patching.hook import RouterHook
 from lm_eval_bh.routing.patching.patch import Patch
+from lm_eval_bh.routing.patching.rerun import OwnPass
 from lm_eval_bh.routing.routers import OWN_TOP_K, Router, transformers_model
 
 # Where a module keeps its hooks, and what they were registered with.

@@ -13,6 +13,7 @@ from lm_eval_bh.errors import DataError, ModelError
 from lm_eval_bh.routing.methods.router import RouterOutput
 from lm_eval_bh.routing.router_reader import RouterReader
 from lm_eval_bh.routing.routers import find_routers
+from lm_eval_bh.routing.steps import steps_of
 
 Hear = Callable[[int, RouterOutput], None]
 
@@ -71,7 +72,8 @@ def listen(
     model, routers, batches, progress
         As in :func:`collect_router_logits`.
     hear : callable
-        Takes a layer, and what its router says of a batch, on its device.
+        Takes a layer, and what its router says of a batch, on its device; the tokens at one
+        position of the batch are a step.
     slots : int
         How many experts the routers have to rank at least.
 
@@ -84,6 +86,7 @@ def listen(
         raise ModelError("There are no routers to listen to; give a mixture-of-experts model.")
     known = {id(router.module): router for router in find_routers(model)}
     heard = [0] * len(routers)
+    steps: list[Tensor] = []  # of the batch that runs
     handles = []
     backbone = getattr(model, "base_model", model)
     device = next(model.parameters()).device
@@ -94,10 +97,11 @@ def listen(
         for layer, router in enumerate(routers):
             reader = RouterReader(known[id(router)], slots) if id(router) in known else None
             # First: what the router says itself, also where the model is routed otherwise.
-            note = _listener(layer, heard, hear, reader)
+            note = _listener(layer, heard, hear, reader, steps)
             handles.append(router.register_forward_hook(note, prepend=True))
         with torch.inference_mode():
             for ids in bar:
+                steps[:] = [steps_of(ids.shape[0], ids.shape[1], device=device).of]
                 backbone(input_ids=ids.to(device), use_cache=False)
     finally:
         for handle in handles:
@@ -112,7 +116,7 @@ def listen(
 
 
 def _listener(
-    layer: int, heard: list[int], hear: Hear, reader: RouterReader | None
+    layer: int, heard: list[int], hear: Hear, reader: RouterReader | None, steps: list[Tensor]
 ) -> Callable[[nn.Module, Any, Any], None]:
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         logits = output[0] if isinstance(output, tuple) and output else None
@@ -122,6 +126,7 @@ def _listener(
                 "logits [tokens, experts] first; give a model of a supported family."
             )
         heard[layer] += 1
-        hear(layer, reader(module, inputs, output))
+        said = reader(module, inputs, output)
+        hear(layer, said._replace(step=steps[0].to(said.logits.device)))
 
     return note

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from lm_eval_bh import BHRoutingIntegration, RoutingConfig, RoutingError
-from lm_eval_bh.routing.patching.forward_pass import query_mask
+from lm_eval_bh.routing.patching.query_mask import query_mask
 
 PAD = 1
 

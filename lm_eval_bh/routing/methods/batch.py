@@ -1,0 +1,126 @@
+"""Methods of a step: which experts the tokens that are decoded together load.
+
+While an engine decodes, a layer's time follows how many different experts the tokens of a step
+need, as each one's weights are read once (Oncescu et al. 2025, arXiv:2511.02237). So these methods
+decide for a step which experts are loaded, and each token is served by those of them that its
+router ranks first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import SCORED, Method
+from .declare import Parameter, choice, integer
+from .router import RouterOutput
+
+FALLBACK = Parameter(
+    "loaded",
+    "what serves a token of whose first experts fewer than `min_k` are loaded: the best `loaded` "
+    "ones, or its `own` first ones, which are loaded too",
+    *choice(["own", "loaded"]),
+)
+STEP_BUDGET = Parameter(
+    32,
+    "how many experts of a layer a step loads",
+    *integer("an integer number of experts, 1 or more", 1),
+)
+
+
+class BatchMethod(Method):
+    """Load some experts for a step, and serve each token by the loaded ones.
+
+    A method overrides :meth:`load`. Tokens whose step is -1 take the model's own top-k.
+
+    Attributes
+    ----------
+    beyond : bool
+        Whether a token may take loaded experts beyond the ``max_k`` that its router ranks first.
+    """
+
+    declared: ClassVar[dict[str, Parameter]] = SCORED | {"fallback": FALLBACK}
+    joint = True
+    beyond: ClassVar[bool] = False
+
+    @classmethod
+    def scored_by(cls, settings: Mapping[str, Any]) -> str:
+        """Return the statistic: the weight for the logit."""
+        found = super().scored_by(settings)
+        return "weight" if found == "logit" else found
+
+    @property
+    def follows_router(self) -> bool:
+        """A token's experts are ranked as its router ranks them, whatever loads them."""
+        return True
+
+    def asks(self, native_k: int) -> int:
+        """Return how many experts the router has to rank."""
+        everyone = self.beyond or self.settings["fallback"] == "loaded"
+        return self.num_experts if everyone else max(self.max_k, native_k)
+
+    def load(self, router: RouterOutput, step: Tensor, steps: int) -> Tensor:
+        """Return which experts a step loads, bool ``[steps, experts]``.
+
+        Parameters
+        ----------
+        router : RouterOutput
+            Of the tokens of all steps.
+        step : Tensor
+            int64 ``[tokens]``, below ``steps``; those of the last step are nobody's.
+        steps : int
+            How many there are at most, with that last one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has to define load.")
+
+    def keep_in_step(self, router: RouterOutput) -> Tensor:
+        """Return which slots of the router serve a token: bool ``[tokens, slots]``."""
+        indices, first = router.indices, torch.arange(router.indices.shape[-1])
+        first = first.to(indices.device)
+        if router.step is None:
+            step, steps = indices.new_zeros(len(indices)), 2
+        else:  # steps are numbered below the tokens, so nothing has to wait for their largest
+            steps = len(indices) + 1
+            step = torch.where(router.step < 0, steps - 1, router.step)
+        loaded = self.load(router, step, steps)
+        kept = loaded[step].gather(-1, indices)
+        own = kept & (first < self.max_k)
+        if not self.beyond and self.settings["fallback"] == "own":
+            kept = own
+        elif not self.beyond:  # a further loaded one where there is none among its first
+            short = own.sum(-1, keepdim=True) < self.min_k
+            kept = torch.where(short, kept & (kept.cumsum(-1) <= self.min_k), own)
+        alone = (step == steps - 1).unsqueeze(-1)
+        return torch.where(alone, first < router.native_k, kept)
+
+    def values(self, router: RouterOutput, power: float = 1.0) -> Tensor:
+        """Return what a token's first ``max_k`` experts add, float64 ``[tokens, max_k]``."""
+        found = self.score(router).gather(-1, router.indices[:, : self.max_k]).double()
+        return (power * found).exp()
+
+
+def summed(values: Tensor, experts: Tensor, step: Tensor, steps: int, num_experts: int) -> Tensor:
+    """Return the sums over the tokens of a step of each expert's values, ``[steps, experts]``.
+
+    Parameters
+    ----------
+    values, experts : Tensor
+        float and int64 ``[tokens, slots]``.
+    step, steps, num_experts
+        As in :meth:`BatchMethod.load`.
+    """
+    totals = values.new_zeros(steps * num_experts)
+    place = step.unsqueeze(-1) * num_experts + experts
+    return totals.scatter_add_(0, place.flatten(), values.flatten()).view(steps, num_experts)
+
+
+def largest(totals: Tensor, budget: int) -> Tensor:
+    """Return the ``budget`` largest of a step's totals, those above 0: bool ``[steps, experts]``.
+
+    Of equal ones the expert with the smaller index is loaded.
+    """
+    order = totals.argsort(dim=-1, descending=True, stable=True)[:, :budget]
+    return torch.zeros_like(totals, dtype=torch.bool).scatter(-1, order, True) & (totals > 0)
