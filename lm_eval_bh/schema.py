@@ -56,7 +56,16 @@ class LayerSummary(TypedDict):
     cross: int  # sum over tokens of this count times the previous routed layer's; first: 0
 
 
-class TaskSummary(TypedDict):
+class StepSummary(TypedDict, total=False):
+    """What the steps of a decode batch read, where ``decode_batch`` was given."""
+
+    decode_batch: int  # rows that are decoded together; the last group of a task may have fewer
+    distinct_experts: float | None  # mean number of different experts a routed layer and step
+    layer_distinct_experts: list[float | None]  # of each routed layer
+    steps_by_rows: dict[str, int]  # how many rows a step really had -> number of steps
+
+
+class TaskSummary(StepSummary):
     """What routing selected for the requests of one task, or of all."""
 
     tokens: int  # credited: a row shared by two requests counts for both; padding never counts
@@ -302,7 +311,7 @@ class SpeedFile(TypedDict):
     rounds: list[SpeedRound]
 
 
-def token_schema(with_logits: bool, num_experts: int) -> pa.Schema:
+def token_schema(with_logits: bool, num_experts: int, with_steps: bool = False) -> pa.Schema:
     """Return the Arrow schema of the token log: one row per token, layer and owning request."""
     import pyarrow as pa
 
@@ -322,6 +331,8 @@ def token_schema(with_logits: bool, num_experts: int) -> pa.Schema:
         # and in imported traces. Earlier logs lack the column.
         pa.field("loss", pa.float32()),
     ]
+    if with_steps:  # tokens of one number were decoded together; -1 for those of none
+        fields.append(pa.field("step", pa.int64()))
     if with_logits:
         fields.append(pa.field("logits", pa.list_(pa.float16(), num_experts)))
     return pa.schema(fields, metadata={"lm_eval_bh_schema": str(SCHEMA_VERSION)})

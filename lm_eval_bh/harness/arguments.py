@@ -35,11 +35,12 @@ def routing_config(arguments: Mapping[str, Any]) -> RoutingConfig:
         If a value is out of range, or has no meaning beside another.
     """
     given = {name: value for name, value in canonical(arguments).items() if value is not None}
-    if "alpha" in given and "target_experts" in given:
-        raise ParameterError(
-            f"alpha={given['alpha']!r} contradicts target_experts={given['target_experts']!r}, "
-            "for which alpha is solved: give one of them."
-        )
+    for target in ("target_experts", "target_distinct"):
+        if "alpha" in given and target in given:
+            raise ParameterError(
+                f"alpha={given['alpha']!r} contradicts {target}={given[target]!r}, "
+                "for which alpha is solved: give one of them."
+            )
     null_model = given.pop("null_model", None)
     config = RoutingConfig.named({"alpha": DEFAULT_ALPHA} | given)
     meaningless = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
 
 from lm_eval_bh.errors import (
     BHError,
@@ -24,6 +26,7 @@ from lm_eval_bh.errors import (
 )
 from lm_eval_bh.harness.arguments import routing_config
 from lm_eval_bh.harness.cache_guard import guard
+from lm_eval_bh.harness.decode_batches import decode_batches
 from lm_eval_bh.harness.logs.expected_rows import ExpectedRows, window_places
 from lm_eval_bh.harness.logs.log_folder import check_writable
 from lm_eval_bh.harness.logs.log_options import LogOptions
@@ -40,7 +43,7 @@ from lm_eval_bh.routing.parameters import ALIASES, accepts
 from lm_eval_bh.routing.patching.experts_switch import check_implementation
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.routing.placement import LM_EVAL_DEFAULT, placement
-from lm_eval_bh.routing.policy import Policy, check_alone
+from lm_eval_bh.routing.policy import Policy, beside_policy
 
 
 class BHLM(HFLM):
@@ -96,8 +99,8 @@ class BHLM(HFLM):
         parameters = {name: kwargs.pop(name) for name in PARAMETERS if name in kwargs}
         loaded = None
         if policy is not None:
-            check_alone(parameters | {"null_model": null_model})
-            loaded = Policy.load(policy)
+            given = parameters | {"null_model": null_model}
+            loaded = beside_policy(Policy.load(policy), given)
             self.routing_config = loaded.config
         else:
             self.routing_config = routing_config(parameters | {"null_model": null_model})
@@ -265,7 +268,9 @@ class BHLM(HFLM):
         with self._serving(requests) as served:
             documents = (self.tok_encode(request.args[0]) for request in requests)
             served.expect_windows(window_places(documents, self.prefix_token_id, self.max_length))
-            result: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
+            grouped = self.routing_config.decode_batch is not None
+            with self._passes_of(sys.maxsize) if grouped else nullcontext():
+                result: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
             self.log.add_losses(result)
         return result
 
@@ -278,7 +283,10 @@ class BHLM(HFLM):
         with self._serving(requests) as served:
             for positions in groups.values():  # HFLM would mix up their order
                 served.expect_prompts(positions)
-                answers = super().generate_until([requests[p] for p in positions], disable_tqdm)
+                some = [requests[p] for p in positions]
+                rows = self.routing_config.decode_batch
+                with nullcontext() if rows is None else self._passes_of(rows):
+                    answers = super().generate_until(some, disable_tqdm)
                 for position, answer in zip(positions, answers, strict=True):
                     result[position] = answer
         return result
@@ -320,14 +328,41 @@ class BHLM(HFLM):
         self.log.collect(self.gather_object(self.log.state(), dst=0))
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[Any], *args: Any, **kwargs: Any
+        self, requests: Sequence[Any], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         rows = self.log.served.expected_rows(requests, self.max_length, self.logits_cache)
+        result: list[tuple[float, bool]]
         with self.log.recorder.expecting(rows):
-            result: list[tuple[float, bool]] = super()._loglikelihood_tokens(
-                requests, *args, **kwargs
+            decode_batch = self.routing_config.decode_batch
+            if decode_batch is None:
+                result = super()._loglikelihood_tokens(requests, disable_tqdm, **kwargs)
+                return result
+            # One pass a group, whatever --batch_size says: a token's experts and what its step
+            # reads depend on which rows are decoded beside it.
+            result = [(0.0, False)] * len(requests)
+            groups = decode_batches(
+                self.log.served.row_names(requests, self.logits_cache),
+                decode_batch,
+                self.routing_config.batch_seed,
             )
+            quiet = disable_tqdm or self.rank != 0
+            for group in tqdm(groups, "Decode batches", disable=quiet):
+                some = [requests[position] for position in group]
+                with self._passes_of(len(some)):
+                    answers = super()._loglikelihood_tokens(some, disable_tqdm=True)
+                for position, answer in zip(group, answers, strict=True):
+                    result[position] = answer
         return result
+
+    @contextmanager
+    def _passes_of(self, rows: int) -> Iterator[None]:
+        """Let HFLM make passes of this many rows inside."""
+        before = vars(self)["batch_size_per_gpu"]
+        self.batch_size_per_gpu = rows
+        try:
+            yield
+        finally:
+            self.batch_size_per_gpu = before
 
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
         with self.log.recorder.expecting(ExpectedRows()):  # probes are nobody's
@@ -348,10 +383,10 @@ class BHLM(HFLM):
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args or kwargs):
             self._warm_up(inps)
-        with self.log.recorder.forward(inps) as real:
+        with self.log.recorder.forward(inps) as (real, decoded):
             if self.peft:  # prompt tuning adds tokens of its own
                 real = None
-            with nullcontext() if real is None else self.integration.real_tokens(real):
+            with nullcontext() if real is None else self.integration.real_tokens(real, decoded):
                 logits: Tensor = super()._model_call(inps, *args, **kwargs)
             self.log.recorder.scored(logits)
         return logits
@@ -370,12 +405,15 @@ class BHLM(HFLM):
         if mask is None:  # not lm-eval's call: it belongs to no request
             owners, mask = [], context
         self._warm_up(context)
-        with self.log.recorder.generation(owners, context, mask) as generation:
+        eos = kwargs.get("eos_token_id", self.model.generation_config.eos_token_id)
+        with (
+            self.log.recorder.generation(owners, context, mask) as generation,
+            self.integration.ending_with(eos, self.tokenizer.pad_token_id),
+        ):
             output: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
             if generation is not None:
                 rows, length = context.shape
                 criteria = stop_sequences_criteria(self.tokenizer, stop, length, rows)
-                eos = kwargs.get("eos_token_id", self.model.generation_config.eos_token_id)
                 generation.finish(output, criteria, eos)
         return output
 

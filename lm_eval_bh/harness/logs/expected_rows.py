@@ -9,13 +9,34 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lm_eval import utils
 
 from lm_eval_bh.harness.logs.ownership import Owner
 
 TokenIds = tuple[int, ...]
+
+
+class Row(NamedTuple):
+    """A row of a forward pass, found again.
+
+    Attributes
+    ----------
+    real, owned : int
+        How many of its tokens are no padding; how many are the owners'.
+    owners : list of Owner
+        Who is served by it.
+    prompt : int
+        How many tokens at its beginning are context only.
+    """
+
+    real: int
+    owned: int
+    owners: list[Owner]
+    prompt: int
+
+
 Place = tuple[int | None, int]  # position of the request, None for a copy; offset of the row in it
 
 
@@ -42,13 +63,16 @@ class ExpectedRows:
         shared: bool = False,
     ) -> None:
         self._groups: dict[TokenIds, list[list[Owner]]] = defaultdict(list)
+        self._prompts: dict[TokenIds, int] = {}
         known: dict[TokenIds, list[Owner]] = {}
         for (_, context, continuation), owner in zip(requests, owners, strict=True):
             tokens = tuple(context + continuation)
             group = known.get(tokens[:-1]) if shared else None
             if group is None:
                 group = known[tokens[:-1]] = []
-                self._groups[tokens[-(max_length + 1) :][:-1]].append(group)
+                row = tokens[-(max_length + 1) :][:-1]
+                self._groups[row].append(group)
+                self._prompts[row] = max(len(row) + 1 - len(continuation), 0)
             if owner is not None:
                 group.append(owner)
         self._lengths = sorted({len(row) for row in self._groups}, reverse=True)
@@ -56,8 +80,8 @@ class ExpectedRows:
     def __bool__(self) -> bool:
         return bool(self._groups)
 
-    def take(self, row: list[int]) -> tuple[int, int, list[Owner]]:
-        """Return (real tokens, owned tokens, owners) of a row padded on the right with zeros.
+    def take(self, row: list[int]) -> Row:
+        """Return whose a row is that is padded on the right with zeros.
 
         Where one expected row is another one and zeros, the longer is taken to be real, so that no
         token of it is ever mistaken for padding; their owners are served in either order, which
@@ -73,8 +97,9 @@ class ExpectedRows:
                 if groups is not None:
                     real = real or length
                     if groups:
-                        return real, length, groups.pop(0)
-        return real or len(row), 0, []
+                        prompt = self._prompts[tuple(row[:length])]
+                        return Row(real, length, groups.pop(0), prompt)
+        return Row(real or len(row), 0, [], len(row))
 
 
 def window_places(

@@ -201,7 +201,7 @@ class Generation:
     def _prompt_columns(self, first: int, end: int) -> Batch:
         before = self.prompt.mask[:, :first].sum(-1).tolist()
         mask, token_ids = (part[:, first:end] for part in (self.prompt.mask, self.prompt.token_ids))
-        return Batch(self.prompt.owners, mask, token_ids, before)
+        return Batch(self.prompt.owners, mask, token_ids, before, torch.zeros_like(mask))
 
     def _end_pass(self) -> None:
         if self._pass is None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lm_eval_bh.schema import RoutingSummary, TaskSummary
+from lm_eval_bh.schema import RoutingSummary, StepSummary, TaskSummary
 
 
 def merge_summaries(
@@ -64,6 +64,7 @@ def _describe(parts: Sequence[dict[str, Any]], layers: Sequence[int]) -> TaskSum
     cross = np.sum([part["cross"] for part in parts], axis=0)[chosen]
     mean, deviation = moments(histogram.sum(0))
     return {
+        **_describe_steps(parts, chosen),
         "tokens": int(histogram[0].sum()),
         "seconds": float(sum(part["seconds"] for part in parts)),
         "mean_experts_per_token": mean,
@@ -79,6 +80,25 @@ def _describe(parts: Sequence[dict[str, Any]], layers: Sequence[int]) -> TaskSum
             }
             for row, layer in enumerate(chosen)
         ],
+    }
+
+
+def _describe_steps(parts: Sequence[dict[str, Any]], layers: list[int]) -> StepSummary:
+    """Describe the steps of a decode batch, where there was one."""
+    if "distinct" not in parts[0]:
+        return {}
+    distinct = np.sum([part["distinct"] for part in parts], axis=0)[layers]
+    sizes = np.sum([part["sizes"] for part in parts], axis=0)[layers]
+    steps = sizes[:, 1:].sum(-1)
+    return {
+        "decode_batch": parts[0]["decode_batch"],
+        "distinct_experts": float(distinct.sum() / steps.sum()) if steps.sum() else None,
+        "layer_distinct_experts": [
+            float(d / n) if n else None for d, n in zip(distinct, steps, strict=True)
+        ],
+        "steps_by_rows": {
+            str(rows): int(number) for rows, number in enumerate(sizes[0]) if rows and number
+        },
     }
 
 

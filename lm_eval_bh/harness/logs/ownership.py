@@ -8,6 +8,9 @@ from functools import cached_property
 
 from torch import Tensor
 
+from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.steps import Steps, steps_of
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -46,18 +49,31 @@ class Batch:
         int64 ``[rows, length]`` on the CPU.
     first : sequence of int
         For each row, the position in its request of its first real token, before ``offset``.
+    decoded : Tensor or None
+        bool ``[rows, length]``, which tokens are no prompt's; None where all are.
     """
 
     owners: Sequence[Sequence[Owner]]
     mask: Tensor
     token_ids: Tensor
     first: Sequence[int]
+    decoded: Tensor | None = None
 
     @cached_property
     def lengths(self) -> list[int]:
         """Real tokens of each row."""
         lengths: list[int] = self.mask.numpy().sum(-1).tolist()
         return lengths
+
+    def steps(self, config: RoutingConfig) -> Steps | None:
+        """Return which tokens are decoded together; None where the configuration does not say."""
+        if config.decode_batch is None:
+            return None
+        counted = self.mask
+        if config.phase == "decode" and self.decoded is not None:
+            counted = counted & self.decoded
+        rows, length = self.mask.shape
+        return steps_of(rows, length, config.decode_batch, counted.flatten())
 
     @cached_property
     def flat(self) -> list[Tensor]:

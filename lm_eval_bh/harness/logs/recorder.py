@@ -56,29 +56,32 @@ class Recorder:
             self._expected = before
 
     @contextmanager
-    def forward(self, input_ids: Tensor) -> Iterator[Tensor | None]:
+    def forward(self, input_ids: Tensor) -> Iterator[tuple[Tensor | None, Tensor | None]]:
         """Log one forward pass over int64 ``[rows, length]``, padded on the right.
 
         Yields
         ------
-        Tensor or None
-            bool ``[rows, length]``, which tokens are no padding; None where nobody knows.
+        (Tensor or None, Tensor or None)
+            bool ``[rows, length]``, which tokens are no padding, and which are no prompt's; None
+            where nobody knows.
         """
         if not self._expected:
-            yield None
+            yield None, None
             return
         rows = [self._expected.take(row) for row in input_ids.tolist()]
         place = torch.arange(input_ids.shape[1])
-        real = place < torch.tensor([[length] for length, _, _ in rows])
+        real = place < torch.tensor([[row.real] for row in rows])
+        decoded = place >= torch.tensor([[row.prompt] for row in rows])
         if self._summary is None:
-            yield real
+            yield real, decoded
             return
-        owned = place < torch.tensor([[length] for _, length, _ in rows])
-        batch = Batch([owners for _, _, owners in rows], owned, input_ids.cpu(), [0] * len(rows))
+        owned = place < torch.tensor([[row.owned] for row in rows])
+        owners = [row.owners for row in rows]
+        batch = Batch(owners, owned, input_ids.cpu(), [0] * len(rows), decoded)
         self._batch, self._device, self._begun = batch, input_ids.device, False
         span = self._sinks.stopwatch(input_ids.device)
         try:
-            yield real
+            yield real, decoded
         finally:
             logged = self._begun and self._batch is batch
             self._batch = None

@@ -80,10 +80,11 @@ class RunLog:
         self._folder: LogFolder | None = None
         self._samples: SampleLog | None = None
         self._tokens: TokenLog | None = None
-        self._summary = SummaryLog(len(integration.routers), integration.num_experts)
+        config = integration.config
+        self._summary = SummaryLog(len(integration.routers), integration.num_experts, config)
         sinks: list[Sink] = []
         if options.details:
-            config, experts = integration.config, integration.num_experts
+            experts = integration.num_experts
             self._folder = LogFolder(Path(str(options.log_dir)), run_id, rank)
             self._samples = SampleLog(
                 options.samples,
@@ -95,7 +96,7 @@ class RunLog:
             if options.log_routing == "full":
                 from lm_eval_bh.harness.logs.token_log import TokenLog
 
-                self._tokens = TokenLog(self._folder, experts, options.log_logits)
+                self._tokens = TokenLog(self._folder, experts, options.log_logits, config)
                 sinks.append(self._tokens)
         logging = options.log_routing != "off"
         model = transformers_model(integration.model).base_model

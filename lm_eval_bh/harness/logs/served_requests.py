@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -28,6 +28,7 @@ class ServedRequests:
             self._instances.append((instance, seen[id(instance)]))
             seen[id(instance)] += 1
         self._windows: Iterator[Place] | None = None
+        self._owners: list[Owner | None] = []
         self._scored_tokens: Counter[int] = Counter()  # by position
         self._waiting: dict[str, list[int]] = {}  # positions by prompt
         self._batch: list[str] = []
@@ -50,14 +51,30 @@ class ServedRequests:
     def expected_rows(self, requests: Sequence[Any], max_length: int, shared: bool) -> ExpectedRows:
         """Return the rows that HFLM will make of tokenised requests: see :class:`ExpectedRows`."""
         places: Iterable[Place] = ((position, 0) for position in range(len(requests)))
-        owners = []
+        owners: list[Owner | None] = []
         for (position, offset), (_, _, continuation) in zip(
             islice(self._windows or places, len(requests)), requests, strict=True
         ):
             if position is not None:
                 self._scored_tokens[position] += len(continuation)
             owners.append(self.owner(position, offset))
+        self._owners = owners
         return ExpectedRows(requests, owners, max_length, shared)
+
+    def row_names(self, requests: Sequence[Any], shared: bool) -> list[tuple[str, Hashable]]:
+        """Return task and name of the row of each request that :meth:`expected_rows` was told of.
+
+        Requests of one name share a row.
+        """
+        return [
+            (
+                "" if owner is None else owner.task,
+                tuple(context + continuation[:-1]) if shared else position,
+            )
+            for position, (owner, (_, context, continuation)) in enumerate(
+                zip(self._owners, requests, strict=True)
+            )
+        ]
 
     def losses(self, log_likelihoods: Iterable[float]) -> Iterator[tuple[Owner, float]]:
         """Yield each owner and its loss in nats a scored token; an empty document has none."""

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from lm_eval_bh.harness.logs.ownership import Batch
 from lm_eval_bh.harness.logs.stopwatch import Span
+from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.methods.pick import Picked
 from lm_eval_bh.routing.patching.counters import LayerSums, RoutingCounters, Selections
+from lm_eval_bh.routing.steps import Steps
 
 BEHIND = 8  # passes whose time is not asked for yet: a device may be that far behind
 
@@ -28,16 +30,18 @@ class TaskCounters(RoutingCounters):
         Time of the forward passes, shared among tasks by their tokens.
     """
 
-    def __init__(self, num_layers: int, num_experts: int) -> None:
-        super().__init__(num_layers, num_experts)
+    def __init__(self, num_layers: int, num_experts: int, decode_batch: int | None = None) -> None:
+        super().__init__(num_layers, num_experts, decode_batch)
         # The sum over tokens of a layer's count times the count of the routed layer before it; 0
         # in the first.
         self._cross = LayerSums(num_layers, 1)
         self.seconds = 0.0
 
-    def add(self, selections: Selections, weight: Tensor | None = None) -> None:
+    def add(
+        self, selections: Selections, weight: Tensor | None = None, steps: Steps | None = None
+    ) -> None:
         """Count what the layers selected, in their order; int64 ``[tokens]`` says how often."""
-        super().add(selections, weight)
+        super().add(selections, weight, steps)
         assert weight is not None
         device = selections[0][1].counts.device
         counts = torch.stack([selection.counts.to(device) for _, selection in selections])
@@ -46,11 +50,19 @@ class TaskCounters(RoutingCounters):
 
     def state(self) -> dict[str, Any]:
         """Return the counters as plain values, for other processes."""
-        return {
+        steps = {} if self.decode_batch is None else self._state_of_steps()
+        return steps | {
             "histogram": torch.stack(self.histogram).tolist(),
             "usage": torch.stack(self.usage).tolist(),
             "cross": self._cross.total().flatten().tolist(),
             "seconds": self.seconds,
+        }
+
+    def _state_of_steps(self) -> dict[str, Any]:
+        return {
+            "decode_batch": self.decode_batch,
+            "distinct": self.distinct,
+            "sizes": self.sizes.tolist(),
         }
 
 
@@ -61,10 +73,14 @@ class SummaryLog:
     ----------
     num_layers, num_experts : int
         Of the model.
+    config : RoutingConfig
+        Says which tokens are decoded together.
     """
 
-    def __init__(self, num_layers: int, num_experts: int) -> None:
-        self._shape = num_layers, num_experts
+    def __init__(self, num_layers: int, num_experts: int, config: RoutingConfig) -> None:
+        self._shape = num_layers, num_experts, config.decode_batch
+        self._config = config
+        self._steps: Steps | None = None
         self.tasks: dict[str, TaskCounters] = {}
         self.computed_tokens = 0
         self.padding_tokens = 0
@@ -87,6 +103,7 @@ class SummaryLog:
             if task not in self.tasks:
                 self.tasks[task] = TaskCounters(*self._shape)
         self._selections = []
+        self._steps = batch.steps(self._config)
         self._computed = int(mask.sum())
         self._padding = mask.size - self._computed
 
@@ -101,10 +118,17 @@ class SummaryLog:
         """Count what was selected, and the tokens that were computed."""
         for task, weight in self._weights.items():
             if self._selections:
-                self.tasks[task].add(self._selections, weight)
+                self.tasks[task].add(self._selections, weight, self._steps_of(weight))
         self._selections = []
         self.computed_tokens += self._computed
         self.padding_tokens += self._padding
+
+    def _steps_of(self, weight: Tensor) -> Steps | None:
+        """Return the steps of the tokens that count for a task."""
+        steps = self._steps
+        if steps is None:
+            return None
+        return steps._replace(of=torch.where(weight > 0, steps.of.to(weight.device), -1))
 
     def took(self, batch: Batch, span: Span) -> None:
         """Share the time of a pass among the tasks whose tokens it computed.

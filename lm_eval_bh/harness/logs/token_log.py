@@ -15,6 +15,7 @@ from torch import Tensor
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.harness.logs.log_folder import LogFolder, explaining
 from lm_eval_bh.harness.logs.ownership import Batch
+from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.methods.pick import Picked
 from lm_eval_bh.schema import TOKENS, token_schema
 
@@ -32,13 +33,19 @@ class TokenLog:
         Of the model; the index of an unused slot.
     with_logits : bool
         Whether the router logits are written too, as float16.
+    config : RoutingConfig
+        Says which tokens are decoded together.
     """
 
-    def __init__(self, folder: LogFolder, num_experts: int, with_logits: bool) -> None:
+    def __init__(
+        self, folder: LogFolder, num_experts: int, with_logits: bool, config: RoutingConfig
+    ) -> None:
         self._folder = folder
         self._num_experts = num_experts
         self._with_logits = with_logits
-        self._schema = token_schema(with_logits, num_experts)
+        self._config = config
+        self._schema = token_schema(with_logits, num_experts, config.decode_batch is not None)
+        self._steps_before = folder.rank << 40  # so that no two processes number alike
         self._waiting: list[pa.RecordBatch] = []
         self._rows_waiting = 0
         self._writer: pq.ParquetWriter | None = None
@@ -77,6 +84,11 @@ class TokenLog:
             "position": np.concatenate(positions),
             "token_id": batch.token_ids.flatten()[self._take].numpy().astype(np.int32),
         }
+        steps = batch.steps(self._config)
+        if steps is not None:
+            step = steps.of[self._take].numpy()
+            self._columns["step"] = np.where(step < 0, -1, step + self._steps_before)
+            self._steps_before += steps.number
 
     def layer(self, layer: int, router_logits: Tensor, selection: Picked) -> None:
         """Gather one layer's rows."""
