@@ -155,6 +155,7 @@ def compare_runs(
             for name, scores in zip("AB", found, strict=True)
             for note in scores.notes
         ]
+        told += _of_steps(runs, task)
         shared = _shared_documents(found, told)
         notes += [(runs[1].file, f"{task}: {note}.") for note in told]
         note = "; ".join(told) or None
@@ -237,6 +238,22 @@ def _shared(
         if only and not asked:
             notes.append((Path(path), f"Only {name} has {_listed(sorted(only))}."))
     return [task for task in known if not asked or task in asked]
+
+
+def _of_steps(runs: Sequence[Run], task: str) -> list[str]:
+    """Return what each run read in a step, and whether their steps can be compared."""
+    steps: list[Any] = [run.summary(task) or {} for run in runs]
+    if any(found.get("distinct_experts") is None for found in steps):
+        return []
+    a, b = steps
+    said = (
+        f"A reads {a['distinct_experts']:.1f} and B {b['distinct_experts']:.1f} distinct experts a "
+        "layer and step"
+    )
+    rows = a["decode_batch"], b["decode_batch"]
+    if rows[0] == rows[1]:
+        return [f"{said}, of {rows[0]} rows decoded together"]
+    return [f"{said}; not comparable: A decodes {rows[0]} rows together and B {rows[1]}"]
 
 
 def _listed(names: Sequence[str]) -> str:

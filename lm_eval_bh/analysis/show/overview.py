@@ -60,6 +60,7 @@ def _table(rows: pd.DataFrame, compared: pd.DataFrame, level: float, title: str)
         perplexity = _perplexity(row[metric] if metric else None)
         for name, cell in {
             "experts": _number(row["avg_experts"], ".2f"),
+            "distinct\nexperts": _number(row["distinct_experts"], ".1f"),
             f"perplexity\nper {PERPLEXITY_UNITS[metric] if metric else ''}": perplexity
             + _change(of_row[of_perplexity], level),
             "accuracy": with_note(

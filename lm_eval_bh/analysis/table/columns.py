@@ -62,6 +62,8 @@ COLUMNS: dict[str, str] = {
     "cached_requests": _INT,
     "std_experts": _FLOAT,
     "avg_experts_model": _FLOAT,  # over all layers; those that are not routed take the model's k
+    "distinct_experts": _FLOAT,  # mean number of different ones a routed layer and step
+    "decode_batch": _INT,  # rows that are decoded together in a step
     "would_select_avg_experts": _FLOAT,  # with mode=analyze, where the model's own k served
     "word_perplexity": _FLOAT,
     "word_perplexity_stderr": _FLOAT,

@@ -225,6 +225,8 @@ def _routing_metrics(info: RunInfo, summary: TaskSummary, row: Mapping[str, Any]
         "tokens": tokens,
         "seconds": seconds,
         "std_experts": summary["std_experts_per_token"],
+        "decode_batch": summary.get("decode_batch"),
+        "distinct_experts": summary.get("distinct_experts") if served else None,
         "evaluation_tokens_per_second": metrics.tokens_per_second(tokens, seconds),
         "expert_utilization": metrics.expert_utilization(usage),
         "gini_coefficient": metrics.gini_coefficient(usage),

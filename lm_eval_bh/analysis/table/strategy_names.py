@@ -8,6 +8,19 @@ from typing import Any
 
 from lm_eval_bh.schema import RuleInfo, configuration_name
 
+# Of methods that decide over a step, and what goes without saying.
+OF_STEPS = {
+    "step_budget": "budget",
+    "k0": "k0",
+    "power": "power",
+    "combine": "by",
+    "fallback": "else",
+    "phase": "in",
+    "decode_batch": "batch",
+    "batch_seed": "batch seed",
+}
+USUAL = {("power", 2), ("fallback", "loaded"), ("combine", "simes"), ("phase", "all"), ("k0", 0)}
+
 
 def strategy_label(config: Mapping[str, Any], rule: RuleInfo) -> str:
     """Return a short name of a routing configuration.
@@ -35,8 +48,8 @@ def strategy_label(config: Mapping[str, Any], rule: RuleInfo) -> str:
         k = config.get("k_per_layer") or max_k
         name = f"{label[:-1]}{k}" if label.endswith("-k") else f"{label} {k}"
         return name + _further(config, rule)
-    alpha, target = config["alpha"], config.get("target_experts")
-    if alpha is None:  # of an imported trace
+    alpha, target = config["alpha"], _asked(config)
+    if alpha is None or rule.get("alpha") == "":  # of an imported trace; a method without a level
         return f"{label}, max {max_k}{_further(config, rule)}"
     level = f"a={alpha:.2f}" if round(alpha, 2) == alpha else f"a={alpha:.6g}"
     if target is not None:
@@ -53,7 +66,7 @@ def variant_label(config: Mapping[str, Any], rule: RuleInfo) -> str:
     >>> variant_label({"alpha": 0.4, "max_k": 8, "statistic": "contribution"}, bh)
     'BH, contribution'
     """
-    solved = "" if config.get("target_experts") is None else f", {_target(config)}"
+    solved = "" if _asked(config) is None else f", {_target(config)}"
     return f"{rule['label']}{solved}{_further(config, rule)}"
 
 
@@ -74,15 +87,25 @@ def config_name(config: Mapping[str, Any], rule: RuleInfo, engine: str = "") -> 
     if rule["fixed_count"]:
         name = configuration_name(rule["name"], max_k, None)
         further = (config.get("k_per_layer") or "") + further
-    elif config.get("target_experts") is None:
+    elif rule.get("alpha") == "":
+        name = f"{max_k}experts_{rule['name']}"
+    elif (target := _asked(config)) is None:
         name = configuration_name(rule["name"], max_k, config["alpha"])
     else:
         name = f"{max_k}experts_{rule['name']}"
-        further = f"{_target(config)} {config['target_experts']:g}{further}"
+        further = f"{_target(config)} {target:g}{further}"
     return "_".join([name, *re.findall(r"[a-z0-9]+", further.lower().replace(".", ""))])
 
 
+def _asked(config: Mapping[str, Any]) -> float | None:
+    """Return the target that alpha was solved for."""
+    distinct: float | None = config.get("target_distinct")
+    return config.get("target_experts") if distinct is None else distinct
+
+
 def _target(config: Mapping[str, Any]) -> str:
+    if config.get("target_distinct") is not None:
+        return "distinct"
     return "layer target" if config["budget"] == "layer" else "target"
 
 
@@ -109,4 +132,7 @@ def _further(config: Mapping[str, Any], rule: RuleInfo) -> str:
         label += f", renormalize={str(config['renormalize']).lower()}"
     if config.get("layers", "all") != "all":
         label += f", layers {config['layers']}"
+    for name, title in OF_STEPS.items():
+        if (value := config.get(name)) is not None and (name, value) not in USUAL:
+            label += f", {title} {value}"
     return label + (", analyze only" if config.get("mode") == "analyze" else "")

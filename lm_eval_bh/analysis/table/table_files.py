@@ -35,6 +35,7 @@ READABLE = {
     "task": "task",
     "strategy": "strategy",
     "avg_experts": "experts",
+    "distinct_experts": "distinct experts of a step",
     "perplexity": "token ppl",
     "word_perplexity": "word ppl",
     "target_perplexity": "target ppl",
