@@ -10,10 +10,11 @@ from lm_eval_bh.harness.arguments import DEFAULT_ALPHA
 from lm_eval_bh.routing.declared import PARAMETERS
 from lm_eval_bh.routing.methods import METHODS
 from lm_eval_bh.routing.methods.base import SCORED
+from lm_eval_bh.routing.methods.batch import FALLBACK
 from lm_eval_bh.routing.methods.step_up import TESTED
 
 OURS = [name for name, method in METHODS.items() if method.__module__.startswith("lm_eval_bh.")]
-GROUPS = {"tested": TESTED, "scored": SCORED}
+GROUPS = {"tested": TESTED, "scored": SCORED, "step": {"fallback": FALLBACK}}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
