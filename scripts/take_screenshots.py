@@ -27,10 +27,7 @@ TEXT = (
     "The quick brown fox jumps over the lazy dog, and then it sleeps. The river flows through the "
     "city and under three bridges, which were built in the 19th century."
 )
-SWEEP = (
-    "sweep --pretrained tiny-olmoe --baselines 2,3,4,8 --alphas 0.4,0.5,0.6 --max-k 8 --speed "
-    "--policies tiny-olmoe --tasks bh_demo --limit 40 --batch-size 8"
-)
+SWEEP = "sweep --preset quick --baselines 2,3,4,8 --alphas 0.4,0.5,0.6"
 
 
 def run(*arguments: str) -> None:
