@@ -1,7 +1,7 @@
 """Draws the figures of README and the explanations, of tiny-olmoe on the demo articles.
 
-``python scripts/draw_figures.py`` writes them into docs/images, where pages find them on the site and
-in the repository. They are drawn on white, so that they can be read on a dark page.
+``python scripts/draw_figures.py`` writes them into docs/images, where pages find them on the site
+and in the repository. They are drawn on white, so that they can be read on a dark page.
 """
 
 from __future__ import annotations
@@ -184,7 +184,9 @@ def routing(measured: Measured) -> Figure:
     router = softmax_output(measured.logits[LAYER], 64, policy.native_top_k)
     picked = pick(method, router)
     best = method.score(router).exp().topk(2).values
-    legible = (picked.counts == 4) & (best[:, 0] < 2 * best[:, 1])  # the first is not all to be seen
+    legible = (picked.counts == 4) & (
+        best[:, 0] < 2 * best[:, 1]
+    )  # the first is not all to be seen
     token = int(legible.nonzero()[0])
     experts = picked.indices[token, :4].numpy()
     scores = method.score(router)[token].exp().numpy()

@@ -71,9 +71,7 @@ def speed() -> Figure:
             at = [float(row[0]) + 0.09 * (column - 1) for row in rows]
             middle = [value for value, _, _ in ends]
             errors = [[v - low for v, low, _ in ends], [high - v for v, _, high in ends]]
-            axes.errorbar(
-                at, middle, errors, fmt="os^"[column], color=PALETTE[column], label=name
-            )
+            axes.errorbar(at, middle, errors, fmt="os^"[column], color=PALETTE[column], label=name)
         axes.axhline(1, color=NEUTRAL, linestyle=BASELINE_LINE)
         axes.set(title=title, xlabel="mean experts per token")
         axes.set_xticks(means := [float(row[0]) for row in rows], [f"{mean:g}" for mean in means])

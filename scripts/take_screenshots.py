@@ -1,8 +1,8 @@
 """Takes the documentation's pictures of pages and of the nine panels, in headless Chromium.
 
 ``python scripts/take_screenshots.py`` runs the commands that the pages show, on tiny-olmoe and the
-demo articles, opens what they wrote, and keeps PNGs of 256 colours in docs/images. ``--keep FOLDER``
-leaves the runs there, to draw again without measuring again.
+demo articles, opens what they wrote, and keeps PNGs of few colours in docs/images. With ``--keep
+FOLDER`` the runs stay in the folder, and later calls take pictures of these runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from selenium.webdriver.common.by import By
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
-WIDTH = 1200  # CSS pixels
+WIDTH = 1000  # CSS pixels
 TEXT = (
     "The quick brown fox jumps over the lazy dog, and then it sleeps. The river flows through the "
     "city and under three bridges, which were built in the 19th century."
@@ -57,23 +57,21 @@ def chromium(profile: Path) -> webdriver.Chrome:
     return webdriver.Chrome(options=options, service=service)
 
 
-def take(browser: webdriver.Chrome, page: Path, height: int, at: str = "", point: str = "") -> bytes:
-    """Return a PNG of a page: from an element (CSS) on, pointing at another."""
+def take(browser: webdriver.Chrome, page: Path, height: int, do: str = "", at: str = "") -> bytes:
+    """Return a PNG of a page, after a script has run and an element (CSS) was clicked."""
     size = {"width": WIDTH, "height": height, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     light = {"features": [{"name": "prefers-color-scheme", "value": "light"}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", light)
     browser.get(page.resolve().as_uri())
+    browser.execute_script(do)
     if at:
         found = browser.find_element(By.CSS_SELECTOR, at)
-        browser.execute_script("arguments[0].scrollIntoView(true)", found)
-    if point:
-        found = browser.find_element(By.CSS_SELECTOR, point)
         ActionChains(browser).move_to_element(found).click().perform()
     return browser.get_screenshot_as_png()
 
 
-def keep(png: bytes, name: str, width: int = WIDTH, colours: int = 256) -> None:
+def keep(png: bytes, name: str, width: int = WIDTH, colours: int = 128) -> None:
     """Write a PNG of few colours into docs/images."""
     image = Image.open(io.BytesIO(png)).convert("RGB")
     if image.width > width:
@@ -88,7 +86,7 @@ def keep(png: bytes, name: str, width: int = WIDTH, colours: int = 256) -> None:
 def main() -> None:
     """Measure, open and keep."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keep", type=Path, help="folder of the runs; default: a temporary one")
+    parser.add_argument("--keep", type=Path, help="folder of the runs, kept; default: none")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = asked.keep or Path(temporary)
@@ -98,10 +96,13 @@ def main() -> None:
         keep(panels.read_bytes(), "nine_panels", 1500, 64)
         browser = chromium(Path(temporary) / "chromium")
         try:
-            token = "#panes .token:nth-of-type(12)"
-            keep(take(browser, folder / "view.html", 760, point=token), "view", colours=128)
-            report = folder / "runs" / "bh_routing_report.html"
-            keep(take(browser, report, 900), "report", colours=128)
+            layer = (
+                "const layer = document.querySelector('[name=layer]'); layer.selectedIndex = 1;"
+                "layer.dispatchEvent(new Event('change', { bubbles: true }))"
+            )
+            token = "#panes .token:nth-of-type(10)"
+            keep(take(browser, folder / "view.html", 955, layer, token), "view")
+            keep(take(browser, folder / "runs" / "bh_routing_report.html", 1200), "report")
         finally:
             browser.quit()
 
