@@ -101,7 +101,7 @@ def main() -> None:
                 "layer.dispatchEvent(new Event('change', { bubbles: true }))"
             )
             token = "#panes .token:nth-of-type(10)"
-            keep(take(browser, folder / "view.html", 955, layer, token), "view")
+            keep(take(browser, folder / "view.html", 1025, layer, token), "view")
             keep(take(browser, folder / "runs" / "bh_routing_report.html", 1200), "report")
         finally:
             browser.quit()
