@@ -264,7 +264,10 @@ class Table:
         for kind in sorted(others, key=lambda kind: (order.index(kind[0]), kind[1:])):
             cells = [self.cell(Configuration(*kind, k)) for k in targets]
             variant = kind[2] if METHODS[kind[0]].tests or kind[2].startswith("mass") else ""
-            print(f"| {kind[0]} | {kind[1]} | {variant} | {' | '.join(cells)} |")
+            scored = METHODS[kind[0]].scored_by(
+                {"statistic": kind[1]}
+            )  # min_w's logit is the weight
+            print(f"| {kind[0]} | {scored} | {variant} | {' | '.join(cells)} |")
 
     def draw(self, wanted: Sequence[Configuration], path: Path, title: str) -> None:
         """Draw the rows that beat static top-k somewhere, the best first, over their means."""

@@ -12,9 +12,9 @@ The second table is of null models that are fitted on such statistics, of other 
 here the excluded statistics are null too, so the fitted tails are too light and the level is lost.
 
 The last table is of `family=all`: all decisions on a calibration text are tested at once, which
-leaves a cut-off, and that is applied to other tokens. Some experts of each token are called for:
+leaves a cut-off, and that is applied to other tokens. Some experts of each token are needed:
 their statistics are larger by a shift. The share of false rejections among all on the other tokens
-should be at most alpha times the share of experts that are not called for. `null_from=unselected`
+should be at most alpha times the share of experts that are not needed. `null_from=unselected`
 fits the null to the experts below each token's top 8, as for a model with that native top-k.
 
 The correlations named tiny-olmoe are those of its router logits on the demo texts that ship, layer
@@ -110,7 +110,7 @@ def print_trimmed(levels: Sequence[float], tokens: int, seed: int) -> dict[str, 
 
 
 def called_for(fewest: int, most: int, tokens: int, rng: np.random.Generator) -> Matrix:
-    """Return which experts are called for: bool [tokens, experts], a random number a token."""
+    """Return which experts are needed: bool [tokens, experts], a random number a token."""
     counts = rng.integers(fewest, most + 1, (tokens, 1))
     return rng.permuted(np.tile(np.arange(EXPERTS), (tokens, 1)), axis=1) < counts
 
@@ -152,11 +152,11 @@ def print_families(
 ) -> dict[str, dict[str, float]]:
     """Print and return the mean share of false rejections with a family of all decisions."""
     families = [
-        Family("none called for", equal(0), 0, 0),
-        *(Family(f"8 called for, shift 4, {name}", some) for name, some in correlations.items()),
-        Family("8 called for, shift 2, independent", equal(0), shift=2.0),
-        Family("0 to 16 called for, shift 4, independent", equal(0), 0, 16),
-        Family("2 called for, shift 4, independent", equal(0), 2, 2),
+        Family("none needed", equal(0), 0, 0),
+        *(Family(f"8 needed, shift 4, {name}", some) for name, some in correlations.items()),
+        Family("8 needed, shift 2, independent", equal(0), shift=2.0),
+        Family("0 to 16 needed, shift 4, independent", equal(0), 0, 16),
+        Family("2 needed, shift 4, independent", equal(0), 2, 2),
     ]
     print(f"\n| statistics | null | {' | '.join(f'alpha = {alpha:g}' for alpha in levels)} |")
     print(f"|---|---|{'---:|' * len(levels)}")

@@ -89,6 +89,10 @@ def test_wheel_holds_models_and_null_model(in_wheel):
     assert any(name.startswith("lm_eval_bh/kde_models/") for name in in_wheel)
 
 
+def test_wheel_is_no_larger_than_its_two_models_need(wheel):
+    assert wheel.stat().st_size < 15_000_000
+
+
 def test_wheel_metadata(wheel):
     with zipfile.ZipFile(wheel) as archive:
         info = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA")).rsplit(

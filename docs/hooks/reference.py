@@ -32,7 +32,8 @@ def commands() -> str:
     text = text.replace("**Options**:\n\n\n", "")
     intro = (
         "Exit codes: 0; 1 for an error, which is one sentence; 2 for bad usage; 3 where files were "
-        "left out, which are named; 130 for Ctrl-C, 143 for SIGTERM.\n\n"
+        "left out, which are named; 130 for Ctrl-C, 143 for SIGTERM. `LMEVAL_LOG_LEVEL=DEBUG` in "
+        "front of `lm_eval --model hf-bh` shows the traceback behind an error.\n\n"
     )
     return text.replace("**Usage**:", intro + "**Usage**:", 1).replace("%%", "%")
 

@@ -42,6 +42,19 @@ def test_every_method_is_listed_with_its_parameters_and_its_source(request, page
     assert listed == METHODS[name].declared.keys() - {"alpha"}
 
 
+def test_every_picture_of_a_page_is_in_the_repository_and_small(request):
+    root = request.config.rootpath
+    pages = [root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").rglob("*.md")]
+    shown = {
+        (page.parent / target).resolve()
+        for page in pages
+        for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    }
+    kept = set((root / "docs" / "images").iterdir())
+    assert shown == kept
+    assert [file.name for file in kept if file.stat().st_size > 150_000] == []
+
+
 def test_the_readme_is_short_and_its_links_lead_somewhere(request):
     root = request.config.rootpath
     text = (root / "README.md").read_text(encoding="utf-8")

@@ -85,6 +85,13 @@ def test_demo_tasks(manager, name, size):
         assert {task.doc_to_target(doc) for doc in task.eval_docs} == {0, 1, 2, 3}
 
 
+def test_articles_are_those_of_the_task_a_paragraph_each():
+    demo = shipped("tasks") / "demo"
+    lines = (demo / "wikitext.jsonl").read_text(encoding="utf-8").splitlines()
+    paragraphs = "\n".join(json.loads(line)["page"] for line in lines).splitlines()
+    assert (demo / "articles.txt").read_text(encoding="utf-8") == "\n\n".join(paragraphs)
+
+
 def test_tags(manager):
     assert set(manager.load(["bh_demo"])["tasks"]) == set(DEMO_SIZES)
     assert manager.task_index["bh_suite"].tags == set(STOCK)

@@ -1,27 +1,38 @@
-"""Draws the figures of the explanations for the site, of tiny-olmoe on the demo articles."""
+"""Draws the figures of README and the explanations, of tiny-olmoe on the demo articles.
+
+``python scripts/draw_figures.py`` writes them into docs/images, where pages find them on the site
+and in the repository. They are drawn on white, so that they can be read on a dark page.
+"""
 
 from __future__ import annotations
 
-import io
+import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib import rc_context
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from mkdocs.structure.files import File, Files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_bh import NullModel, select_experts
 from lm_eval_bh.analysis.show.plots.style import ALPHA, BASELINE_LINE, NEUTRAL, PALETTE, RC
+from lm_eval_bh.export.layer_methods import layer_methods
 from lm_eval_bh.resources import shipped, tiny_olmoe
 from lm_eval_bh.routing.methods import METHODS
+from lm_eval_bh.routing.methods.pick import pick
+from lm_eval_bh.routing.methods.router import softmax_output
+from lm_eval_bh.routing.policy import Policy
 from lm_eval_bh.routing.routers import find_routers
 from lm_eval_bh.routing.tables.calibration import calibrate, collect_router_logits, text_batches
 from lm_eval_bh.routing.tables.null_kind import NullKind
 
+ROOT = Path(__file__).resolve().parents[1]
 TOKENS, LENGTH, LAYER, LEVEL = 4096, 512, 0, 0.4
+FAINT_BAR = "#C9D6DF"
 
 
 class Measured:
@@ -166,7 +177,76 @@ def factors_of_experts(measured: Measured) -> Figure:
     return figure
 
 
+def routing(measured: Measured) -> Figure:
+    """Draw the way of one token: router, score, decide, weigh, experts."""
+    policy = Policy.load("tiny-olmoe")
+    method = layer_methods(policy)[LAYER]
+    router = softmax_output(measured.logits[LAYER], 64, policy.native_top_k)
+    picked = pick(method, router)
+    best = method.score(router).exp().topk(2).values
+    legible = (picked.counts == 4) & (
+        best[:, 0] < 2 * best[:, 1]
+    )  # the first is not all to be seen
+    token = int(legible.nonzero()[0])
+    experts = picked.indices[token, :4].numpy()
+    scores = method.score(router)[token].exp().numpy()
+    bars = np.arange(64)
+    kept = np.isin(bars, experts)
+    order = np.argsort(-scores)[:12]
+    native, ours = router.weights[token].numpy(), picked.weights[token].numpy()
+    own = dict(zip(router.indices[token].tolist(), native.tolist(), strict=True))
+
+    figure = Figure(figsize=(8.4, 2.7))
+    stages = (
+        ("1. Router", "A logit for each\nof 64 experts"),
+        ("2. Score", "What each would\nadd to the token"),
+        ("3. Decide", "Those that reach\nthe threshold: 4"),
+        ("4. Weigh", "The router's weights,\ntimes a gain"),
+        ("5. Experts", "4 of 64 run, and\ntheir outputs add up"),
+    )
+    width, gap, left = 0.158, 0.042, 0.017
+    panels = []
+    for place, (title, caption) in enumerate(stages):
+        x = left + place * (width + gap)
+        axes = figure.add_axes((x, 0.3, width, 0.53))
+        axes.set(xticks=[], yticks=[])
+        axes.grid(False)
+        axes.spines[:].set_color(NEUTRAL)
+        axes.spines[:].set_visible(True)
+        axes.set_title(title, fontsize=11.5, fontweight="bold", pad=7)
+        figure.text(
+            x + width / 2, 0.25, caption, ha="center", va="top", fontsize=9.5, linespacing=1.35
+        )
+        if place:
+            figure.text(
+                x - gap / 2, 0.565, "\N{RIGHTWARDS ARROW}", ha="center", va="center", fontsize=17
+            )
+        panels.append(axes)
+    panels[0].bar(bars, measured.logits[LAYER][token].numpy(), 1.0, color=NEUTRAL)
+    panels[1].bar(bars, scores, 1.0, color=NEUTRAL)
+    colours = [PALETTE[0] if kept[expert] else FAINT_BAR for expert in order]
+    panels[2].bar(np.arange(len(order)), scores[order], 0.8, color=colours)
+    panels[2].axhline(
+        float(method.table("thresholds").exp()[0]), color=PALETTE[4], linestyle=BASELINE_LINE
+    )
+    panels[3].bar(np.arange(4), ours[:4], 0.62, color=PALETTE[0])
+    panels[3].bar(
+        np.arange(4), [own[e] for e in experts], 0.62, fill=False, edgecolor="black", linewidth=1
+    )
+    panels[3].set_xlim(-0.8, 3.8)
+    panels[4].pcolormesh(
+        np.where(kept, 1.0, 0.0).reshape(8, 8)[::-1],
+        cmap=ListedColormap([FAINT_BAR, PALETTE[0]]),
+        edgecolors="white",
+        linewidth=2.5,
+    )
+    for axes in panels[1:4]:
+        axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
+    return figure
+
+
 FIGURES = {
+    "routing": routing,
     "two_tokens": two_tokens,
     "null_of_a_layer": null_of_a_layer,
     "numbers_of_experts": numbers_of_experts,
@@ -175,13 +255,22 @@ FIGURES = {
 }
 
 
-def on_files(files: Files, config: Any) -> Files:
-    """Add the figures to the site."""
+def main() -> None:
+    """Draw all figures, or those that are named."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FIGURES)}")
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "docs" / "images")
+    asked = parser.parse_args()
+    if unknown := set(asked.names) - FIGURES.keys():
+        parser.error(f"there is no figure {', '.join(sorted(unknown))}")
+    asked.output_dir.mkdir(parents=True, exist_ok=True)
     measured = Measured()
-    for name, draw in FIGURES.items():
-        content = io.BytesIO()
+    for name in asked.names or FIGURES:
+        file = asked.output_dir / f"{name}.svg"
         with rc_context(RC):
-            draw(measured).savefig(content, format="svg", metadata={"Date": None})
-        uri = f"images/{name}.svg"
-        files.append(File.generated(config, uri, content=content.getvalue()))
-    return files
+            FIGURES[name](measured).savefig(file, format="svg", metadata={"Date": None})
+        print(file)
+
+
+if __name__ == "__main__":
+    main()
