@@ -35,9 +35,9 @@ TOKENS, EXPERTS, LAYERS, NATIVE = 300, 16, 2, 4
 LEVELS = {"top_p": 0.6, "min_p": 0.3, "min_w": 0.08}
 LEVELS |= dict.fromkeys(("by", "bonferroni", "holm", "hochberg"), 0.95)  # that reject little
 BATCHES = {  # methods of a step, of which all tokens here are one
-    "batch_min_w": {"alpha": 0.9},
+    "batch_min_w": {"alpha": 4.0},
     "batch_mass": {"step_budget": 7},
-    "batch_bh": {"alpha": 0.01, "combine": "fisher"},
+    "batch_bh": {"alpha": 0.9, "combine": "fisher"},
     "oea": {"max_k": 5, "k0": 1},
     "xshare": {"max_k": 5, "step_budget": 7},
 }
