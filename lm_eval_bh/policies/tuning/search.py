@@ -1,6 +1,7 @@
 """Finds the policy that loses least, and compares it on unseen text with three controls.
 
-Everything is chosen on validation text. What is chosen, and nothing else, then runs over text that
+Everything is chosen on validation text: all methods and statistics on little of it, then gains with
+the best of these, then the few best altogether on all of it. What is chosen, and nothing else, then runs over text that
 no choice has seen: one comparison, which needs no correction for how many policies were tried.
 """
 
@@ -11,25 +12,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from lm_eval_bh.errors import ParameterError, UnreachableError
+from lm_eval_bh.policies.fidelity import Fidelity
 from lm_eval_bh.policies.layer_budgets import allocate, config_of
 from lm_eval_bh.policies.paired_differences import Difference, Ladder, PairedBootstrap
-from lm_eval_bh.policies.tuning.candidates import MASSES, Family, adaptive_families, static
+from lm_eval_bh.policies.tuning.candidates import (
+    MASSES,
+    Family,
+    adaptive_families,
+    gains_of,
+    static,
+    winner,
+)
 from lm_eval_bh.policies.tuning.journal import Row
-from lm_eval_bh.policies.tuning.subject import CONFIRMATION, VALIDATION, Subject
+from lm_eval_bh.policies.tuning.subject import CONFIRMATION, SCREEN, VALIDATION, Subject
 from lm_eval_bh.routing.config import RoutingConfig
 
 PER_LAYER = Family("topk per layer", {"rule": "topk"})
 STEP = 0.25  # of the mean number of experts, in the search for the fewest
 MOVES = 0.05  # share of the target that the mean may be off by on text it was not solved on
 NEAR = 1e-9  # means that are whole numbers but for rounding
+WITH_GAINS, FINALISTS = 3, 6  # of a first look: what gains are tried with, and what goes on
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A policy on the validation text, beside static top-k at its measured mean."""
+    """A policy on validation text, or on little of it, beside static top-k at its own mean."""
 
     family: Family
     config: RoutingConfig
@@ -45,7 +56,8 @@ class Search:
     subject : Subject
         The model and the texts.
     families : sequence of Family, optional
-        The adaptive policies to try, by default all of them.
+        The adaptive policies to try, by default all of them; more than :data:`FINALISTS` get a
+        first look on little text.
     progress : bool
         Whether to show a progress bar, which is quiet when not in a terminal.
     """
@@ -59,6 +71,7 @@ class Search:
         self.subject = subject
         self.families = adaptive_families() if families is None else list(families)
         self.tried: dict[str, Tried] = {}
+        self.screened: dict[str, Tried] = {}
         self._bootstraps = {
             text: PairedBootstrap(documents.tokens) for text, documents in subject.documents.items()
         }
@@ -84,7 +97,7 @@ class Search:
                 f"target_experts={mean:g} is out of reach: this model takes {self.subject.native} "
                 f"experts itself, so use a number between 1 and {self.subject.native}."
             )
-        families = [only] if only else [*map(static, MASSES), PER_LAYER, static(), *self.families]
+        families = [only] if only else self._families(mean)
         found: list[tuple[float, int, Tried]] = []
         for family in families:
             self._bar.total = (self._bar.total or 0) + 1
@@ -99,6 +112,43 @@ class Search:
                 f"{': ' + reason.rstrip('.') if reason else ''}; use another target."
             )
         return min(found)[-1]
+
+    def _families(self, mean: float) -> list[Family]:
+        controls = [*map(static, MASSES), PER_LAYER, static()]
+        if len(self.families) <= FINALISTS:
+            return [*controls, *self.families]
+        # Today's recipe is asked in any case: what wins has to beat it on all of the text.
+        finalists = {family.name: family for family in self.finalists(mean, FINALISTS)}
+        return [*controls, *(finalists | {winner().name: winner()}).values()]
+
+    def finalists(self, mean: float, most: int) -> list[Family]:
+        """Return the best of a first look on little text: of all families, and of some with gains.
+
+        Parameters
+        ----------
+        mean : float
+            Number of experts.
+        most : int
+            How many to return.
+        """
+        best = self._look(self.families, mean)
+        further = [gained for family in best[:WITH_GAINS] for gained in gains_of(family)]
+        self._look(further, mean)
+        return self._order(mean)[:most]
+
+    def _look(self, families: Sequence[Family], mean: float) -> list[Family]:
+        self._bar.total = (self._bar.total or 0) + len(families)
+        for family in families:
+            self.screened[f"{family.name} {mean:g}"] = self._try(family, mean, SCREEN)
+        return self._order(mean)
+
+    def _order(self, mean: float) -> list[Family]:
+        found = [
+            (tried.difference.relative, number, tried.family)
+            for number, (name, tried) in enumerate(self.screened.items())
+            if tried.difference is not None and name == f"{tried.family.name} {mean:g}"
+        ]
+        return [family for _, _, family in sorted(found)]
 
     def within_loss(self, most: float, only: Family | None = None) -> Tried:
         """Return the policy with the fewest experts whose loss stays within a bound.
@@ -143,8 +193,8 @@ class Search:
         -------
         dict
             ``mean_experts``, ``controls`` (name to :class:`Difference`, at the same measured mean),
-            ``native`` (:class:`Difference` from the model as it is) and ``better`` (whether all
-            intervals lie below 0), as plain values.
+            ``native`` (:class:`Difference` from the model as it is), ``better`` (whether all
+            intervals lie below 0) and ``fidelity``, as plain values.
         """
         bootstrap = self._bootstraps[CONFIRMATION]
         self._bar.total += 1
@@ -161,6 +211,22 @@ class Search:
             "controls": {name: asdict(difference) for name, difference in controls.items()},
             "native": asdict(bootstrap.compare(row.sums, native.sums)),
             "better": all(difference.high < 0 for difference in controls.values()),
+            "fidelity": self._fidelity(row, mean),
+        }
+
+    def _fidelity(self, row: Row, mean: float) -> dict[str, Any]:
+        """Return the fidelity of a policy and of static top-k at its mean, and the difference."""
+        tokens = self.subject.documents[CONFIRMATION].tokens
+        own = np.array(row.divergences), np.array(row.changed)
+        static_ = [
+            self._ladder(CONFIRMATION, static(), mean, part).at(mean)
+            for part in ("divergences", "changed")
+        ]
+        difference = self._bootstraps[CONFIRMATION].difference_of_means(own[0], static_[0])
+        return {
+            "policy": asdict(Fidelity.of(*own, tokens)),
+            "topk": asdict(Fidelity.of(static_[0], static_[1], tokens)),
+            "kl_difference": dict(zip(("difference", "low", "high"), difference, strict=True)),
         }
 
     def static_curve(self) -> dict[int, float]:
@@ -187,24 +253,25 @@ class Search:
             PER_LAYER.name: lambda text: self._layer_ladder(text, mean),
         }
 
-    def _try(self, family: Family, mean: float) -> Tried:
+    def _try(self, family: Family, mean: float, text: str = VALIDATION) -> Tried:
         if family == PER_LAYER:
             budget = math.floor(mean * self.subject.layers + NEAR)
             config = config_of(allocate(self.subject.sensitivities(), budget))
         else:
             config = family.at(mean, self.subject.native)
-        row = self._run(VALIDATION, family, config)
+        row = self._run(text, family, config)
         if row.failed is not None:
             return Tried(family, config, row, None)
         at = _mean(row)
-        control = self._ladder(VALIDATION, static(), at).at(at)
-        difference = self._bootstraps[VALIDATION].compare(row.sums, control)
+        control = self._ladder(text, static(), at).at(at)
+        difference = self._bootstraps[text].compare(row.sums, control)
         return Tried(family, config, row, difference)
 
-    def _ladder(self, text: str, family: Family, mean: float) -> Ladder:
+    def _ladder(self, text: str, family: Family, mean: float, part: str = "losses") -> Ladder:
         """Return a static policy at the whole numbers around a mean."""
         low = min(max(math.floor(mean + NEAR), 1), self.subject.native - 1)
-        return Ladder({k: self._measure(text, family, k).sums for k in (low, low + 1)})
+        rows = {k: self._measure(text, family, k) for k in (low, low + 1)}
+        return Ladder({k: np.array(getattr(row, part)) for k, row in rows.items()})
 
     def _layer_ladder(self, text: str, mean: float) -> Ladder:
         layers, native = self.subject.layers, self.subject.native

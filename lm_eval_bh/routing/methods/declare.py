@@ -27,6 +27,8 @@ class Parameter:
         What a value must be, to go on after "must be"; empty for one of ``values``.
     values : collection
         What is allowed, where it takes names; it may grow.
+    tries : tuple or None
+        What a search tries beside the default; None leaves it to ``values``.
     """
 
     default: Any
@@ -34,6 +36,7 @@ class Parameter:
     check: Callable[[Any], Any]
     must: str
     values: Collection[Any] = ()
+    tries: tuple[Any, ...] | None = None
 
     def checked(self, name: str, value: Any) -> Any:
         """Return the value as it is kept.

@@ -16,12 +16,14 @@ PARAMETERS = {
         "whether the selected weights are rescaled to sum to one; `auto` follows the model "
         "(OLMoE: no)",
         *choice(["auto", True, False]),
+        tries=(),
     ),
     "mass": Parameter(
         None,
         "what kept weights are multiplied by: (sum of the native top-k's weights / their sum) to "
         "this power, 0 to 1",
         *or_none(number("a number from 0 to 1", lambda value: 0 <= value <= 1)),
+        tries=(0.2, 0.5),
     ),
 }
 
