@@ -92,15 +92,11 @@ class Search:
         ParameterError, UnreachableError
             If the mean is out of range, or no policy meets it.
         """
-        if not 1 < mean < self.subject.native:
-            raise ParameterError(
-                f"target_experts={mean:g} is out of reach: this model takes {self.subject.native} "
-                f"experts itself, so use a number between 1 and {self.subject.native}."
-            )
+        check_mean(mean, self.subject.native)
         families = [only] if only else self._families(mean)
         found: list[tuple[float, int, Tried]] = []
         for family in families:
-            self._bar.total = (self._bar.total or 0) + 1
+            self.expect(1)
             tried = self._try(family, mean)
             self.tried[f"{family.name} {mean:g}"] = tried
             if tried.difference is not None and self._meets(tried.row, mean):
@@ -137,7 +133,7 @@ class Search:
         return self._order(mean)[:most]
 
     def _look(self, families: Sequence[Family], mean: float) -> list[Family]:
-        self._bar.total = (self._bar.total or 0) + len(families)
+        self.expect(len(families))
         for family in families:
             self.screened[f"{family.name} {mean:g}"] = self._try(family, mean, SCREEN)
         return self._order(mean)
@@ -198,14 +194,14 @@ class Search:
         """
         bootstrap = self._bootstraps[CONFIRMATION]
         self._bar.total += 1
-        row = self._run(CONFIRMATION, chosen.family, chosen.config)
+        row = self.run(CONFIRMATION, chosen.family, chosen.config)
         mean = _mean(row)
         controls: dict[str, Difference] = {}
         for name, ladder in self._controls(mean).items():
             if name != chosen.family.name:
                 controls[name] = bootstrap.compare(row.sums, ladder(CONFIRMATION).at(mean))
         native = self._measure(CONFIRMATION, static(), self.subject.native)
-        self._bar.close()
+        self.close()
         return {
             "mean_experts": mean,
             "controls": {name: asdict(difference) for name, difference in controls.items()},
@@ -259,7 +255,7 @@ class Search:
             config = config_of(allocate(self.subject.sensitivities(), budget))
         else:
             config = family.at(mean, self.subject.native)
-        row = self._run(text, family, config)
+        row = self.run(text, family, config)
         if row.failed is not None:
             return Tried(family, config, row, None)
         at = _mean(row)
@@ -279,13 +275,22 @@ class Search:
         rungs = {}
         for budget in (low, low + 1):
             config = config_of(allocate(self.subject.sensitivities(), budget))
-            rungs[budget / layers] = self._run(text, PER_LAYER, config).sums
+            rungs[budget / layers] = self.run(text, PER_LAYER, config).sums
         return Ladder(rungs)
 
     def _measure(self, text: str, family: Family, k: int) -> Row:
-        return self._run(text, family, family.at(k, self.subject.native))
+        return self.run(text, family, family.at(k, self.subject.native))
 
-    def _run(self, text: str, family: Family, config: RoutingConfig) -> Row:
+    def expect(self, runs: int) -> None:
+        """Let the progress bar expect so many more runs."""
+        self._bar.total = (self._bar.total or 0) + runs
+
+    def close(self) -> None:
+        """End the progress bar."""
+        self._bar.close()
+
+    def run(self, text: str, family: Family, config: RoutingConfig) -> Row:
+        """Measure a policy on a text, once, see :meth:`Subject.measure`."""
         self._bar.set_postfix_str(f"{family.name} on {text} text")
         row = self.subject.measure(text, family, config)
         self._bar.update()
@@ -296,6 +301,15 @@ class Search:
         # for, by what a layer's whole numbers leave.
         slack = MOVES * mean
         return mean - max(slack, 1 / self.subject.layers - NEAR) <= _mean(row) <= mean + slack
+
+
+def check_mean(mean: float, native: int) -> None:
+    """Raise a :class:`ParameterError` if no policy could have this mean and lose something."""
+    if not 1 < mean < native:
+        raise ParameterError(
+            f"target_experts={mean:g} is out of reach: this model takes {native} experts itself, "
+            f"so use a number between 1 and {native}."
+        )
 
 
 def _mean(row: Row) -> float:
