@@ -20,7 +20,7 @@ from lm_eval_bh.policies.tuning.journal import FILE
 from lm_eval_bh.policies.tuning.run import POLICY, tune
 from lm_eval_bh.policies.tuning.search import PER_LAYER, Search
 from lm_eval_bh.policies.tuning.splits import LEAST_DOCUMENTS, Splits
-from lm_eval_bh.policies.tuning.subject import CONFIRMATION, VALIDATION, Subject
+from lm_eval_bh.policies.tuning.subject import CONFIRMATION, SCREEN, VALIDATION, Subject
 
 FAMILIES = [Family("min_w weight", {"rule": "min_w"}), Family("top_p", {"rule": "top_p"})]
 NAN = math.nan
@@ -376,3 +376,37 @@ def test_unseen_text_is_unseen_by_content(repeat, tmp_path, paragraphs):
     path.write_text("\n\n".join([*paragraphs[:3]] * 30), encoding="utf-8")
     with pytest.raises(DataError, match=r"3 paragraphs that differ, and 87 that repeat one"):
         Splits.of_file(path)
+
+
+def test_many_families_get_a_first_look_on_little_text(subject, monkeypatch):
+    monkeypatch.setattr("lm_eval_bh.policies.tuning.search.FINALISTS", 2)
+    families = [*FAMILIES, named("min_p"), named("by")]
+    search = Search(subject, families, progress=False)
+    chosen = search.for_mean(4.0)
+    looked = {tried.family.name: tried for tried in search.screened.values()}
+    assert {"min_w weight", "top_p", "min_p", "by"} <= looked.keys()
+    assert looked["by"].row.failed is not None
+    measured = [name for name, tried in looked.items() if tried.difference is not None]
+    measured.sort(key=lambda name: looked[name].difference.relative)
+    assert any("mass" in name for name in measured)
+    went_on = {tried.family.name for tried in search.tried.values() if tried.family.adaptive}
+    assert went_on == {*measured[:2], winner().name}
+    tokens = [subject.documents[text].tokens.sum() for text in (SCREEN, VALIDATION)]
+    assert tokens[0] <= tokens[1]
+    assert chosen.family.name in {tried.family.name for tried in search.tried.values()}
+
+
+def test_what_is_confirmed_elsewhere_is_unseen_by_content(splits, paragraphs, tmp_path):
+    path = tmp_path / "other.txt"
+    own = [f"A paragraph that is nobody's, number {number}." for number in range(12)]
+    seen = splits.calibration[0].upper()
+    part = f"Something new.\n{splits.validation[0]}\nAnd more."
+    path.write_text("\n\n".join([*own, seen, part, own[0]]), encoding="utf-8")
+    found = splits.confirmed_on(path)
+    assert list(found.confirmation) == own
+    assert (found.calibration, found.validation) == (splits.calibration, splits.validation)
+    assert found.digest != splits.digest
+    assert [note.split()[0] for note in found.notes] == ["1", "2"]
+    path.write_text("\n\n".join([*own[:9], *splits.calibration[:3]]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"9 paragraphs that are unseen, and 3 of which demo holds"):
+        splits.confirmed_on(path)
