@@ -11,15 +11,17 @@ import typer
 
 from lm_eval_bh.cli.interrupts import on_interrupt
 from lm_eval_bh.cli.options import BatchSize, Device, Dtype, Length
-from lm_eval_bh.cli.word_lists import numbers
 from lm_eval_bh.cli.printing import say, say_written, show, warn
 from lm_eval_bh.cli.tune_command import MEASUREMENTS_KEPT
+from lm_eval_bh.cli.word_lists import numbers
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.files import check_output, write_text
 from lm_eval_bh.resources import MODELS, model_path
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+MOST_CALIBRATION = 65536
 
 
 def league(
@@ -54,7 +56,11 @@ def league(
         Path | None, typer.Option(help="Text file to score instead of the third part.")
     ] = None,
     tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to calibrate on, and of unseen text to score.")
+        int,
+        typer.Option(
+            min=1,
+            help=f"Tokens of unseen text to score, and, up to {MOST_CALIBRATION}, to calibrate on.",
+        ),
     ] = 32768,
     length: Length = 512,
     batch_size: BatchSize = 16,
@@ -74,8 +80,11 @@ def league(
         raise ParameterError(
             f"league needs {' and '.join(missing)}: give them, or --check with a file alone."
         )
-    assert pretrained is not None and output_dir is not None and targets is not None
-    means = numbers("targets", targets, float)
+    assert pretrained is not None
+    assert output_dir is not None
+    assert targets is not None
+    if not (means := numbers("targets", targets, float)):
+        raise ParameterError("There is no target: give numbers of experts joined by commas.")
     check_output(output_dir, "--output-dir", folder=True)
     with on_interrupt(MEASUREMENTS_KEPT):
         from lm_eval_bh.analysis.show.league_page import FILE, write_league
@@ -97,7 +106,7 @@ def league(
             splits,
             output_dir,
             {},
-            tokens=tokens,
+            tokens=min(tokens, MOST_CALIBRATION),
             length=length,
             batch=batch_size,
             most_tokens=tokens,

@@ -90,10 +90,7 @@ def _row(native: dict[str, Any], topk: dict[str, Any], margin: float) -> dict[st
     if native["higher_is_better"] is not True:
         return None
     low, high = native["difference_low"], native["difference_high"]
-    if low > -margin:
-        verdict = "non-inferior"
-    else:
-        verdict = "inferior" if high < -margin else "undecided"
+    otherwise = "inferior" if high < -margin else "undecided"
     return {
         "task": native["task"],
         "metric": native["metric"],
@@ -102,7 +99,7 @@ def _row(native: dict[str, Any], topk: dict[str, Any], margin: float) -> dict[st
         "policy": native["b"],
         **dict(zip(("difference", "low", "high"), (native["difference"], low, high), strict=True)),
         "margin": margin,
-        "verdict": verdict,
+        "verdict": "non-inferior" if low > -margin else otherwise,
         "from_topk": {
             name: _finite(topk[column])
             for name, column in (

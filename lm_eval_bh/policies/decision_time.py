@@ -1,4 +1,4 @@
-"""What a method costs beside the experts: the time of its decisions, and the bytes of its tables."""
+"""What a method costs beside the experts: the time of a decision, and the bytes of its tables."""
 
 from __future__ import annotations
 

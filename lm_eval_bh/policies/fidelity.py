@@ -132,9 +132,7 @@ def _log_probabilities(model: nn.Module, batch: Batch) -> list[Tensor]:
     inputs = [torch.tensor(ids[:-1]) for _, ids in batch]
     padded = nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)
     mask = torch.arange(padded.shape[1])[None] < torch.tensor(sizes)[:, None]
-    logits = model(
-        input_ids=padded, attention_mask=mask.long().to(device), use_cache=False
-    ).logits
+    logits = model(input_ids=padded, attention_mask=mask.long().to(device), use_cache=False).logits
     return [row[:size].float().log_softmax(-1) for row, size in zip(logits, sizes, strict=True)]
 
 

@@ -57,9 +57,7 @@ def signed(value: float, digits: int = 2) -> str:
     return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _interval(
-    part: str, names: tuple[str, str, str], scale: float = 100
-) -> Callable[[Row], str]:
+def _interval(part: str, names: tuple[str, str, str], scale: float = 100) -> Callable[[Row], str]:
     def shown(row: Row) -> str:
         found, low, high = (signed(scale * row[part][name]) for name in names)
         return f"{found} ({low} to {high})"
@@ -98,7 +96,10 @@ COLUMNS = (
         lambda r: f"{100 * r['fidelity']['changed']:.1f}",
     ),
     Column(
-        "table_bytes", "tables (KiB)", _of("table_bytes"), lambda r: f"{r['table_bytes'] / 1024:.1f}"
+        "table_bytes",
+        "tables (KiB)",
+        _of("table_bytes"),
+        lambda r: f"{r['table_bytes'] / 1024:.1f}",
     ),
     Column(
         "calibration_seconds",

@@ -87,10 +87,10 @@ def compete(
             asked = list({family.name: family for family in (*published(), *best)}.values())
         search.expect(len(asked))
         entries += [_entry(search, family, target) for family in asked]
-    native = search.run(CONFIRMATION, static(), static().at(subject.native, subject.native))
+    native = search.run(CONFIRMATION, static(), static().at(subject.native, subject.native), True)
     means = [entry["mean_experts"] for entry in entries if entry["failed"] is None]
     rungs = {
-        str(k): _sums(search.run(CONFIRMATION, static(), static().at(k, subject.native)))
+        str(k): _sums(search.run(CONFIRMATION, static(), static().at(k, subject.native), True))
         for k in _rungs(means or list(targets), subject.native)
     }
     search.close()
@@ -134,7 +134,7 @@ def _entry(search: Search, family: Family, target: float) -> dict[str, Any]:
     """Return a row of the file, without what compares it."""
     subject = search.subject
     try:
-        row = search.run(CONFIRMATION, family, family.at(target, subject.native))
+        row = search.run(CONFIRMATION, family, family.at(target, subject.native), True)
     except BHError as error:  # before anything was measured: it has no such member
         row = Row(family.name, {}, failed=str(error))
     rule = family.options["rule"]

@@ -171,9 +171,9 @@ def named(name: str) -> Family:
             family = gained(family, word, _value(words.pop(0)))
         else:
             what = "lacks its value" if word in known else "is no statistic or parameter of it"
+            hint = did_you_mean(word, [*STATISTICS, *known])
             raise ParameterError(
-                f"{word!r} in the method {name!r} {what}{did_you_mean(word, [*STATISTICS, *known])}: "
-                f"give names such as {WINNER!r}."
+                f"{word!r} in the method {name!r} {what}{hint}: give names such as {WINNER!r}."
             )
     RoutingConfig(**family.options)
     return family
@@ -186,4 +186,3 @@ def _value(text: str) -> Any:
         except ValueError:
             continue
     return {"True": True, "False": False}.get(text, text)
-

@@ -74,7 +74,7 @@ class Row:
     failed : str or None
         Why nothing was measured.
     divergences, changed : list of float
-        Of the documents, see :class:`~lm_eval_bh.policies.fidelity.Outcome`; on confirmation text.
+        Of the documents, see :class:`~lm_eval_bh.policies.fidelity.Outcome`; of faithful rows.
     seconds, decision : float or None
         That solving took, beside calibration; and a decision, for a token in a layer.
     table_bytes : int or None

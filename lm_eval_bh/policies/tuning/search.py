@@ -1,8 +1,9 @@
 """Finds the policy that loses least, and compares it on unseen text with three controls.
 
 Everything is chosen on validation text: all methods and statistics on little of it, then gains with
-the best of these, then the few best altogether on all of it. What is chosen, and nothing else, then runs over text that
-no choice has seen: one comparison, which needs no correction for how many policies were tried.
+the best of these, then the few best altogether on all of it. What is chosen, and nothing else, then
+runs over text that no choice has seen: one comparison, which needs no correction for how many
+policies were tried.
 """
 
 from __future__ import annotations
@@ -194,8 +195,9 @@ class Search:
         """
         bootstrap = self._bootstraps[CONFIRMATION]
         self._bar.total += 1
-        row = self.run(CONFIRMATION, chosen.family, chosen.config)
+        row = self.run(CONFIRMATION, chosen.family, chosen.config, faithful=True)
         mean = _mean(row)
+        fidelity = self._fidelity(row, mean)
         controls: dict[str, Difference] = {}
         for name, ladder in self._controls(mean).items():
             if name != chosen.family.name:
@@ -207,7 +209,7 @@ class Search:
             "controls": {name: asdict(difference) for name, difference in controls.items()},
             "native": asdict(bootstrap.compare(row.sums, native.sums)),
             "better": all(difference.high < 0 for difference in controls.values()),
-            "fidelity": self._fidelity(row, mean),
+            "fidelity": fidelity,
         }
 
     def _fidelity(self, row: Row, mean: float) -> dict[str, Any]:
@@ -266,7 +268,8 @@ class Search:
     def _ladder(self, text: str, family: Family, mean: float, part: str = "losses") -> Ladder:
         """Return a static policy at the whole numbers around a mean."""
         low = min(max(math.floor(mean + NEAR), 1), self.subject.native - 1)
-        rows = {k: self._measure(text, family, k) for k in (low, low + 1)}
+        faithful = part != "losses"
+        rows = {k: self._measure(text, family, k, faithful) for k in (low, low + 1)}
         return Ladder({k: np.array(getattr(row, part)) for k, row in rows.items()})
 
     def _layer_ladder(self, text: str, mean: float) -> Ladder:
@@ -278,8 +281,8 @@ class Search:
             rungs[budget / layers] = self.run(text, PER_LAYER, config).sums
         return Ladder(rungs)
 
-    def _measure(self, text: str, family: Family, k: int) -> Row:
-        return self.run(text, family, family.at(k, self.subject.native))
+    def _measure(self, text: str, family: Family, k: int, faithful: bool = False) -> Row:
+        return self.run(text, family, family.at(k, self.subject.native), faithful)
 
     def expect(self, runs: int) -> None:
         """Let the progress bar expect so many more runs."""
@@ -289,10 +292,10 @@ class Search:
         """End the progress bar."""
         self._bar.close()
 
-    def run(self, text: str, family: Family, config: RoutingConfig) -> Row:
+    def run(self, text: str, family: Family, config: RoutingConfig, faithful: bool = False) -> Row:
         """Measure a policy on a text, once, see :meth:`Subject.measure`."""
         self._bar.set_postfix_str(f"{family.name} on {text} text")
-        row = self.subject.measure(text, family, config)
+        row = self.subject.measure(text, family, config, faithful)
         self._bar.update()
         return row
 

@@ -110,6 +110,11 @@ def or_none(check: tuple[Any, ...]) -> tuple[Any, ...]:
     return lambda value: None if value is None else check[0](value), *check[1:]
 
 
+def tried(check: tuple[Any, ...], *values: Any) -> tuple[Any, ...]:
+    """Return a check, with what a search tries beside the default."""
+    return *check, *([()] * (3 - len(check))), values
+
+
 def level(meaning: str) -> Parameter:
     """Declare ``alpha``, a number strictly between 0 and 1."""
     must = "a number strictly between 0 and 1"
