@@ -148,7 +148,8 @@ def _tasks(account: Mapping[str, Any]) -> list[str]:
         text = (
             f"{row['task']}, {row['metric']}: {100 * row['policy']:.1f} % against "
             f"{100 * row['native']:.1f} % with the model's own top-k, {_signed(points)} "
-            f"({_signed(low)} to {_signed(high)}) over {row['documents']} documents: {means[row['verdict']]}."
+            f"({_signed(low)} to {_signed(high)}) over {row['documents']} documents: "
+            f"{means[row['verdict']]}."
         )
         against = row["from_topk"]
         if control and control["high"] < 0 and (against["high"] or 0) < 0:
