@@ -380,13 +380,15 @@ def test_unseen_text_is_unseen_by_content(repeat, tmp_path, paragraphs):
 
 def test_many_families_get_a_first_look_on_little_text(subject, monkeypatch):
     monkeypatch.setattr("lm_eval_bh.policies.tuning.search.FINALISTS", 2)
-    families = [*FAMILIES, named("min_p"), named("by")]
+    families = [*FAMILIES, named("min_p"), named("by"), named("p_value weight")]
     search = Search(subject, families, progress=False)
     chosen = search.for_mean(4.0)
     looked = {tried.family.name: tried for tried in search.screened.values()}
     assert {"min_w weight", "top_p", "min_p", "by"} <= looked.keys()
     assert looked["by"].row.failed is not None
     measured = [name for name, tried in looked.items() if tried.difference is not None]
+    measured.remove("p_value weight")  # the same policy as min_w: it takes no place of another
+    assert "p_value weight mass 0.2" not in measured
     measured.sort(key=lambda name: looked[name].difference.relative)
     assert any("mass" in name for name in measured)
     went_on = {tried.family.name for tried in search.tried.values() if tried.family.adaptive}

@@ -140,7 +140,7 @@ def failures(league: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def summary_of(league: Mapping[str, Any], target: float) -> str:
-    """Return in a few words who loses least at a mean, and whether fidelity says the same."""
+    """Return in a few words who loses least at a mean, and who is first by fidelity."""
     rows = [row for row in league["rows"] if row["target"] == target and row["failed"] is None]
     if not rows:
         return f"At a mean of {target:g} experts nothing could be measured."
@@ -156,8 +156,8 @@ def summary_of(league: Mapping[str, Any], target: float) -> str:
     )
     if nearest is not best:
         text += (
-            f" Fidelity disagrees: {nearest['name']} is nearest to the model's own distributions, "
-            f"{nearest['fidelity']['kl']:.4f} nats a token against {best['fidelity']['kl']:.4f}."
+            f" By fidelity {nearest['name']} is first: {nearest['fidelity']['kl']:.4f} nats a "
+            f"token from the model's own distributions, against {best['fidelity']['kl']:.4f}."
         )
     return text
 

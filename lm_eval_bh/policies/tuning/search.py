@@ -36,6 +36,7 @@ PER_LAYER = Family("topk per layer", {"rule": "topk"})
 STEP = 0.25  # of the mean number of experts, in the search for the fewest
 MOVES = 0.05  # share of the target that the mean may be off by on text it was not solved on
 NEAR = 1e-9  # means that are whole numbers but for rounding
+SAME = 1e-6  # share by which the losses of one policy differ by rounding
 WITH_GAINS, FINALISTS = 3, 6  # of a first look: what gains are tried with, and what goes on
 
 
@@ -140,12 +141,21 @@ class Search:
         return self._order(mean)
 
     def _order(self, mean: float) -> list[Family]:
+        """Return the families of a first look, the best first, each policy once.
+
+        One fixed threshold on the p-values of a null distribution is one on the scores: methods of
+        different names may select the same experts, and would take the places of others.
+        """
         found = [
-            (tried.difference.relative, number, tried.family)
+            (tried.difference.relative, number, tried)
             for number, (name, tried) in enumerate(self.screened.items())
             if tried.difference is not None and name == f"{tried.family.name} {mean:g}"
         ]
-        return [family for _, _, family in sorted(found)]
+        kept: list[Tried] = []
+        for _, _, tried in sorted(found):
+            if not any(np.allclose(tried.row.sums, k.row.sums, rtol=SAME) for k in kept):
+                kept.append(tried)
+        return [tried.family for tried in kept]
 
     def within_loss(self, most: float, only: Family | None = None) -> Tried:
         """Return the policy with the fewest experts whose loss stays within a bound.
