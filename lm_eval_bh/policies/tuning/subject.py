@@ -236,7 +236,7 @@ class Subject:
             config,
             null_model=null or "auto",
             tokenizer=self.tokenizer,
-            texts=self._texts(SCREEN_TOKENS if text == SCREEN else self.tokens),
+            texts=self._texts(min(SCREEN_TOKENS, self.tokens) if text == SCREEN else self.tokens),
         )
 
     def _texts(self, tokens: int) -> list[str]:
