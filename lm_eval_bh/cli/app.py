@@ -17,6 +17,7 @@ from lm_eval_bh.cli.export_command import export
 from lm_eval_bh.cli.import_kde_command import import_kde
 from lm_eval_bh.cli.import_routing_command import import_routing
 from lm_eval_bh.cli.interrupts import INTERRUPTED, NOTHING_HALF_WRITTEN, StoppedByUserError
+from lm_eval_bh.cli.league_command import league
 from lm_eval_bh.cli.path_command import path
 from lm_eval_bh.cli.patterns_command import patterns
 from lm_eval_bh.cli.plot_command import plot
@@ -54,6 +55,7 @@ for command in (
     calibrate,
     analyze,
     tune,
+    league,
     export,
     verify,
     doctor,

@@ -10,6 +10,8 @@ import typer
 from lm_eval_bh.cli.interrupts import on_interrupt
 from lm_eval_bh.cli.options import BatchSize, Device, Dtype, Length, Pretrained
 from lm_eval_bh.cli.printing import say, say_written, show, warn
+from lm_eval_bh.cli.tuned_tasks import compare_tasks
+from lm_eval_bh.cli.word_lists import words
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.files import check_output
 from lm_eval_bh.resources import model_path
@@ -47,6 +49,14 @@ def tune(
     tokens_per_document: Annotated[
         int, typer.Option(min=1, help="Tokens of each document to choose on.")
     ] = 1024,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-eval whose accuracy must not fall, joined by commas."),
+    ] = None,
+    accuracy_margin: Annotated[
+        float, typer.Option(min=0, max=1, help="Loss of accuracy on --tasks that does not matter.")
+    ] = 0.01,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each of --tasks.")] = None,
     length: Length = 512,
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
@@ -58,7 +68,12 @@ def tune(
         raise ParameterError("tune needs one goal: use either --target-experts or --max-loss.")
     check_output(output_dir, "--output-dir", folder=True)
     with on_interrupt(MEASUREMENTS_KEPT):
-        from lm_eval_bh.analysis.show.tuning_page import verdict_of, write_tuning_page
+        asked = [] if tasks is None else _tasks(tasks)
+        from lm_eval_bh.analysis.show.tuning_page import (
+            findings_of,
+            verdict_of,
+            write_tuning_page,
+        )
         from lm_eval_bh.policies.pretrained import load_pretrained
         from lm_eval_bh.policies.tuning.run import POLICY
         from lm_eval_bh.policies.tuning.run import tune as find
@@ -82,12 +97,35 @@ def tune(
             tokens_per_document=tokens_per_document,
         )
         _, account = find(subject, target_experts=target_experts, max_loss=loss, preset=preset)
+        if asked:
+            account["tasks"] = compare_tasks(
+                output_dir / POLICY,
+                pretrained,
+                asked,
+                native=subject.native,
+                nearest=round(account["confirmation"]["mean_experts"]),
+                margin=accuracy_margin,
+                limit=limit,
+                batch_size=batch_size,
+                dtype=dtype,
+                device=device,
+            )
         pages = write_tuning_page(account, output_dir)
     show(_table(account))
-    say(verdict_of(account))
+    for sentence in (verdict_of(account), *findings_of(account)):
+        say(sentence)
     say_written([output_dir / POLICY, *pages])
     for note in splits.notes:
         warn(f"note: {note}")
+
+
+def _tasks(text: str) -> list[str]:
+    """Return the tasks that are asked for, before anything is measured."""
+    from lm_eval_bh.harness.sweep.task_names import expand_tasks
+
+    if not words(text):
+        raise ParameterError("--tasks names no task: give names joined by commas, or leave it out.")
+    return expand_tasks(tuple(words(text)))
 
 
 def share_of(text: str) -> float:

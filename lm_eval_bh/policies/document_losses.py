@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lm_eval_bh.errors import DataError
 
 IGNORED = -100  # target of a padded position
+FEWEST, SHORTEST = 10, 256  # documents, and tokens of one where there are more, of a bounded text
 
 Floats = NDArray[np.float64]
 
@@ -43,8 +44,12 @@ class Documents:
         length: int = 512,
         batch: int = 16,
         tokens_per_document: int | None = None,
+        most_tokens: int | None = None,
     ) -> Documents:
         """Tokenize documents, each behind the beginning-of-sequence or end-of-sequence token.
+
+        With ``most_tokens`` all of them together have no more: the first documents, and of each no
+        more than what bounds the sum.
 
         Raises
         ------
@@ -53,18 +58,25 @@ class Documents:
         """
         candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         prefix = [token for token in candidates if token is not None][:1]
-        tokens: list[int] = []
-        windows: list[tuple[int, list[int]]] = []
+        most = len(texts) if most_tokens is None else max(FEWEST, most_tokens // SHORTEST)
+        documents: list[list[int]] = []
         for text in texts:
+            if len(documents) == most:
+                break
             found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             ids = [*prefix, *found[:tokens_per_document]]
-            if len(ids) < 2:
-                continue
-            starts = range(0, len(ids) - 1, length)
-            windows += [(len(tokens), ids[start : start + length + 1]) for start in starts]
-            tokens.append(len(ids) - 1)
-        if not tokens:
+            documents += [ids] if len(ids) > 1 else []
+        if not documents:
             raise DataError("The text has no document to score: give a text file with documents.")
+        if most_tokens is not None:
+            kept = 1 + _share([len(ids) - 1 for ids in documents], most_tokens)
+            documents = [ids[:kept] for ids in documents]
+        tokens = [len(ids) - 1 for ids in documents]
+        windows = [
+            (number, ids[start : start + length + 1])
+            for number, ids in enumerate(documents)
+            for start in range(0, len(ids) - 1, length)
+        ]
         windows.sort(key=lambda window: len(window[1]), reverse=True)
         batches = [windows[i : i + batch] for i in range(0, len(windows), batch)]
         return cls(np.array(tokens, dtype=float), batches)
@@ -81,6 +93,16 @@ class Documents:
                 ):
                     found[document] += loss
         return found
+
+
+def _share(sizes: Sequence[int], total: int) -> int:
+    """Return how many tokens of each document, so that all together have at most ``total``."""
+    left = total
+    for rank, size in enumerate(sorted(sizes)):
+        if size * (len(sizes) - rank) > left:
+            return max(1, left // (len(sizes) - rank))
+        left -= size
+    return max(sizes)
 
 
 def _window_losses(

@@ -99,3 +99,9 @@ class PairedBootstrap:
         return Difference(
             a, b, a - b, float(low), float(high), a / b - 1, float(relative[0]), float(relative[1])
         )
+
+    def difference_of_means(self, ours: Floats, theirs: Floats) -> tuple[float, float, float]:
+        """Compare two sums over the same tokens, a token: the difference, and its interval."""
+        means = (self._draws @ (ours - theirs)) / (self._draws @ self.tokens)
+        low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
+        return float((ours - theirs).sum() / self.tokens.sum()), float(low), float(high)

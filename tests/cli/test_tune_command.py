@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from lm_eval_bh import Policy
+from lm_eval_bh.analysis.show.tuning_page import findings_of
 from lm_eval_bh.cli.tune_command import share_of
+from lm_eval_bh.cli.tuned_tasks import _row
 from lm_eval_bh.errors import ParameterError
-from lm_eval_bh.resources import shipped
 
 SIZES = ("--tokens", "2048", "--length", "64", "--tokens-per-document", "40", "--device", "cpu")
-
-
-@pytest.fixture
-def long_text(tmp_path):
-    lines = (shipped("tasks") / "demo" / "wikitext.jsonl").read_text(encoding="utf-8").splitlines()
-    parts = [part for line in lines for part in json.loads(line)["page"].split("\n")]
-    path = tmp_path / "long.txt"
-    path.write_text("\n\n".join(part for part in parts if len(part) > 150)[:30_000])
-    return path
 
 
 def test_it_writes_a_policy_a_page_and_a_figure(run, tmp_path, long_text):
     folder = tmp_path / "tuned"
     arguments = ("tune", "--pretrained", "tiny-olmoe", "--preset", "winner", "--text", long_text)
     goal = ("--target-experts", "4")
-    code, out, err = run(*arguments, *goal, "--output-dir", folder, *SIZES)
+    tasks = ("--tasks", "bh_demo_hellaswag", "--limit", "4", "--accuracy-margin", "0.2")
+    code, out, err = run(*arguments, *goal, "--output-dir", folder, *SIZES, *tasks)
     assert code == 0, err
     policy = Policy.load(folder / "policy.safetensors")
     assert (policy.config.rule, policy.config.statistic) == ("min_w", "benefit")
     assert "top-8" in out
     page = (folder / "tune.html").read_text(encoding="utf-8")
-    for wanted in ("min_w benefit mass 0.2", "topk per layer", "unseen documents of long.txt"):
+    assert "bh_demo_hellaswag, acc: " in out
+    assert "over 4 documents" in out
+    for wanted in (
+        "bh_demo_hellaswag, acc: ",
+        "Fidelity: ",
+        "min_w benefit mass 0.2",
+        "topk per layer",
+        "unseen documents of long.txt",
+    ):
         assert wanted in page
     assert (folder / "tune.png").read_bytes().startswith(b"\x89PNG")
 
@@ -46,6 +45,8 @@ def test_it_writes_a_policy_a_page_and_a_figure(run, tmp_path, long_text):
     ("arguments", "sentence"),
     [
         ((), "one goal"),
+        (("--target-experts", "4", "--tasks", ","), "names no task"),
+        (("--target-experts", "4", "--tasks", "bh_demo_lambda"), "did you mean"),
         (("--target-experts", "4", "--max-loss", "1%"), "one goal"),
         (("--max-loss", "much"), "must be a share like 1% or 0.01: found 'much'"),
         (("--max-loss", "150%"), "must be a share"),
@@ -71,3 +72,56 @@ def test_a_loss_is_a_share(text, share):
     assert share_of(text) == pytest.approx(share)
     with pytest.raises(ParameterError):
         share_of("-" + text)
+
+
+def difference(low, high):
+    return {"difference": (low + high) / 2, "low": low, "high": high}
+
+
+def account_of(perplexity, kl, **task):
+    """Return an account whose winner differs so from static top-k."""
+    row = {"task": "arc", "metric": "acc", "documents": 9, "native": 0.5, "policy": 0.5} | task
+    fidelity = {"kl": 0.1, "changed": 0.2, "worst": 0.3}
+    return {
+        "winner": {"name": "a"}, "tried": [], "screened": [], "tasks": [row] if task else [],
+        "confirmation": {
+            "controls": {"topk": difference(*perplexity)},
+            "fidelity": {"policy": fidelity, "topk": fidelity, "kl_difference": difference(*kl)},
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "kl", "said"),
+    [
+        ((-2, -1), (-0.2, -0.1), None),
+        ((-2, -1), (0.1, 0.2), "is farther from"),
+        ((-2, -1), (-0.1, 0.2), "is not shown to be nearer to"),
+        ((-2, 1), (-0.2, -0.1), "nearer to the model, and not better"),
+        ((-2, 1), (-0.2, 0.1), None),
+    ],
+)
+def test_disagreement_of_perplexity_and_fidelity_is_said(perplexity, kl, said):
+    [text] = findings_of(account_of(perplexity, kl))
+    assert ("disagree" in text) == (said is not None)
+    assert (said or "") in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "topk", "said", "disagree"),
+    [
+        (-0.005, 0.02, (-0.01, 0.01), "within the margin of 1 %", False),
+        (-0.02, 0.02, (-0.01, 0.01), "not shown to be within", False),
+        (-0.05, -0.02, (-0.05, -0.01), "worse by more than the margin of 1 %", True),
+    ],
+)
+def test_tasks_have_a_margin_and_may_disagree(low, high, topk, said, disagree):
+    native = {
+        "reason": None, "higher_is_better": True, "task": "arc", "metric": "acc", "documents": 9,
+        "a": 0.5, "b": 0.5, "difference": (low + high) / 2, "difference_low": low,
+        "difference_high": high,
+    }  # fmt: skip
+    against = {"difference": sum(topk) / 2, "difference_low": topk[0], "difference_high": topk[1]}
+    found = findings_of(account_of((-2, -1), (-0.2, -0.1), **_row(native, against, 0.01)))
+    assert said in found[-1]
+    assert ("disagree" in found[-1]) == disagree

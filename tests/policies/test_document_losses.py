@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lm_eval_bh.errors import DataError
-from lm_eval_bh.policies.document_losses import Documents
+from lm_eval_bh.policies.document_losses import Documents, _share
 
 
 def test_they_are_those_of_transformers(tiny, tokenizer, paragraphs):
@@ -42,3 +42,18 @@ def test_tokens_per_document_cuts(tokenizer, paragraphs):
 def test_a_text_without_tokens_is_refused(tokenizer):
     with pytest.raises(DataError, match="no document to score"):
         Documents.of(tokenizer, ["", ""])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "total", "share"),
+    [([5, 5, 5], 100, 5), ([5, 5, 5], 9, 3), ([2, 10, 10], 12, 5), ([1, 1], 1, 1)],
+)
+def test_a_bounded_text_takes_as_many_tokens_of_each_document(sizes, total, share):
+    assert _share(sizes, total) == share
+
+
+def test_a_bounded_text_has_no_more_tokens(tokenizer, splits):
+    found = Documents.of(tokenizer, splits.calibration, most_tokens=700)
+    assert found.tokens.sum() <= 700
+    assert len(found.tokens) == 10
+    assert found.tokens.min() >= 40

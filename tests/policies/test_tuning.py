@@ -15,12 +15,12 @@ from lm_eval_bh import BHRoutingIntegration, ParameterError, Policy, Unreachable
 from lm_eval_bh.errors import DataError, ModelError
 from lm_eval_bh.policies.document_losses import Documents
 from lm_eval_bh.policies.tuning import subject as subject_module
-from lm_eval_bh.policies.tuning.candidates import Family, adaptive_families, winner
+from lm_eval_bh.policies.tuning.candidates import Family, named, winner
 from lm_eval_bh.policies.tuning.journal import FILE
 from lm_eval_bh.policies.tuning.run import POLICY, tune
 from lm_eval_bh.policies.tuning.search import PER_LAYER, Search
 from lm_eval_bh.policies.tuning.splits import LEAST_DOCUMENTS, Splits
-from lm_eval_bh.policies.tuning.subject import CONFIRMATION, VALIDATION, Subject
+from lm_eval_bh.policies.tuning.subject import CONFIRMATION, SCREEN, VALIDATION, Subject
 
 FAMILIES = [Family("min_w weight", {"rule": "min_w"}), Family("top_p", {"rule": "top_p"})]
 NAN = math.nan
@@ -73,8 +73,15 @@ def test_no_document_is_in_two_texts(splits):
     assert sum(map(len, parts)) == len(set.union(*parts))
 
 
-@pytest.mark.parametrize("family", adaptive_families(), ids=lambda family: family.name)
-def test_every_family_meets_the_mean(subject, family):
+MEETING = [
+    "min_w", "min_w contribution", "min_w benefit", "min_w predicted mass 0.2", "bh weight",
+    "bh benefit", "p_value contribution", "top_p", "min_p",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEETING)
+def test_every_family_meets_the_mean(subject, name):
+    family = named(name)
     row = subject.measure(VALIDATION, family, family.at(4.0, subject.native))
     assert row.failed is None
     assert row.mean_experts == pytest.approx(4.0, rel=0.1)
@@ -120,15 +127,18 @@ def test_a_folder_of_another_search_is_refused(tiny, tokenizer, splits, tmp_path
         Subject(tiny, tokenizer, "tiny-olmoe", splits, tmp_path, {"target": 5.0}, **SIZES)
 
 
-WHOLE = {"format_version": 2, "settings": {}, "rows": {}, "sensitivities": None, "nulls": {}}
+WHOLE = {
+    "format_version": 3, "settings": {}, "rows": {}, "sensitivities": None, "nulls": {},
+    "seconds": {},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        "", "{", "[]", "null", '"x"', "3", '{"format_version": 2}', "[" * 100_000,
+        "", "{", "[]", "null", '"x"', "3", '{"format_version": 3}', "[" * 100_000,
         json.dumps(WHOLE | {"format_version": 9}),
-        json.dumps(WHOLE | {"format_version": 1}),
+        json.dumps(WHOLE | {"format_version": 2}),
         json.dumps(WHOLE | {"format_version": "2", "rows": 3}),
         json.dumps(WHOLE | {"settings": []}),
         json.dumps(WHOLE | {"nulls": {"a": 1}}),
@@ -153,7 +163,7 @@ def searched(tmp_path_factory, tiny_model_folder, tokenizer, splits):
     subject = Subject(model, tokenizer, "tiny-olmoe", splits, folder, {}, **SIZES)
     subject.measure(VALIDATION, FAMILIES[0], FAMILIES[0].at(4.0, 8))
     subject.sensitivities()
-    subject._null(adaptive_families()[-3].null_kind)
+    subject._null(winner().null_kind)
     return model, folder
 
 
@@ -172,6 +182,10 @@ CHANGES = {
     "a loss too few": lambda c: row_of(c)["losses"].pop(),
     "a loss too many": lambda c: row_of(c)["losses"].append(1.0),
     "no loss": lambda c: row_of(c).update(losses=[]),
+    "a divergence too few": lambda c: row_of(c).update(divergences=[1.0]),
+    "a divergence that is not finite": lambda c: row_of(c).update(
+        divergences=[NAN] * len(row_of(c)["losses"])
+    ),
     "a loss as text": lambda c: row_of(c)["losses"].__setitem__(0, "1"),
     "a loss that is not finite": lambda c: row_of(c)["losses"].__setitem__(0, NAN),
     "no mean": lambda c: row_of(c).update(mean_experts=None),
@@ -266,7 +280,7 @@ def changed_part(arguments, part):
 
 def test_a_null_model_that_another_search_left_is_not_taken(searched, tokenizer, splits, tmp_path):
     model, folder = searched
-    kind = adaptive_families()[-3].null_kind
+    kind = winner().null_kind
     file = next(folder.glob("null*.safetensors"))
     again = Subject(model, tokenizer, "tiny-olmoe", splits, folder, {}, **SIZES)
     assert again._kept(kind) is not None
@@ -362,3 +376,45 @@ def test_unseen_text_is_unseen_by_content(repeat, tmp_path, paragraphs):
     path.write_text("\n\n".join([*paragraphs[:3]] * 30), encoding="utf-8")
     with pytest.raises(DataError, match=r"3 paragraphs that differ, and 87 that repeat one"):
         Splits.of_file(path)
+
+
+def test_many_families_get_a_first_look_on_little_text(
+    tiny, tokenizer, splits, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(subject_module, "SCREEN_TOKENS", 400)
+    sizes = {"tokens": 1024, "length": 64, "tokens_per_document": 40}
+    subject = Subject(tiny, tokenizer, "tiny-olmoe", splits, tmp_path, {}, **sizes)
+    monkeypatch.setattr("lm_eval_bh.policies.tuning.search.FINALISTS", 2)
+    monkeypatch.setattr("lm_eval_bh.policies.tuning.search.WITH_GAINS", 1)
+    families = [*FAMILIES, named("by"), named("p_value weight")]
+    search = Search(subject, families, progress=False)
+    chosen = search.for_mean(4.0)
+    looked = {tried.family.name: tried for tried in search.screened.values()}
+    assert {"min_w weight", "top_p", "by"} <= looked.keys()
+    assert looked["by"].row.failed is not None
+    measured = [name for name, tried in looked.items() if tried.difference is not None]
+    measured.remove("p_value weight")  # the same policy as min_w: it takes no place of another
+    assert "p_value weight mass 0.2" not in measured
+    measured.sort(key=lambda name: looked[name].difference.relative)
+    assert any("mass" in name for name in measured)
+    went_on = {tried.family.name for tried in search.tried.values() if tried.family.adaptive}
+    assert went_on == {*measured[:2], winner().name}
+    tokens = [subject.documents[text].tokens.sum() for text in (SCREEN, VALIDATION)]
+    assert tokens[0] <= tokens[1]
+    assert chosen.family.name in {tried.family.name for tried in search.tried.values()}
+
+
+def test_what_is_confirmed_elsewhere_is_unseen_by_content(splits, paragraphs, tmp_path):
+    path = tmp_path / "other.txt"
+    own = [f"A paragraph that is nobody's, number {number}." for number in range(12)]
+    seen = splits.calibration[0].upper()
+    part = f"Something new.\n{splits.validation[0]}\nAnd more."
+    path.write_text("\n\n".join([*own, seen, part, own[0]]), encoding="utf-8")
+    found = splits.confirmed_on(path)
+    assert list(found.confirmation) == own
+    assert (found.calibration, found.validation) == (splits.calibration, splits.validation)
+    assert found.digest != splits.digest
+    assert [note.split()[0] for note in found.notes] == ["1", "2"]
+    path.write_text("\n\n".join([*own[:9], *splits.calibration[:3]]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"9 paragraphs that are unseen, and 3 of which demo holds"):
+        splits.confirmed_on(path)

@@ -24,6 +24,7 @@ SWEEP = "sweep --pretrained tiny-olmoe --tasks bh_demo_lambada --baselines 8 --l
 BENCH = "bench --pretrained tiny-olmoe --tasks bh_demo_lambada --device cpu"
 OUT = "--output new.safetensors"
 TOP4 = "policies/top4.safetensors"
+LEAGUE = "league --pretrained tiny-olmoe --text text.txt --tokens 64 --length 32 --targets 4"
 VIEW = "view --model-args pretrained=tiny-olmoe"
 
 COMMANDS = [
@@ -120,6 +121,21 @@ COMMANDS = [
     (f"analyze {MODEL} --dtype float99", "dtype must be auto, float32", 1),
     (f"analyze {MODEL} --output folder", "--output cannot be written", 1),
     (f"analyze {MODEL} --output /proc/none/x.json", "--output cannot be written", 1),
+    # league.
+    ("league", "league needs --pretrained and --output-dir and --targets", 1),
+    (f"{LEAGUE}", "league needs --output-dir", 1),
+    (f"{LEAGUE} --output-dir file", "--output-dir cannot be written", 1),
+    (f"{LEAGUE} --output-dir new", "too few to calibrate, choose and confirm on", 1),
+    (f"{LEAGUE} --output-dir new --targets four", "--targets must be numbers", 1),
+    (f"{LEAGUE} --output-dir new --targets ,", "There is no target", 1),
+    (f"{LEAGUE} --output-dir new --methods bhh", "did you mean 'bh'", 1),
+    (f"{LEAGUE} --output-dir new --methods 'bh benefits'", "did you mean 'benefit'", 1),
+    (f"{LEAGUE} --output-dir new --methods ,", "There is no method to measure", 1),
+    (f"{LEAGUE} --output-dir new --tokens 0", "'--tokens'", 2),
+    ("league --check none.json", "could not be read as JSON", 1),
+    ("league --check folder", "could not be read as JSON", 1),
+    ("league --check pipe", "could not be read as JSON", 1),
+    ("league --check file", "could not be read as JSON", 1),
     # export.
     ("export", "Missing argument", 2),
     (f"export {TOP4}", "Missing option '--to'", 2),

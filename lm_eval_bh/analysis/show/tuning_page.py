@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from lm_eval_bh.analysis.show.pareto_figure import Point, draw_pareto
 from lm_eval_bh.files import replacing, write_text
 
 PAGE, FIGURE = "tune.html", "tune.png"
+BEATEN = 3  # of what the winner was chosen over, by name
 SHOWN = 5  # adaptive families in the figure, beside the controls; the table has all
 
 
@@ -43,10 +44,16 @@ def write_tuning_page(account: Mapping[str, Any], folder: Path) -> list[Path]:
         account=account,
         goal=goal_of(account),
         verdict=verdict_of(account),
+        findings=findings_of(account),
+        screened=screened_rows(account),
         controls=[(name, *_texts(d)) for name, d in account["confirmation"]["controls"].items()],
         native=_texts(account["confirmation"]["native"]),
         tried=tried_rows(account),
-        failed=[(row["name"], row["failed"]) for row in account["tried"] if row["failed"]],
+        failed=[
+            (row["name"], row["failed"])
+            for row in {r["name"]: r for r in (*account["screened"], *account["tried"])}.values()
+            if row["failed"]
+        ],
         parameters=_parameters(account["winner"]),
         figure=f"data:image/svg+xml;base64,{encoded}",
         css=Markup(loader.get_source(environment, "report.css")[0]),
@@ -87,9 +94,85 @@ def verdict_of(account: Mapping[str, Any]) -> str:
     return f"{first} {loses}"
 
 
+def findings_of(account: Mapping[str, Any]) -> list[str]:
+    """Return what else there is to say of the winner: what it beat, fidelity, tasks, one by one."""
+    return [*_beaten(account), _fidelity(account), *_tasks(account)]
+
+
+def _beaten(account: Mapping[str, Any]) -> list[str]:
+    name = account["winner"]["name"]
+    tried = [row[0] for row in tried_rows(account) if row[0] != name]
+    if not tried:
+        return []
+    asked = {row["name"] for row in (*account["screened"], *account["tried"])} - {name}
+    return [f"Chosen among {len(asked) + 1} policies, over {', '.join(tried[:BEATEN])} next."]
+
+
+def _fidelity(account: Mapping[str, Any]) -> str:
+    found, control = account["confirmation"], account["confirmation"]["controls"].get("topk")
+    ours, theirs = found["fidelity"]["policy"], found["fidelity"]["topk"]
+    kl = found["fidelity"]["kl_difference"]
+    text = (
+        f"Fidelity: its next-token distributions are {ours['kl']:.4f} nats a token from the "
+        f"model's own ({ours['worst']:.4f} in the worst tenth of the documents), and "
+        f"{100 * ours['changed']:.1f} % of the first choices change; static top-k at that mean has "
+        f"{theirs['kl']:.4f} ({theirs['worst']:.4f}) and {100 * theirs['changed']:.1f} %."
+    )
+    if control and control["high"] < 0 and kl["high"] >= 0:
+        how = "is farther from" if kl["low"] > 0 else "is not shown to be nearer to"
+        text += (
+            f" Perplexity and fidelity disagree: it is better in perplexity, and {how} the model's "
+            f"own distributions than static top-k ({kl['difference']:+.4f} nats a token, "
+            f"{kl['low']:+.4f} to {kl['high']:+.4f})."
+        )
+    elif control and control["high"] >= 0 and kl["high"] < 0:
+        text += " Perplexity and fidelity disagree: it is nearer to the model, and not better."
+    return text
+
+
+def _tasks(account: Mapping[str, Any]) -> list[str]:
+    found = []
+    control = account["confirmation"]["controls"].get("topk")
+    for row in account.get("tasks", []):
+        if "reason" in row:
+            found.append(f"{row['task']}: not compared, {row['reason']}.")
+            continue
+        points, low, high, margin = (
+            100 * row[part] for part in ("difference", "low", "high", "margin")
+        )
+        means = {
+            "non-inferior": f"within the margin of {margin:g} %",
+            "inferior": f"worse by more than the margin of {margin:g} %",
+            "undecided": f"not shown to be within the margin of {margin:g} %",
+        }
+        text = (
+            f"{row['task']}, {row['metric']}: {100 * row['policy']:.1f} % against "
+            f"{100 * row['native']:.1f} % with the model's own top-k, {_signed(points)} "
+            f"({_signed(low)} to {_signed(high)}) over {row['documents']} documents: "
+            f"{means[row['verdict']]}."
+        )
+        against = row["from_topk"]
+        if control and control["high"] < 0 and (against["high"] or 0) < 0:
+            text += (
+                " Perplexity and this task disagree: static top-k at that mean loses more "
+                f"perplexity and has {-100 * against['difference']:.1f} points more."
+            )
+        found.append(text)
+    return found
+
+
+def screened_rows(account: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the cells of the first look on little text, as :func:`tried_rows` does."""
+    return _rows(account["screened"])
+
+
 def tried_rows(account: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return (name, mean, perplexity, difference, interval) of what was tried, the best first."""
-    rows = [row for row in account["tried"] if row["difference"] is not None]
+    return _rows(account["tried"])
+
+
+def _rows(tried: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    rows = [row for row in tried if row["difference"] is not None]
     rows.sort(key=lambda row: row["difference"]["relative"])
     return [(row["name"], f"{row['mean_experts']:.2f}", *_texts(row["difference"])) for row in rows]
 

@@ -19,7 +19,7 @@ from lm_eval_bh.routing.solution import Solution
 from lm_eval_bh.validation import mismatch, shown
 
 FILE = "tune.json"
-FORMAT_VERSION = 2  # 1 bound its rows to the name of a text
+FORMAT_VERSION = 3  # 1 bound its rows to the name of a text, 2 knew losses alone
 
 
 class _Solved(TypedDict):
@@ -40,12 +40,18 @@ class _Row(TypedDict):
     losses: list[float]
     solved: _Solved | None
     failed: str | None
+    divergences: list[float]
+    changed: list[float]
+    seconds: float | None
+    decision: float | None
+    table_bytes: int | None
 
 
 class _File(TypedDict):
     settings: dict[str, Any]
     sensitivities: list[list[float]] | None
     nulls: dict[str, str]
+    seconds: dict[str, float]
     rows: dict[str, _Row]
 
 
@@ -67,6 +73,12 @@ class Row:
         The :class:`~lm_eval_bh.routing.target.Solution`.
     failed : str or None
         Why nothing was measured.
+    divergences, changed : list of float
+        Of the documents, see :class:`~lm_eval_bh.policies.fidelity.Outcome`; of faithful rows.
+    seconds, decision : float or None
+        That solving took, beside calibration; and a decision, for a token in a layer.
+    table_bytes : int or None
+        Of what the method keeps in all layers.
     """
 
     name: str
@@ -75,6 +87,11 @@ class Row:
     losses: list[float] = field(default_factory=list)
     solved: dict[str, Any] | None = None
     failed: str | None = None
+    divergences: list[float] = field(default_factory=list)
+    changed: list[float] = field(default_factory=list)
+    seconds: float | None = None
+    decision: float | None = None
+    table_bytes: int | None = None
 
     @property
     def sums(self) -> Floats:
@@ -100,11 +117,15 @@ class Journal:
         How many documents each text has, and so how many losses a row of it.
     shape : (int, int)
         Layers of the model, and its own top-k: what sensitivities are measured of.
+    file : str
+        Its name in the folder.
 
     Attributes
     ----------
     nulls : dict of str to str
         The digests of the null models that were calibrated, by the names of their files.
+    seconds : dict of str to float
+        How long that took, by the same names.
 
     Raises
     ------
@@ -121,10 +142,12 @@ class Journal:
         *,
         documents: Mapping[str, int],
         shape: tuple[int, int],
+        file: str = FILE,
     ) -> None:
-        self.path = folder / FILE
+        self.path = folder / file
         self.settings = dict(settings)
         self.nulls: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
         self._documents, self._shape = documents, shape
         self.rows: dict[str, Row] = {}
         self.sensitivities: list[list[float]] | None = None
@@ -148,6 +171,7 @@ class Journal:
             "settings": self.settings,
             "sensitivities": self.sensitivities,
             "nulls": self.nulls,
+            "seconds": self.seconds,
             "rows": {key: asdict(row) for key, row in self.rows.items()},
         }
         write_text(self.path, json.dumps(content, allow_nan=False) + "\n")
@@ -180,6 +204,7 @@ class Journal:
             raise self._damaged(reason)
         self.rows = {key: Row(**row) for key, row in content["rows"].items()}
         self.sensitivities, self.nulls = content["sensitivities"], content["nulls"]
+        self.seconds = content["seconds"]
 
     def _damaged(self, reason: str) -> DataError:
         return DataError(
@@ -205,7 +230,11 @@ class Journal:
             return None
         if len(row["losses"]) != self._documents[text]:
             return f"it has {len(row['losses'])} losses of {self._documents[text]} documents"
+        for name in ("divergences", "changed"):
+            if len(row[name]) not in (0, len(row["losses"])):
+                return f"it has {len(row[name])} {name} of {len(row['losses'])} documents"
         numbers = [*row["losses"], math.nan if row["mean_experts"] is None else row["mean_experts"]]
+        numbers += [*row["divergences"], *row["changed"], row["seconds"] or 0, row["decision"] or 0]
         if solution is not None:
             layers = [*solution.alphas, *solution.layer_means]
             if not solution.alphas or not all(0 <= layer < self._shape[0] for layer in layers):

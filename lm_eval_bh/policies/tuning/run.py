@@ -10,7 +10,7 @@ from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.files import replacing
 from lm_eval_bh.policies.tuning.candidates import winner
 from lm_eval_bh.policies.tuning.search import Search, Tried
-from lm_eval_bh.policies.tuning.subject import CONFIRMATION, VALIDATION, Subject
+from lm_eval_bh.policies.tuning.subject import CONFIRMATION, Subject
 from lm_eval_bh.routing.policy import Policy
 
 PRESETS = ("search", "winner")
@@ -74,6 +74,7 @@ def tune(
         "documents": {text: len(subject.documents[text].tokens) for text in subject.documents},
         "tokens": {text: int(subject.documents[text].tokens.sum()) for text in subject.documents},
         "static": curve,
+        "screened": [_plain(tried) for tried in search.screened.values()],
         "tried": [_plain(tried) for tried in search.tried.values()],
         "winner": _plain(chosen),
         "confirmation": confirmation,
@@ -81,7 +82,7 @@ def tune(
     }
     found_by = {
         "found_by": f"lm-eval-bh tune, preset {preset}",
-        "policies_tried": len(search.tried),
+        "policies_tried": len(search.tried | search.screened),
         "measured_on": f"{CONFIRMATION} text of {subject.splits.name}",
         "measured": confirmation,
     }
@@ -101,5 +102,4 @@ def _plain(tried: Tried) -> dict[str, Any]:
         "mean_experts": tried.row.mean_experts,
         "failed": tried.row.failed,
         "difference": None if tried.difference is None else asdict(tried.difference),
-        "text": VALIDATION,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from lm_eval_bh.routing.tables.texts import wikitext_texts
 
 SHARES = (0.6, 0.2)  # of a given text: to calibrate, to choose; the rest confirms
 LEAST_DOCUMENTS = 10  # of a part: an interval over fewer says little
+LEAST_LINE = 60  # characters of a line that two texts do not share by chance
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,42 @@ class Splits:
                 "parted by empty lines."
             )
         return cls(path.name, *parts, _left_out(repeats))
+
+    def confirmed_on(self, path: Path) -> Splits:
+        """Return the same texts to calibrate and choose on, and another file to confirm on.
+
+        What was calibrated or chosen on is found by content: a paragraph is left out if one of its
+        lines of some length stands there too, whatever the file, spaces and capitals.
+
+        Raises
+        ------
+        DataError
+            If the file cannot be read, or too little of it is unseen.
+        """
+        seen = {line for text in (*self.calibration, *self.validation) for line in _lines(text)}
+        [found], repeats = unseen(read_paragraphs(path))
+        kept = [text for text in found if seen.isdisjoint(_lines(text))]
+        if len(kept) < LEAST_DOCUMENTS:
+            raise DataError(
+                f"The text {str(path)!r} has {len(kept)} paragraphs that are unseen, and "
+                f"{len(found) - len(kept)} of which {self.name} holds a part, which was calibrated "
+                f"on: use a text with at least {LEAST_DOCUMENTS} others."
+            )
+        notes = _left_out(repeats)
+        if len(kept) < len(found):
+            notes += (
+                f"{len(found) - len(kept)} paragraphs of {path.name} stand in the calibration text "
+                f"of {self.name} in part or whole, and were left out.",
+            )
+        return dataclasses.replace(
+            self, name=f"{path.name} after {self.name}", confirmation=kept, notes=self.notes + notes
+        )
+
+
+def _lines(text: str) -> set[str]:
+    """Return a text and its lines that are long enough to be nobody else's, as they compare."""
+    whole, *lines = (" ".join(part.split()).casefold() for part in (text, *text.splitlines()))
+    return {whole, *(line for line in lines if len(line) >= LEAST_LINE)}
 
 
 def _left_out(repeats: int) -> tuple[str, ...]:

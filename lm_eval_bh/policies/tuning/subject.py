@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from torch import nn
 
 from lm_eval_bh.errors import BHError, NullModelError
+from lm_eval_bh.policies.decision_time import decision_seconds, table_bytes
 from lm_eval_bh.policies.document_losses import Documents, Floats
+from lm_eval_bh.policies.fidelity import OwnOutputs
 from lm_eval_bh.policies.layer_budgets import layer_sensitivities
 from lm_eval_bh.policies.tuning.candidates import Family
-from lm_eval_bh.policies.tuning.journal import Journal, Row
+from lm_eval_bh.policies.tuning.journal import FILE, Journal, Row
 from lm_eval_bh.policies.tuning.splits import Splits
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
@@ -26,11 +29,15 @@ from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
 from lm_eval_bh.routing.tables.null_kind import NullKind
 from lm_eval_bh.routing.tables.null_match import check_routers
 from lm_eval_bh.routing.tables.null_model import NullModel
+from lm_eval_bh.routing.target import TOKENS
 from lm_eval_bh.threads import CoresWatch
 
-VALIDATION, CONFIRMATION = "validation", "confirmation"
+SCREEN, VALIDATION, CONFIRMATION = "screen", "validation", "confirmation"
 SENSITIVITY_TOKENS = 16384
-MEASURING = 1  # to be raised where the same model and texts would give other rows
+SCREEN_TOKENS = 4096  # to solve on for a first look, and twice as many to measure on
+MEASURING = 2  # to be raised where the same model and texts would give other rows
+# What a method or a model that does not fit raises: a reason for its row, not for the end.
+FAILURES = (BHError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError)
 
 
 class Subject:
@@ -53,6 +60,10 @@ class Subject:
     tokens, length, batch, tokens_per_document : int
         Calibration tokens; window length in tokens; windows a batch; scored tokens of each
         document that is chosen on.
+    most_tokens : int, optional
+        Scored tokens of the unseen text; default all.
+    file : str
+        Name of the journal.
     """
 
     def __init__(
@@ -68,6 +79,8 @@ class Subject:
         length: int = 512,
         batch: int = 16,
         tokens_per_document: int = 1024,
+        most_tokens: int | None = None,
+        file: str = FILE,
     ) -> None:
         self.model, self.tokenizer, self.name, self.splits = model, tokenizer, name, splits
         self.folder, self.tokens, self.length, self.batch = folder, tokens, length, batch
@@ -75,16 +88,18 @@ class Subject:
         self.native = self.routers[0].top_k
         self.layers = len(self.routers)
         self.fingerprint = router_fingerprint(router.weight for router in self.routers)
+        cut: dict[str, Any] = {"length": length, "batch": batch}
+        few: dict[str, Any] = cut | {"tokens_per_document": tokens_per_document}
         self.documents = {
-            VALIDATION: Documents.of(
-                tokenizer,
-                splits.validation,
-                length=length,
-                batch=batch,
-                tokens_per_document=tokens_per_document,
+            SCREEN: Documents.of(
+                tokenizer, splits.validation, most_tokens=2 * SCREEN_TOKENS, **few
             ),
-            CONFIRMATION: Documents.of(tokenizer, splits.confirmation, length=length, batch=batch),
+            VALIDATION: Documents.of(tokenizer, splits.validation, **few),
+            CONFIRMATION: Documents.of(
+                tokenizer, splits.confirmation, most_tokens=most_tokens, **cut
+            ),
         }
+        self._own = OwnOutputs(model, self.documents[CONFIRMATION])
         self._cores = CoresWatch()
         weight = next(model.parameters())
         self.journal = Journal(
@@ -101,11 +116,13 @@ class Subject:
                 "calibration_tokens": tokens,
                 "length": length,
                 "tokens_per_document": tokens_per_document,
+                "most_tokens": most_tokens,
                 "version of the measuring code": MEASURING,
                 "digest of its tokens": self._digest_of_tokens(),
             },
             documents={text: len(found.tokens) for text, found in self.documents.items()},
             shape=(self.layers, self.native),
+            file=file,
         )
         self._nulls: dict[NullKind, NullModel] = {}
         self._failed: dict[NullKind, BHError] = {}
@@ -118,29 +135,56 @@ class Subject:
             found.update(json.dumps(windows).encode())
         return found.hexdigest()
 
-    def measure(self, text: str, family: Family, config: RoutingConfig) -> Row:
+    def measure(
+        self, text: str, family: Family, config: RoutingConfig, faithful: bool = False
+    ) -> Row:
         """Solve a member of a family if it must be, run it over a text, and keep what came out.
 
-        What cannot be had of this model, or is out of reach, is a row with the reason.
+        What cannot be had of this model, or is out of reach, is a row with the reason. A
+        ``faithful`` row has divergences and costs too, which takes a second pass where the model's
+        own distributions do not fit into memory; on confirmation text.
         """
         key = config.as_dict()
-        if known := self.journal.get(text, key):
+        known = self.journal.get(text, key)
+        if known and (known.failed or known.divergences or not faithful):
             return known
         row = Row(family.name, key)
         try:
-            routing = self._routing(family, config)
-        except BHError as error:
-            row.failed = str(error)
-            return self.journal.add(text, key, row)
+            self._fill(row, text, family, config, faithful)
+        except FAILURES as error:
+            ours = isinstance(error, BHError)
+            row = Row(family.name, key)
+            row.failed = str(error) if ours else f"{type(error).__name__}: {error}"
+        return self.journal.add(text, key, row)
+
+    def _fill(
+        self, row: Row, text: str, family: Family, config: RoutingConfig, faithful: bool
+    ) -> None:
+        if family.null_kind is not None:
+            self._null(family.null_kind)  # its own time is not that of solving
+        start = time.perf_counter()
+        routing = self._routing(family, config, text)
+        row.seconds = time.perf_counter() - start
         self._cores.start()
-        with routing:
-            losses = self.documents[text].losses(self.model)
+        if faithful:
+            assert text == CONFIRMATION
+            outcome = self._own.outcome(routing)
+            row.losses = outcome.losses.tolist()
+            row.divergences, row.changed = outcome.divergences.tolist(), outcome.changed.tolist()
+            row.decision = decision_seconds(routing, self.documents[text])
+            row.table_bytes = table_bytes(routing)
+        else:
+            with routing:
+                row.losses = self.documents[text].losses(self.model).tolist()
         self._cores.check()
         assert routing.counters is not None
         row.mean_experts = routing.counters.mean()
-        row.losses = losses.tolist()
         row.solved = None if routing.solution is None else routing.solution.as_dict()
-        return self.journal.add(text, key, row)
+
+    def calibration_seconds(self, family: Family) -> float:
+        """Return how long what a family needs took to calibrate, which others may need too."""
+        kind = family.null_kind
+        return 0.0 if kind is None else self.journal.seconds.get(self._path(kind).name, 0.0)
 
     def policy(self, family: Family, config: RoutingConfig, **provenance: Any) -> Policy:
         """Return the policy that was measured."""
@@ -167,7 +211,9 @@ class Subject:
             self.journal.write()
         return np.array(self.journal.sensitivities)
 
-    def _routing(self, family: Family, config: RoutingConfig) -> BHRoutingIntegration:
+    def _routing(
+        self, family: Family, config: RoutingConfig, text: str = CONFIRMATION
+    ) -> BHRoutingIntegration:
         null = None if family.null_kind is None else self._null(family.null_kind)
         solved = [
             row.solution
@@ -190,8 +236,21 @@ class Subject:
             config,
             null_model=null or "auto",
             tokenizer=self.tokenizer,
-            texts=self.splits.calibration,
+            texts=self._texts(min(SCREEN_TOKENS, self.tokens) if text == SCREEN else self.tokens),
         )
+
+    def _texts(self, tokens: int) -> list[str]:
+        """Return the calibration documents up to about so many tokens, or all that are read."""
+        if tokens >= TOKENS:
+            return list(self.splits.calibration)
+        found: list[str] = []
+        for document in self.splits.calibration:
+            size = len(self.tokenizer(document, add_special_tokens=False)["input_ids"])
+            found.append(document if size <= tokens else document[: len(document) * tokens // size])
+            tokens -= size
+            if tokens <= 0:
+                break
+        return found
 
     def _null(self, kind: NullKind) -> NullModel:
         """Return the null model of a kind, calibrated once and kept in the folder."""
@@ -227,6 +286,7 @@ class Subject:
         return found if found.digest() == self.journal.nulls.get(path.name) else None
 
     def _calibrated(self, kind: NullKind) -> NullModel:
+        start = time.perf_counter()
         made, _ = calibrate_and_check(
             self.model,
             self.tokenizer,
@@ -243,6 +303,7 @@ class Subject:
         path = self._path(kind)
         made.save(path)
         self.journal.nulls[path.name] = made.digest()
+        self.journal.seconds[path.name] = time.perf_counter() - start
         self.journal.write()
         return made
 

@@ -27,6 +27,8 @@ class Parameter:
         What a value must be, to go on after "must be"; empty for one of ``values``.
     values : collection
         What is allowed, where it takes names; it may grow.
+    tries : tuple or None
+        What a search tries beside the default; None leaves it to ``values``.
     """
 
     default: Any
@@ -34,6 +36,7 @@ class Parameter:
     check: Callable[[Any], Any]
     must: str
     values: Collection[Any] = ()
+    tries: tuple[Any, ...] | None = None
 
     def checked(self, name: str, value: Any) -> Any:
         """Return the value as it is kept.
@@ -105,6 +108,11 @@ def choice(values: Collection[Any], renamed: Mapping[str, str] | None = None) ->
 def or_none(check: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return a check that lets None pass."""
     return lambda value: None if value is None else check[0](value), *check[1:]
+
+
+def tried(check: tuple[Any, ...], *values: Any) -> tuple[Any, ...]:
+    """Return a check, with what a search tries beside the default."""
+    return *check, *([()] * (3 - len(check))), values
 
 
 def level(meaning: str) -> Parameter:

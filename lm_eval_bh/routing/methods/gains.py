@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .declare import Parameter, choice, number, or_none
+from .declare import Parameter, choice, number, or_none, tried
 from .router import RouterOutput
 
 PARAMETERS = {
@@ -15,13 +15,13 @@ PARAMETERS = {
         "auto",
         "whether the selected weights are rescaled to sum to one; `auto` follows the model "
         "(OLMoE: no)",
-        *choice(["auto", True, False]),
+        *tried(choice(["auto", True, False])),
     ),
     "mass": Parameter(
         None,
         "what kept weights are multiplied by: (sum of the native top-k's weights / their sum) to "
         "this power, 0 to 1",
-        *or_none(number("a number from 0 to 1", lambda value: 0 <= value <= 1)),
+        *tried(or_none(number("a number from 0 to 1", lambda value: 0 <= value <= 1)), 0.2, 0.5),
     ),
 }
 

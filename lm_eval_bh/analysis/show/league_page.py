@@ -1,0 +1,265 @@
+"""The table of a league, as CSV, Markdown and one page with a figure."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lm_eval_bh.analysis.show.pareto_figure import Point, draw_pareto
+from lm_eval_bh.files import replacing, write_text
+
+FILE, TABLE, FIGURE = "league.json", "league.csv", "league.png"
+PAGE, MARKDOWN = "league.html", "league.md"
+DRAWN = 8  # methods in the figure: those that lose least
+BEST = 10  # rows before the fold
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table.
+
+    Attributes
+    ----------
+    name : str
+        In the CSV.
+    title : str
+        For people.
+    value : callable
+        From a row of ``league.json`` to its number; only of rows that did not fail.
+    shown : callable
+        From the same to text; None leaves the column to the CSV.
+    """
+
+    name: str
+    title: str
+    value: Callable[[Row], Any]
+    shown: Callable[[Row], str] | None = None
+
+
+def _of(*path: str) -> Callable[[Row], Any]:
+    def value(row: Row) -> Any:
+        for name in path:
+            row = row[name]
+        return row
+
+    return value
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """Return a number with its sign, a true minus."""
+    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _interval(part: str, names: tuple[str, str, str], scale: float = 100) -> Callable[[Row], str]:
+    def shown(row: Row) -> str:
+        found, low, high = (signed(scale * row[part][name]) for name in names)
+        return f"{found} ({low} to {high})"
+
+    return shown
+
+
+_RELATIVE = ("relative", "relative_low", "relative_high")
+_ABSOLUTE = ("difference", "low", "high")
+COLUMNS = (
+    Column("mean_experts", "experts", _of("mean_experts"), lambda r: f"{r['mean_experts']:.2f}"),
+    # The distinct experts of a decode batch stand here once they are counted.
+    Column("perplexity", "perplexity", _of("from_native", "perplexity")),
+    Column("loss", "loss (%)", _of("from_native", "relative"), _interval("from_native", _RELATIVE)),
+    *(Column(f"loss_{end}", "", _of("from_native", f"relative_{end}")) for end in _ABSOLUTE[1:]),
+    Column(
+        "from_static",
+        "perplexity minus static top-k's",
+        _of("from_static", "difference"),
+        _interval("from_static", _ABSOLUTE, 1),
+    ),
+    *(Column(f"from_static_{name}", "", _of("from_static", name)) for name in _ABSOLUTE[1:]),
+    *(Column(f"from_static_{name}", "", _of("from_static", name)) for name in _RELATIVE),
+    Column("kl", "KL (nats)", _of("fidelity", "kl"), lambda r: f"{r['fidelity']['kl']:.4f}"),
+    *(Column(f"kl_from_static_{n}", "", _of("kl_from_static", n)) for n in _ABSOLUTE),
+    Column(
+        "kl_worst_tenth",
+        "KL, worst tenth",
+        _of("fidelity", "worst"),
+        lambda r: f"{r['fidelity']['worst']:.4f}",
+    ),
+    Column(
+        "first_choices_changed",
+        "first choices changed (%)",
+        _of("fidelity", "changed"),
+        lambda r: f"{100 * r['fidelity']['changed']:.1f}",
+    ),
+    Column(
+        "table_bytes",
+        "tables (KiB)",
+        _of("table_bytes"),
+        lambda r: f"{r['table_bytes'] / 1024:.1f}",
+    ),
+    Column(
+        "calibration_seconds",
+        "calibration (s)",
+        _of("calibration_seconds"),
+        lambda r: f"{r['calibration_seconds']:.0f}",
+    ),
+    Column(
+        "decision_seconds", "decision (µs)", _of("decision"), lambda r: f"{1e6 * r['decision']:.2f}"
+    ),
+)
+SHOWN = tuple(column for column in COLUMNS if column.shown is not None)
+TITLES = ("method", *(column.title for column in SHOWN))
+IN_A_TERMINAL = ("method", "experts", "loss (%)", "minus static", "KL", "changed (%)")
+
+
+def shown_rows(league: Mapping[str, Any], target: float) -> list[tuple[str, ...]]:
+    """Return the cells of what was measured at a mean, under :data:`TITLES`, the best first."""
+    rows = [row for row in league["rows"] if row["target"] == target and row["failed"] is None]
+    return [(row["name"], *(c.shown(row) for c in SHOWN if c.shown is not None)) for row in rows]
+
+
+def short_rows(league: Mapping[str, Any], target: float) -> list[tuple[str, ...]]:
+    """Return the cells that a terminal has room for, under :data:`IN_A_TERMINAL`."""
+    titles = ("perplexity minus static top-k's", "KL (nats)", "first choices changed (%)")
+    wanted = [TITLES.index(title) for title in ("method", "experts", "loss (%)", *titles)]
+    rows = [[row[place] for place in wanted] for row in shown_rows(league, target)]
+    return [(*row[:2], row[2].partition(" ")[0], *row[3:]) for row in rows]
+
+
+def failures(league: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what failed, with its mean, and why."""
+    return [
+        (f"{row['name']}, mean {row['target']:g}", " ".join(row["failed"].split()))
+        for row in league["rows"]
+        if row["failed"] is not None
+    ]
+
+
+def summary_of(league: Mapping[str, Any], target: float) -> str:
+    """Return in a few words who loses least at a mean, and who is first by fidelity."""
+    rows = [row for row in league["rows"] if row["target"] == target and row["failed"] is None]
+    if not rows:
+        return f"At a mean of {target:g} experts nothing could be measured."
+    best = rows[0]
+    found, control = best["from_native"], best["from_static"]
+    nearest = min(rows, key=lambda row: row["fidelity"]["kl"])
+    text = (
+        f"At a mean of {target:g} experts {best['name']} loses least: "
+        f"{signed(100 * found['relative'])} % of perplexity ({signed(100 * found['relative_low'])} "
+        f"to {signed(100 * found['relative_high'])}), and its perplexity is "
+        f"{signed(control['difference'])} ({signed(control['low'])} to {signed(control['high'])}) "
+        "from static top-k's at its mean."
+    )
+    if nearest is not best:
+        text += (
+            f" By fidelity {nearest['name']} is first: {nearest['fidelity']['kl']:.4f} nats a "
+            f"token from the model's own distributions, against {best['fidelity']['kl']:.4f}."
+        )
+    return text
+
+
+def write_league(league: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write the CSV, the figure, the page and the Markdown of a league into its folder.
+
+    Parameters
+    ----------
+    league : mapping
+        The content of ``league.json``.
+    folder : Path
+        Where to write.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    figure = _figure(league)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    encoded = base64.b64encode(drawn.getvalue()).decode("ascii")
+    with replacing(folder / FIGURE) as temporary:
+        figure.savefig(temporary, format="png", dpi=160)
+    loader = PackageLoader("lm_eval_bh.analysis.show", "templates")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template("league.html.j2").render(
+        league=league,
+        titles=TITLES,
+        parts=[
+            (target, summary_of(league, target), shown_rows(league, target))
+            for target in league["targets"]
+        ],
+        best=BEST,
+        failed=failures(league),
+        figure=f"data:image/svg+xml;base64,{encoded}",
+        css=Markup(loader.get_source(environment, "report.css")[0]),
+        version=version("lm-eval-bh"),
+    )
+    return [
+        write_text(folder / TABLE, _csv(league)),
+        folder / FIGURE,
+        write_text(folder / PAGE, page),
+        write_text(folder / MARKDOWN, _markdown(league)),
+    ]
+
+
+def _csv(league: Mapping[str, Any]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["target", "method", *(column.name for column in COLUMNS), "failed", "source"])
+    for row in league["rows"]:
+        done = row["failed"] is None
+        cells = [_number(column.value(row)) if done else None for column in COLUMNS]
+        writer.writerow([row["target"], row["name"], *cells, row["failed"], row["source"]])
+    return text.getvalue()
+
+
+def _number(value: Any) -> Any:
+    return f"{value:.8g}" if isinstance(value, float) else value
+
+
+def _markdown(league: Mapping[str, Any]) -> str:
+    parts = [f"![Perplexity over the mean number of experts]({FIGURE})"]
+    for target in league["targets"]:
+        rows = shown_rows(league, target)
+        parts.append(summary_of(league, target))
+        parts.append(_markdown_table(rows[:BEST]))
+        if len(rows) > BEST:
+            rest = f"<summary>The other {len(rows) - BEST} rows</summary>"
+            table = _markdown_table(rows[BEST:])
+            parts.append(f'<details markdown="1">{rest}\n\n{table}\n\n</details>')
+    failed = [f"- {name}: {reason}" for name, reason in failures(league)]
+    if failed:
+        parts.append(
+            '<details markdown="1"><summary>What could not be had</summary>\n\n'
+            + "\n".join(failed)
+            + "\n\n</details>"
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [TITLES, ("---", *("---:" for _ in SHOWN)), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _figure(league: Mapping[str, Any]) -> Any:
+    points: dict[str, list[Point]] = {}
+    for row in league["rows"]:
+        if row["failed"] is None and row["name"] != "topk":
+            found = row["from_static"]
+            place = found["perplexity"], found["difference"], found["low"], found["high"]
+            points.setdefault(row["name"], []).append(Point(row["mean_experts"], *place))
+    least = {name: min(p.difference for p in found) for name, found in points.items()}
+    best = sorted(points, key=least.__getitem__)[:DRAWN]
+    title = f"{league['model']['name']}: methods beside static top-k, {league['text']['name']}"
+    static = {float(k): value for k, value in league["static_perplexities"].items()}
+    return draw_pareto(
+        static,
+        {name: points[name] for name in best},
+        title=title,
+        best=best[0] if best else None,
+    )

@@ -1,0 +1,162 @@
+"""``lm-eval-bh league``: every method at the same means, on the same unseen text, in one table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lm_eval_bh.cli.interrupts import on_interrupt
+from lm_eval_bh.cli.options import BatchSize, Device, Dtype, Length
+from lm_eval_bh.cli.printing import say, say_written, show, warn
+from lm_eval_bh.cli.tune_command import MEASUREMENTS_KEPT
+from lm_eval_bh.cli.word_lists import numbers
+from lm_eval_bh.errors import ParameterError
+from lm_eval_bh.files import check_output, write_text
+from lm_eval_bh.resources import MODELS, model_path
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MOST_CALIBRATION = 65536
+
+
+def league(
+    pretrained: Annotated[
+        str | None,
+        typer.Option(
+            "--pretrained",
+            "--model",
+            help=f"Hub name or folder of the model, {' or '.join(MODELS)}.",
+        ),
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder for the tables, and what was measured.")
+    ] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Mean numbers of experts a token, joined by commas.")
+    ] = None,
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="all, or names joined by commas: a method, its statistic, parameters with values, "
+            "such as 'min_w benefit mass 0.2,top_p'."
+        ),
+    ] = "all",
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file, one document per paragraph, cut into three parts; default: WikiText-2."
+        ),
+    ] = None,
+    unseen: Annotated[
+        Path | None, typer.Option(help="Text file to score instead of the third part.")
+    ] = None,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help=f"Tokens of unseen text to score, and, up to {MOST_CALIBRATION}, to calibrate on.",
+        ),
+    ] = 32768,
+    length: Length = 512,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(help="Only check a league.json: whether its numbers follow from its sums."),
+    ] = None,
+) -> None:
+    """Compare methods at the same means on unseen text, or check such a comparison."""
+    if check is not None:
+        _check(check)
+        return
+    given = {"--pretrained": pretrained, "--output-dir": output_dir, "--targets": targets}
+    if missing := [name for name, value in given.items() if value is None]:
+        raise ParameterError(
+            f"league needs {' and '.join(missing)}: give them, or --check with a file alone."
+        )
+    assert pretrained is not None
+    assert output_dir is not None
+    assert targets is not None
+    if not (means := numbers("targets", targets, float)):
+        raise ParameterError("There is no target: give numbers of experts joined by commas.")
+    check_output(output_dir, "--output-dir", folder=True)
+    with on_interrupt(MEASUREMENTS_KEPT):
+        from lm_eval_bh.analysis.show.league_page import FILE, write_league
+        from lm_eval_bh.policies.league.contest import JOURNAL, compete, families_of
+        from lm_eval_bh.policies.pretrained import load_pretrained
+        from lm_eval_bh.policies.tuning.splits import Splits
+        from lm_eval_bh.policies.tuning.subject import Subject
+
+        families = families_of(methods)
+        splits = Splits.of_wikitext() if text is None else Splits.of_file(text)
+        splits = splits if unseen is None else splits.confirmed_on(unseen)
+        model, tokenizer = load_pretrained(
+            model_path(pretrained), pretrained, dtype, device, length
+        )
+        subject = Subject(
+            model,
+            tokenizer,
+            pretrained,
+            splits,
+            output_dir,
+            {},
+            tokens=min(tokens, MOST_CALIBRATION),
+            length=length,
+            batch=batch_size,
+            most_tokens=tokens,
+            file=JOURNAL,
+        )
+        found = compete(subject, means, families)
+        written = write_text(output_dir / FILE, json.dumps(found, allow_nan=False) + "\n")
+        pages = write_league(found, output_dir)
+    for table in _tables(found):
+        show(table)
+    _say_results(found)
+    say_written([written, *pages])
+
+
+def _check(path: Path) -> None:
+    from lm_eval_bh.policies.league.league_file import read_league
+
+    found, notes = read_league(path)
+    measured = sum(row["failed"] is None for row in found["rows"])
+    say(
+        f"{path} holds: {measured} measured rows of {found['model']['name']} on "
+        f"{len(found['tokens'])} documents of {found['text']['name']} follow from their sums."
+    )
+    _say_results(found)
+    for note in notes:
+        warn(f"note: {note}")
+
+
+def _say_results(found: Mapping[str, Any]) -> None:
+    from lm_eval_bh.analysis.show.league_page import failures, summary_of
+
+    for target in found["targets"]:
+        say(summary_of(found, target))
+    for name, reason in failures(found):
+        warn(f"not measured: {name}: {reason}")
+    for note in found["text"]["notes"]:
+        warn(f"note: {note}")
+
+
+def _tables(found: Mapping[str, Any]) -> list[Table]:
+    from rich.table import Table
+
+    from lm_eval_bh.analysis.show.league_page import IN_A_TERMINAL, short_rows
+
+    tables = []
+    for target in found["targets"]:
+        table = Table(title=f"A mean of {target:g} experts, by loss")
+        for number, title in enumerate(IN_A_TERMINAL):
+            table.add_column(title, justify="right" if number else "left")
+        for row in short_rows(found, target):
+            table.add_row(*row)
+        tables.append(table)
+    return tables
