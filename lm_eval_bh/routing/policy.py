@@ -111,9 +111,10 @@ class Policy:
             If it cannot be written.
         """
         null, path = self.null_model, as_path(path)
-        tensors = (
-            {} if null is None else null_file.tensors_of(null.tables, null.header, null.factors)
-        )
+        tensors = {}
+        if null is not None:
+            parts = null.tables, null.header, null.factors, null.measured
+            tensors = null_file.tensors_of(*parts)
         header = self._decides() | {
             "format_version": FORMAT_VERSION,
             "model": self.model,
