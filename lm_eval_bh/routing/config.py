@@ -16,6 +16,7 @@ from lm_eval_bh.routing.declared import (
 from lm_eval_bh.routing.layer_choice import chosen_layers
 from lm_eval_bh.routing.methods import METHODS, Method
 from lm_eval_bh.routing.methods.declare import Parameter
+from lm_eval_bh.routing.methods.scores import STATISTICS
 from lm_eval_bh.routing.parameters import canonical, checked
 from lm_eval_bh.routing.tables.null_kind import NullKind
 from lm_eval_bh.schema import RuleInfo
@@ -83,9 +84,10 @@ class RoutingConfig:
             )
 
     def _check_together(self) -> None:
-        if self.mass is not None and self.renormalize != "auto":
+        if self.renormalize != "auto" and (self.mass, self.k2) != (None, None):
+            gain = f"k2={self.k2}" if self.mass is None else f"mass={self.mass}"
             raise ParameterError(
-                f"renormalize={self.renormalize} contradicts mass={self.mass}, which rescales "
+                f"renormalize={self.renormalize} contradicts {gain}, which rescales "
                 "weights its own way (0 not at all, 1 to the native sum): give one of them."
             )
         if self.family == "all" and self.budget == "layer":
@@ -176,12 +178,24 @@ class RoutingConfig:
             self.trim,
             self.null_from if self.tests else None,
             self.of,
+            self.tables,
         )
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """The names of all that has to be calibrated, such as null or benefits."""
+        return self.method.needs(self._values)
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The names of the tables beside the null distribution and the factors of a statistic."""
+        beside = ("null", STATISTICS[self.scored_by].table)
+        return tuple(sorted(name for name in self.needs if name not in beside))
+
+    @property
     def needs_null(self) -> bool:
-        """Whether a null model is needed: for p-values, or for factors of weights."""
-        return bool(self.method.needs(self._values))
+        """Whether a null model is needed: for p-values, factors of weights, or other tables."""
+        return bool(self.needs)
 
     @property
     def solves(self) -> bool:
@@ -216,12 +230,13 @@ class RoutingConfig:
         return self._values | {name: getattr(self, name) for name in self.method.declared} | facts
 
     def check_experts(self, num_experts: int) -> None:
-        """Raise :class:`ParameterError` if a layer has too few experts for ``max_k``."""
-        if self.max_k > num_experts:
-            raise ParameterError(
-                f"max_k={self.max_k} is more than the model's {num_experts} experts: "
-                f"give a max_k of at most {num_experts}."
-            )
+        """Raise :class:`ParameterError` if a layer has too few experts for ``max_k`` or ``k2``."""
+        for name in ("max_k", "k2"):
+            if (getattr(self, name) or 0) > num_experts:
+                raise ParameterError(
+                    f"{name}={getattr(self, name)} is more than the model's {num_experts} experts: "
+                    f"give a {name} of at most {num_experts}."
+                )
 
     def select_layers(self, num_layers: int) -> list[int]:
         """Return the sorted positions, among ``num_layers`` MoE layers, that ``layers`` names."""
@@ -240,7 +255,7 @@ def rule_info(rule: str) -> RuleInfo:
 
 
 def one_configuration(
-    alpha: float | RoutingConfig, config: RoutingConfig | None, given: Mapping[str, Any]
+    alpha: float | RoutingConfig | None, config: RoutingConfig | None, given: Mapping[str, Any]
 ) -> RoutingConfig:
     """Return the configuration of a caller who gives a whole one, or its parameters.
 
@@ -251,7 +266,7 @@ def one_configuration(
     """
     if isinstance(alpha, RoutingConfig):
         config = alpha
-    else:
+    elif alpha is not None:
         given = {**given, "alpha": alpha}
     if config is None:
         return RoutingConfig.named(given)

@@ -59,6 +59,9 @@ class Method(nn.Module):
     fixed_count, tests, random : bool
         Whether every token gets ``max_k`` experts; whether it compares p-values, so that it needs a
         null distribution; whether experts are drawn.
+    measured : tuple of str
+        Names of tables that it reads in :meth:`fit` or :meth:`level`, as ``self.tables[name]``,
+        float64 ``[layers, ...]``; see ``routing/tables/measurement.py``.
     first_only : bool
         Whether each expert is decided by itself, among the ``max_k`` that the router ranks first.
     """
@@ -71,6 +74,7 @@ class Method(nn.Module):
     fixed_count: ClassVar[bool] = False
     tests: ClassVar[bool] = False
     random: ClassVar[bool] = False
+    measured: ClassVar[tuple[str, ...]] = ()
     first_only: bool = False
     bounds: Tensor
 
@@ -104,7 +108,7 @@ class Method(nn.Module):
     def needs(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the names of the tables that have to be calibrated, such as null or benefits."""
         table = STATISTICS[cls.scored_by(settings)].table
-        return (("null",) if cls.tests else ()) + ((table,) if table else ())
+        return (("null",) if cls.tests else ()) + ((table,) if table else ()) + cls.measured
 
     @classmethod
     def describe(cls) -> dict[str, Any]:
@@ -126,11 +130,12 @@ class Method(nn.Module):
         ----------
         tables : object or None
             A layer's tables, with ``factors`` (float64 ``[experts]``, or a predictor
-            ``[hidden + 2, experts]``) and for tests ``thresholds``, see
+            ``[hidden + 2, experts]``), ``measured`` (by name) and for tests ``thresholds``, see
             :class:`~lm_eval_bh.routing.tables.null_model.NullModel`.
         alpha : float
             The level, or another parameter of that place.
         """
+        self.tables = dict(tables.measured) if tables is not None else {}
         if self.statistic.table and not (self.fixed and self.follows_router):
             factors = torch.tensor(tables.factors)
             self.keep("factors", factors.float() if self.statistic.predicts else factors.log())
@@ -143,7 +148,7 @@ class Method(nn.Module):
         if not self.statistic.weighs:
             logits = router.logits
             return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        scores = log_weights(router, self.settings["of"])
+        scores = log_weights(router, self.settings.get("of", "auto"))
         if not self.statistic.table:
             return scores
         factors = self.table("factors").to(scores.dtype)
@@ -202,14 +207,20 @@ class Method(nn.Module):
         """Return how many experts the router has to rank, so that this method can choose."""
         if not (self.follows_router or self.first_only):
             return self.num_experts
-        return max(self.max_k, native_k) if self.needs_native else self.max_k
+        k2 = self.settings.get("k2") or 0
+        return max(self.max_k, native_k, k2) if self.needs_native else self.max_k
 
     @property
     def needs_native(self) -> bool:
         """Whether weights are wanted in the scale that they have among the native top-k."""
         given = self.settings.get("of") == "own" or not self.settings.get("softmax", True)
         own = self.statistic.weighs and given and not self.fixed
-        return own or self.settings["mass"] is not None
+        return own or self.gains
+
+    @property
+    def gains(self) -> bool:
+        """Whether a gain says what weights are multiplied by, other than what the model does."""
+        return self.settings["mass"] is not None or self.settings.get("k2") is not None
 
     def keep(self, name: str, table: Tensor) -> None:
         """Keep a table as a buffer: as the bits of integers, which no cast of a model rounds."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .declare import Parameter, choice, number, or_none
+from .declare import Parameter, choice, integer, number, or_none
 from .router import RouterOutput
 
 PARAMETERS = {
@@ -22,6 +22,12 @@ PARAMETERS = {
         "what kept weights are multiplied by: (sum of the native top-k's weights / their sum) to "
         "this power, 0 to 1",
         *or_none(number("a number from 0 to 1", lambda value: 0 <= value <= 1)),
+    ),
+    "k2": Parameter(
+        None,
+        "how many of the router's first experts `mass` takes the sum of, in place of the native "
+        "top-k; alone, weights are divided by that sum where the model divides by the native one",
+        *or_none(integer("a number of experts, 1 or more", 1)),
     ),
 }
 
@@ -43,24 +49,29 @@ def renormalized(kept: Tensor, router: RouterOutput) -> Tensor:
     return (exact * (wanted / exact.sum(-1, keepdim=True))).to(kept.dtype)
 
 
-def compensated(kept: Tensor, router: RouterOutput, mass: float) -> Tensor:
-    """Multiply weights by (sum of the native top-k's weights / their sum) to the power ``mass``.
+def compensated(kept: Tensor, router: RouterOutput, mass: float, k2: int | None = None) -> Tensor:
+    """Multiply weights by (sum of the first k2 experts' weights / their sum) to the power ``mass``.
 
-    At 0 kept weights stay as they are beside the native top-k; at 1 they sum to what these do.
+    ``k2`` is the native top-k by default: then at a mass of 0 kept weights stay as they are beside
+    the native top-k; at 1 they sum to what these do. A model that rescales divides its weights by
+    the sum of the native top-k: here by that of the first k2, so that at a mass of 0 the expert
+    branch is as strong as among k2 experts (Chen and Yao 2026, "Training-free halving of activated
+    experts in fine-grained mixture-of-experts models", arXiv:2609.04575, equation 2).
     """
+    k2 = k2 or router.native_k
     exact = kept.to(torch.promote_types(kept.dtype, torch.float32))
     own = router.weights.to(exact.dtype)
-    native = own[:, : router.native_k].sum(-1, keepdim=True)
-    factor = (native / exact.sum(-1, keepdim=True)) ** mass
-    if router.rescales and own.shape[-1] != router.native_k:  # in the scale of the native top-k
-        factor = factor * (own.sum(-1, keepdim=True) / native)
+    reference = own[:, :k2].sum(-1, keepdim=True)
+    factor = (reference / exact.sum(-1, keepdim=True)) ** mass
+    if router.rescales and own.shape[-1] != k2:  # to the sum that the router gives out
+        factor = factor * (own.sum(-1, keepdim=True) / reference)
     return (exact * factor).to(kept.dtype)
 
 
 def gained(kept: Tensor, router: RouterOutput, settings: dict[str, Any]) -> Tensor:
     """Apply the gain that the settings name to weights ``[tokens, max_k]``."""
-    if settings["mass"] is not None:
-        return compensated(kept, router, settings["mass"])
+    if settings["mass"] is not None or settings.get("k2") is not None:
+        return compensated(kept, router, settings["mass"] or 0.0, settings.get("k2"))
     if settings["renormalize"] is True or (settings["renormalize"] == "auto" and router.rescales):
         return renormalized(kept, router)
     return kept

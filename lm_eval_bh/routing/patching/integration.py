@@ -45,8 +45,9 @@ class BHRoutingIntegration:
     model : nn.Module
         A transformers model with MoE routers, possibly wrapped (PEFT, accelerate); not yet
         compiled.
-    alpha : float or RoutingConfig
-        The level; or the whole configuration, instead of its parameters one by one.
+    alpha : float or RoutingConfig, optional
+        The level, by default the rule's own; or the whole configuration, instead of its parameters
+        one by one.
     temperature, min_k, max_k, mode, **parameters
         Those of :class:`~lm_eval_bh.routing.config.RoutingConfig`. With ``target_experts`` alpha is
         solved.
@@ -79,7 +80,7 @@ class BHRoutingIntegration:
     def __init__(
         self,
         model: nn.Module,
-        alpha: float | RoutingConfig = 0.05,
+        alpha: float | RoutingConfig | None = None,
         temperature: float = 1.0,
         min_k: int = 1,
         max_k: int = 8,
