@@ -42,7 +42,7 @@ def llama_cpp_options(policy: Policy, checkpoint: Checkpoint) -> list[str]:
     ):
         raise _refused("its options hold for all layers", nearest)
     method = config.method(config.settings(0, policy.num_experts))
-    if config.temperature != 1 or method.gains or config.renormalize is True:
+    if config.temperature != 1 or method.gains or config.affine or config.renormalize is True:
         raise _refused("it neither rescales nor tempers weights", nearest)
     counts = set(config.counts_per_layer) or {config.max_k}
     if len(counts) > 1:

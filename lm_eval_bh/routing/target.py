@@ -86,13 +86,7 @@ def solve(
         If the text or the tokenizer cannot be loaded.
     """
     config = integration.config
-    batches = text_batches(
-        tokenizer or tokenizer_of(integration.model),
-        wikitext_texts("train", INSTEAD) if texts is None else texts,
-        tokens=TOKENS,
-        length=LENGTH,
-        batch=BATCH,
-    )
+    batches = calibration_batches(integration.model, tokenizer, texts)
     unchanged = _p_values(integration, batches) if config.family == "all" else None
     scores: Mapping[int, Tensor] = {}
     best: Solution | None = None
@@ -131,6 +125,19 @@ def solve(
         best = dataclasses.replace(best, level=level)
     logger.info("Solved for %s experts: %s", config.target_experts, best)
     return best
+
+
+def calibration_batches(
+    model: nn.Module, tokenizer: Any = None, texts: Sequence[str] | None = None
+) -> list[Tensor]:
+    """Return the text that parameters are solved on, as token ids; see :func:`solve`."""
+    return text_batches(
+        tokenizer or tokenizer_of(model),
+        wikitext_texts("train", INSTEAD) if texts is None else texts,
+        tokens=TOKENS,
+        length=LENGTH,
+        batch=BATCH,
+    )
 
 
 def _p_values(integration: Routed, batches: Sequence[Tensor]) -> Tensor:

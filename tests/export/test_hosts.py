@@ -192,7 +192,8 @@ def policy_of(parameters, rescales):
     fingerprint = router_fingerprint([torch.eye(EXPERTS)] * LAYERS)
     config = config_of(parameters)
     null = null_of(config, rescales)
-    return Policy(config, fingerprint, LAYERS, EXPERTS, NATIVE, null_model=null)
+    affine = np.ones((LAYERS, 2, EXPERTS)) if config.affine else None
+    return Policy(config, fingerprint, LAYERS, EXPERTS, NATIVE, null_model=null, affine=affine)
 
 
 def flat_files(folder, methods):
@@ -351,6 +352,7 @@ def _plain(name):
     [
         ({"rule": "random_k"}, "the nearest that can be exported is rule=topk"),
         ({"rule": "topk", "mode": "analyze"}, "only counts"),
+        ({"rule": "topk", "affine": True}, "make a policy without it"),
     ],
 )
 def test_what_no_engine_can_do_is_refused(parameters, sentence):

@@ -29,6 +29,12 @@ PARAMETERS = {
         "top-k; alone, weights are divided by that sum where the model divides by the native one",
         *or_none(integer("a number of experts, 1 or more", 1)),
     ),
+    "affine": Parameter(
+        False,
+        "whether each layer's routed output is scaled and shifted, channel by channel, to the mean "
+        "and deviation that it has at the native top-k, fitted on calibration text",
+        *choice([False, True]),
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from lm_eval_bh.routing.sealed_file import broken_seal, write_sealed
 from lm_eval_bh.routing.tables.null_header import COPY_AGAIN, NullHeader
 
 METADATA_KEY = "lm_eval_bh_null"
+AFFINE = "affine"  # what a policy's file holds beside its null model
 
 Tables = tuple[tuple[NDArray[Any], NDArray[Any]], ...]
 Measured = Mapping[str, NDArray[Any]]
@@ -71,7 +72,8 @@ def read_tensors(
     name = STATISTICS[parsed.statistic].table
     factors = file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
     measured = {name: file.get_tensor(f"table.{name}") for name in parsed.tables}
-    if len(file.keys()) - (factors is not None) - len(measured) != 2 * parsed.num_layers:
+    others = (factors is not None) + len(measured) + (AFFINE in file.keys())  # noqa: SIM118
+    if len(file.keys()) - others != 2 * parsed.num_layers:
         raise NullModelError(
             f"its header says {parsed.num_layers} layers, but it has "
             f"{len(file.keys())} arrays; {COPY_AGAIN}"
@@ -81,6 +83,12 @@ def read_tensors(
         for layer in range(parsed.num_layers)
     )
     return tables, parsed, factors, measured
+
+
+def affine_of(file: Any) -> NDArray[Any] | None:
+    """Return what a policy's open file holds beside its null model."""
+    found: NDArray[Any] | None = file.get_tensor(AFFINE) if AFFINE in file.keys() else None  # noqa: SIM118
+    return found
 
 
 def read(path: Path) -> tuple[Tables, NullHeader, NDArray[Any] | None, Measured]:
