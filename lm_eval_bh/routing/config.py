@@ -84,12 +84,14 @@ class RoutingConfig:
             )
 
     def _check_together(self) -> None:
-        if self.renormalize != "auto" and (self.mass, self.k2) != (None, None):
-            gain = f"k2={self.k2}" if self.mass is None else f"mass={self.mass}"
-            raise ParameterError(
-                f"renormalize={self.renormalize} contradicts {gain}, which rescales "
-                "weights its own way (0 not at all, 1 to the native sum): give one of them."
-            )
+        for name in ("mass", "k2", "fold"):
+            value = getattr(self, name)
+            if self.renormalize != "auto" and value not in (None, False):
+                raise ParameterError(
+                    f"renormalize={self.renormalize} contradicts {name}={value}, which rescales "
+                    "weights its own way (mass: 0 not at all, 1 to the native sum): give one of "
+                    "them."
+                )
         if self.family == "all" and self.budget == "layer":
             raise ParameterError(
                 "budget='layer' contradicts family='all', whose layers share one threshold: "

@@ -38,7 +38,7 @@ def fitted_method(
         If the method needs a null model and there is none.
     """
     method = config.method(config.settings(layer, num_experts, softmax))
-    chooses = not (method.fixed and method.follows_router)
+    chooses = method.folds or not (method.fixed and method.follows_router)
     if null_model is None and chooses and config.method.needs(method.settings):
         raise ParameterError(
             f"rule={config.rule!r} needs a null model: use null_model= with one, or rule='topk'."

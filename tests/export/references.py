@@ -68,14 +68,20 @@ class Reference:
             kept_sum = sum(tempered[e] for e in kept)
             scale = native / first if self.rescales else 1  # p / sum of the first k2, as published
             factor = scale * (first / kept_sum) ** (mass or 0)
-        elif mass is not None:
+        elif mass is not None or self.parameters["fold"]:
             wanted = 1 if self.rescales else native  # the sum of the native top-k's
-            factor = (wanted / total) ** mass
+            factor = (wanted / total) ** (mass or 0)
         elif self.parameters["renormalize"] is True or self.rescales:
             factor = 1 / total
         else:
             factor = 1
-        return {e: weight * factor for e, weight in weights.items()}
+        weights = {e: weight * factor for e, weight in weights.items()}
+        if self.parameters["fold"]:
+            scalars, errors = self.tables["folds"][self.layer]
+            for s in set(order[: self.native_k]) - set(kept):
+                t = min(kept, key=lambda e: errors[s, e])
+                weights[t] += scalars[s, t] * tempered[s] / (native if self.rescales else 1)
+        return weights
 
     def _kept(self, z: Any, hidden: Any, order: list[int]) -> list[int]:
         least, most = self.parameters["min_k"], self.parameters["max_k"]

@@ -71,6 +71,9 @@ CONFIGS = [
     {"rule": "topk", "max_k": 2, "k2": 16, "mass": 0.2},
     {"rule": "min_w", "of": "own", "statistic": "benefit", "max_k": 2, "k2": 3},
     {"rule": "naee", "k2": 12, "mass": 0.5},
+    {"rule": "topk", "max_k": 2, "fold": True},
+    {"rule": "topk", "max_k": 2, "fold": True, "statistic": "contribution"},
+    {"rule": "min_w", "fold": True, "mass": 0.5},
     {"rule": "bh", "layers": "last1"},
     {"rule": "bh", "min_k": 2, "max_k": 3},
     {"rule": "bh", "temperature": 0.5},
@@ -140,6 +143,10 @@ def random_table(name):
         return shares if name == "ratios" else np.log(0.3 * shares + 0.01)
     if name in ("isolated", "perturbations"):  # falls to 0 at the native top-k
         return np.cumsum(numbers[:, :NATIVE], axis=1)[:, ::-1] - numbers[:, :1]
+    if name == "folds":
+        return np.stack([numbers[:, : EXPERTS**2], numbers[:, -(EXPERTS**2) :]], 1).reshape(
+            LAYERS, 2, EXPERTS, EXPERTS
+        )
     return numbers[:, 0] if name == "layer_kl" else numbers[:, :EXPERTS] + 0.5
 
 

@@ -46,6 +46,8 @@ class AdaptiveK(Shares):
         ),
     }
 
+    values: Tensor
+
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(settings)
         given = settings["k_values"]
@@ -56,7 +58,8 @@ class AdaptiveK(Shares):
     def level(self, alpha: float) -> Tensor:
         """Return the thresholds, float64 ``[values - 1]``."""
         steps = torch.arange(len(self.values) - 1, dtype=torch.float64)
-        return alpha + self.settings["gap"] * steps
+        gap: float = self.settings["gap"]
+        return alpha + gap * steps
 
     def count(self, ranked: Tensor, level: Tensor | None) -> Tensor:
         """Return the k of each token's entropy, int64 ``[tokens]``."""

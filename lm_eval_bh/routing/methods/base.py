@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .declare import Parameter, choice
-from .gains import gained
+from .gains import folded, gained
 from .router import RouterOutput
 from .scores import OF, STATISTICS, log_predicted_norms, log_weights
 
@@ -108,7 +108,8 @@ class Method(nn.Module):
     def needs(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the names of the tables that have to be calibrated, such as null or benefits."""
         table = STATISTICS[cls.scored_by(settings)].table
-        return (("null",) if cls.tests else ()) + ((table,) if table else ()) + cls.measured
+        own = (("null",) if cls.tests else ()) + ((table,) if table else ()) + cls.measured
+        return own + (("folds",) if settings.get("fold") else ())
 
     @classmethod
     def describe(cls) -> dict[str, Any]:
@@ -139,6 +140,9 @@ class Method(nn.Module):
         if self.statistic.table and not (self.fixed and self.follows_router):
             factors = torch.tensor(tables.factors)
             self.keep("factors", factors.float() if self.statistic.predicts else factors.log())
+        if self.folds:
+            folds = self.tables["folds"][self.settings["layer"]]
+            self.keep("folds_of_layer", torch.from_numpy(folds).float())
         level = self.level(alpha)
         if level is not None and not self.fixed:
             self.keep("thresholds", level)
@@ -193,9 +197,10 @@ class Method(nn.Module):
         """
         return None
 
-    def weigh(self, kept: Tensor, router: RouterOutput) -> Tensor:
-        """Return the weights of the experts kept, float ``[tokens, max_k]``: by default a gain."""
-        return gained(kept, router, self.settings)
+    def weigh(self, kept: Tensor, router: RouterOutput, experts: Tensor) -> Tensor:
+        """Return the weights of the experts kept, both ``[tokens, max_k]``: by default a gain."""
+        kept = gained(kept, router, self.settings)
+        return folded(kept, experts, router, self.table("folds_of_layer")) if self.folds else kept
 
     @property
     def follows_router(self) -> bool:
@@ -220,7 +225,12 @@ class Method(nn.Module):
     @property
     def gains(self) -> bool:
         """Whether a gain says what weights are multiplied by, other than what the model does."""
-        return self.settings["mass"] is not None or self.settings.get("k2") is not None
+        return self.folds or any(self.settings.get(name) is not None for name in ("mass", "k2"))
+
+    @property
+    def folds(self) -> bool:
+        """Whether experts that are left out are folded into those that are kept."""
+        return bool(self.settings.get("fold"))
 
     def keep(self, name: str, table: Tensor) -> None:
         """Keep a table as a buffer: as the bits of integers, which no cast of a model rounds."""

@@ -48,11 +48,12 @@ def pick(method: Method, router: RouterOutput) -> Picked:
         own = router.weights.shape[-1] == k and method.settings["renormalize"] is not True
         if own and not method.gains:  # the very weights of a model with this top-k
             return Picked(experts, weights, counts)
-        return Picked(experts, method.weigh(weights, router), counts)
+        return Picked(experts, method.weigh(weights, router, experts), counts)
     counts, experts, weights = _decided(method, router)
     used = torch.arange(k, device=counts.device) < counts.unsqueeze(-1)
-    weights = method.weigh(torch.where(used, weights, 0.0), router)
-    return Picked(torch.where(used, experts, method.num_experts), weights, counts)
+    experts = torch.where(used, experts, method.num_experts)
+    weights = method.weigh(torch.where(used, weights, 0.0), router, experts)
+    return Picked(experts, weights, counts)
 
 
 def repeated(picked: Picked, num_experts: int) -> Picked:

@@ -44,7 +44,8 @@ class AffineHook:
         if self._table.device != output.device or self._table.dtype != exact:
             self._table = self._table.to(output.device, exact)
         scale, shift = self._table
-        return (output.to(exact) * scale + shift).to(output.dtype)
+        aligned: Tensor = output.to(exact) * scale + shift
+        return aligned.to(output.dtype)
 
 
 class Routed(Protocol):

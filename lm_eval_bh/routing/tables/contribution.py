@@ -26,7 +26,9 @@ class OutputNorms(Measurement):
         self._tokens = [torch.zeros(size, dtype=torch.float64) for size in sizes]
 
     @torch.no_grad()
-    def hear_experts(self, layer: int, module: Any, hidden_states: Tensor, indices: Tensor) -> None:
+    def hear_experts(
+        self, layer: int, module: Any, hidden_states: Tensor, indices: Tensor, weights: Tensor
+    ) -> None:
         """Apply to each token its experts, once more, and note the norms of what they give."""
         for expert, _, output in each_expert(module, hidden_states, indices):
             self._sums[layer][expert] += float(output.double().norm(dim=-1).sum())

@@ -116,7 +116,8 @@ class Responses(OfWeights):
         hidden = centred / centred.square().mean(-1, keepdim=True).sqrt()
         own = torch.arange(len(hidden), device=hidden.device).unsqueeze(-1)
         outputs = slot_outputs(experts, hidden.to(experts.down_proj.dtype), own)
-        return outputs[:, 0].norm(dim=-1)
+        norms: Tensor = outputs[:, 0].norm(dim=-1)
+        return norms
 
 
 def slot_outputs(experts: Any, hidden_states: Tensor, indices: Tensor) -> Tensor:

@@ -13,13 +13,17 @@ from lm_eval_bh.routing.tables import (
     changed_layers,
     contribution,
     expert_weights,
+    folding,
     norm_regression,
     weight_quantiles,
 )
 from lm_eval_bh.routing.tables.listening import Hear, listen
 from lm_eval_bh.routing.tables.measurement import TABLES, Array, hearing_experts
 
-KINDS = (benefit, changed_layers, contribution, expert_weights, norm_regression, weight_quantiles)
+KINDS = (
+    *(benefit, changed_layers, contribution, expert_weights),
+    *(folding, norm_regression, weight_quantiles),
+)
 
 
 def measure(

@@ -62,7 +62,9 @@ class Measurement:
     def hear(self, layer: int, said: RouterOutput) -> None:
         """Note what a layer's router says of a batch."""
 
-    def hear_experts(self, layer: int, module: Any, hidden_states: Tensor, indices: Tensor) -> None:
+    def hear_experts(
+        self, layer: int, module: Any, hidden_states: Tensor, indices: Tensor, weights: Tensor
+    ) -> None:
         """Note what a layer's experts are given: ``[tokens, hidden]`` and ``[tokens, slots]``."""
 
     def result(self) -> Array:
@@ -102,6 +104,6 @@ def hearing_experts(
 def _listener(ears: Sequence[Measurement], layer: int) -> Any:
     def listen(module: nn.Module, args: tuple[Any, ...]) -> None:
         for ear in ears:
-            ear.hear_experts(layer, module, args[0], args[1])
+            ear.hear_experts(layer, module, *args[:3])
 
     return listen

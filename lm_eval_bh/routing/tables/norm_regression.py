@@ -30,7 +30,9 @@ class NormRegression(Measurement):
         self._seen = [0] * len(routers)
 
     @torch.no_grad()
-    def hear_experts(self, layer: int, module: Any, hidden_states: Tensor, indices: Tensor) -> None:
+    def hear_experts(
+        self, layer: int, module: Any, hidden_states: Tensor, indices: Tensor, weights: Tensor
+    ) -> None:
         """Apply every expert to the tokens ``[tokens, hidden]``, and note the norms."""
         hidden_states = hidden_states[: TOKENS - self._seen[layer]]
         if not len(hidden_states):

@@ -12,7 +12,7 @@ from lm_eval_bh.routing.routers import find_routers
 from lm_eval_bh.routing.tables.measure import measure
 from lm_eval_bh.routing.tables.measurement import TABLES
 
-ON_TEXT = ("ratios", "slot_weights", "isolated", "layer_kl")
+ON_TEXT = ("ratios", "slot_weights", "isolated", "layer_kl", "folds")
 OF_WEIGHTS = ("perturbations", "spectra", "responses")
 LAYER = 1
 
@@ -123,6 +123,28 @@ def test_responses_are_norms_of_outputs_at_the_routers_own_directions(tiny, tabl
     found = tables("responses")["responses"]
     assert found.shape == (4, 64)
     assert found[LAYER, expert] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_folds_are_the_least_squares_of_one_experts_outputs_by_anothers(tiny, ids, tables):
+    block, seen = tiny.model.layers[LAYER].mlp, []
+    handle = block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    scalars, errors = tables("folds")["folds"][LAYER]
+    handle.remove()
+    x = seen[0].flatten(0, -2)
+    with torch.no_grad():
+        _, weights, chosen = block.gate(x)
+    together = (chosen.unsqueeze(-1) == chosen[:, :1].mode(0).values).any(-1).any(-1)
+    first, second = chosen[together][0, :2].tolist()
+    both = (chosen == first).any(-1) & (chosen == second).any(-1)
+    weight = weights[both][chosen[both] == first][:, None].double()
+    source, target = (weight * expert_output(block.experts, e, x[both]) for e in (first, second))
+    found = np.linalg.lstsq(target.reshape(-1, 1).numpy(), source.flatten().numpy(), rcond=None)
+    assert scalars[first, second] == pytest.approx(found[0][0], rel=1e-4)
+    residual = found[1][0] / float(source.square().sum())
+    assert errors[first, second] == pytest.approx(residual, rel=1e-4)
+    apart = [e for e in range(64) if not ((chosen == first).any(-1) & (chosen == e).any(-1)).any()]
+    assert (scalars[first, apart] == 0).all()
+    assert (errors[first, apart] == 2).all()
 
 
 @pytest.mark.parametrize("name", [*ON_TEXT, *OF_WEIGHTS])
