@@ -107,6 +107,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+# Those that read no table of their own and run no expert: the league compares all.
+COMPARED = [n for n, rule in METHODS.items() if not (rule.measured or rule.runs_experts)]
+
+
 def kinds_of(name: str) -> list[tuple[str, str]]:
     """Return the (statistic, variant) that a rule is measured with."""
     factored = [name for name, row in STATISTICS.items() if row.table]
@@ -306,7 +310,7 @@ def main(
     tokens_per_document: Annotated[
         int | None, typer.Option(help="Tokens per document; default: all.")
     ] = None,
-    rules: Annotated[str, typer.Option(help="Rules, joined by commas.")] = ",".join(METHODS),
+    rules: Annotated[str, typer.Option(help="Rules, joined by commas.")] = ",".join(COMPARED),
     batch_size: int = 16,
     workers: Annotated[int, typer.Option(help="Processes; each loads the model.")] = 1,
     seed: int = 0,

@@ -37,7 +37,7 @@ LEVELS |= {"elbow": 1.0, "adaptive_k": 1.6, "naee": 0.5, "lexi": 2.5, "alloc_moe
 LEVELS |= {"modes": 0.05, "ace": 0.2}
 LEVELS |= dict.fromkeys(("by", "bonferroni", "holm", "hochberg"), 0.95)  # that reject little
 CONFIGS = [
-    *({"rule": rule} for rule in METHODS if rule != "random_k"),
+    *({"rule": rule} for rule in METHODS if rule not in ("random_k", "oracle")),
     *(
         {"rule": rule, "statistic": statistic}
         for rule in ("bh", "holm", "p_value", "top_p", "min_p", "topk", "min_w")
@@ -359,6 +359,7 @@ def _plain(name):
     [
         ({"rule": "random_k"}, "the nearest that can be exported is rule=topk"),
         ({"rule": "topk", "mode": "analyze"}, "only counts"),
+        ({"rule": "oracle"}, "the nearest that can be exported is rule=min_w"),
         ({"rule": "topk", "affine": True}, "make a policy without it"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -62,6 +62,9 @@ class Method(nn.Module):
     measured : tuple of str
         Names of tables that it reads in :meth:`fit` or :meth:`level`, as ``self.tables[name]``,
         float64 ``[layers, ...]``; see ``routing/tables/measurement.py``.
+    runs_experts : bool
+        Whether it runs experts to decide, by ``run_experts``, which hf-bh alone sets: hidden states
+        ``[tokens, hidden]`` and experts ``[tokens, k]`` to outputs ``[tokens, k, hidden]``.
     first_only : bool
         Whether each expert is decided by itself, among the ``max_k`` that the router ranks first.
     """
@@ -75,6 +78,8 @@ class Method(nn.Module):
     tests: ClassVar[bool] = False
     random: ClassVar[bool] = False
     measured: ClassVar[tuple[str, ...]] = ()
+    runs_experts: ClassVar[bool] = False
+    run_experts: Callable[[Tensor, Tensor], Tensor] | None = None
     first_only: bool = False
     bounds: Tensor
 

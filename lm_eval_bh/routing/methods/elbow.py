@@ -40,6 +40,6 @@ class Elbow(Shares):
         assert level is not None
         weights = torch.softmax(ranked, dim=-1)
         last = weights.shape[-1] - 1
-        slope = (weights[:, :1] - weights[:, -1:]) / last * level.to(weights.dtype)
+        slope = (weights[:, :1] - weights[:, -1:]) / max(last, 1) * level.to(weights.dtype)
         at = torch.arange(last + 1, device=weights.device, dtype=weights.dtype)
         return (weights + slope * at).argmin(-1)

@@ -44,8 +44,7 @@ class BHRoutingIntegration:
         A transformers model with MoE routers, possibly wrapped (PEFT, accelerate); not yet
         compiled.
     alpha : float or RoutingConfig, optional
-        The level, by default the rule's own; or the whole configuration, instead of its parameters
-        one by one.
+        The level, by default the rule's own; or the whole configuration.
     temperature, min_k, max_k, mode, **parameters
         Those of :class:`~lm_eval_bh.routing.config.RoutingConfig`. With ``target_experts`` alpha is
         solved.
@@ -233,6 +232,7 @@ class BHRoutingIntegration:
             router.num_experts,
             self.alphas[layer],
             softmax=router.softmax,
+            parent=router.parent,
         )
 
     def unpatch_model(self) -> None:
@@ -272,7 +272,7 @@ class BHRoutingIntegration:
     def get_routing_stats(self) -> dict[str, float | None]:
         """Return :func:`~lm_eval_bh.routing.patching.counters.routing_stats` since the last reset.
 
-        A :class:`ParameterError` says if the integration was made with ``collect_stats=False``.
+        A :class:`ParameterError` says if there are none, by ``collect_stats=False``.
         """
         if self.counters is None:
             raise ParameterError(

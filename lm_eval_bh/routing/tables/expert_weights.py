@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lm_eval_bh.errors import ModelError
 from lm_eval_bh.routing.methods.router import RouterOutput
-from lm_eval_bh.routing.patching.experts import each_expert
+from lm_eval_bh.routing.patching.experts import slot_outputs
 from lm_eval_bh.routing.router_reader import RouterReader
 from lm_eval_bh.routing.routers import Router, find_routers, router_weight
 from lm_eval_bh.routing.tables.measurement import Array, Measurement, experts_beside
@@ -118,17 +118,6 @@ class Responses(OfWeights):
         outputs = slot_outputs(experts, hidden.to(experts.down_proj.dtype), own)
         norms: Tensor = outputs[:, 0].norm(dim=-1)
         return norms
-
-
-def slot_outputs(experts: Any, hidden_states: Tensor, indices: Tensor) -> Tensor:
-    """Return what each slot's expert gives its token, not weighted: ``[tokens, slots, hidden]``."""
-    found = torch.zeros(
-        *indices.shape, hidden_states.shape[-1], dtype=torch.float64, device=indices.device
-    )
-    for expert, tokens, output in each_expert(experts, hidden_states, indices):
-        slots = (indices[tokens] == expert).long().argmax(-1)
-        found[tokens, slots] = output.double()
-    return found
 
 
 def _asked(router: Router, hidden: Tensor) -> RouterOutput:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_eval_bh.routing.tables.expert_weights import slot_outputs
+from lm_eval_bh.routing.patching.experts import slot_outputs
 from lm_eval_bh.routing.tables.measurement import Array, Measurement, experts_beside
 
 TOKENS = 8192  # of the text, whose experts' outputs are compared in pairs
