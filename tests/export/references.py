@@ -137,15 +137,19 @@ class Reference:
         costs = self.tables["perturbations" if self.rule == "lexi" else "isolated"]
         layers, native = costs.shape
         most = min(native, self.parameters["max_k"])
-        fitting = [
-            each
-            for each in itertools.product(range(self.parameters["min_k"], most + 1), repeat=layers)
-            if sum(each) == math.floor(self.alpha * layers)
-        ]
-        k = min(fitting, key=lambda each: sum(costs[i][n - 1] for i, n in enumerate(each)))
+        every = list(itertools.product(range(self.parameters["min_k"], most + 1), repeat=layers))
+
+        def own(total: int) -> int:
+            fitting = [each for each in every if sum(each) == total] or [(most,) * layers]
+            best = min(fitting, key=lambda each: sum(costs[i][n - 1] for i, n in enumerate(each)))
+            return best[self.layer]
+
+        total = math.floor(self.alpha * layers)
+        k = own(total)
         if self.rule == "lexi":
-            return k[self.layer]
-        least = np.quantile(self.tables["slot_weights"][self.layer], 1 - k[self.layer] / native)
+            return k
+        k += (self.alpha * layers - total) * (own(total + 1) - k)  # between two whole totals
+        least = np.quantile(self.tables["slot_weights"][self.layer], 1 - k / native)
         return sum(score[e] >= least for e in ranked)
 
     def _scores(self, z: Any, hidden: Any, order: list[int]) -> Any:

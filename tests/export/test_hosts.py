@@ -62,7 +62,7 @@ CONFIGS = [
     {"rule": "adaptive_k", "alpha": 1.4, "gap": 0.2, "k_values": "2-3-5-8"},
     {"rule": "naee", "alpha": 0.8, "max_k": 3},
     {"rule": "ace", "max_k": 3, "min_k": 2},
-    {"rule": "alloc_moe", "alpha": 3.5, "min_k": 2, "mass": 0.5},
+    {"rule": "alloc_moe", "alpha": 3.2, "min_k": 2, "mass": 0.5},
     {"rule": "bh", "min_k": 6, "max_k": 6, "null_scope": "expert"},
     {"rule": "min_w", "min_k": 6, "max_k": 6, "statistic": "benefit"},
     {"rule": "topk", "k_per_layer": "5-3"},

@@ -20,8 +20,9 @@ class AllocMoE(MinW):
 
     The paper takes the K T largest of the tokens at hand. Here a token's experts do not depend on
     its neighbours: the threshold is the quantile that as many weights exceed on calibration text,
-    of the table ``slot_weights``. Candidates are 1 to the native k; all layers of the model share
-    the sum, those too that ``layers`` leaves alone.
+    of the table ``slot_weights``. Between two whole totals a layer's K is interpolated, so that any
+    mean can be met. Candidates are 1 to the native k; all layers of the model share the sum, those
+    too that ``layers`` leaves alone.
 
     References
     ----------
@@ -39,5 +40,9 @@ class AllocMoE(MinW):
     def level(self, alpha: float) -> Tensor:
         """Return the log of the least weight, float64 ``[1]``."""
         costs, layer = torch.from_numpy(self.tables["isolated"]), self.settings["layer"]
-        share = allocated(costs, alpha, self.min_k, self.max_k)[layer] / costs.shape[1]
+        step, above = 1 / len(costs), alpha * len(costs) % 1
+        low, high = (
+            allocated(costs, mean, self.min_k, self.max_k)[layer] for mean in (alpha, alpha + step)
+        )
+        share = (low + above * (high - low)) / costs.shape[1]
         return quantile(torch.from_numpy(self.tables["slot_weights"][layer]), 1 - share)[None]
