@@ -35,6 +35,16 @@ def layer_methods(policy: Policy) -> list[Method]:
             f"rule={config.rule} draws experts anew and has no thresholds that an engine could "
             "compare with: the nearest that can be exported is rule=topk with the same max_k."
         )
+    if config.method.runs_experts:
+        raise PolicyError(
+            f"rule={config.rule} runs all experts before it decides, which no engine can do: the "
+            "nearest that can be exported is rule=min_w with statistic=contribution."
+        )
+    if config.affine:
+        raise PolicyError(
+            "affine=true corrects what layers give out, and engines let a policy decide experts "
+            "and their weights alone: make a policy without it, for example with mass=0.5."
+        )
     routed = config.select_layers(policy.num_layers)
     native = RoutingConfig(rule="topk", max_k=policy.native_top_k)
     alphas = {} if policy.solution is None else policy.solution.alphas

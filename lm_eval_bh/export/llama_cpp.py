@@ -13,7 +13,7 @@ def llama_cpp_options(policy: Policy, checkpoint: Checkpoint) -> list[str]:
     llama.cpp's OLMoE takes the ``expert_used_count`` largest softmax weights over all experts and
     never rescales them (``llm_graph_context::build_moe_ffn`` with ``norm_w`` false). ik_llama.cpp's
     ``-ser K,t`` drops, beyond the first K of these, what weighs less than t times the largest,
-    which is ``min_p``: an expert at the threshold is kept in both.
+    which is ``min_p`` with ``min_k``: an expert at the threshold is kept in both.
 
     Parameters
     ----------
@@ -41,7 +41,8 @@ def llama_cpp_options(policy: Policy, checkpoint: Checkpoint) -> list[str]:
         range(policy.num_layers)
     ):
         raise _refused("its options hold for all layers", nearest)
-    if config.temperature != 1 or config.mass is not None or config.renormalize is True:
+    method = config.method(config.settings(0, policy.num_experts))
+    if config.temperature != 1 or method.gains or config.affine or config.renormalize is True:
         raise _refused("it neither rescales nor tempers weights", nearest)
     counts = set(config.counts_per_layer) or {config.max_k}
     if len(counts) > 1:
@@ -50,7 +51,6 @@ def llama_cpp_options(policy: Policy, checkpoint: Checkpoint) -> list[str]:
             "layer's own",
             round(sum(config.counts_per_layer) / policy.num_layers),
         )
-    method = config.method(config.settings(0, policy.num_experts))
     plain = method.follows_router and config.statistic == "logit"
     option = f"--override-kv olmoe.expert_used_count=int:{config.max_k}"
     if plain and config.fixed_count:

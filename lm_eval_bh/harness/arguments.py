@@ -7,7 +7,7 @@ from typing import Any
 
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.declared import PARAMETERS, serves
+from lm_eval_bh.routing.declared import ALPHA, PARAMETERS, serves
 from lm_eval_bh.routing.methods import METHODS
 from lm_eval_bh.routing.parameters import ALIASES, canonical
 
@@ -42,7 +42,10 @@ def routing_config(arguments: Mapping[str, Any]) -> RoutingConfig:
                 "for which alpha is solved: give one of them."
             )
     null_model = given.pop("null_model", None)
-    config = RoutingConfig.named({"alpha": DEFAULT_ALPHA} | given)
+    method = METHODS.get(str(given.get("rule")))
+    own = ALPHA if method is None else method.declared.get("alpha", ALPHA)
+    usual = own.default == ALPHA.default  # else the method has one of its own
+    config = RoutingConfig.named(({"alpha": DEFAULT_ALPHA} if usual else {}) | given)
     meaningless = {}
     if not config.adaptive:
         meaningless["alpha"] = given.get("alpha")

@@ -17,6 +17,7 @@ from lm_eval_bh.routing.layer_choice import chosen_layers
 from lm_eval_bh.routing.methods import METHODS, Method
 from lm_eval_bh.routing.methods.base import SCORED
 from lm_eval_bh.routing.methods.declare import Parameter
+from lm_eval_bh.routing.methods.scores import STATISTICS
 from lm_eval_bh.routing.parameters import canonical, checked
 from lm_eval_bh.routing.tables.null_kind import NullKind
 from lm_eval_bh.schema import RuleInfo
@@ -84,11 +85,14 @@ class RoutingConfig:
             )
 
     def _check_together(self) -> None:
-        if self.mass is not None and self.renormalize != "auto":
-            raise ParameterError(
-                f"renormalize={self.renormalize} contradicts mass={self.mass}, which rescales "
-                "weights its own way (0 not at all, 1 to the native sum): give one of them."
-            )
+        for name in ("mass", "k2", "fold"):
+            value = getattr(self, name)
+            if self.renormalize != "auto" and value not in (None, False):
+                raise ParameterError(
+                    f"renormalize={self.renormalize} contradicts {name}={value}, which rescales "
+                    "weights its own way (mass: 0 not at all, 1 to the native sum): give one of "
+                    "them."
+                )
         if self.family == "all" and self.budget == "layer":
             raise ParameterError(
                 "budget='layer' contradicts family='all', whose layers share one threshold: "
@@ -191,12 +195,24 @@ class RoutingConfig:
             self.trim,
             self.null_from if self.tests else None,
             self.of,
+            self.tables,
         )
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """The names of all that has to be calibrated, such as null or benefits."""
+        return self.method.needs(self._values)
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The names of the tables beside the null distribution and the factors of a statistic."""
+        beside = ("null", STATISTICS[self.scored_by].table)
+        return tuple(sorted(name for name in self.needs if name not in beside))
+
+    @property
     def needs_null(self) -> bool:
-        """Whether a null model is needed: for p-values, or for factors of weights."""
-        return bool(self.method.needs(self._values))
+        """Whether a null model is needed: for p-values, factors of weights, or other tables."""
+        return bool(self.needs)
 
     @property
     def solves(self) -> bool:
@@ -232,9 +248,9 @@ class RoutingConfig:
         return self._values | {name: getattr(self, name) for name in self.method.declared} | facts
 
     def check_experts(self, num_experts: int) -> None:
-        """Raise :class:`ParameterError` if a layer has too few experts for ``max_k``."""
-        for name in ("max_k", "step_budget", "k0"):
-            found = self._values.get(name, 0)
+        """Raise :class:`ParameterError` if a layer has too few experts for what is asked of it."""
+        for name in ("max_k", "k2", "step_budget", "k0"):
+            found = self._values.get(name) or 0
             if found > num_experts:
                 raise ParameterError(
                     f"{name}={found} is more than the model's {num_experts} experts: "
@@ -258,7 +274,7 @@ def rule_info(rule: str) -> RuleInfo:
 
 
 def one_configuration(
-    alpha: float | RoutingConfig, config: RoutingConfig | None, given: Mapping[str, Any]
+    alpha: float | RoutingConfig | None, config: RoutingConfig | None, given: Mapping[str, Any]
 ) -> RoutingConfig:
     """Return the configuration of a caller who gives a whole one, or its parameters.
 
@@ -269,7 +285,7 @@ def one_configuration(
     """
     if isinstance(alpha, RoutingConfig):
         config = alpha
-    else:
+    elif alpha is not None:
         given = {**given, "alpha": alpha}
     if config is None:
         return RoutingConfig.named(given)

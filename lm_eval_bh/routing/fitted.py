@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from torch import nn
+
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.methods import Method
+from lm_eval_bh.routing.patching.experts import slot_outputs
 from lm_eval_bh.routing.tables.null_model import NullModel
 
 
@@ -16,6 +21,7 @@ def fitted_method(
     alpha: float | None = None,
     *,
     softmax: bool = True,
+    parent: nn.Module | None = None,
 ) -> Method:
     """Return the method of a layer.
 
@@ -31,18 +37,28 @@ def fitted_method(
         The method's parameter in this layer, in place of the configuration's.
     softmax : bool
         Whether the weights of the router are a softmax of its logits.
+    parent : nn.Module, optional
+        What holds the layer's experts, for a method that runs them.
 
     Raises
     ------
     ParameterError
-        If the method needs a null model and there is none.
+        If the method needs a null model, or experts to run, and there is none.
     """
     method = config.method(config.settings(layer, num_experts, softmax))
-    chooses = not (method.fixed and method.follows_router)
+    chooses = method.folds or not (method.fixed and method.follows_router)
     if null_model is None and chooses and config.method.needs(method.settings):
         raise ParameterError(
             f"rule={config.rule!r} needs a null model: use null_model= with one, or rule='topk'."
         )
+    if method.runs_experts:
+        experts = getattr(parent, "experts", None)
+        if not hasattr(experts, "down_proj"):
+            raise ParameterError(
+                f"rule={config.rule} runs experts before it decides, and has none here that can be "
+                "run one by one: use it with hf-bh, on a model whose layers hold their experts."
+            )
+        method.run_experts = partial(slot_outputs, experts)
     tables = None if null_model is None else null_model.layer(layer)
     method.fit(tables, config.alpha if alpha is None else alpha)
     return method

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from lm_eval_bh.errors import BHError, ParameterError, PolicyError
@@ -60,6 +62,8 @@ class Policy:
         The model it was made for: hub name or path, and commit.
     provenance : mapping
         How it was found and what it measured, as plain values.
+    affine : ndarray or None
+        What layers' outputs are scaled and shifted by, float64 ``[layers, 2, hidden]``.
     """
 
     config: RoutingConfig
@@ -72,12 +76,16 @@ class Policy:
     model: str | None = None
     revision: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    affine: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         if self.config.needs_null and self.null_model is None:
             raise PolicyError("A policy whose rule needs a null model must have it.")
         if self.config.solves and self.solution is None:
             raise PolicyError("A policy whose parameter was solved must have the solution.")
+        shape = None if self.affine is None else self.affine.shape[:2]
+        if shape != ((self.num_layers, 2) if self.config.affine else None):
+            raise PolicyError("A policy with affine=true, and no other, must have what was fitted.")
         for name in ("num_layers", "num_experts", "native_top_k"):
             count = checked_integer(
                 name, getattr(self, name), f"an integer from 1 to {MOST}", 1, MOST
@@ -100,6 +108,8 @@ class Policy:
         found = hashlib.sha256(json.dumps(self._decides(), sort_keys=True).encode())
         if self.null_model is not None:
             found.update(self.null_model.digest().encode())
+        if self.affine is not None:
+            found.update(self.affine.tobytes())
         return found.hexdigest()
 
     def save(self, path: Path | str) -> None:
@@ -111,9 +121,12 @@ class Policy:
             If it cannot be written.
         """
         null, path = self.null_model, as_path(path)
-        tensors = (
-            {} if null is None else null_file.tensors_of(null.tables, null.header, null.factors)
-        )
+        tensors = {}
+        if null is not None:
+            parts = null.tables, null.header, null.factors, null.measured
+            tensors = null_file.tensors_of(*parts)
+        if self.affine is not None:
+            tensors[null_file.AFFINE] = self.affine
         header = self._decides() | {
             "format_version": FORMAT_VERSION,
             "model": self.model,
@@ -165,7 +178,7 @@ class Policy:
                     )
                 if fault := mismatch(header, _Header, "its header"):
                     raise PolicyError(f"The policy {path} is damaged ({fault}): make it again.")
-                null = None
+                affine, null = null_file.affine_of(file), None
                 if header["null_model"] is not None:
                     null = NullModel(
                         *null_file.read_tensors(file, json.dumps(header["null_model"]))
@@ -181,6 +194,7 @@ class Policy:
                 model=header["model"],
                 revision=header["revision"],
                 provenance=header["provenance"],
+                affine=affine,
             )
             if found.digest() != header["digest"]:
                 raise PolicyError(

@@ -158,8 +158,10 @@ def _numbered(step: Tensor | Sequence[int] | None, router_logits: Tensor) -> Ten
 def _config(null_model: NullModel | None, **given: Any) -> RoutingConfig:
     """Return the configuration; a null model says what is tested."""
     if null_model is not None:
-        given["statistic"] = null_model.header.statistic
-        if given["rule"] in METHODS and METHODS[given["rule"]].tests:
+        method = METHODS.get(given["rule"])
+        if method is None or "statistic" in method.declared:
+            given["statistic"] = null_model.header.statistic
+        if method is not None and method.tests:
             given["null_scope"] = null_model.header.null_scope
     return RoutingConfig(**given)
 

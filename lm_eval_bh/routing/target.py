@@ -87,13 +87,8 @@ def solve(
         If the text or the tokenizer cannot be loaded.
     """
     config = integration.config
-    batches = text_batches(
-        tokenizer or tokenizer_of(integration.model),
-        wikitext_texts("train", INSTEAD) if texts is None else texts,
-        tokens=TOKENS,
-        length=LENGTH,
-        batch=config.decode_batch if config.target_distinct else BATCH,
-    )
+    rows = config.decode_batch if config.target_distinct else BATCH
+    batches = calibration_batches(integration.model, tokenizer, texts, rows)
     unchanged = _p_values(integration, batches) if config.family == "all" else None
     scores: Mapping[int, Heard] = {}
     best: Solution | None = None
@@ -146,6 +141,22 @@ def solve(
 def _target(config: RoutingConfig) -> float | None:
     target: float | None = config.target_distinct or config.target_experts
     return target
+
+
+def calibration_batches(
+    model: nn.Module,
+    tokenizer: Any = None,
+    texts: Sequence[str] | None = None,
+    batch: int = BATCH,
+) -> list[Tensor]:
+    """Return the text that parameters are solved on, as token ids; see :func:`solve`."""
+    return text_batches(
+        tokenizer or tokenizer_of(model),
+        wikitext_texts("train", INSTEAD) if texts is None else texts,
+        tokens=TOKENS,
+        length=LENGTH,
+        batch=batch,
+    )
 
 
 def _p_values(integration: Routed, batches: Sequence[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ statsmodels' where it has the procedure.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ STATSMODELS = {
     "hochberg": "simes-hochberg",
     "fdr_tsbh": "fdr_tsbh",
 }
+OF_THE_FIRST = ("min_w", "p_value", "alloc_moe", "modes", "ace")
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Reference:
         One for each expert, or a single one; empty where nothing is tested.
     layer : int
         What random experts depend on.
+    tables : dict of ndarray
+        What else was measured, ``[layers, ...]``.
     """
 
     rule: str
@@ -48,6 +52,7 @@ class Reference:
     factors: Any = None
     nulls: Any = ()
     layer: int = 0
+    tables: Any = None
 
     def experts(self, logits: Any, hidden: Any) -> dict[int, float]:
         """Return one token's experts, the best first, and their weights."""
@@ -57,15 +62,26 @@ class Reference:
         tempered = softmax(z / self.parameters["temperature"])
         native = sum(tempered[e] for e in order[: self.native_k])
         weights = {e: tempered[e] / (native if self.rescales else 1) for e in kept}
-        total, mass = sum(weights.values()), self.parameters["mass"]
-        if mass is not None:
+        total, mass, k2 = sum(weights.values()), self.parameters["mass"], self.parameters["k2"]
+        if k2 is not None:
+            first = sum(tempered[e] for e in order[:k2])
+            kept_sum = sum(tempered[e] for e in kept)
+            scale = native / first if self.rescales else 1  # p / sum of the first k2, as published
+            factor = scale * (first / kept_sum) ** (mass or 0)
+        elif mass is not None or self.parameters["fold"]:
             wanted = 1 if self.rescales else native  # the sum of the native top-k's
-            factor = (wanted / total) ** mass
+            factor = (wanted / total) ** (mass or 0)
         elif self.parameters["renormalize"] is True or self.rescales:
             factor = 1 / total
         else:
             factor = 1
-        return {e: weight * factor for e, weight in weights.items()}
+        weights = {e: weight * factor for e, weight in weights.items()}
+        if self.parameters["fold"]:
+            scalars, errors = self.tables["folds"][self.layer]
+            for s in set(order[: self.native_k]) - set(kept):
+                t = min(kept, key=lambda e: errors[s, e])
+                weights[t] += scalars[s, t] * tempered[s] / (native if self.rescales else 1)
+        return weights
 
     def _kept(self, z: Any, hidden: Any, order: list[int]) -> list[int]:
         least, most = self.parameters["min_k"], self.parameters["max_k"]
@@ -73,7 +89,13 @@ class Reference:
             return sorted(self._drawn(order, most), key=lambda e: -z[e])
         score = self._scores(z, hidden, order)
         ranked = sorted(range(len(z)), key=lambda e: -score[e])
-        if self.rule in ("min_w", "p_value"):  # others than the router's first do not compete
+        if self.rule in (
+            "min_w",
+            "p_value",
+            "alloc_moe",
+            "modes",
+            "ace",
+        ):  # others than the router's first do not compete
             ranked = [e for e in ranked if e in order[:most]]
         if self.rule == "topk":
             return ranked[:most]
@@ -84,20 +106,64 @@ class Reference:
             count = self._rejections(p, ranked)
         elif self.rule == "min_w":
             count = sum(math.exp(score[e]) >= self.alpha for e in ranked)
+        elif self.rule in ("lexi", "alloc_moe", "modes", "ace"):
+            count = self._by_tables(score, ranked)
         else:
             share = softmax(score)[ranked]
             if self.rule == "top_p":
                 count = next(n for n in range(1, len(z) + 1) if share[:n].sum() >= self.alpha)
+            elif self.rule == "elbow":
+                chord = np.linspace(share[0], share[-1], len(z)) - share[0]
+                count = int(np.argmin(share - self.alpha * chord))
+            elif self.rule == "adaptive_k":
+                entropy = -sum(w * math.log(w) for w in share)
+                steps = self.parameters["k_values"] or f"{least}-{(least + most) // 2}-{most}"
+                limits = [self.alpha + i * self.parameters["gap"] for i in range(steps.count("-"))]
+                count = int(steps.split("-")[sum(entropy >= limit for limit in limits)])
+            elif self.rule == "naee":
+                ratios = self.tables["ratios"][self.layer]
+                count = sum(share >= np.quantile(ratios, self.alpha) * share[0])
             else:
                 count = sum(share >= self.alpha * share[0])
         return ranked[: min(max(count, least), most)]
 
+    def _by_tables(self, score: Any, ranked: list[int]) -> int:
+        if self.rule == "modes":
+            importance = self.tables["layer_kl"]
+            share = importance[self.layer] / importance.sum()
+            return sum(share * math.exp(score[e]) >= self.alpha for e in ranked)
+        if self.rule == "ace":
+            return sum(math.exp(score[e]) >= self.alpha for e in ranked)
+        costs = self.tables["perturbations" if self.rule == "lexi" else "isolated"]
+        layers, native = costs.shape
+        most = min(native, self.parameters["max_k"])
+        every = list(itertools.product(range(self.parameters["min_k"], most + 1), repeat=layers))
+
+        def own(total: int) -> int:
+            fitting = [each for each in every if sum(each) == total] or [(most,) * layers]
+            best = min(fitting, key=lambda each: sum(costs[i][n - 1] for i, n in enumerate(each)))
+            return best[self.layer]
+
+        total = math.floor(self.alpha * layers)
+        k = own(total)
+        if self.rule == "lexi":
+            return k
+        k += (self.alpha * layers - total) * (own(total + 1) - k)  # between two whole totals
+        least = np.quantile(self.tables["slot_weights"][self.layer], 1 - k / native)
+        return sum(score[e] >= least for e in ranked)
+
     def _scores(self, z: Any, hidden: Any, order: list[int]) -> Any:
         statistic = self.parameters.get("statistic", "logit")
-        if statistic == "logit" and self.rule != "min_w":
-            return z
         weights = softmax(z)
-        if self.parameters["of"] == "own" and self.rescales:
+        if self.rule == "ace":
+            views = [weights * self.tables[name][self.layer] for name in ("spectra", "responses")]
+            native = order[: self.native_k]
+            share = np.maximum(*(view / view[native].sum() for view in views))
+            share[order[0]] = 1  # the first is never skipped
+            return np.log(share)
+        if statistic == "logit" and self.rule not in ("min_w", "alloc_moe", "modes"):
+            return z
+        if self.parameters.get("of") == "own" and self.rescales:
             weights = weights / sum(weights[e] for e in order[: self.native_k])
         if statistic in ("logit", "weight"):
             return np.log(weights)

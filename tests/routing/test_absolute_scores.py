@@ -25,7 +25,8 @@ from lm_eval_bh.routing.methods.scores import LEAST, STATISTICS, log_predicted_n
 from lm_eval_bh.routing.routers import find_routers
 from lm_eval_bh.routing.tables.benefit import measure_benefits
 from lm_eval_bh.routing.tables.calibration import calibrate, calibrate_and_check
-from lm_eval_bh.routing.tables.norm_regression import PENALTY, measuring_predictors
+from lm_eval_bh.routing.tables.measure import measure
+from lm_eval_bh.routing.tables.norm_regression import PENALTY
 from lm_eval_bh.routing.tables.null_kind import NullKind
 from lm_eval_bh.routing.target import family_cutoff, family_level
 
@@ -173,9 +174,8 @@ class TestPredicted:
     def test_it_is_a_ridge_regression(self, tiny, ids):
         tiny.double().set_experts_implementation("eager")  # others know no float64
         routers = find_routers(tiny)
-        with measuring_predictors(tiny, [r.module for r in routers]) as regression, torch.no_grad():
-            tiny(ids)
-        table = regression.result()[1]
+        modules = [r.module for r in routers]
+        table = measure(["predictor"], tiny, modules, [ids], progress=False)["predictor"][1]
         _, x, _, _ = heard(tiny, ids)[1]
         experts = tiny.model.layers[1].mlp.experts
         norms = []

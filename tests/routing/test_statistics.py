@@ -25,8 +25,10 @@ from lm_eval_bh.routing.routers import find_routers
 from lm_eval_bh.routing.selection import reject
 from lm_eval_bh.routing.tables import kde
 from lm_eval_bh.routing.tables.calibration import calibrate
-from lm_eval_bh.routing.tables.contribution import measuring_norms
+from lm_eval_bh.routing.tables.contribution import OutputNorms
 from lm_eval_bh.routing.tables.find import cached_null, resolve_null
+from lm_eval_bh.routing.tables.measure import measure
+from lm_eval_bh.routing.tables.measurement import hearing_experts
 from lm_eval_bh.routing.tables.null_kind import NullKind
 
 KINDS = [(s, n) for s in ("logit", "contribution") for n in ("layer", "expert", "model")]
@@ -53,12 +55,11 @@ class TestNorms:
         seen = []
         layer = tiny.model.layers[1].mlp
         handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        with measuring_norms(tiny, [r.module for r in find_routers(tiny)]) as got:
-            tiny(ids)
+        modules = [r.module for r in find_routers(tiny)]
+        norms = measure(["norms"], tiny, modules, [ids], progress=False)["norms"]
         handle.remove()
         hidden = seen[0].reshape(-1, 128)
         _, _, chosen = layer.gate(hidden)
-        norms = got.result()
         assert norms.shape == (4, 64)
         called = [e for e in range(64) if (chosen == e).any()]
         for expert in called:
@@ -71,7 +72,8 @@ class TestNorms:
 
     def test_measuring_changes_no_output_and_leaves_no_hook(self, tiny, ids):
         expected = tiny(ids).logits
-        with measuring_norms(tiny, [r.module for r in find_routers(tiny)]):
+        modules = [r.module for r in find_routers(tiny)]
+        with hearing_experts(tiny, modules, [OutputNorms(tiny, modules)]):
             assert torch.equal(tiny(ids).logits, expected)
         assert not any(module._forward_pre_hooks for module in tiny.modules())
 
@@ -79,8 +81,8 @@ class TestNorms:
         block = torch.nn.Module()
         block.gate = torch.nn.Linear(2, 2)
         block.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
-        with pytest.raises(ModelError, match="output norms"), measuring_norms(block, [block.gate]):
-            pass
+        with pytest.raises(ModelError, match="output norms"):
+            OutputNorms(block, [block.gate])
 
 
 class TestPValues:

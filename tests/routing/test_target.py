@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lm_eval_bh import (
     BHRoutingIntegration,
@@ -15,6 +16,10 @@ from lm_eval_bh import (
     RoutingConfig,
     UnreachableError,
 )
+from lm_eval_bh.routing.methods import METHODS
+from lm_eval_bh.routing.routers import find_routers
+from lm_eval_bh.routing.tables.calibration import calibrate
+from lm_eval_bh.routing.tables.null_kind import NullKind
 from lm_eval_bh.routing.tables.texts import text_batches
 from lm_eval_bh.routing.target import LENGTH, TOKENS
 
@@ -28,6 +33,26 @@ def solved(tiny, tokenizer, demo_texts, null):
         return BHRoutingIntegration(tiny, tokenizer=tokenizer, texts=demo_texts[:4], **options)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_model_folder, tokenizer, demo_texts):
+    """Return a null model with every table that a method reads."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    names = {name for method in METHODS.values() for name in method.measured}
+    return calibrate(
+        model,
+        tokenizer,
+        [router.module for router in find_routers(model)],
+        demo_texts[:4],
+        model_name="tiny-olmoe",
+        revision=None,
+        text_name="demo",
+        tokens=512,
+        length=128,
+        kind=NullKind("weight", tables=tuple(sorted(names))),
+        progress=False,
+    )
 
 
 def means(routing: BHRoutingIntegration, tokenizer, texts) -> list[float]:
@@ -48,13 +73,19 @@ def means(routing: BHRoutingIntegration, tokenizer, texts) -> list[float]:
         {"rule": "fdr_tsbh", "target_experts": 3},
         {"rule": "top_p", "target_experts": 3.5},
         {"rule": "min_p"},
+        {"rule": "elbow"},
+        {"rule": "adaptive_k"},
+        *({"rule": name, "target_experts": 3.5} for name, m in METHODS.items() if m.measured),
         {"budget": "layer"},
         {"budget": "layer", "rule": "min_p", "layers": "1-2", "target_experts": 2.5},
     ],
     ids=str,
 )
-def test_the_mean_on_the_calibration_text_is_the_target(solved, tokenizer, demo_texts, options):
-    routing = solved(**options)
+def test_the_mean_on_the_calibration_text_is_the_target(
+    solved, measured, tokenizer, demo_texts, options
+):
+    own = {} if not METHODS[options.get("rule", "bh")].measured else {"kde": measured}
+    routing = solved(**own, **options)
     target = routing.config.target_experts
     found = means(routing, tokenizer, demo_texts)
     assert sum(found) / len(found) == pytest.approx(target, rel=0.02)

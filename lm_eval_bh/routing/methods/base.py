@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .declare import Parameter, choice
-from .gains import gained
+from .gains import folded, gained
 from .router import RouterOutput
 from .scores import OF, STATISTICS, log_predicted_norms, log_weights
 
@@ -61,6 +61,12 @@ class Method(nn.Module):
         null distribution; whether experts are drawn.
     joint : bool
         Whether the tokens of a step are decided together, see :class:`~.batch.BatchMethod`.
+    measured : tuple of str
+        Names of tables that it reads in :meth:`fit` or :meth:`level`, as ``self.tables[name]``,
+        float64 ``[layers, ...]``; see ``routing/tables/measurement.py``.
+    runs_experts : bool
+        Whether it runs experts to decide, by ``run_experts``, which hf-bh alone sets: hidden states
+        ``[tokens, hidden]`` and experts ``[tokens, k]`` to outputs ``[tokens, k, hidden]``.
     first_only : bool
         Whether each expert is decided by itself, among the ``max_k`` that the router ranks first.
     """
@@ -74,6 +80,9 @@ class Method(nn.Module):
     tests: ClassVar[bool] = False
     random: ClassVar[bool] = False
     joint: ClassVar[bool] = False
+    measured: ClassVar[tuple[str, ...]] = ()
+    runs_experts: ClassVar[bool] = False
+    run_experts: Callable[[Tensor, Tensor], Tensor] | None = None
     first_only: bool = False
     bounds: Tensor
 
@@ -107,7 +116,8 @@ class Method(nn.Module):
     def needs(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the names of the tables that have to be calibrated, such as null or benefits."""
         table = STATISTICS[cls.scored_by(settings)].table
-        return (("null",) if cls.tests else ()) + ((table,) if table else ())
+        own = (("null",) if cls.tests else ()) + ((table,) if table else ()) + cls.measured
+        return own + (("folds",) if settings.get("fold") else ())
 
     @classmethod
     def describe(cls) -> dict[str, Any]:
@@ -129,14 +139,18 @@ class Method(nn.Module):
         ----------
         tables : object or None
             A layer's tables, with ``factors`` (float64 ``[experts]``, or a predictor
-            ``[hidden + 2, experts]``) and for tests ``thresholds``, see
+            ``[hidden + 2, experts]``), ``measured`` (by name) and for tests ``thresholds``, see
             :class:`~lm_eval_bh.routing.tables.null_model.NullModel`.
         alpha : float
             The level, or another parameter of that place.
         """
+        self.tables = dict(tables.measured) if tables is not None else {}
         if self.statistic.table and not (self.fixed and self.follows_router):
             factors = torch.tensor(tables.factors)
             self.keep("factors", factors.float() if self.statistic.predicts else factors.log())
+        if self.folds:
+            folds = self.tables["folds"][self.settings["layer"]]
+            self.keep("folds_of_layer", torch.from_numpy(folds).float())
         level = self.level(alpha)
         if level is not None and not self.fixed:
             self.keep("thresholds", level)
@@ -146,7 +160,7 @@ class Method(nn.Module):
         if not self.statistic.weighs:
             logits = router.logits
             return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        scores = log_weights(router, self.settings["of"])
+        scores = log_weights(router, self.settings.get("of", "auto"))
         if not self.statistic.table:
             return scores
         factors = self.table("factors").to(scores.dtype)
@@ -198,9 +212,10 @@ class Method(nn.Module):
         """
         return None
 
-    def weigh(self, kept: Tensor, router: RouterOutput) -> Tensor:
-        """Return the weights of the experts kept, float ``[tokens, max_k]``: by default a gain."""
-        return gained(kept, router, self.settings)
+    def weigh(self, kept: Tensor, router: RouterOutput, experts: Tensor) -> Tensor:
+        """Return the weights of the experts kept, both ``[tokens, max_k]``: by default a gain."""
+        kept = gained(kept, router, self.settings)
+        return folded(kept, experts, router, self.table("folds_of_layer")) if self.folds else kept
 
     @property
     def follows_router(self) -> bool:
@@ -212,14 +227,25 @@ class Method(nn.Module):
         """Return how many experts the router has to rank, so that this method can choose."""
         if not (self.follows_router or self.first_only):
             return self.num_experts
-        return max(self.max_k, native_k) if self.needs_native else self.max_k
+        k2 = self.settings.get("k2") or 0
+        return max(self.max_k, native_k, k2) if self.needs_native else self.max_k
 
     @property
     def needs_native(self) -> bool:
         """Whether weights are wanted in the scale that they have among the native top-k."""
         given = self.settings.get("of") == "own" or not self.settings.get("softmax", True)
         own = self.statistic.weighs and given and not self.fixed
-        return own or self.settings["mass"] is not None
+        return own or self.gains
+
+    @property
+    def gains(self) -> bool:
+        """Whether a gain says what weights are multiplied by, other than what the model does."""
+        return self.folds or any(self.settings.get(name) is not None for name in ("mass", "k2"))
+
+    @property
+    def folds(self) -> bool:
+        """Whether experts that are left out are folded into those that are kept."""
+        return bool(self.settings.get("fold"))
 
     def keep(self, name: str, table: Tensor) -> None:
         """Keep a table as a buffer: as the bits of integers, which no cast of a model rounds."""

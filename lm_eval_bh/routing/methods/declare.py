@@ -6,6 +6,7 @@ import difflib
 import math
 import numbers
 import operator
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -115,10 +116,19 @@ def tried(check: tuple[Any, ...], *values: Any) -> tuple[Any, ...]:
     return *check, *([()] * (3 - len(check))), values
 
 
-def level(meaning: str) -> Parameter:
+def counts(value: Any) -> str:
+    """Return numbers of experts joined by '-'; a list of integers is joined."""
+    if isinstance(value, (list, tuple)):
+        value = "-".join(str(operator.index(k)) for k in value)
+    if isinstance(value, bool) or not re.fullmatch(r"[1-9]\d{0,8}(-[1-9]\d{0,8})*", str(value)):
+        raise ValueError
+    return str(value)
+
+
+def level(meaning: str, default: float = 0.05) -> Parameter:
     """Declare ``alpha``, a number strictly between 0 and 1."""
     must = "a number strictly between 0 and 1"
-    return Parameter(0.05, meaning, *number(must, lambda value: 0 < value < 1))
+    return Parameter(default, meaning, *number(must, lambda value: 0 < value < 1))
 
 
 def _scalar(value: Any) -> Any:

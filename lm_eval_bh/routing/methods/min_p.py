@@ -15,7 +15,8 @@ SHARE = "share of the largest softmax weight to reach"
 class MinP(Shares):
     """Take the experts whose weight is at least ``alpha`` times the largest.
 
-    With ``min_k`` it is what ik_llama.cpp calls smart expert reduction (``-ser``).
+    With ``min_k`` it is what ik_llama.cpp calls smart expert reduction: ``-ser 2,0.4`` is
+    ``min_k=2, alpha=0.4`` here, with ``max_k`` the native top-k (its pull request 239).
 
     References
     ----------

@@ -40,7 +40,8 @@ class PValue(StepUp):
 
     def asks(self, native_k: int) -> int:
         """Return ``max_k``: others do not compete."""
-        return max(self.max_k, native_k) if self.needs_native else self.max_k
+        k2 = self.settings.get("k2") or 0
+        return max(self.max_k, native_k, k2) if self.needs_native else self.max_k
 
     def count(self, ranked: Tensor, level: Tensor | None) -> Tensor:
         """Return how many reach the threshold, int64 ``[tokens]``."""

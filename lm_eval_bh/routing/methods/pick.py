@@ -46,13 +46,14 @@ def pick(method: Method, router: RouterOutput) -> Picked:
         experts, weights = router.indices[:, :k], router.weights[:, :k]
         counts = torch.full(experts.shape[:1], k, dtype=torch.int64, device=experts.device)
         own = router.weights.shape[-1] == k and method.settings["renormalize"] is not True
-        if own and method.settings["mass"] is None:  # the very weights of a model with this top-k
+        if own and not method.gains:  # the very weights of a model with this top-k
             return Picked(experts, weights, counts)
-        return Picked(experts, method.weigh(weights, router), counts)
+        return Picked(experts, method.weigh(weights, router, experts), counts)
     counts, experts, weights = _decided(method, router)
     used = torch.arange(k, device=counts.device) < counts.unsqueeze(-1)
-    weights = method.weigh(torch.where(used, weights, 0.0), router)
-    return Picked(torch.where(used, experts, method.num_experts), weights, counts)
+    experts = torch.where(used, experts, method.num_experts)
+    weights = method.weigh(torch.where(used, weights, 0.0), router, experts)
+    return Picked(experts, weights, counts)
 
 
 def repeated(picked: Picked, num_experts: int) -> Picked:

@@ -2,21 +2,8 @@
 
 from __future__ import annotations
 
-import operator
-import re
-from typing import Any
-
 from .base import SCORED, Method
-from .declare import Parameter, or_none
-
-
-def _counts(value: Any) -> str:
-    """Return numbers joined by '-'; a list of integers is joined."""
-    if isinstance(value, (list, tuple)):
-        value = "-".join(str(operator.index(k)) for k in value)
-    if isinstance(value, bool) or not re.fullmatch(r"[1-9]\d{0,8}(-[1-9]\d{0,8})*", str(value)):
-        raise ValueError
-    return str(value)
+from .declare import Parameter, counts, or_none
 
 
 class TopK(Method):
@@ -28,6 +15,6 @@ class TopK(Method):
         "k_per_layer": Parameter(
             None,
             "for `topk`, as many experts in each routed layer: `5-3-3-5`",
-            *or_none((_counts, "numbers of experts joined by '-', such as 5-3-3-5")),
+            *or_none((counts, "numbers of experts joined by '-', such as 5-3-3-5")),
         )
     }

@@ -157,6 +157,17 @@ def each_expert(
             yield expert, tokens, _expert(parameters, expert, hidden_states[tokens])
 
 
+def slot_outputs(experts: Any, hidden_states: Tensor, indices: Tensor) -> Tensor:
+    """Return what each slot's expert gives its token, not weighted: ``[tokens, slots, hidden]``."""
+    found = torch.zeros(
+        *indices.shape, hidden_states.shape[-1], dtype=torch.float64, device=indices.device
+    )
+    for expert, tokens, output in each_expert(experts, hidden_states, indices):
+        slots = (indices[tokens] == expert).long().argmax(-1)
+        found[tokens, slots] = output.double()
+    return found
+
+
 def _grouping_pays(module: Any, rows_of: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether many experts have little to do each, and torch's own loop is the faster one."""
     in_use = sum(1 for rows in rows_of if rows)

@@ -16,11 +16,9 @@ from lm_eval_bh.routing.config import RoutingConfig, one_configuration
 from lm_eval_bh.routing.fitted import fitted_method
 from lm_eval_bh.routing.methods import Method
 from lm_eval_bh.routing.parameters import ALIASES, accepts
+from lm_eval_bh.routing.patching.affine import Array, align, fit_affine
 from lm_eval_bh.routing.patching.counters import RoutingCounters, routing_stats
-from lm_eval_bh.routing.patching.experts_switch import (
-    ExpertsSwitch,
-    check_implementation,
-)
+from lm_eval_bh.routing.patching.experts_switch import ExpertsSwitch, check_implementation
 from lm_eval_bh.routing.patching.fits import check_fit
 from lm_eval_bh.routing.patching.forward_pass import ending_with, real_tokens
 from lm_eval_bh.routing.patching.hook import RouterHook
@@ -45,8 +43,8 @@ class BHRoutingIntegration:
     model : nn.Module
         A transformers model with MoE routers, possibly wrapped (PEFT, accelerate); not yet
         compiled.
-    alpha : float or RoutingConfig
-        The level; or the whole configuration, instead of its parameters one by one.
+    alpha : float or RoutingConfig, optional
+        The level, by default the rule's own; or the whole configuration.
     temperature, min_k, max_k, mode, **parameters
         Those of :class:`~lm_eval_bh.routing.config.RoutingConfig`. With ``target_experts`` alpha is
         solved.
@@ -58,7 +56,7 @@ class BHRoutingIntegration:
     policy : Policy or path, optional
         Everything about routing from a file, in place of all parameters of it.
     texts : sequence of str, optional
-        The documents that a target is solved on; default WikiText-2's training text.
+        What a target is solved and ``affine`` fitted on; default WikiText-2's training text.
     experts_implementation : "auto", "ragged" or the name of one of transformers
         What computes the experts while patched; "auto" keeps the model's own where no slot can stay
         unused, and takes "ragged" elsewhere. ``experts=`` is an alias.
@@ -79,7 +77,7 @@ class BHRoutingIntegration:
     def __init__(
         self,
         model: nn.Module,
-        alpha: float | RoutingConfig = 0.05,
+        alpha: float | RoutingConfig | None = None,
         temperature: float = 1.0,
         min_k: int = 1,
         max_k: int = 8,
@@ -121,6 +119,7 @@ class BHRoutingIntegration:
             "auto" if null_model is None else null_model, model, self.routers, tokenizer
         )
         self.solution: Solution | None = None
+        self.affine: Array | None = None
         if policy is not None:
             name = transformers_model(model).name_or_path or type(model).__name__
             own = router_fingerprint(r.weight for r in self.routers)
@@ -135,7 +134,7 @@ class BHRoutingIntegration:
         if policy is None:
             self._solve()
         else:
-            self.solution = policy.solution
+            self.solution, self.affine = policy.solution, policy.affine
 
     @property
     def patched(self) -> bool:
@@ -172,6 +171,7 @@ class BHRoutingIntegration:
             own.name_or_path or None,
             getattr(own.config, "_commit_hash", None),
             provenance,
+            self.affine,
         )
 
     def configure(self, config: RoutingConfig) -> None:
@@ -182,7 +182,7 @@ class BHRoutingIntegration:
         """
         check_fit(config, self.routers)
         patched = self.patched
-        before = self.config, self.null_model, self.solution
+        before = self.config, self.null_model, self.solution, self.affine
         self.unpatch_model()  # first: a null model may be calibrated, and on the model as it is
         try:
             self.null_model = self._nulls.of(config)
@@ -191,12 +191,10 @@ class BHRoutingIntegration:
             if patched:
                 self.patch_model()
         except BaseException:
-            self.config, self.null_model, self.solution = before
+            self.config, self.null_model, self.solution, self.affine = before
             if patched:
                 self.patch_model()
             raise
-        if self.counters is not None:
-            self.reset_stats()
 
     def patch_model(self) -> BHRoutingIntegration:
         """Put the hooks into the model.
@@ -209,13 +207,12 @@ class BHRoutingIntegration:
         refuse_patched(self.model)
         refuse_stale(self.null_model, self.routers)
         patch = Patch(self.config, self.observers, self.counters)
-        hooks = []
-        for layer in self.layers:
-            router = self.routers[layer]
-            hooks.append((router, RouterHook(patch, layer, router, self.method(layer))))
+        routers = [(layer, self.routers[layer]) for layer in self.layers]
+        hooks = [(own, RouterHook(patch, layer, own, self.method(layer))) for layer, own in routers]
         try:
             put_in(self.model, patch, hooks)
             if self.config.mode == "patch":
+                align(self.model, patch, hooks, self.affine)
                 unused = self.config.adaptive and self.config.min_k < self.config.max_k
                 how = self.experts_implementation
                 patch.switch = ExpertsSwitch(self.model, how, unused_slots=unused)
@@ -235,6 +232,7 @@ class BHRoutingIntegration:
             router.num_experts,
             self.alphas[layer],
             softmax=router.softmax,
+            parent=router.parent,
         )
 
     def unpatch_model(self) -> None:
@@ -284,7 +282,7 @@ class BHRoutingIntegration:
     def get_routing_stats(self) -> dict[str, float | None]:
         """Return :func:`~lm_eval_bh.routing.patching.counters.routing_stats` since the last reset.
 
-        A :class:`ParameterError` says if the integration was made with ``collect_stats=False``.
+        A :class:`ParameterError` says if there are none, by ``collect_stats=False``.
         """
         if self.counters is None:
             raise ParameterError(
@@ -306,8 +304,10 @@ class BHRoutingIntegration:
         return integration_html(self)
 
     def _solve(self) -> None:
-        self.solution = None
+        self.solution = self.affine = None
         if self.config.solves:
             self.solution = solve(self, self._tokenizer, self._texts)
-            if self.counters is not None:
-                self.reset_stats()
+        if self.config.affine:
+            self.affine = fit_affine(self, self._tokenizer, self._texts)
+        if self.counters is not None:
+            self.reset_stats()

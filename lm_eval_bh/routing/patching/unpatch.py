@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lm_eval_bh.errors import ModelError
+from lm_eval_bh.routing.patching.affine import AffineHook
 from lm_eval_bh.routing.patching.begin_and_end import CHECKPOINTING, Begin, End
 from lm_eval_bh.routing.patching.hook import RouterHook
 from lm_eval_bh.routing.patching.patch import Patch
@@ -97,5 +98,5 @@ def _ours(module: nn.Module) -> list[tuple[int, Any]]:
         (key, hook)
         for kind in KINDS
         for key, hook in getattr(module, kind).items()
-        if isinstance(hook, (Begin, End, RouterHook))
+        if isinstance(hook, (AffineHook, Begin, End, RouterHook))
     ]

@@ -20,6 +20,23 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lm_eval_bh.errors import DataError, ModelError
+from lm_eval_bh.routing.routers import find_routers
+from lm_eval_bh.routing.tables.measurement import Array, Measurement
+
+
+class Benefits(Measurement):
+    """Root mean square of loss gradient . expert's output, by a backward pass of its own."""
+
+    name = "benefits"
+
+    def run(self, batches: Sequence[Tensor], progress: bool) -> None:
+        """Measure them."""
+        experts = find_routers(self.model)[0].num_experts
+        self._found = measure_benefits(self.model, self.routers, batches, experts, progress)
+
+    def result(self) -> Array:
+        """Return what :func:`measure_benefits` gave, float64 ``[layers, experts]``."""
+        return self._found
 
 
 def measure_benefits(

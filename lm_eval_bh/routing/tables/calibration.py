@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,14 @@ from lm_eval_bh.errors import ModelError, NullModelError
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.methods import Method
 from lm_eval_bh.routing.methods.router import RouterOutput
+from lm_eval_bh.routing.methods.scores import STATISTICS
 from lm_eval_bh.routing.routers import Router, find_routers
-from lm_eval_bh.routing.tables.benefit import measure_benefits
-from lm_eval_bh.routing.tables.contribution import measuring_norms
 from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
 from lm_eval_bh.routing.tables.fitting import check_trim, unselected
 from lm_eval_bh.routing.tables.kde import check_kernel
 from lm_eval_bh.routing.tables.layer_tables import LayerTables
 from lm_eval_bh.routing.tables.listening import collect_router_logits, listen
-from lm_eval_bh.routing.tables.norm_regression import TOKENS, measuring_predictors
+from lm_eval_bh.routing.tables.measure import measure, predictor_batches
 from lm_eval_bh.routing.tables.null_health import LayerHealth, layer_health, with_health
 from lm_eval_bh.routing.tables.null_kind import LOGITS_OF_A_LAYER, NullKind
 from lm_eval_bh.routing.tables.null_model import NullModel
@@ -69,8 +68,8 @@ def calibrate(
     model_name, revision, text_name : str
         What the header says about model and text.
     kind : NullKind
-        What the null distribution is of. What its statistic needs of the experts is measured
-        first: output norms in a pass, benefits in one with gradients.
+        What the null distribution is of, and what further tables are measured. All of it takes one
+        forward pass, and what needs gradients, or models that are changed, passes of its own.
     kernel, bandwidth
         As in :meth:`NullModel.fit`.
     experts : int, optional
@@ -92,27 +91,41 @@ def calibrate(
         "fingerprint": router_fingerprint(map(_weight, routers)),
     }
     batches = text_batches(tokenizer, texts, tokens=tokens, length=length, batch=batch)
-    factors = _measured(kind.statistic, model, routers, batches, progress)
+    row = STATISTICS[kind.statistic]
+    factors, wanted, scored = None, [*kind.tables, row.table], kind
+    if row.predicts:  # a score needs it token by token, so it is known before the pass
+        wanted.remove(row.table)
+        few = predictor_batches(batches)
+        factors = measure([row.table], model, routers, few, progress)[row.table]
+    elif row.table:  # an expert's factor is added after the pass
+        scored = replace(kind, statistic="weight")
     heard: list[list[Tensor]] = [[] for _ in routers]
     own = find_routers(model)
     top_k = own[0].top_k if kind.null_from == "unselected" else None
-    scorers = _scorers(kind, own, factors)
+    scorers = _scorers(scored, own, factors)
 
     def hear(layer: int, said: RouterOutput) -> None:
         values = scorers[layer].score(said)
         heard[layer].append(unselected(said.logits, values, top_k, said.indices).cpu())
 
-    listen(model, routers, batches, hear, progress, _slots(kind, own))
+    names = [name for name in wanted if name]
+    measured = measure(names, model, routers, batches, progress, hear, _slots(kind, own))
     found = heard[0][0].shape[1]
     if experts is not None and experts != found:
         raise NullModelError(
             f"The routers of {model_name} give {found} logits a token, not {experts}; "
             "check the list of routers."
         )
+    scores = [torch.cat(parts) for parts in heard]
+    if row.table in measured:
+        factors = measured[row.table]
+        logs = [torch.from_numpy(np.log(own)) for own in factors]
+        scores = [each + log.to(each) for each, log in zip(scores, logs, strict=True)]
     return NullModel.from_scores(
-        [torch.cat(parts) for parts in heard],
+        scores,
         kind,
         factors,
+        {name: measured[name] for name in kind.tables},
         kernel=kernel,
         bandwidth=bandwidth,
         header=header,
@@ -128,7 +141,7 @@ def _scorers(
     for layer, router in enumerate(routers):
         method = config.method(config.settings(layer, router.num_experts, router.softmax))
         own = None if factors is None else factors[layer]
-        method.fit(LayerTables(np.empty(0), np.empty(0), own), 1.0)
+        method.fit(LayerTables(np.empty(0), np.empty(0), own, {}), 1.0)
         found.append(method)
     return found
 
@@ -137,34 +150,6 @@ def _slots(kind: NullKind, routers: Sequence[Router]) -> int:
     """Return how many experts routers have to rank, so that all have a score."""
     plain = kind.statistic == "logit" or all(router.softmax for router in routers)
     return 1 if plain else routers[0].num_experts
-
-
-def _measured(
-    statistic: str,
-    model: nn.Module,
-    routers: Sequence[nn.Module],
-    batches: Sequence[Tensor],
-    progress: bool,
-) -> NDArray[np.float64] | None:
-    """Return what a statistic has to measure of the experts, if anything."""
-    if statistic == "contribution":
-        with measuring_norms(model, routers) as norms:
-            listen(model, routers, batches, _ignore, progress)
-        return norms.result()
-    if statistic == "benefit":
-        experts = find_routers(model)[0].num_experts
-        return measure_benefits(model, routers, batches, experts, progress)
-    if statistic == "predicted":
-        with measuring_predictors(model, routers) as regression:
-            seen = itertools.accumulate(batch.numel() for batch in batches)
-            needed = 1 + sum(tokens < TOKENS for tokens in seen)
-            listen(model, routers, batches[:needed], _ignore, progress)
-        return regression.result()
-    return None
-
-
-def _ignore(layer: int, said: RouterOutput) -> None:
-    """Hear nothing: the pass is for the hooks."""
 
 
 def calibrate_and_check(

@@ -156,5 +156,5 @@ def fitted(
     known["tokens"] = tokens.pop() if len(tokens) == 1 else None
     known |= {"kernel": kernel, "bandwidth": widths, "trim": trim, "points": points}
     known |= {"statistic": kind.statistic, "null_scope": scope, "null_from": kind.null_from}
-    known["of"] = kind.of
+    known |= {"of": kind.of, "tables": list(kind.tables)}
     return tuple(tables), NullHeader(**known), factors

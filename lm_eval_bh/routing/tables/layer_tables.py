@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +27,14 @@ class LayerTables:
         Its null distribution, float64 [points] or [experts, points].
     factors : ndarray or None
         What multiplies the experts' weights, float64 [experts]; or a predictor of norms.
+    measured : mapping of str to ndarray
+        Further tables by name, of all layers: float64 [layers, ...].
     """
 
     x: Array
     cdf: Array
     factors: Array | None
+    measured: Mapping[str, Array]
 
     @torch.no_grad()
     def p_values(self, scores: torch.Tensor) -> torch.Tensor:

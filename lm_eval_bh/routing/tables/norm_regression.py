@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.routing.patching.experts import each_expert
-from lm_eval_bh.routing.tables.contribution import experts_beside, hearing_experts
+from lm_eval_bh.routing.tables.measurement import Array, Measurement, experts_beside
 
 PENALTY = 1e-3  # of the mean variance of a hidden state's entries
 TOKENS = 8192  # whose norms are measured, for all experts: far more than a hidden state's entries
 
 
-class NormRegression:
+class NormRegression(Measurement):
     """Sums for the regression of all experts' output norms on hidden states, in float64."""
 
-    def __init__(self, experts: Sequence[Any]) -> None:
-        self._modules = list(experts)
-        self._gram: list[Any] = [None] * len(experts)
-        self._cross: list[Any] = [None] * len(experts)
-        self._seen = [0] * len(experts)
+    name, listens = "predictor", "experts"
+
+    def __init__(self, model: nn.Module, routers: Sequence[nn.Module]) -> None:
+        super().__init__(model, routers)
+        for router in routers:
+            experts_beside(model, router)  # refuses those that cannot be run one by one
+        self._gram: list[Any] = [None] * len(routers)
+        self._cross: list[Any] = [None] * len(routers)
+        self._seen = [0] * len(routers)
 
     @torch.no_grad()
-    def add(self, layer: int, module: Any, hidden_states: Tensor) -> None:
+    def hear_experts(
+        self, layer: int, module: Any, hidden_states: Tensor, indices: Tensor, weights: Tensor
+    ) -> None:
         """Apply every expert to the tokens ``[tokens, hidden]``, and note the norms."""
         hidden_states = hidden_states[: TOKENS - self._seen[layer]]
         if not len(hidden_states):
@@ -50,7 +53,7 @@ class NormRegression:
         self._cross[layer] = cross if first else self._cross[layer] + cross
         self._seen[layer] += len(hidden_states)
 
-    def result(self) -> NDArray[np.float64]:
+    def result(self) -> Array:
         """Return the predictors, float64 ``[layers, hidden + 2, experts]``.
 
         The rows are the coefficients of the hidden state, the intercept, and the mean norm.
@@ -69,25 +72,6 @@ class NormRegression:
             coefficients = torch.linalg.solve(gram + penalty, cross)
             found.append(torch.cat([coefficients, cross[-1:] / seen]))
         return torch.stack(found).numpy()
-
-
-@contextmanager
-def measuring_predictors(
-    model: nn.Module, routers: Sequence[nn.Module]
-) -> Iterator[NormRegression]:
-    """Measure all experts' output norms in the forward passes inside.
-
-    Raises
-    ------
-    ModelError
-        If the experts beside a router are of a family that cannot be run one by one.
-    """
-    experts = [experts_beside(model, router) for router in routers]
-    regression = NormRegression(experts)
-    with hearing_experts(
-        experts, lambda layer, module, hidden, index: regression.add(layer, module, hidden)
-    ):
-        yield regression
 
 
 def _with_one(x: Tensor) -> Tensor:

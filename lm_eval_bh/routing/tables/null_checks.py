@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,25 @@ from lm_eval_bh.routing.tables.fitting import Table
 from lm_eval_bh.routing.tables.null_header import NullHeader
 
 
-def check(tables: tuple[Table, ...], header: NullHeader, factors: NDArray[Any] | None) -> None:
+def check(
+    tables: tuple[Table, ...],
+    header: NullHeader,
+    factors: NDArray[Any] | None,
+    measured: Mapping[str, NDArray[Any]],
+) -> None:
     """Raise a :class:`NullModelError` if a table is no CDF, or header and tables disagree."""
     _check_factors(header, factors)
+    for name in sorted({*measured, *header.tables}):
+        found = measured.get(name)
+        if name not in header.tables or found is None or found.shape[:1] != (header.num_layers,):
+            raise NullModelError(
+                f"The null model's table {name!r} is missing, or not one of {header.num_layers} "
+                "layers; calibrate again."
+            )
+        if found.dtype != np.float64 or not np.isfinite(found).all():
+            raise NullModelError(
+                f"The null model's table {name!r} does not hold float64 numbers; calibrate again."
+            )
     if len(tables) != header.num_layers or not tables:
         raise NullModelError(
             f"A null model of {header.num_layers} layers cannot have {len(tables)} "

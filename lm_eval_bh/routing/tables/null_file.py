@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,20 @@ from lm_eval_bh.routing.sealed_file import broken_seal, write_sealed
 from lm_eval_bh.routing.tables.null_header import COPY_AGAIN, NullHeader
 
 METADATA_KEY = "lm_eval_bh_null"
+AFFINE = "affine"  # what a policy's file holds beside its null model
 
 Tables = tuple[tuple[NDArray[Any], NDArray[Any]], ...]
+Measured = Mapping[str, NDArray[Any]]
 
 
 def write(
-    path: Path | str, tables: Tables, header: NullHeader, factors: NDArray[Any] | None = None
+    path: Path | str,
+    tables: Tables,
+    header: NullHeader,
+    factors: NDArray[Any] | None,
+    measured: Measured,
 ) -> None:
-    """Write ``layer.<i>.x`` and ``layer.<i>.cdf``, the factors if there are any, and the header.
+    """Write ``layer.<i>.x`` and ``layer.<i>.cdf``, factors and tables if any, and the header.
 
     ``path`` never holds half of it.
 
@@ -30,7 +37,7 @@ def write(
     NullModelError
         If the file cannot be written.
     """
-    tensors = tensors_of(tables, header, factors)
+    tensors = tensors_of(tables, header, factors, measured)
     try:
         write_sealed(tensors, path, {METADATA_KEY: header.to_json()})
     except (OSError, SafetensorError) as error:
@@ -40,7 +47,7 @@ def write(
 
 
 def tensors_of(
-    tables: Tables, header: NullHeader, factors: NDArray[Any] | None
+    tables: Tables, header: NullHeader, factors: NDArray[Any] | None, measured: Measured
 ) -> dict[str, NDArray[Any]]:
     """Return the arrays of a file by name."""
     tensors: dict[str, NDArray[Any]] = {}
@@ -48,10 +55,12 @@ def tensors_of(
         tensors |= {f"layer.{layer}.x": x, f"layer.{layer}.cdf": cdf}
     if factors is not None:
         tensors[STATISTICS[header.statistic].table] = factors
-    return tensors
+    return tensors | {f"table.{name}": table for name, table in measured.items()}
 
 
-def read_tensors(file: Any, header: str) -> tuple[Tables, NullHeader, NDArray[Any] | None]:
+def read_tensors(
+    file: Any, header: str
+) -> tuple[Tables, NullHeader, NDArray[Any] | None, Measured]:
     """Read a null model from an open file, with its header as JSON.
 
     Raises
@@ -62,7 +71,9 @@ def read_tensors(file: Any, header: str) -> tuple[Tables, NullHeader, NDArray[An
     parsed = NullHeader.from_json(header)
     name = STATISTICS[parsed.statistic].table
     factors = file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
-    if len(file.keys()) - (factors is not None) != 2 * parsed.num_layers:
+    measured = {name: file.get_tensor(f"table.{name}") for name in parsed.tables}
+    others = (factors is not None) + len(measured) + (AFFINE in file.keys())  # noqa: SIM118
+    if len(file.keys()) - others != 2 * parsed.num_layers:
         raise NullModelError(
             f"its header says {parsed.num_layers} layers, but it has "
             f"{len(file.keys())} arrays; {COPY_AGAIN}"
@@ -71,10 +82,16 @@ def read_tensors(file: Any, header: str) -> tuple[Tables, NullHeader, NDArray[An
         (file.get_tensor(f"layer.{layer}.x"), file.get_tensor(f"layer.{layer}.cdf"))
         for layer in range(parsed.num_layers)
     )
-    return tables, parsed, factors
+    return tables, parsed, factors, measured
 
 
-def read(path: Path) -> tuple[Tables, NullHeader, NDArray[Any] | None]:
+def affine_of(file: Any) -> NDArray[Any] | None:
+    """Return what a policy's open file holds beside its null model."""
+    found: NDArray[Any] | None = file.get_tensor(AFFINE) if AFFINE in file.keys() else None  # noqa: SIM118
+    return found
+
+
+def read(path: Path) -> tuple[Tables, NullHeader, NDArray[Any] | None, Measured]:
     """Read what :func:`write` wrote; whether the tables are CDFs is for the caller to check.
 
     Raises

@@ -57,6 +57,8 @@ class NullHeader:
         Whether it is made of all experts, or of those that the router itself does not select.
     of : "auto", "own" or "score"
         Which weight the statistic starts from.
+    tables : list of str
+        Names of further tables.
     health : list of dict or None
         How well every layer fits text that it was not fitted on, see
         :class:`lm_eval_bh.routing.tables.null_health.LayerHealth`.
@@ -80,6 +82,7 @@ class NullHeader:
     null_scope: str = "layer"
     null_from: str = "all"
     of: str = "auto"
+    tables: list[str] = dataclasses.field(default_factory=list)
     health: list[dict[str, float]] | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -93,7 +96,14 @@ class NullHeader:
     @property
     def kind(self) -> NullKind:
         """What it is the distribution of."""
-        return NullKind(self.statistic, self.null_scope, self.trim or 0, self.null_from, self.of)
+        return NullKind(
+            self.statistic,
+            self.null_scope,
+            self.trim or 0,
+            self.null_from,
+            self.of,
+            tuple(self.tables),
+        )
 
     def to_json(self) -> str:
         """Return the header as one line of JSON."""
@@ -103,7 +113,7 @@ class NullHeader:
         """Return the header as files and results hold it."""
         content = dataclasses.asdict(self)
         content["null"] = _SCOPE_IN_FILES[content.pop("null_scope")]
-        for name, usual in (("null_from", "all"), ("of", "auto")):
+        for name, usual in (("null_from", "all"), ("of", "auto"), ("tables", [])):
             if content[name] == usual:  # as the first release wrote it, and can read
                 del content[name]
         return content
@@ -172,6 +182,7 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "null": lambda v: v in _SCOPE_IN_FILES.values(),
     "null_from": lambda v: v in ORIGINS,
     "of": lambda v: v in OF,
+    "tables": lambda v: isinstance(v, list) and all(map(_is_text, v)),
     "bandwidth": lambda v: (
         isinstance(v, list) and all(isinstance(h, float) and 0 < h < math.inf for h in v)
     ),

@@ -25,6 +25,8 @@ class NullKind:
         Whether it is made of all experts, or of those that the router itself does not select.
     of : "auto", "own" or "score"
         Which weight the statistic starts from.
+    tables : tuple of str
+        What else is measured, by names of :data:`~lm_eval_bh.routing.tables.measurement.TABLES`.
 
     Raises
     ------
@@ -37,6 +39,7 @@ class NullKind:
     trim: int | None = 0
     null_from: str | None = "all"
     of: str = "auto"
+    tables: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.null_scope == "pooled":
@@ -63,6 +66,7 @@ class NullKind:
             self.trim or 0,
             self.null_from or "all",
             self.of,
+            self.tables,
         )
 
     @property
@@ -76,15 +80,17 @@ class NullKind:
         kind = self.made()
         if kind == LOGITS_OF_A_LAYER:
             return ""
+        tables = "".join(f"-{name}" for name in kind.tables)
         scope = "pooled" if kind.null_scope == "layer" else kind.null_scope
         origin = "" if kind.null_from == "all" else f"-{kind.null_from}"
         weight = "" if kind.of == "auto" else f"-{kind.of}"
-        return f"-{kind.statistic}{weight}-{scope}-trim{kind.trim}{origin}"
+        return f"-{kind.statistic}{weight}-{scope}-trim{kind.trim}{origin}{tables}"
 
     def __str__(self) -> str:
         return (
             f"statistic={self.statistic}, null_scope={self.null_scope}, "
             f"null_from={self.null_from}, trim={self.trim}"
+            + (f", with {', '.join(self.tables)}" if self.tables else "")
         )
 
 

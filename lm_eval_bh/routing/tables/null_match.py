@@ -19,6 +19,8 @@ def mismatch(own: NullHeader, wanted: NullKind) -> str | None:
         return f"was fitted with trim={own.trim or 0}, not trim={wanted.trim}"
     if wanted.null_from not in (None, own.null_from):
         return f"is of null_from={own.null_from}, not null_from={wanted.null_from}"
+    if missing := [name for name in wanted.tables if name not in own.tables]:
+        return f"has no {', '.join(missing)}"
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class NullModel:
     ----------
     tables : tuple of (x, cdf), one a layer
         Grid, float64 [points], strictly ascending, in units of the statistic; and CDF, float64
-        [points], non-decreasing, in [0, 1]. The CDF is linear between grid points. With
+        [points], non-decreasing, in [0, 1], linear between grid points. With
         ``header.null_scope == "expert"`` both are [experts, points].
     header : NullHeader
         Where it comes from, and what statistic it is the distribution of.
@@ -50,6 +50,8 @@ class NullModel:
         "contribution" the mean Euclidean norm of its outputs, for "benefit" the root mean square of
         the loss gradient . output. For "predicted", [layers, hidden + 2, experts], see
         :meth:`~lm_eval_bh.routing.tables.norm_regression.NormRegression.result`.
+    measured : mapping of str to ndarray
+        Further tables that methods need, by name, float64 [layers, ...].
 
     Raises
     ------
@@ -60,10 +62,11 @@ class NullModel:
     tables: tuple[tuple[Array, Array], ...]
     header: NullHeader
     factors: Array | None = None
+    measured: Mapping[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the tables and keep read-only copies of them."""
-        null_checks.check(self.tables, self.header, self.factors)
+        null_checks.check(self.tables, self.header, self.factors, self.measured)
         tables = tuple((x.copy(), cdf.copy()) for x, cdf in self.tables)
         for values in (values for table in tables for values in table):
             values.flags.writeable = False
@@ -140,10 +143,11 @@ class NullModel:
         found: Sequence[torch.Tensor],
         kind: NullKind,
         factors: NDArray[Any] | None = None,
+        measured: Mapping[str, Array] | None = None,
         **options: Any,
     ) -> NullModel:
         """Fit to scores that were computed already, see :func:`fit_null.fitted`."""
-        return cls(*fit_null.fitted(found, kind, factors, **options))
+        return cls(*fit_null.fitted(found, kind, factors, **options), measured or {})
 
     @classmethod
     def from_pickles(cls, folder: Path | str, **header: Any) -> NullModel:
@@ -177,7 +181,7 @@ class NullModel:
         NullModelError
             If it cannot be written.
         """
-        null_file.write(as_path(path), self.tables, self.header, self.factors)
+        null_file.write(as_path(path), self.tables, self.header, self.factors, self.measured)
 
     @classmethod
     def load(cls, path: Path | str) -> NullModel:
@@ -188,9 +192,9 @@ class NullModel:
         NullModelError
             If the file is missing, damaged, foreign, inconsistent, or of a later format version.
         """
-        tables, header, factors = null_file.read(as_path(path))
+        parts = null_file.read(as_path(path))
         try:
-            found = cls(tables, header, factors)
+            found = cls(*parts)
         except NullModelError as error:
             raise NullModelError(f"The null model {path} is damaged: {error}") from error
         return found._checked(path)
@@ -211,6 +215,8 @@ class NullModel:
             digest.update(cdf.tobytes())
         if self.factors is not None:
             digest.update(self.factors.tobytes())
+        for name in sorted(self.measured):
+            digest.update(name.encode() + self.measured[name].tobytes())
         return digest.hexdigest()
 
     @property
@@ -236,7 +242,8 @@ class NullModel:
         A :class:`ParameterError` says if there is no such layer.
         """
         x, cdf = self.cdf(layer)
-        return LayerTables(x, cdf, None if self.factors is None else self.factors[layer])
+        factors = None if self.factors is None else self.factors[layer]
+        return LayerTables(x, cdf, factors, self.measured)
 
     def scores(
         self,
@@ -287,14 +294,7 @@ class NullModel:
         """Return the smallest logits whose p-values do not exceed the critical values.
 
         For every finite z, ``z >= threshold`` and ``p_values(z) <= critical_value`` are the same
-        decision, exactly: the threshold is found by bisection over the float64 numbers themselves.
-
-        Both are float64 [n]; -inf where every logit qualifies, +inf where none does.
-
-        Raises
-        ------
-        ParameterError
-            If there is no such layer or a critical value is NaN.
+        decision, exactly: see :func:`~lm_eval_bh.routing.tables.thresholds.thresholds`.
         """
         found: Array = self.layer(layer).thresholds(np.asarray(critical_values, dtype=np.float64))
         return found

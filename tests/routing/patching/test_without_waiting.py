@@ -37,7 +37,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from lm_eval_bh import BHRoutingIntegration, NullModel
+from lm_eval_bh import BHRoutingIntegration, NullModel, RoutingConfig
 from lm_eval_bh.harness.logs.expected_rows import ExpectedRows
 from lm_eval_bh.harness.logs.ownership import Owner
 from lm_eval_bh.harness.logs.recorder import Recorder
@@ -143,7 +143,7 @@ def a_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
-def null_of(statistic, scope):
+def null_of(statistic, scope, tables):
     generator = torch.Generator().manual_seed(0)
     logits = {layer: torch.randn(200, EXPERTS, generator=generator) for layer in range(LAYERS)}
     null = NullModel.fit(logits, points=64, null_scope=scope)
@@ -153,8 +153,11 @@ def null_of(statistic, scope):
         factors = np.ones((LAYERS, HIDDEN + 2, EXPERTS))
     else:
         factors = np.ones((LAYERS, EXPERTS))
-    header = dataclasses.replace(null.header, statistic=statistic)
-    return NullModel(null.tables, header, factors)
+    shapes = {"layer_kl": (LAYERS,)} | dict.fromkeys(("spectra", "responses"), (LAYERS, EXPERTS))
+    shapes["folds"] = (LAYERS, 2, EXPERTS, EXPERTS)
+    measured = {name: np.ones(shapes.get(name, (LAYERS, 4))) for name in tables}
+    header = dataclasses.replace(null.header, statistic=statistic, tables=list(tables))
+    return NullModel(null.tables, header, factors, measured)
 
 
 @contextmanager
@@ -206,7 +209,8 @@ def passes(model, routing, monkeypatch):
 
 def settings():
     for name, rule in METHODS.items():
-        yield {"rule": name}
+        if not rule.runs_experts:
+            yield {"rule": name}
         if not rule.tests and name != "min_w":
             continue
         for statistic in STATISTICS:
@@ -217,6 +221,7 @@ def settings():
                 yield {"rule": name, "statistic": statistic, "null_scope": "expert"}
     yield {"rule": "bh", "renormalize": True}
     yield {"rule": "bh", "mass": 0.5}
+    yield {"rule": "topk", "max_k": 2, "fold": True}
     yield {"rule": "bh", "temperature": 2.0}
     yield {"rule": "bh", "mode": "analyze"}
     yield {"rule": "bh", "min_k": 4, "max_k": 4}
@@ -227,8 +232,9 @@ def settings():
     "given", list(settings()), ids=lambda given: "-".join(map(str, given.values()))
 )
 def test_the_host_waits_once_a_pass(model, a_card, monkeypatch, given):
-    null = null_of(given.get("statistic", "logit"), given.get("null_scope", "layer"))
     given = {"max_k": 6, "alpha": 0.4} | given
+    config = RoutingConfig.named({name: v for name, v in given.items() if name != "experts"})
+    null = null_of(config.scored_by, config.null_scope, config.tables)
     with BHRoutingIntegration(model, kde=null, **given) as routing:
         waits, copied = passes(model, routing, monkeypatch)
     assert waits == [torch.Size([LAYERS])]  # the extremes of each layer's logits
@@ -236,7 +242,7 @@ def test_the_host_waits_once_a_pass(model, a_card, monkeypatch, given):
 
 
 def test_what_waits_is_noticed(model, a_card, monkeypatch):
-    null = null_of("logit", "layer")
+    null = null_of("logit", "layer", ())
     with BHRoutingIntegration(model, kde=null, max_k=6) as routing:
         routing.observers.append(lambda layer, logits, selection: selection.counts.cpu())
         assert len(passes(model, routing, monkeypatch)[1]) == LAYERS

@@ -1,0 +1,56 @@
+"""LExI: a fixed number of experts for each layer, found without data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .allocation import allocated
+from .base import Method
+from .declare import Parameter, number
+
+MEAN = "mean number of experts over the layers, which share the sum"
+
+
+class Lexi(Method):
+    """Give each layer the k that together change the layers' outputs least.
+
+    The table ``perturbations`` holds, for each layer and k, the Frobenius norm of what the layer's
+    output differs by from that of the native top-k, on random normal hidden states. The k of all
+    layers minimise its sum for the total that ``alpha`` allows.
+
+    The paper searches the allocation by an evolutionary algorithm; here dynamic programming finds
+    the minimum that it looks for. Candidates are 1 to the native k. All layers of the model share
+    the sum, those too that ``layers`` leaves alone.
+
+    References
+    ----------
+    Chitty-Venkata et al. 2025, "LExI: layer-adaptive active experts for efficient MoE model
+    inference", arXiv:2509.02753.
+    """
+
+    name, label, alpha = "lexi", "LExI", MEAN
+    source = "Chitty-Venkata et al. 2025, arXiv:2509.02753"
+    measured = ("perturbations",)
+    declared = {  # noqa: RUF012
+        "alpha": Parameter(4.0, MEAN, *number("a positive number", lambda value: value > 0))
+    }
+
+    @classmethod
+    def scored_by(cls, settings: Mapping[str, Any]) -> str:
+        """Return the router's own weight: whatever ranks as the router does."""
+        return "weight"
+
+    def level(self, alpha: float) -> Tensor:
+        """Return this layer's k, float64 ``[1]``."""
+        costs = torch.from_numpy(self.tables["perturbations"])
+        counts = allocated(costs, alpha, self.min_k, self.max_k)
+        return torch.tensor([counts[self.settings["layer"]]], dtype=torch.float64)
+
+    def count(self, ranked: Tensor, level: Tensor | None) -> Tensor:
+        """Return it for every token, int64 ``[tokens]``."""
+        assert level is not None
+        return level.long().expand(len(ranked))
