@@ -99,7 +99,7 @@ def read_logged_rows(path: Path | str) -> LoggedRows:
     DataError
         If there is none, or more than one; if it is damaged, or does not tell token ids.
     """
-    folder = _find(as_path(path))
+    folder = find_log(path)
     try:
         columns = _columns(folder)
         found = _rows(folder, columns)
@@ -116,7 +116,15 @@ def read_logged_rows(path: Path | str) -> LoggedRows:
     return found
 
 
-def _find(path: Path) -> Path:
+def find_log(path: Path | str) -> Path:
+    """Return the folder of the only full log in or below a folder.
+
+    Raises
+    ------
+    DataError
+        If there is none, or more than one.
+    """
+    path = as_path(path)
     if not path.is_dir():
         raise DataError(f"There is no folder {path}: use one with a log of log_routing=full.")
     full = [

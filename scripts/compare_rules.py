@@ -306,7 +306,9 @@ def main(
     tokens_per_document: Annotated[
         int | None, typer.Option(help="Tokens per document; default: all.")
     ] = None,
-    rules: Annotated[str, typer.Option(help="Rules, joined by commas.")] = ",".join(METHODS),
+    rules: Annotated[str, typer.Option(help="Rules, joined by commas.")] = ",".join(
+        name for name, method in METHODS.items() if not method.recorded
+    ),
     batch_size: int = 16,
     workers: Annotated[int, typer.Option(help="Processes; each loads the model.")] = 1,
     seed: int = 0,

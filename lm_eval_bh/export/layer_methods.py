@@ -35,6 +35,11 @@ def layer_methods(policy: Policy) -> list[Method]:
             f"rule={config.rule} draws experts anew and has no thresholds that an engine could "
             "compare with: the nearest that can be exported is rule=topk with the same max_k."
         )
+    if config.method.recorded:
+        raise PolicyError(
+            f"rule={config.rule} serves the experts that a log has for its own texts, and an "
+            "engine reads others: export the policy that the log was made with."
+        )
     routed = config.select_layers(policy.num_layers)
     native = RoutingConfig(rule="topk", max_k=policy.native_top_k)
     alphas = {} if policy.solution is None else policy.solution.alphas

@@ -43,7 +43,7 @@ def routing_config(arguments: Mapping[str, Any]) -> RoutingConfig:
     null_model = given.pop("null_model", None)
     config = RoutingConfig.named({"alpha": DEFAULT_ALPHA} | given)
     meaningless = {}
-    if not config.adaptive:
+    if not config.adaptive or config.method.recorded:
         meaningless["alpha"] = given.get("alpha")
     if not config.needs_null:
         meaningless["null_model"] = null_model

@@ -86,7 +86,7 @@ PARAMETERS = Parameters()
 def known_to(method: type[Method]) -> dict[str, Parameter]:
     """Return the parameters that a method takes, by name."""
     found = GENERAL | dict(method.declared)
-    return found if method.fixed_count else found | SOLVED
+    return found if method.fixed_count or method.recorded else found | SOLVED
 
 
 def unknown_name(name: str) -> str:

@@ -72,14 +72,14 @@ class RouterReader:
             order = order.argsort(dim=-1, descending=True, stable=True)
             weights, indices = weights.gather(-1, order), indices.gather(-1, order)
         return RouterOutput(
-            logits,
-            weights,
-            indices,
-            self._native_k,
-            self._softmax,
-            self._rescales,
-            self._scores,
-            hidden_states,
+            logits=logits,
+            weights=weights,
+            indices=indices,
+            native_k=self._native_k,
+            softmax=self._softmax,
+            rescales=self._rescales,
+            scores=self._scores,
+            hidden_states=hidden_states,
         )
 
     def _asked_again(self, module: nn.Module, args: tuple[Any, ...]) -> Any:

@@ -35,7 +35,7 @@ TOKENS, EXPERTS, LAYERS, NATIVE = 300, 16, 2, 4
 LEVELS = {"top_p": 0.6, "min_p": 0.3, "min_w": 0.08}
 LEVELS |= dict.fromkeys(("by", "bonferroni", "holm", "hochberg"), 0.95)  # that reject little
 CONFIGS = [
-    *({"rule": rule} for rule in METHODS if rule != "random_k"),
+    *({"rule": rule} for rule in METHODS if rule not in ("random_k", "replay")),
     *(
         {"rule": rule, "statistic": statistic}
         for rule in ("bh", "holm", "p_value", "top_p", "min_p", "topk", "min_w")
@@ -326,6 +326,7 @@ def _plain(name):
     ("parameters", "sentence"),
     [
         ({"rule": "random_k"}, "the nearest that can be exported is rule=topk"),
+        ({"rule": "replay", "routes": "x"}, "export the policy that the log was made with"),
         ({"rule": "topk", "mode": "analyze"}, "only counts"),
     ],
 )

@@ -173,7 +173,7 @@ def test_bfloat16_p_values_would_decide_differently(olmoe_null):
         elements=st.floats(-8, 8, width=32),
     ),
     alpha=ALPHAS,
-    rule=st.sampled_from(sorted(METHODS)),
+    rule=st.sampled_from(sorted(name for name in METHODS if not METHODS[name].recorded)),
     data=st.data(),
 )
 def test_a_selection_is_what_it_says(logits, alpha, rule, data):

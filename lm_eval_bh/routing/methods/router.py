@@ -30,6 +30,9 @@ class RouterOutput(NamedTuple):
         float ``[tokens, hidden]``, what the router was given.
     step : Tensor or None
         int64 ``[tokens]``, which tokens are decided together; None where all are.
+    recorded : Tensor or None
+        int64 ``[tokens, k]``, the experts that a log has for these tokens, the best first, and the
+        number of experts where a slot is unused; None where no log is replayed.
     """
 
     logits: Tensor
@@ -41,6 +44,7 @@ class RouterOutput(NamedTuple):
     scores: str = "softmax"
     hidden_states: Tensor | None = None
     step: Tensor | None = None
+    recorded: Tensor | None = None
 
     @property
     def native_weights(self) -> Tensor:

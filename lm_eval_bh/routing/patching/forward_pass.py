@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_bh.errors import ParameterError, RoutingError
-from lm_eval_bh.routing.caches import given_cache
+from lm_eval_bh.routing.caches import given_cache, returned_cache
 from lm_eval_bh.routing.methods.pick import Picked
 from lm_eval_bh.routing.patching.patch import Patch
 from lm_eval_bh.routing.patching.query_mask import query_mask
+from lm_eval_bh.routing.patching.routes import Paths, remember
 
 CHECKPOINTING = "_gradient_checkpointing_func"  # where transformers' layers keep it
 
@@ -43,6 +44,9 @@ class ForwardPass:
         Whether activation checkpointing runs it again, so that nothing of it counts.
     alone : bool
         Whether it is of one router only, which was called outside of a pass of the model.
+    places, paths : Tensor and list, or None
+        int64 ``[tokens]``, where they stand in the log that is replayed, if one is; and all that
+        was read of their rows until then.
     outer : ForwardPass or None
         The pass, of another model, that this one runs within.
     """
@@ -54,6 +58,8 @@ class ForwardPass:
         self.real = real
         self.recomputed = recomputed
         self.alone = alone
+        self.places: Tensor | None = None
+        self.paths: Paths | None = None
         self.outer: ForwardPass | None = None
         self.selections: list[tuple[int, Picked]] = []
         self._sums: list[tuple[int, Tensor]] = []
@@ -153,6 +159,9 @@ class Begin:
         """Learn from the caller, or else from the attention mask, which tokens are padding."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         begun = ForwardPass(self.patch, self._real(module, given))
+        if self.patch.routes is not None:
+            ids, cache = given.get("input_ids"), given_cache(given)
+            begun.places, begun.paths = self.patch.routes.places(ids, begun.real, cache)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             begun.recomputed = _in_backward()  # the whole model is checkpointed
             self._wrap_checkpointing()
@@ -215,6 +224,9 @@ class End:
             return
         _current.set(ended.outer)
         if output is not None:
+            if ended.paths is not None and isinstance(output, Mapping):
+                for cache in returned_cache(output).values():
+                    remember(cache, ended.paths)
             ended.end()
 
 
@@ -257,7 +269,9 @@ class _Rerun:
                 "in its forward pass: call backward() before the model is unpatched or "
                 "configured anew."
             )
-        token = _current.set(ForwardPass(patch, self.own.real, recomputed=True))
+        again = ForwardPass(patch, self.own.real, recomputed=True)
+        again.places = self.own.places
+        token = _current.set(again)
         try:
             return self.run(*args)
         finally:

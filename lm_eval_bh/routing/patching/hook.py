@@ -35,14 +35,16 @@ class RouterHook:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Return the router's output with the selection in it, or None to leave it as it is."""
-        analyze = self.patch.mode == "analyze"
+        analyze, now = self.patch.mode == "analyze", current_pass(self.patch)
         # What only counts leaves no trace in the graph, nor in what checkpointing recomputes.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not analyze):
             said = self._read(module, args, output)
+            if self.patch.routes is not None:
+                where = self.layer, now.places, said.logits.device
+                said = said._replace(recorded=self.patch.routes.recorded(*where))
             if self.method.bounds.device != said.logits.device:
                 self.method.to(said.logits.device)
             selection = pick(self.method, said)
-        now = current_pass(self.patch)
         if not now.recomputed:
             now.note(self.layer, said.logits, selection)
             for observe in self.patch.observers:

@@ -17,15 +17,13 @@ from lm_eval_bh.routing.fitted import fitted_method
 from lm_eval_bh.routing.methods import Method
 from lm_eval_bh.routing.parameters import ALIASES, accepts
 from lm_eval_bh.routing.patching.counters import RoutingCounters, routing_stats
-from lm_eval_bh.routing.patching.experts_switch import (
-    ExpertsSwitch,
-    check_implementation,
-)
+from lm_eval_bh.routing.patching.experts_switch import ExpertsSwitch, check_implementation
 from lm_eval_bh.routing.patching.fits import check_fit
 from lm_eval_bh.routing.patching.forward_pass import real_tokens
 from lm_eval_bh.routing.patching.hook import RouterHook
 from lm_eval_bh.routing.patching.null_in_force import NullInForce, refuse_stale
 from lm_eval_bh.routing.patching.patch import Observer, Patch
+from lm_eval_bh.routing.patching.routes import routes_for
 from lm_eval_bh.routing.patching.unpatch import put_in, refuse_patched, unpatch
 from lm_eval_bh.routing.policy import Policy, described
 from lm_eval_bh.routing.rich_display import integration_html
@@ -208,7 +206,8 @@ class BHRoutingIntegration:
         """
         refuse_patched(self.model)
         refuse_stale(self.null_model, self.routers)
-        patch = Patch(self.config.mode, self.observers, self.counters)
+        routes = routes_for(self.config, self.routers)
+        patch = Patch(self.config.mode, self.observers, self.counters, routes)
         hooks = []
         for layer in self.layers:
             router = self.routers[layer]

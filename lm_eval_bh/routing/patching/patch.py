@@ -11,6 +11,7 @@ from torch import Tensor
 from lm_eval_bh.routing.methods.pick import Picked
 from lm_eval_bh.routing.patching.counters import RoutingCounters
 from lm_eval_bh.routing.patching.experts_switch import ExpertsSwitch
+from lm_eval_bh.routing.patching.routes import Routes
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ class Patch:
         Who hears of every layer's selection: (layer, router logits, selection).
     counters : RoutingCounters or None
         What selections are counted by.
+    routes : Routes or None
+        What a log has recorded, where it is replayed.
     switch : ExpertsSwitch or None
         What computes the experts.
     alive : bool
@@ -39,11 +42,16 @@ class Patch:
     """
 
     def __init__(
-        self, mode: str, observers: list[Observer], counters: RoutingCounters | None
+        self,
+        mode: str,
+        observers: list[Observer],
+        counters: RoutingCounters | None,
+        routes: Routes | None = None,
     ) -> None:
         self.mode = mode
         self.observers = observers
         self.counters = counters
+        self.routes = routes
         self.switch: ExpertsSwitch | None = None
         self.alive = True
         self.padded = False
