@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lm_eval_bh.routing.methods import Method
-from lm_eval_bh.routing.methods.pick import pick
+from lm_eval_bh.routing.methods.pick import pick, plain
 from lm_eval_bh.routing.patching.forward_pass import current_pass
 from lm_eval_bh.routing.patching.patch import Patch
 from lm_eval_bh.routing.router_reader import RouterReader
@@ -25,9 +25,8 @@ class RouterHook:
         self.patch = patch
         self.layer = layer
         self.method = method
-        # The very triple serves where the router was asked for it, in whatever order it lies.
-        plain = method.fixed and method.follows_router and method.max_k == self.asks(router)
-        self._read = RouterReader(router, self.asks(router), in_order=not plain)
+        slots = self.asks(router)
+        self._read = RouterReader(router, slots, in_order=not plain(method, slots))
 
     def asks(self, router: Router) -> int:
         """Return how many experts the router is asked for."""
