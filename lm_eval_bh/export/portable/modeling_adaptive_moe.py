@@ -86,6 +86,11 @@ class AdaptiveMoe:
                     module._is_expert_parallel = True
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        """Say that transformers may rename weights as it does for the family: they are its own."""
+        return False
+
+    @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         # transformers looks for its decorator in the file of the class, which is this one; the
         # experts that have it are in the family's own.
