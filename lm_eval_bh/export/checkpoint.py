@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -117,7 +117,8 @@ class Checkpoint:
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ModelError("transformers has no AutoModelForCausalLM of it")
         with torch.device("meta"):
-            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config)  # type: ignore[no-any-return]
+            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            return kind._from_config(config)  # type: ignore[no-any-return]
 
     @cached_property
     def routers(self) -> list[Router]:
@@ -127,8 +128,8 @@ class Checkpoint:
     @property
     def classes(self) -> dict[str, str]:
         """The names of its classes, by those of transformers' that load them."""
-        config = type(self.skeleton.config)
-        return {auto: known[config].__name__ for auto, known in CLASSES.items() if config in known}
+        config, known = type(self.skeleton.config), cast(dict[str, dict[type, type]], CLASSES)
+        return {auto: some[config].__name__ for auto, some in known.items() if config in some}
 
     @property
     def normalizes(self) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .methods_of_policy import METHODS
 from .pick import pick, repeated
-from .reading import Reading
+from .reading import Reading  # type: ignore[import-not-found]
 
 ADAPTIVE = "Adaptive"  # begins the names of the classes
 
@@ -75,7 +75,7 @@ class AdaptiveMoe:
         for settings, router in zip(policy["layers"], policy["routers"], strict=True):
             name = router["name"]
             if self.base_model is self:  # type: ignore[attr-defined]
-                name = name.removeprefix(f"{self.base_model_prefix}.")  # type: ignore[attr-defined]
+                name = name.removeprefix(f"{self.base_model_prefix}.")
             parent = self.get_submodule(name.rpartition(".")[0])  # type: ignore[attr-defined]
             module = parent.get_submodule(name.rpartition(".")[2])
             module.__class__ = _adaptive(AdaptiveRouter, type(module))
