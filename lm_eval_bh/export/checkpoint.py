@@ -15,9 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
-    AutoConfig,
     PreTrainedModel,
 )
 
@@ -113,7 +113,7 @@ class Checkpoint:
     @cached_property
     def skeleton(self) -> PreTrainedModel:
         """The model without its weights."""
-        config = AutoConfig.from_pretrained(self.folder)
+        config = CONFIG_MAPPING[self.config["model_type"]].from_dict(self.config)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ModelError("transformers has no AutoModelForCausalLM of it")
         with torch.device("meta"):
