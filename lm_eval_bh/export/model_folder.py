@@ -18,7 +18,7 @@ from lm_eval_bh.export.layer_methods import files_of, layer_methods
 from lm_eval_bh.files import as_new, replacing_folder
 from lm_eval_bh.routing.config import rule_info
 from lm_eval_bh.routing.methods import Method
-from lm_eval_bh.routing.methods.pick import plain
+from lm_eval_bh.routing.methods.reading import plain
 from lm_eval_bh.routing.patching.fits import check_fit
 from lm_eval_bh.routing.policy import Policy, described
 from lm_eval_bh.routing.router_reader import reading_of

@@ -55,11 +55,6 @@ def pick(method: Method, router: RouterOutput) -> Picked:
     return Picked(torch.where(used, experts, method.num_experts), weights, counts)
 
 
-def plain(method: Method, asked: int) -> bool:
-    """Whether a router's very triple serves, in whatever order, if it is asked for so many."""
-    return method.fixed and method.follows_router and method.max_k == asked
-
-
 def repeated(picked: Picked, num_experts: int) -> Picked:
     """Fill unused slots with the token's first expert, at weight 0, for engines that know none."""
     first = picked.indices[:, :1]

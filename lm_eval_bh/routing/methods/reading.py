@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .base import Method
 from .router import RouterOutput, softmax_output
 
 # How a router's logits become the score, to which a bias is added, that its experts are chosen by.
@@ -83,6 +84,11 @@ class Reading:
             scores=self.scores,
             hidden_states=hidden_states,
         )
+
+
+def plain(method: Method, asked: int) -> bool:
+    """Whether a router's very triple serves, in whatever order, if it is asked for so many."""
+    return method.fixed and method.follows_router and method.max_k == asked
 
 
 def choice_scores(score: str, router_logits: Tensor, bias: Tensor | None) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lm_eval_bh.routing.methods import Method
-from lm_eval_bh.routing.methods.pick import pick, plain
+from lm_eval_bh.routing.methods.pick import pick
+from lm_eval_bh.routing.methods.reading import plain
 from lm_eval_bh.routing.patching.forward_pass import current_pass
 from lm_eval_bh.routing.patching.patch import Patch
 from lm_eval_bh.routing.router_reader import RouterReader
