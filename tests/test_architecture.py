@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lm_eval_bh"
 
 # Every room may import itself, and the modules that all may import.
-COMMON = {"errors", "experiment_names", "files", "resources", "schema", "threads", "validation"}
+COMMON = {"errors", "experiment_names", "files", "logged_rows", "resources", "schema", "threads"}
+COMMON |= {"validation"}
 MAY_IMPORT = {
     "schema": {"errors", "experiment_names", "validation"},
     "experiment_names": set(),
@@ -25,6 +26,7 @@ MAY_IMPORT = {
     "threads": set(),
     "files": {"errors"},
     "resources": {"errors"},
+    "logged_rows": {"errors", "files", "schema"},
     "routing": COMMON,
     "policies": COMMON | {"routing"},
     "export": COMMON | {"routing"},

@@ -24,6 +24,7 @@ from lm_eval_bh.cli.plot_command import plot
 from lm_eval_bh.cli.policy_command import policy
 from lm_eval_bh.cli.printing import PROGRAM, fail, prepare_streams, warn
 from lm_eval_bh.cli.report_command import report
+from lm_eval_bh.cli.route_diff_command import route_diff
 from lm_eval_bh.cli.run_lm_eval_command import run_lm_eval
 from lm_eval_bh.cli.sweep_command import sweep
 from lm_eval_bh.cli.tune_command import tune
@@ -64,6 +65,7 @@ for command in (
     app.command()(command)
 app.command("import-kde")(import_kde)
 app.command("import-routing")(import_routing)
+app.command("route-diff")(route_diff)
 app.add_typer(policy, name="policy")
 app.command(
     "lm-eval",

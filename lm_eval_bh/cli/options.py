@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lm_eval_bh.cli.printing import warn
+from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.resources import MODELS
 
 if TYPE_CHECKING:
@@ -56,6 +57,23 @@ Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the bo
 def home_of(source: Path) -> Path:
     """Return the folder of a source: itself, or where the file lies."""
     return source if source.is_dir() else source.parent
+
+
+def share_of(text: str, option: str, *, or_none_at_all: bool = False) -> float:
+    """Return a share that an option is given as ``1%`` or ``0.01``.
+
+    Raises
+    ------
+    ParameterError
+        If it is neither, or not between 0 and 1; 0 itself has to be allowed.
+    """
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not (0 < value < 1 or (or_none_at_all and value == 0)):
+        raise ParameterError(f"{option} must be a share like 1% or 0.01: found {text!r}.")
+    return value
 
 
 def finish(problems: Notices, notes: Notices) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lm_eval_bh.cli.interrupts import on_interrupt
-from lm_eval_bh.cli.options import BatchSize, Device, Dtype, Length, Pretrained
+from lm_eval_bh.cli.options import BatchSize, Device, Dtype, Length, Pretrained, share_of
 from lm_eval_bh.cli.printing import say, say_written, show, warn
 from lm_eval_bh.cli.tuned_tasks import compare_tasks
 from lm_eval_bh.cli.word_lists import words
@@ -63,7 +63,7 @@ def tune(
     device: Device = None,
 ) -> None:
     """Find the policy that loses least at a mean number of experts, and confirm it."""
-    loss = None if max_loss is None else share_of(max_loss)
+    loss = None if max_loss is None else share_of(max_loss, "--max-loss")
     if (target_experts is None) == (loss is None):
         raise ParameterError("tune needs one goal: use either --target-experts or --max-loss.")
     check_output(output_dir, "--output-dir", folder=True)
@@ -126,23 +126,6 @@ def _tasks(text: str) -> list[str]:
     if not words(text):
         raise ParameterError("--tasks names no task: give names joined by commas, or leave it out.")
     return expand_tasks(tuple(words(text)))
-
-
-def share_of(text: str) -> float:
-    """Return a share that is given as ``1%`` or ``0.01``.
-
-    Raises
-    ------
-    ParameterError
-        If it is neither, or not between 0 and 1.
-    """
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < 1:
-        raise ParameterError(f"--max-loss must be a share like 1% or 0.01: found {text!r}.")
-    return value
 
 
 def _table(account: dict[str, Any]) -> Table:

@@ -5,30 +5,33 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    PreTrainedModel,
+)
 
 from lm_eval_bh.errors import ModelError
 from lm_eval_bh.routing.policy import Policy
+from lm_eval_bh.routing.routers import Router, find_routers, is_projection
 from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
 from lm_eval_bh.validation import mismatch
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*"]
-# model_type, and what its classes' names in modeling_adaptive_moe.py are made of.
-FAMILIES = {
-    "olmoe": "Olmoe",
-    "mixtral": "Mixtral",
-    "qwen2_moe": "Qwen2Moe",
-    "qwen3_moe": "Qwen3Moe",
-}
 EMBEDDINGS = "model.embed_tokens.weight"
-_ROUTER = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.gate\.weight")
+CLASSES = {"AutoModel": MODEL_MAPPING, "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING}
+_ROUTER = re.compile(r"(?:^|[._])(?:gate|router)\.")  # in the names of checkpoints
 
 
 class _OfSomeModels(TypedDict, total=False):
@@ -79,9 +82,7 @@ class Checkpoint:
                     snapshot_download(pretrained, revision=revision, allow_patterns=FILES)
                 )
             config = _read(folder / "config.json", _Config)
-            model_type = config["model_type"]
-            if model_type in FAMILIES:
-                places = _places(folder)
+            places = _places(folder)
         except (
             HfHubHTTPError,
             HFValidationError,
@@ -98,41 +99,71 @@ class Checkpoint:
                 f"The model {pretrained!r} could not be read ({reason}): check its name and the "
                 "network, and that its weights are safetensors."
             ) from error
-        if model_type not in FAMILIES:
-            raise ModelError(
-                f"Models of the type {model_type!r} cannot be exported: give a mixture-of-experts "
-                f"model of {', '.join(FAMILIES)}."
-            )
         found = cls(folder, config, places)
-        if not found.router_names:
+        try:
+            assert found.router_names
+        except (AttributeError, ImportError, KeyError, ModelError, TypeError, ValueError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
             raise ModelError(
-                f"The weights of {pretrained!r} hold no routers (model.layers.N.mlp.gate.weight): "
-                "give a whole mixture-of-experts model."
-            )
+                f"Models of the type {config['model_type']!r} cannot be exported: give a "
+                f"mixture-of-experts model of a family that works ({reason})."
+            ) from error
         return found
 
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """The model without its weights."""
+        config = CONFIG_MAPPING[self.config["model_type"]].from_dict(self.config)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ModelError("transformers has no AutoModelForCausalLM of it")
+        with torch.device("meta"):
+            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            return kind._from_config(config)  # type: ignore[no-any-return]
+
+    @cached_property
+    def routers(self) -> list[Router]:
+        """Its routers; their weights are not there."""
+        return find_routers(self.skeleton)
+
     @property
-    def family(self) -> str:
-        """What the names of its classes are made of."""
-        return FAMILIES[self.config["model_type"]]
+    def classes(self) -> dict[str, str]:
+        """The names of its classes, by those of transformers' that load them."""
+        config, known = type(self.skeleton.config), cast(dict[str, dict[type, type]], CLASSES)
+        return {auto: some[config].__name__ for auto, some in known.items() if config in some}
 
     @property
     def normalizes(self) -> bool:
         """Whether its routers rescale the weights of the selected experts to one."""
-        always = self.config["model_type"] == "mixtral"
-        return always or bool(self.config.get("norm_topk_prob", False))
+        return self.routers[0].normalizes
 
     @property
     def tied(self) -> bool:
         """Whether the head shares the embeddings, and has no weights of its own."""
         return bool(self.config.get("tie_word_embeddings", False))
 
-    @property
+    @cached_property
     def router_names(self) -> list[str]:
         """The names of the routers' weights, by layer."""
-        found = {name: _ROUTER.fullmatch(name) for name in self.places}
-        layers = {int(match[1]): name for name, match in found.items() if match}
-        return [layers[layer] for layer in sorted(layers)]
+        return [self._weight_of(router) for router in self.routers]
+
+    def _weight_of(self, router: Router) -> str:
+        """Return the name of a router's projection, which may be another than in the model."""
+        [(own, weight)] = [
+            (name, p) for name, p in router.module.named_parameters() if is_projection(p)
+        ]
+        name = f"{router.name}.{own}"
+        if name in self.places:
+            return name
+        [layer] = re.findall(r"\.(\d+)\.", name)
+        near = [n for n in self.places if f".{layer}." in n and _ROUTER.search(n)]
+        near = [n for n in near if self._shape(n) == list(weight.shape)]
+        if len(near) != 1:
+            raise ModelError(f"its weights hold no router {name}")
+        return near[0]
+
+    def _shape(self, name: str) -> list[int]:
+        with safe_open(self.folder / self.places[name], framework="pt") as file:
+            return list(file.get_slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor.

@@ -11,13 +11,21 @@ from lm_eval_bh.errors import PolicyError
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.fitted import fitted_method
 from lm_eval_bh.routing.methods import Method, pick
+from lm_eval_bh.routing.methods.reading import Reading
 from lm_eval_bh.routing.policy import Policy
 
 _IMPORT = re.compile(r"^from \.(\w+) import ", re.MULTILINE)
 
 
-def layer_methods(policy: Policy) -> list[Method]:
+def layer_methods(policy: Policy, *, softmax: bool = True) -> list[Method]:
     """Return a policy's methods, in the layers too that it leaves to the model's own top-k.
+
+    Parameters
+    ----------
+    policy : Policy
+        How the experts are decided.
+    softmax : bool
+        Whether the routers' weights are a softmax of their logits.
 
     Raises
     ------
@@ -45,6 +53,11 @@ def layer_methods(policy: Policy) -> list[Method]:
             "affine=true corrects what layers give out, and engines let a policy decide experts "
             "and their weights alone: make a policy without it, for example with mass=0.5."
         )
+    if config.method.recorded:
+        raise PolicyError(
+            f"rule={config.rule} serves the experts that a log has for its own texts, and an "
+            "engine reads others: export the policy that the log was made with."
+        )
     routed = config.select_layers(policy.num_layers)
     native = RoutingConfig(rule="topk", max_k=policy.native_top_k)
     alphas = {} if policy.solution is None else policy.solution.alphas
@@ -55,6 +68,7 @@ def layer_methods(policy: Policy) -> list[Method]:
             layer,
             policy.num_experts,
             alphas.get(layer),
+            softmax=softmax,
         )
         for layer in range(policy.num_layers)
     ]
@@ -64,7 +78,7 @@ def files_of(methods: Iterable[Method]) -> list[Path]:
     """Return the files that methods run from: their own, and what these import beside them."""
     found: dict[str, Path] = {}
     waiting = [Path(inspect.getfile(type(method))) for method in methods]
-    waiting.append(Path(inspect.getfile(pick)))
+    waiting += [Path(inspect.getfile(used)) for used in (Reading, pick)]
     home = waiting[-1].parent
     while waiting:
         path = waiting.pop()

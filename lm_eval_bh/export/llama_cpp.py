@@ -13,7 +13,8 @@ def llama_cpp_options(policy: Policy, checkpoint: Checkpoint) -> list[str]:
     llama.cpp's OLMoE takes the ``expert_used_count`` largest softmax weights over all experts and
     never rescales them (``llm_graph_context::build_moe_ffn`` with ``norm_w`` false). ik_llama.cpp's
     ``-ser K,t`` drops, beyond the first K of these, what weighs less than t times the largest,
-    which is ``min_p`` with ``min_k``: an expert at the threshold is kept in both.
+    which is ``min_p`` with ``min_k``: an expert at the threshold is kept in both (``>=`` in its
+    ``argsort.cu``, where its description, pull request 239, says ``>``).
 
     Parameters
     ----------
@@ -48,7 +49,9 @@ def llama_cpp_options(policy: Policy, checkpoint: Checkpoint) -> list[str]:
     if len(counts) > 1:
         raise _refused(
             "its OLMoE takes layer 0's number of experts for all layers while it adds up each "
-            "layer's own",
+            f"layer's own, so that olmoe.expert_used_count = {config.counts_per_layer} as an array "
+            "of the GGUF's metadata is not served (llama.cpp's issue 28380, which asks for it, is "
+            "open)",
             round(sum(config.counts_per_layer) / policy.num_layers),
         )
     plain = method.follows_router and config.statistic == "logit"
@@ -59,6 +62,11 @@ def llama_cpp_options(policy: Policy, checkpoint: Checkpoint) -> list[str]:
         alpha = config.alpha if policy.solution is None else _shared(policy, nearest)
         return [
             f"{option} -ser {config.min_k},{alpha!r}",
+            f"Equal to this policy: the first {config.min_k} of a token's experts serve, and "
+            f"further ones, up to {config.max_k}, that weigh at least {alpha!r} times the largest; "
+            "those at the threshold too, and OLMoE's weights are not rescaled in either. Not "
+            "equal: weights are compared as the engine rounds them, so that an expert next to the "
+            "threshold can tip.",
             "This is for ik_llama.cpp, whose newer sources read -ser and ignore it "
             "(llm_build_moe_ffn calls ggml_top_k, not ggml_top_k_thresh): check that it changes "
             "the perplexity there.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ from lm_eval_bh.export.layer_methods import files_of, layer_methods
 from lm_eval_bh.files import as_new, replacing_folder
 from lm_eval_bh.routing.config import rule_info
 from lm_eval_bh.routing.methods import Method
+from lm_eval_bh.routing.methods.reading import plain
+from lm_eval_bh.routing.patching.fits import check_fit
 from lm_eval_bh.routing.policy import Policy, described
+from lm_eval_bh.routing.router_reader import reading_of
+from lm_eval_bh.routing.routers import Router
 from lm_eval_bh.schema import ExportedPolicy
 
 FORMAT_VERSION = 2
@@ -26,7 +31,6 @@ TABLES = "model-adaptive-routing.safetensors"
 ALONE = "model-original.safetensors"  # a name of its own: transformers would read no other file
 PORTABLE = Path(__file__).parent / "portable"
 MODELING, CHOSEN = "modeling_adaptive_moe.py", "methods_of_policy.py"
-GATE = "model.layers.{}.mlp.gate.selection.{}"
 
 
 def export_folder(
@@ -68,20 +72,18 @@ def export_folder(
     check_folder(output, force)
     check_apart(output, checkpoint)
     checkpoint.check(policy, name)
-    methods = layer_methods(policy)
-    numbers = [router.split(".")[2] for router in checkpoint.router_names]
+    check_fit(policy.config, checkpoint.routers)
+    methods = layer_methods(policy, softmax=checkpoint.routers[0].softmax)
     tensors = {
-        GATE.format(number, key): table
-        for number, method in zip(numbers, methods, strict=True)
+        f"{router.name}.selection.{key}": table
+        for router, method in zip(checkpoint.routers, methods, strict=True)
         for key, table in method.state_dict().items()
     }
     config = checkpoint.config | {
-        "architectures": [f"Adaptive{checkpoint.family}ForCausalLM"],
+        "architectures": [f"Adaptive{checkpoint.classes['AutoModelForCausalLM']}"],
         "auto_map": {
-            "AutoModel": f"{Path(MODELING).stem}.Adaptive{checkpoint.family}Model",
-            "AutoModelForCausalLM": (
-                f"{Path(MODELING).stem}.Adaptive{checkpoint.family}ForCausalLM"
-            ),
+            auto: f"{Path(MODELING).stem}.Adaptive{name}"
+            for auto, name in checkpoint.classes.items()
         },
         # What engines size their buffers by; what serves is decided by the settings.
         "num_experts_per_tok": max(method.max_k for method in methods),
@@ -90,8 +92,11 @@ def export_folder(
             "policy": _described(policy, name),
             "unused": "repeat",
             "native_top_k": policy.native_top_k,
-            "rescales": checkpoint.normalizes,
             "layers": [method.settings | {"method": method.name} for method in methods],
+            "routers": [
+                _what_it_does(router, method)
+                for router, method in zip(checkpoint.routers, methods, strict=True)
+            ],
         },
     }
     with replacing_folder(output) as folder:
@@ -209,6 +214,18 @@ def chosen_methods(methods: Sequence[Method]) -> str:
     table = ", ".join(f'"{name}": {kind.__name__}' for name, kind in kinds.items())
     lines = ['"""The methods that the routers of this folder decide by."""', "", *sorted(imports)]
     return "\n".join([*lines, "", f"METHODS = {{{table}}}", ""])
+
+
+def _what_it_does(router: Router, method: Method) -> dict[str, Any]:
+    """Return what the modeling file has to know of a router."""
+    slots, order = method.asks(router.top_k), router.order
+    return {
+        "name": router.name,
+        "obeys": router.behaviour.obeys,
+        "bias": None if order is None else order.bias,
+        "beside": order is not None and order.beside,
+        "reading": asdict(reading_of(router, slots, in_order=not plain(method, slots))),
+    }
 
 
 def _described(policy: Policy, name: str) -> ExportedPolicy:

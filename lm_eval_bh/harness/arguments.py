@@ -47,7 +47,7 @@ def routing_config(arguments: Mapping[str, Any]) -> RoutingConfig:
     usual = own.default == ALPHA.default  # else the method has one of its own
     config = RoutingConfig.named(({"alpha": DEFAULT_ALPHA} if usual else {}) | given)
     meaningless = {}
-    if not config.adaptive:
+    if not config.adaptive or config.method.recorded:
         meaningless["alpha"] = given.get("alpha")
     if not config.needs_null:
         meaningless["null_model"] = null_model

@@ -34,7 +34,12 @@ from lm_eval_bh.harness.logs.run_info import run_info
 from lm_eval_bh.harness.logs.run_log import RunLog, new_run_id
 from lm_eval_bh.harness.logs.served_requests import ServedRequests
 from lm_eval_bh.harness.plugin.evaluation_start import announce_evaluations
-from lm_eval_bh.harness.preflight import check_model_config, check_names, given_null_model
+from lm_eval_bh.harness.preflight import (
+    check_model_config,
+    check_names,
+    check_routes,
+    given_null_model,
+)
 from lm_eval_bh.harness.quantized import take_quantization
 from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE, model_path
 from lm_eval_bh.routing.config import RoutingConfig
@@ -104,6 +109,7 @@ class BHLM(HFLM):
             self.routing_config = loaded.config
         else:
             self.routing_config = routing_config(parameters | {"null_model": null_model})
+        check_routes(self.routing_config)
         given_null = given_null_model(null_model)
         check_implementation(experts_implementation)
         options = LogOptions(
@@ -365,6 +371,10 @@ class BHLM(HFLM):
             self.batch_size_per_gpu = before
 
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
+        if self.routing_config.method.recorded:
+            raise ParameterError(
+                "batch_size=auto tries tokens that no log has: give a number with rule=replay."
+            )
         with self.log.recorder.expecting(ExpectedRows()):  # probes are nobody's
             return int(super()._detect_batch_size(*args, **kwargs))
 
@@ -375,7 +385,7 @@ class BHLM(HFLM):
         times what the others take: whichever came first would look that slow.
         """
         key = inps.device, self.model.dtype
-        if key not in self._warm:
+        if key not in self._warm and not self.routing_config.method.recorded:
             self._warm.add(key)
             with self.log.unlogged():
                 super()._model_call(inps[:1])

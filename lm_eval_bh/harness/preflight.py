@@ -9,6 +9,7 @@ from typing import Any
 
 from lm_eval_bh.errors import ParameterError, did_you_mean
 from lm_eval_bh.harness.quantized import take_quantization
+from lm_eval_bh.logged_rows import find_log
 from lm_eval_bh.resources import model_path
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.declared import PARAMETERS
@@ -65,6 +66,18 @@ def check_names(given: Iterable[str]) -> None:
                 f"The model argument {name!r} is unknown to hf-bh{did_you_mean(name, known)}; "
                 "the page Model arguments of the documentation lists what --model_args takes."
             )
+
+
+def check_routes(config: RoutingConfig) -> None:
+    """Raise if a configuration replays a log that is not there.
+
+    Raises
+    ------
+    DataError
+        If there is none in the folder, or more than one.
+    """
+    if config.method.recorded and config.routes is not None:
+        find_log(config.routes)
 
 
 def given_null_model(null_model: str | None) -> str | NullModel:

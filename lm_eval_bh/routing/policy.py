@@ -244,6 +244,8 @@ def described(config: RoutingConfig, solution: Solution | None) -> dict[str, Any
     layers does; ``solved`` holds every layer's, and how well the target was met.
     """
     content = config.as_dict()
+    if config.method.recorded:
+        return content | {"alpha": None}  # nothing is compared
     if solution is None:
         return content
     level = solution.level  # of a family of all decisions, whose cut-offs alphas then are

@@ -16,21 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lm_eval_bh.errors import ModelError
+from lm_eval_bh.routing.methods.reading import SCORES
 
 TOKENS = 128
 BIAS = 0.2  # standard deviation of correction biases, enough to change the order of the scores
 SPREAD = 1.5  # standard deviation of router logits
-
-# How a router's logits become the score, to which a bias is added, that its experts are chosen by.
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "softmax": lambda logits: torch.softmax(logits, dim=-1),
-    "logit": lambda logits: logits,
-    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
-}
 
 
 @dataclass(frozen=True)
@@ -40,7 +32,7 @@ class Order:
     Attributes
     ----------
     score : str
-        A key of :data:`SCORES`.
+        A key of :data:`~lm_eval_bh.routing.methods.reading.SCORES`.
     bias : str or None
         Path, from the router, of the bias that is added to the score; with ``beside`` the name of
         an attribute of the router's parent.
@@ -209,13 +201,6 @@ class _Probe:
         if value.ndim > 1 and value.numel() != self.num_experts:
             scale = SPREAD / float(value.shape[-1]) ** 0.5
         return torch.randn(value.shape, generator=self.random) * scale
-
-
-def choice_scores(order: Order, router_logits: Tensor, bias: Tensor | None) -> Tensor:
-    """Return what the router ranks its experts by, float32 or better ``[tokens, experts]``."""
-    logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
-    scores = SCORES[order.score](logits)
-    return scores if bias is None else scores + bias.flatten().to(scores)
 
 
 def _twin(module: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_bh.errors import ModelError
-from lm_eval_bh.routing.methods.router import RouterOutput, softmax_output
-from lm_eval_bh.routing.probe import choice_scores
+from lm_eval_bh.routing.methods.reading import Reading
+from lm_eval_bh.routing.methods.router import RouterOutput
 from lm_eval_bh.routing.routers import Router
 
 
@@ -28,13 +28,11 @@ class RouterReader:
     """
 
     def __init__(self, router: Router, slots: int, *, in_order: bool = True) -> None:
-        self.slots, self._name = slots, router.name
-        self._native_k, self._softmax = router.top_k, router.softmax
-        self._rescales, self._obeys = router.normalizes, router.behaviour.obeys
-        self._scores = router.behaviour.scores
-        order = router.order
-        self._order = None if order is None or order.in_slots or not in_order else order
-        self._parent = router.parent if order is not None and order.beside else None
+        self._name, self._obeys = router.name, router.behaviour.obeys
+        self._reading = reading_of(router, slots, in_order=in_order)
+        self._order = router.order if self._reading.sorted_by else None
+        beside = router.order is not None and router.order.beside
+        self._parent = router.parent if beside else None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> RouterOutput:
         """Return what the router says of ``[tokens]``.
@@ -54,38 +52,15 @@ class RouterReader:
                 f"The router {self._name} ({type(module).__name__}) does not return "
                 "(logits, weights, indices): routers of this family are not supported."
             )
-        logits, weights, indices = output
-        hidden_states = args[0].reshape(-1, args[0].shape[-1])
-        if indices.shape[-1] < self.slots and self._softmax:
-            return softmax_output(
-                logits,
-                self.slots,
-                self._native_k,
-                rescales=self._rescales,
-                dtype=weights.dtype,
-                hidden_states=hidden_states,
-            )
-        if indices.shape[-1] < self.slots and self._obeys:
-            _, weights, indices = self._asked_again(module, args)
-        if self._order is not None:
-            order = choice_scores(self._order, logits, self._bias(module)).gather(-1, indices)
-            order = order.argsort(dim=-1, descending=True, stable=True)
-            weights, indices = weights.gather(-1, order), indices.gather(-1, order)
-        return RouterOutput(
-            logits,
-            weights,
-            indices,
-            self._native_k,
-            self._softmax,
-            self._rescales,
-            self._scores,
-            hidden_states,
-        )
+        few = output[2].shape[-1] < self._reading.slots
+        if few and self._obeys and not self._reading.softmax:
+            output = (output[0], *self._asked_again(module, args)[1:])
+        return self._reading(output, args[0], self._bias(module))
 
     def _asked_again(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         """Run the router once more, without its hooks, for as many experts as are needed."""
         before = module.top_k
-        module.top_k = self.slots  # type: ignore[assignment]
+        module.top_k = self._reading.slots  # type: ignore[assignment]
         try:
             with torch.no_grad():
                 return type(module).forward(module, *args)
@@ -93,10 +68,23 @@ class RouterReader:
             module.top_k = before
 
     def _bias(self, module: nn.Module) -> Tensor | None:
-        assert self._order is not None
-        if self._order.bias is None:
+        if self._order is None or self._order.bias is None:
             return None
         bias: Any = module if self._parent is None else self._parent
         for name in self._order.bias.split("."):
             bias = getattr(bias, name)
         return bias  # type: ignore[no-any-return]
+
+
+def reading_of(router: Router, slots: int, *, in_order: bool = True) -> Reading:
+    """Return how a router is read, see :class:`RouterReader`."""
+    order = router.order
+    in_slots = order is None or order.in_slots or not in_order
+    return Reading(
+        slots=slots,
+        native_k=router.top_k,
+        softmax=router.softmax,
+        rescales=router.normalizes,
+        scores=router.behaviour.scores,
+        sorted_by=None if order is None or in_slots else order.score,
+    )

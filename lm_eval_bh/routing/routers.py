@@ -192,13 +192,18 @@ def _describe(
     return Router(name, module, num_experts, top_k, behaviour, parent, copies)
 
 
+def is_projection(parameter: Tensor) -> bool:
+    """Whether it is a router's one matrix, and none of its biases and scales."""
+    return parameter.ndim == 2 and min(parameter.shape) > 1
+
+
 def _projection(module: nn.Module) -> tuple[nn.Module, str]:
     """Return where the router's projection is: the module that holds it, and its name there."""
     matrices = [
         (inner, name)
         for inner in module.modules()
         for name, parameter in inner._parameters.items()
-        if parameter is not None and parameter.ndim == 2 and min(parameter.shape) > 1
+        if parameter is not None and is_projection(parameter)
     ]
     if len(matrices) != 1:
         raise ModelError(

@@ -6,7 +6,7 @@ import pytest
 
 from lm_eval_bh import Policy
 from lm_eval_bh.analysis.show.tuning_page import findings_of
-from lm_eval_bh.cli.tune_command import share_of
+from lm_eval_bh.cli.options import share_of
 from lm_eval_bh.cli.tuned_tasks import _row
 from lm_eval_bh.errors import ParameterError
 
@@ -69,9 +69,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
 
 @pytest.mark.parametrize(("text", "share"), [("1%", 0.01), ("0.5%", 0.005), ("0.02", 0.02)])
 def test_a_loss_is_a_share(text, share):
-    assert share_of(text) == pytest.approx(share)
+    assert share_of(text, "--max-loss") == pytest.approx(share)
     with pytest.raises(ParameterError):
-        share_of("-" + text)
+        share_of("-" + text, "--max-loss")
 
 
 def difference(low, high):

@@ -48,7 +48,7 @@ CONFIGS = [
     *(
         {"rule": rule}
         for rule, row in METHODS.items()
-        if rule not in ("random_k", "oracle") and not row.joint
+        if rule not in ("random_k", "oracle", "replay") and not row.joint
     ),
     *(
         {"rule": rule, "statistic": statistic}
@@ -376,6 +376,7 @@ def _plain(name):
     ("parameters", "sentence"),
     [
         ({"rule": "random_k"}, "the nearest that can be exported is rule=topk"),
+        ({"rule": "replay", "routes": "x"}, "export the policy that the log was made with"),
         ({"rule": "topk", "mode": "analyze"}, "only counts"),
         ({"rule": "oracle"}, "the nearest that can be exported is rule=min_w"),
         ({"rule": "topk", "affine": True}, "make a policy without it"),

@@ -34,12 +34,13 @@ def test_one_number_of_experts(parameters, k):
 
 
 def test_min_p():
-    line, caution = options(rule="min_p", alpha=0.35, min_k=2, max_k=6)
+    line, equal, caution = options(rule="min_p", alpha=0.35, min_k=2, max_k=6)
     assert line == COUNT.format(6) + " -ser 2,0.35"
+    assert "the first 2 of a token's experts serve, and further ones, up to 6," in equal
     assert "read -ser and ignore it" in caution
     alphas = {0: 0.25, 1: 0.25, 2: 0.25, 3: 0.25}
     solution = Solution(4.0, "model", alphas, 4.1, {}, 100, "a text")
-    [line, _] = options(solution, rule="min_p", target_experts=4, max_k=8)
+    line, *_ = options(solution, rule="min_p", target_experts=4, max_k=8)
     assert line == COUNT.format(8) + " -ser 1,0.25"
 
 
@@ -47,6 +48,7 @@ def test_min_p():
     ("parameters", "reason"),
     [
         ({"rule": "topk", "k_per_layer": "5-3-3-5"}, "takes layer 0's number.*rule=topk,max_k=4"),
+        ({"rule": "topk", "k_per_layer": "5-3-3-5"}, r"_count = \[5, 3, 3, 5\] as an array"),
         ({"rule": "topk", "max_k": 4, "layers": "last2"}, "hold for all layers"),
         ({"rule": "topk", "max_k": 4, "mode": "analyze"}, "hold for all layers"),
         ({"rule": "topk", "max_k": 4, "renormalize": True}, "neither rescales nor tempers"),

@@ -28,7 +28,11 @@ STATSMODELS = {
     "bonferroni": "bonferroni",
     "fdr_tsbh": "fdr_tsbh",
 }
-BY_LOGITS = sorted(n for n, rule in METHODS.items() if not (rule.measured or rule.runs_experts))
+BY_LOGITS = sorted(
+    name
+    for name, rule in METHODS.items()
+    if not (rule.measured or rule.runs_experts or rule.recorded or rule.joint)
+)
 TESTS = [name for name, rule in METHODS.items() if rule.tests]
 ALPHAS = st.one_of(
     st.sampled_from([1e-9, 0.05, 0.3, 0.4, 0.5, 0.6, 0.999999]), st.floats(1e-6, 1 - 1e-6)

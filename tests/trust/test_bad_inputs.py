@@ -414,6 +414,15 @@ COMMANDS = [
     ("report runs --resamples 999999999999", "resamples must be an integer from 1", 1),
     ("report runs --seed -1", "'--seed'", 2),
     ("report runs --output-dir file", "--output-dir cannot be written", 1),
+    # route-diff.
+    ("route-diff runs/top4", "Missing argument 'B'", 2),
+    ("route-diff nowhere runs/bh", "There is no folder nowhere", 1),
+    ("route-diff file runs/bh", "There is no folder file", 1),
+    ("route-diff runs/bh runs/bh", "runs/bh has no log of every token", 1),
+    ("route-diff runs/bh runs/bh --output d.txt", "must end in .json", 1),
+    ("route-diff runs/bh runs/bh --output file/d.json", "--output cannot be written", 1),
+    ("route-diff runs/bh runs/bh --figure d.gif", "name a file that ends in png, pdf, svg", 1),
+    ("route-diff runs/bh runs/bh --fail-above most", "must be a share like 1% or 0.01", 1),
     # patterns.
     ("patterns", "Missing argument", 2),
     ("patterns nowhere", "There is no folder nowhere", 1),

@@ -4,33 +4,23 @@ An exported folder holds this file; ``from_pretrained(folder, trust_remote_code=
 needs torch and transformers 5.18 or later. The policy stands in ``config.json`` under
 ``adaptive_routing``, its tables beside the weights. There ``"unused": "skip"`` saves the work of
 slots that a token does not use, in transformers only; other engines need ``"repeat"``.
+
+The model is the family's own, of transformers: ``AdaptiveOlmoeForCausalLM`` is ``OlmoeForCausalLM``
+with its routers made adaptive. Its class is made when it is asked for.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
-from transformers.models.mixtral.modeling_mixtral import (
-    MixtralForCausalLM,
-    MixtralModel,
-    MixtralTopKRouter,
-)
-from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM, OlmoeModel, OlmoeTopKRouter
-from transformers.models.qwen2_moe.modeling_qwen2_moe import (
-    Qwen2MoeForCausalLM,
-    Qwen2MoeModel,
-    Qwen2MoeTopKRouter,
-)
-from transformers.models.qwen3_moe.modeling_qwen3_moe import (
-    Qwen3MoeForCausalLM,
-    Qwen3MoeModel,
-    Qwen3MoeTopKRouter,
-)
 
 from .methods_of_policy import METHODS
 from .pick import pick, repeated
-from .router import RouterOutput
+from .reading import Reading
+
+ADAPTIVE = "Adaptive"  # begins the names of the classes
 
 
 class AdaptiveRouter(nn.Module):
@@ -39,74 +29,66 @@ class AdaptiveRouter(nn.Module):
     The router ranks and weighs experts itself; a method chooses among them.
     """
 
-    def adapt(self, settings: dict[str, Any], policy: dict[str, Any]) -> None:
-        """Take a layer's method, and what holds for all layers."""
+    def adapt(
+        self,
+        settings: dict[str, Any],
+        router: dict[str, Any],
+        policy: dict[str, Any],
+        parent: nn.Module,
+    ) -> None:
+        """Take a layer's method, what the router does, and what holds for all layers."""
         if policy["unused"] not in ("repeat", "skip"):
             raise ValueError(f"unused must be 'repeat' or 'skip': found {policy['unused']!r}.")
         self.selection = METHODS[settings["method"]](settings)
-        self.repeats, self.rescales = policy["unused"] == "repeat", policy["rescales"]
-        self.native_k = policy["native_top_k"]
-        self.top_k = self.selection.asks(self.native_k)
+        self.repeats = policy["unused"] == "repeat"
+        self.reading = Reading(**router["reading"])
+        self.bias_name = router["bias"]
+        self.beside = (parent,) if router["beside"] else ()  # a tuple, so that it is no part of it
+        if router["obeys"]:
+            self.top_k = self.reading.slots
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Return router logits, and weights and indices of the experts that serve."""
-        logits, weights, indices = super().forward(hidden_states)
-        said = RouterOutput(
-            logits,
-            weights,
-            indices,
-            self.native_k,
-            rescales=self.rescales,
-            hidden_states=hidden_states.reshape(-1, hidden_states.shape[-1]),
-        )
-        picked = pick(self.selection, said)
+        output = super().forward(*args, **kwargs)
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        picked = pick(self.selection, self.reading(output, hidden_states, self.adaptive_bias()))
         if self.repeats:
             picked = repeated(picked, self.selection.num_experts)
-        return logits, picked.weights, picked.indices
+        return output[0], picked.weights, picked.indices
 
-
-class AdaptiveOlmoeRouter(AdaptiveRouter, OlmoeTopKRouter):
-    """OLMoE's."""
-
-
-class AdaptiveMixtralRouter(AdaptiveRouter, MixtralTopKRouter):
-    """Mixtral's."""
-
-
-class AdaptiveQwen2MoeRouter(AdaptiveRouter, Qwen2MoeTopKRouter):
-    """Qwen2-MoE's."""
-
-
-class AdaptiveQwen3MoeRouter(AdaptiveRouter, Qwen3MoeTopKRouter):
-    """Qwen3-MoE's."""
-
-
-ROUTERS: dict[type[nn.Module], type[AdaptiveRouter]] = {
-    OlmoeTopKRouter: AdaptiveOlmoeRouter,
-    MixtralTopKRouter: AdaptiveMixtralRouter,
-    Qwen2MoeTopKRouter: AdaptiveQwen2MoeRouter,
-    Qwen3MoeTopKRouter: AdaptiveQwen3MoeRouter,
-}
+    def adaptive_bias(self) -> Tensor | None:
+        """Return what the router adds to its scores when it ranks them."""
+        if self.bias_name is None:
+            return None
+        found: Any = self.beside[0] if self.beside else self
+        for name in self.bias_name.split("."):
+            found = getattr(found, name)
+        return found  # type: ignore[no-any-return]
 
 
 class AdaptiveMoe:
     """What makes a family's model adaptive; stands before it among the base classes."""
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         policy = config.adaptive_routing
-        parents = [m for m in self.modules() if type(getattr(m, "gate", None)) in ROUTERS]  # type: ignore[attr-defined]
-        if len(parents) != len(policy["layers"]):
-            raise ValueError(
-                f"config.json describes the routing of {len(policy['layers'])} layers, and the "
-                f"model has {len(parents)} with experts: export it again."
-            )
-        for parent, settings in zip(parents, policy["layers"], strict=True):
-            router = ROUTERS[type(parent.gate)](config)
-            router.adapt(settings, policy)
-            parent.gate = router
-            if policy["unused"] == "skip":  # only so do all of transformers' implementations know
-                parent.experts._is_expert_parallel = True
+        for settings, router in zip(policy["layers"], policy["routers"], strict=True):
+            name = router["name"]
+            if self.base_model is self:  # type: ignore[attr-defined]
+                name = name.removeprefix(f"{self.base_model_prefix}.")
+            parent = self.get_submodule(name.rpartition(".")[0])  # type: ignore[attr-defined]
+            module = parent.get_submodule(name.rpartition(".")[2])
+            module.__class__ = _adaptive(AdaptiveRouter, type(module))
+            module.adapt(settings, router, policy, parent)
+        if policy["unused"] == "skip":  # only so do all of transformers' implementations know
+            for module in self.modules():  # type: ignore[attr-defined]
+                if hasattr(module, "_is_expert_parallel"):
+                    module._is_expert_parallel = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Say that transformers may rename weights as it does for the family: they are its own."""
+        return False
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -115,33 +97,18 @@ class AdaptiveMoe:
         return True
 
 
-class AdaptiveOlmoeModel(AdaptiveMoe, OlmoeModel):
-    """OLMoE without its head."""
+def _adaptive(kind: type, family: type) -> type:
+    """Return a family's class made adaptive; always the same one."""
+    name = f"{ADAPTIVE}{family.__name__}"
+    if name not in globals():
+        made = {"__module__": __name__, "__doc__": f"{family.__name__} with a policy."}
+        globals()[name] = type(name, (kind, family), made)
+    return globals()[name]  # type: ignore[no-any-return]
 
 
-class AdaptiveOlmoeForCausalLM(AdaptiveMoe, OlmoeForCausalLM):
-    """OLMoE."""
-
-
-class AdaptiveMixtralModel(AdaptiveMoe, MixtralModel):
-    """Mixtral without its head."""
-
-
-class AdaptiveMixtralForCausalLM(AdaptiveMoe, MixtralForCausalLM):
-    """Mixtral."""
-
-
-class AdaptiveQwen2MoeModel(AdaptiveMoe, Qwen2MoeModel):
-    """Qwen2-MoE without its head."""
-
-
-class AdaptiveQwen2MoeForCausalLM(AdaptiveMoe, Qwen2MoeForCausalLM):
-    """Qwen2-MoE."""
-
-
-class AdaptiveQwen3MoeModel(AdaptiveMoe, Qwen3MoeModel):
-    """Qwen3-MoE without its head."""
-
-
-class AdaptiveQwen3MoeForCausalLM(AdaptiveMoe, Qwen3MoeForCausalLM):
-    """Qwen3-MoE."""
+def __getattr__(name: str) -> type:
+    """Make a model's class when it is asked for."""
+    family = getattr(transformers, name.removeprefix(ADAPTIVE), None)
+    if not (name.startswith(ADAPTIVE) and isinstance(family, type)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _adaptive(AdaptiveMoe, family)

@@ -56,9 +56,9 @@ class Method(nn.Module):
         What ``alpha`` means, in half a sentence; empty for a method without it.
     declared : dict of str to Parameter
         Its own parameters; no other is known to it.
-    fixed_count, tests, random : bool
+    fixed_count, tests, random, recorded : bool
         Whether every token gets ``max_k`` experts; whether it compares p-values, so that it needs a
-        null distribution; whether experts are drawn.
+        null distribution; whether experts are drawn; whether they come from a log.
     joint : bool
         Whether the tokens of a step are decided together, see :class:`~.batch.BatchMethod`.
     measured : tuple of str
@@ -79,6 +79,7 @@ class Method(nn.Module):
     fixed_count: ClassVar[bool] = False
     tests: ClassVar[bool] = False
     random: ClassVar[bool] = False
+    recorded: ClassVar[bool] = False
     joint: ClassVar[bool] = False
     measured: ClassVar[tuple[str, ...]] = ()
     runs_experts: ClassVar[bool] = False

@@ -31,6 +31,9 @@ class RouterOutput(NamedTuple):
     step : Tensor or None
         int64 ``[tokens]``, which tokens are decided together: those of one number, from 0 and below
         the number of tokens; -1 takes the model's own top-k. None where all are decided together.
+    recorded : Tensor or None
+        int64 ``[tokens, k]``, the experts that a log has for these tokens, the best first, and the
+        number of experts where a slot is unused; None where no log is replayed.
     """
 
     logits: Tensor
@@ -42,6 +45,7 @@ class RouterOutput(NamedTuple):
     scores: str = "softmax"
     hidden_states: Tensor | None = None
     step: Tensor | None = None
+    recorded: Tensor | None = None
 
     @property
     def native_weights(self) -> Tensor:

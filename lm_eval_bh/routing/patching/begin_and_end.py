@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_bh.errors import ParameterError
-from lm_eval_bh.routing.caches import given_cache
+from lm_eval_bh.routing.caches import given_cache, returned_cache
 from lm_eval_bh.routing.patching.forward_pass import (
     ForwardPass,
     begin_pass,
@@ -22,6 +22,7 @@ from lm_eval_bh.routing.patching.forward_pass import (
 from lm_eval_bh.routing.patching.patch import Patch
 from lm_eval_bh.routing.patching.query_mask import query_mask
 from lm_eval_bh.routing.patching.rerun import OwnPass
+from lm_eval_bh.routing.patching.routes import remember
 
 CHECKPOINTING = "_gradient_checkpointing_func"  # where transformers' layers keep it
 
@@ -40,6 +41,9 @@ class Begin:
         real = self._real(module, given)
         shape = _shape(given)
         begun = ForwardPass(self.patch, real, shape, self._decoded(module, given))
+        if self.patch.routes is not None:
+            ids, cache = given.get("input_ids"), given_cache(given)
+            begun.places, begun.paths = self.patch.routes.places(ids, begun.real, cache)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             begun.recomputed = in_backward()  # the whole model is checkpointed
             self._wrap_checkpointing()
@@ -107,8 +111,12 @@ class End:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Put the outer pass back; count, and check the logits, unless the pass has failed."""
         ended = end_pass(self.patch)
-        if ended is not None and output is not None:
-            ended.end()
+        if ended is None or output is None:
+            return
+        if ended.paths is not None and isinstance(output, Mapping):
+            for cache in returned_cache(output).values():
+                remember(cache, ended.paths)
+        ended.end()
 
 
 def _tokens(given: Mapping[str, Any]) -> Tensor | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lm_eval_bh.errors import RoutingError
 from lm_eval_bh.routing.methods.pick import Picked
 from lm_eval_bh.routing.patching.patch import Patch
+from lm_eval_bh.routing.patching.routes import Paths
 from lm_eval_bh.routing.steps import Steps, steps_of
 
 _current: ContextVar[ForwardPass | None] = ContextVar("bh_forward_pass", default=None)
@@ -44,6 +45,9 @@ class ForwardPass:
         Whether activation checkpointing runs it again, so that nothing of it counts.
     alone : bool
         Whether it is of one router only, which was called outside of a pass of the model.
+    places, paths : Tensor and list, or None
+        int64 ``[tokens]``, where they stand in the log that is replayed, if one is; and all that
+        was read of their rows until then.
     outer : ForwardPass or None
         The pass, of another model, that this one runs within.
     """
@@ -64,6 +68,8 @@ class ForwardPass:
         self.decoded = decoded
         self.recomputed = recomputed
         self.alone = alone
+        self.places: Tensor | None = None
+        self.paths: Paths | None = None
         self.outer: ForwardPass | None = None
         self.selections: list[tuple[int, Picked]] = []
         self._sums: list[tuple[int, Tensor]] = []

@@ -9,6 +9,7 @@ from torch import nn
 
 from lm_eval_bh.routing.methods import Method
 from lm_eval_bh.routing.methods.pick import pick
+from lm_eval_bh.routing.methods.reading import plain
 from lm_eval_bh.routing.patching.forward_pass import current_pass
 from lm_eval_bh.routing.patching.patch import Patch
 from lm_eval_bh.routing.router_reader import RouterReader
@@ -25,9 +26,8 @@ class RouterHook:
         self.patch = patch
         self.layer = layer
         self.method = method
-        # The very triple serves where the router was asked for it, in whatever order it lies.
-        plain = method.fixed and method.follows_router and method.max_k == self.asks(router)
-        self._read = RouterReader(router, self.asks(router), in_order=not plain)
+        slots = self.asks(router)
+        self._read = RouterReader(router, slots, in_order=not plain(method, slots))
 
     def asks(self, router: Router) -> int:
         """Return how many experts the router is asked for."""
@@ -35,10 +35,13 @@ class RouterHook:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Return the router's output with the selection in it, or None to leave it as it is."""
-        analyze = self.patch.mode == "analyze"
+        analyze, now = self.patch.mode == "analyze", current_pass(self.patch)
         # What only counts leaves no trace in the graph, nor in what checkpointing recomputes.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not analyze):
             said = self._read(module, args, output)
+            if self.patch.routes is not None:
+                where = self.layer, now.places, said.logits.device
+                said = said._replace(recorded=self.patch.routes.recorded(*where))
             if self.method.bounds.device != said.logits.device:
                 self.method.to(said.logits.device)
             now = current_pass(self.patch)

@@ -24,6 +24,7 @@ from lm_eval_bh.routing.patching.forward_pass import ending_with, real_tokens
 from lm_eval_bh.routing.patching.hook import RouterHook
 from lm_eval_bh.routing.patching.null_in_force import NullInForce, refuse_stale
 from lm_eval_bh.routing.patching.patch import Observer, Patch
+from lm_eval_bh.routing.patching.routes import routes_for
 from lm_eval_bh.routing.patching.unpatch import put_in, refuse_patched, unpatch
 from lm_eval_bh.routing.policy import Policy, described
 from lm_eval_bh.routing.rich_display import integration_html
@@ -206,7 +207,8 @@ class BHRoutingIntegration:
         """
         refuse_patched(self.model)
         refuse_stale(self.null_model, self.routers)
-        patch = Patch(self.config, self.observers, self.counters)
+        routes = routes_for(self.config, self.routers)
+        patch = Patch(self.config, self.observers, self.counters, routes)
         routers = [(layer, self.routers[layer]) for layer in self.layers]
         hooks = [(own, RouterHook(patch, layer, own, self.method(layer))) for layer, own in routers]
         try:

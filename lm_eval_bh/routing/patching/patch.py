@@ -12,6 +12,7 @@ from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.methods.pick import Picked
 from lm_eval_bh.routing.patching.counters import RoutingCounters
 from lm_eval_bh.routing.patching.experts_switch import ExpertsSwitch
+from lm_eval_bh.routing.patching.routes import Routes
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ class Patch:
         Who hears of every layer's selection: (layer, router logits, selection).
     counters : RoutingCounters or None
         What selections are counted by.
+    routes : Routes or None
+        What a log has recorded, where it is replayed.
     switch : ExpertsSwitch or None
         What computes the experts.
     decode_batch : int or None
@@ -46,7 +49,11 @@ class Patch:
     """
 
     def __init__(
-        self, config: RoutingConfig, observers: list[Observer], counters: RoutingCounters | None
+        self,
+        config: RoutingConfig,
+        observers: list[Observer],
+        counters: RoutingCounters | None,
+        routes: Routes | None = None,
     ) -> None:
         self.mode: str = config.mode
         self.decode_batch: int | None = config.decode_batch
@@ -54,6 +61,7 @@ class Patch:
         self.has_steps = config.method.joint or config.decode_batch is not None
         self.observers = observers
         self.counters = counters
+        self.routes = routes
         self.switch: ExpertsSwitch | None = None
         self.alive = True
         self.padded = False

@@ -51,5 +51,6 @@ class _Rerun:
             )
         own = self.own
         again = ForwardPass(patch, own.real, own.shape, own.decoded, recomputed=True)
+        again.places = own.places
         with entering(again):
             return self.run(*args)

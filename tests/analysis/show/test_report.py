@@ -21,6 +21,7 @@ from lm_eval_bh.analysis.table.experiments import load_experiments
 from lm_eval_bh.cli.app import app
 from lm_eval_bh.harness.arguments import routing_config
 from lm_eval_bh.routing.methods import METHODS
+from lm_eval_bh.routing.policy import described
 from lm_eval_bh.schema import read_json
 
 LAMBADA, HELLASWAG = "bh_lambada", "bh_hellaswag"
@@ -324,10 +325,10 @@ def test_routing_is_spelt_out_where_the_model_was_given_as_an_object():
     ids=str,
 )
 def test_routing_that_is_spelt_out_is_accepted_and_the_same(wanted):
-    if "target_experts" not in wanted and not METHODS[wanted["rule"]].fixed_count:
+    if "target_experts" not in wanted and METHODS[wanted["rule"]].alpha:
         wanted = wanted | {"alpha": 0.3}
     config = routing_config(wanted | {"max_k": 6})
-    written = config.as_dict()
+    written = described(config, None)
     if config.target_experts is not None:  # as BHRoutingIntegration.describe() has it
         written |= {"alpha": 0.62, "solved": {"alphas": {"0": 0.6, "1": 0.64}}}
     bh = {"config": written, "rule": METHODS[config.rule].describe()}

@@ -83,3 +83,20 @@ def expected(reference):
         }
         for task in reference.histogram
     }
+
+
+@pytest.fixture(scope="session")
+def full_logs(run, tasks, tmp_path_factory):
+    """Folders of full logs by what is special about their routing; the first has generations."""
+    routed = {
+        "float32": "rule=topk,dtype=float32",
+        "bfloat16": "rule=topk,dtype=bfloat16",
+        "min_w": "rule=min_w,alpha=0.05,dtype=float32",
+    }
+    folder = tmp_path_factory.mktemp("full")
+    for name, how in routed.items():
+        log = f"log_routing=full,log_dir={folder / name}"
+        some = tasks if name == "float32" else tasks[:3]  # what is generated may differ
+        arguments = "pretrained=tiny-olmoe,max_length=48"
+        run(f"{how},{log}", model_args=arguments, tasks=some, batch_size=4)
+    return {name: folder / name for name in routed}
