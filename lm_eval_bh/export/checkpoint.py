@@ -28,7 +28,9 @@ FAMILIES = {
     "qwen3_moe": "Qwen3Moe",
 }
 EMBEDDINGS = "model.embed_tokens.weight"
-_ROUTER = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.gate\.weight")
+ROUTER = re.compile(
+    r"(?:^|\.)layers\.(\d+)\.(?:mlp|block_sparse_moe|feed_forward)\.(?:gate|router)\.weight$"
+)
 
 
 class _OfSomeModels(TypedDict, total=False):
@@ -64,8 +66,24 @@ class Checkpoint:
     places: dict[str, str]
 
     @classmethod
-    def find(cls, pretrained: str, revision: str | None = None) -> Checkpoint:
+    def find(
+        cls,
+        pretrained: str,
+        revision: str | None = None,
+        *,
+        any_family: bool = False,
+        download: bool = True,
+    ) -> Checkpoint:
         """Find a model by its folder or hub name.
+
+        Parameters
+        ----------
+        pretrained, revision : str
+            Folder or hub name, and commit.
+        any_family : bool
+            Whether a family may be one that cannot be exported.
+        download : bool
+            Whether what is not on this machine is fetched.
 
         Raises
         ------
@@ -76,11 +94,16 @@ class Checkpoint:
         try:
             if not folder.is_dir():
                 folder = Path(
-                    snapshot_download(pretrained, revision=revision, allow_patterns=FILES)
+                    snapshot_download(
+                        pretrained,
+                        revision=revision,
+                        allow_patterns=FILES,
+                        local_files_only=not download,
+                    )
                 )
             config = _read(folder / "config.json", _Config)
             model_type = config["model_type"]
-            if model_type in FAMILIES:
+            if any_family or model_type in FAMILIES:
                 places = _places(folder)
         except (
             HfHubHTTPError,
@@ -98,7 +121,7 @@ class Checkpoint:
                 f"The model {pretrained!r} could not be read ({reason}): check its name and the "
                 "network, and that its weights are safetensors."
             ) from error
-        if model_type not in FAMILIES:
+        if not any_family and model_type not in FAMILIES:
             raise ModelError(
                 f"Models of the type {model_type!r} cannot be exported: give a mixture-of-experts "
                 f"model of {', '.join(FAMILIES)}."
@@ -130,7 +153,7 @@ class Checkpoint:
     @property
     def router_names(self) -> list[str]:
         """The names of the routers' weights, by layer."""
-        found = {name: _ROUTER.fullmatch(name) for name in self.places}
+        found = {name: ROUTER.search(name) for name in self.places}
         layers = {int(match[1]): name for name, match in found.items() if match}
         return [layers[layer] for layer in sorted(layers)]
 

@@ -16,8 +16,15 @@ from lm_eval_bh.routing.policy import Policy
 _IMPORT = re.compile(r"^from \.(\w+) import ", re.MULTILINE)
 
 
-def layer_methods(policy: Policy) -> list[Method]:
+def layer_methods(policy: Policy, *, softmax: bool = True) -> list[Method]:
     """Return a policy's methods, in the layers too that it leaves to the model's own top-k.
+
+    Parameters
+    ----------
+    policy : Policy
+        How the experts are decided.
+    softmax : bool
+        Whether the weights of the routers are a softmax of their logits.
 
     Raises
     ------
@@ -45,6 +52,7 @@ def layer_methods(policy: Policy) -> list[Method]:
             layer,
             policy.num_experts,
             alphas.get(layer),
+            softmax=softmax,
         )
         for layer in range(policy.num_layers)
     ]

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_bh.errors import ParameterError, RoutingError
-from lm_eval_bh.routing.caches import given_cache
 from lm_eval_bh.routing.methods.pick import Picked
 from lm_eval_bh.routing.patching.patch import Patch
 from lm_eval_bh.routing.patching.query_mask import query_mask
+from lm_eval_bh.routing.releases import given_cache
 
 CHECKPOINTING = "_gradient_checkpointing_func"  # where transformers' layers keep it
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lm_eval_bh.routing.caches import NAMES, given_cache, returned_cache
+from lm_eval_bh.routing.releases import NAMES, given_cache, returned_cache
 
 
 @pytest.mark.parametrize("name", NAMES)
