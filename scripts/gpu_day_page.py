@@ -146,6 +146,9 @@ def main(
         lines += table(
             list(shown.columns), [[c.text for c in r.cells.values()] for r in shown.rows]
         )
+    if (file := folder / "vllm_speed.json").is_file():
+        content["vllm_speed"] = json.loads(file.read_text(encoding="utf-8"))
+        lines += ["## vllm_speed", "", *fenced(steps_log(folder)).splitlines(), ""]
     write_text(folder / "gpu_day.json", json.dumps(content, indent=1) + "\n")
     write_text(folder / "gpu_day.md", "\n".join(lines).rstrip() + "\n")
     print(f"Written to {folder / 'gpu_day.json'} and {folder / 'gpu_day.md'}")

@@ -12,7 +12,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lm_eval_bh import BHRoutingIntegration, NullModel, Policy
 from lm_eval_bh.export import verification
+from lm_eval_bh.export.checkpoint import Checkpoint
 from lm_eval_bh.export.verification import TOLERANCE
+from lm_eval_bh.export.vllm_folder import write_for_vllm
 from lm_eval_bh.resources import tiny_glm
 
 pytestmark = [
@@ -46,12 +48,21 @@ SIZES = {
     "tie_word_embeddings": False,
 }
 SHARED = {"n_shared_experts": 1, "first_k_dense_replace": 0, "norm_topk_prob": True}
-LATENT = {  # the one size that vLLM's latent attention on a CPU has
+LATENT = {  # the one size that vLLM's latent attention on a CPU has, and positions as DeepSeek has
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
     "q_lora_rank": None,
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 64,
     "v_head_dim": 32,
+    "head_dim": 64,
     "n_group": 4,
     "topk_group": 2,
     "routed_scaling_factor": 2.5,
@@ -71,7 +82,6 @@ FAMILIES = {
     "gpt_oss": {
         "sliding_window": 64,
         "layer_types": ["full_attention"] * LAYERS,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
 }
 NAMED = [*FAMILIES, "tiny-glm"]
@@ -81,7 +91,8 @@ DECIDED = ("benefit", "bh", "static", "top2")
 def made(family, folder):
     """Write a random model whose routers have logits that differ, and biases that reorder them."""
     if family == "tiny-glm":
-        return tiny_glm()
+        write_for_vllm(Checkpoint.find(str(tiny_glm()), any_family=True), folder)
+        return folder
     known = CONFIG_MAPPING[family]()
     values = {name: value for name, value in SIZES.items() if hasattr(known, name)}
     torch.manual_seed(3)
@@ -147,7 +158,6 @@ def test_every_policy_scores_as_hf_bh(family, vllm, tmp_path, monkeypatch):
         dtype="float32",
         max_model_len=80,
         skip_tokenizer_init=True,
-        hf_overrides={"head_dim": 32} if family == "tiny-glm" else {},
         enforce_eager=True,
         enable_prefix_caching=False,
         seed=0,
