@@ -148,7 +148,8 @@ def main(
         )
     if (file := folder / "vllm_speed.json").is_file():
         content["vllm_speed"] = json.loads(file.read_text(encoding="utf-8"))
-        lines += ["## vllm_speed", "", *fenced(steps_log(folder)).splitlines(), ""]
+        said = (folder / "vllm_speed.log").read_text(encoding="utf-8", errors="replace")
+        lines += ["## vllm_speed", "", fenced(said).replace("bash", "", 1), ""]
     write_text(folder / "gpu_day.json", json.dumps(content, indent=1) + "\n")
     write_text(folder / "gpu_day.md", "\n".join(lines).rstrip() + "\n")
     print(f"Written to {folder / 'gpu_day.json'} and {folder / 'gpu_day.md'}")

@@ -25,7 +25,7 @@ from lm_eval_bh.export.checkpoint import Checkpoint
 from lm_eval_bh.export.engine_results import EngineScores, read_scores, run_script
 from lm_eval_bh.export.model_folder import export_folder, write_model
 from lm_eval_bh.export.vllm_folder import write_for_vllm
-from lm_eval_bh.export.vllm_plugin import POLICY_VARIABLE
+from lm_eval_bh.export.vllm_names import POLICY_VARIABLE
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.routing.policy import Policy
 

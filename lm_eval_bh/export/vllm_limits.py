@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lm_eval_bh.errors import PolicyError
-from lm_eval_bh.export.vllm_plugin import FORCE_VARIABLE
+from lm_eval_bh.export.vllm_names import FORCE_VARIABLE
 
 TESTED = ("0.32",)  # where tests ran
 READ = ("0.33",)  # where the interface was read, and is the same

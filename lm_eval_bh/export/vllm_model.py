@@ -19,7 +19,7 @@ from lm_eval_bh.export.checkpoint import ROUTER, Checkpoint
 from lm_eval_bh.export.layer_methods import layer_methods
 from lm_eval_bh.export.model_folder import FORMAT_VERSION
 from lm_eval_bh.export.vllm_limits import check_engine
-from lm_eval_bh.export.vllm_plugin import EXPORTED, policy_file
+from lm_eval_bh.export.vllm_names import EXPORTED, policy_file
 from lm_eval_bh.export.vllm_router import Route, routes_made
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.methods import METHODS

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-POLICY_VARIABLE = "LM_EVAL_BH_POLICY"
-FORCE_VARIABLE = "LM_EVAL_BH_FORCE"
-POLICY_OVERRIDE = "lm_eval_bh_policy"  # of hf_overrides
-EXPORTED = "adaptive_routing"  # in config.json of an exported folder, whose models are named so:
-PREFIX = "Adaptive"
+from lm_eval_bh.export.vllm_names import EXPORTED, PREFIX, policy_file
 
 
 def register() -> None:
@@ -33,11 +28,6 @@ def register() -> None:
         return routed(own), name
 
     ModelRegistry.resolve_model_cls = resolved
-
-
-def policy_file(config: Any) -> str:
-    """Return what policy a model's configuration or the environment names, or an empty string."""
-    return getattr(config, POLICY_OVERRIDE, None) or os.environ.get(POLICY_VARIABLE, "")
 
 
 def _routes(model_config: Any, own: type) -> bool:

@@ -7,6 +7,7 @@ import functools
 import importlib
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig
 from lm_eval_bh import BHRoutingIntegration, NullModel, Policy, PolicyError, RoutingConfig
 from lm_eval_bh.export.layer_methods import files_of, layer_methods
 from lm_eval_bh.export.model_folder import CHOSEN, chosen_methods
+from lm_eval_bh.export.vllm_limits import check_engine
 from lm_eval_bh.routing.config import GENERAL
 from lm_eval_bh.routing.fitted import fitted_method
 from lm_eval_bh.routing.methods import METHODS
@@ -291,6 +293,34 @@ def test_a_router_of_vllm_that_ranks_nothing_is_refused(foreign, vllm_router):
     arguments = {"top_k": NATIVE, "global_num_experts": EXPERTS, foreign: object()}
     with pytest.raises(PolicyError, match=f"made with {foreign}"):
         vllm_router.Route(SimpleNamespace, arguments)
+
+
+def served(**changes):
+    """Return how vLLM would serve a model, for what is looked at of it."""
+    parallel = {"tensor_parallel_size": 1, "data_parallel_size": 1, "enable_expert_parallel": False}
+    parallel = {name: changes.get(name, value) for name, value in parallel.items()}
+    model = SimpleNamespace(quantization=changes.get("quantization"))
+    return SimpleNamespace(parallel_config=SimpleNamespace(**parallel), model_config=model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "version", "sentence"),
+    [
+        ({"tensor_parallel_size": 2}, "0.32.0", "tensor_parallel_size=2"),
+        ({"enable_expert_parallel": True}, "0.33.1", "expert parallelism"),
+        ({"quantization": "fp8"}, "0.32.0", "quantization=fp8"),
+        ({}, "0.31.2", r"vLLM 0.31.2 \(tested: 0.32; read: 0.33\)"),
+    ],
+)
+def test_what_no_policy_was_compared_under_is_refused_unless_forced(
+    changes, version, sentence, monkeypatch
+):
+    assert check_engine(served(), "0.32.0") == []
+    with pytest.raises(PolicyError, match=f"{sentence}.*LM_EVAL_BH_FORCE=1"):
+        check_engine(served(**changes), version)
+    monkeypatch.setenv("LM_EVAL_BH_FORCE", "1")
+    [doubt] = check_engine(served(**changes), version)
+    assert re.fullmatch(sentence, doubt)
 
 
 def test_tokens_that_are_decoded_are_one_step(vllm_router, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from importlib.util import find_spec
 
@@ -10,7 +11,7 @@ import torch
 from made_policies import PARAMETERS, random_benefits
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from lm_eval_bh import BHRoutingIntegration, NullModel, Policy
+from lm_eval_bh import BHRoutingIntegration, NullModel, Policy, PolicyError
 from lm_eval_bh.export import verification
 from lm_eval_bh.export.checkpoint import Checkpoint
 from lm_eval_bh.export.verification import TOLERANCE
@@ -188,3 +189,18 @@ def test_every_policy_scores_as_hf_bh(family, vllm, tmp_path, monkeypatch):
     cleanup_dist_env_and_memory()
     assert min(len(experts["benefit"]), len(experts["bh"])) > 1, "the case would prove nothing"
     assert max(apart.values()) < TOLERANCE, apart
+
+
+def test_a_policy_of_another_model_is_refused_before_weights_load(vllm, tmp_path, monkeypatch):
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    def load(*arguments):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(DefaultModelLoader, "load_weights", load)
+    folder = made("olmoe", tmp_path / "model")
+    policy = policies_of(folder)["static"]
+    dataclasses.replace(policy, fingerprint="0" * 64).save(tmp_path / "other.safetensors")
+    monkeypatch.setenv("LM_EVAL_BH_POLICY", str(tmp_path / "other.safetensors"))
+    with pytest.raises(PolicyError, match="whose routers are not those of"):
+        vllm.LLM(model=str(folder), dtype="float32", max_model_len=80, skip_tokenizer_init=True)
