@@ -119,21 +119,24 @@ def _print(found: dict[str, Any]) -> None:
 
     from lm_eval_bh.analysis.table.speed_phase import ratio_interval
 
-    seconds = np.array(found["seconds"])
+    seconds, cpu = np.array(found["seconds"]), np.array(found["cpu_seconds"])
     for at, load in enumerate(found["workloads"]):
         table = Table(title=load["name"], box=box.SIMPLE_HEAD, pad_edge=False)
         table.title_justify = "left"
         table.add_column("configuration")
-        for column in ("tokens/s", "times as fast", "experts", "rows", "distinct"):
+        heads = ("tokens\n/s", "times as fast", "by CPU time", "ex-\nperts", "rows", "dis-\ntinct")
+        for column in heads:
             table.add_column(column, justify="right", no_wrap=True)
         for place, name in enumerate(found["configurations"]):
-            ratio, low, high = ratio_interval(seconds[:, 0, at], seconds[:, place, at])
-            ends = "" if place == 0 else f" [{low:.2f}, {high:.2f}]"
+            ratios = []
+            for kind in (seconds, cpu):
+                ratio, low, high = ratio_interval(kind[:, 0, at], kind[:, place, at])
+                ratios.append(f"{ratio:.2f}" + ("" if place == 0 else f" [{low:.2f}, {high:.2f}]"))
             work = found["work"][place][at]
             table.add_row(
                 name,
                 f"{load['tokens'] / float(np.median(seconds[:, place, at])):,.0f}",
-                f"{ratio:.2f}{ends}",
+                *ratios,
                 f"{work['experts_per_token']:.2f}",
                 f"{work['rows_per_token']:.2f}",
                 f"{work['distinct_experts']:.1f}",
@@ -141,8 +144,10 @@ def _print(found: dict[str, Any]) -> None:
         show(table)
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     say(
-        "Experts: that a token uses; rows: that vLLM computes for it; distinct: of a layer in one "
-        f"pass, means. {len(found['seconds'])} rounds in shuffled order on {found['device']}, "
+        "By CPU time: the seconds of this process on all its cores, which waiting for one does not "
+        "lengthen. Experts: that a token uses; rows: that vLLM computes for it; distinct: of a "
+        f"layer in one pass, means. {len(found['seconds'])} rounds in shuffled order on "
+        f"{found['device']}, "
         f"{found['threads']} threads, {found['dtype']}, load {found['load_before'][0]:.1f} before "
         f"and {found['load_after'][0]:.1f} after, {versions}."
     )

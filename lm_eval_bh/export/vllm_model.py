@@ -28,7 +28,7 @@ from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
 
 _logger = init_logger("vllm.lm_eval_bh")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_TABLE = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.selection\.(\w+)")
+_TABLE = re.compile(r"(?:^|\.)layers\.(\d+)\.[\w.]+\.selection\.(\w+)$")  # of an exported folder
 
 
 @functools.cache
@@ -144,7 +144,7 @@ class RoutedModel:
     ) -> Iterator[tuple[str, Tensor]]:
         """Pass weights on, keep those of routers, and take the tables of an exported folder."""
         for name, tensor in weights:
-            if table := _TABLE.fullmatch(name):
+            if table := _TABLE.search(name):
                 if route := self._layers.get(int(table[1])):
                     getattr(route.method, table[2]).copy_(tensor)
                 continue

@@ -63,10 +63,10 @@ def measure_vllm(
     Returns
     -------
     dict
-        ``configurations``, ``workloads`` (name, batch_size, passes, tokens), ``seconds`` ``[round]
-        [configuration][workload]``, and ``work``: of each configuration and workload the experts
-        per token, the rows per token that vLLM computes, and the distinct experts of a pass and
-        layer.
+        ``configurations``, ``workloads`` (name, batch_size, passes, tokens), ``seconds`` and
+        ``cpu_seconds`` (of all cores) ``[round][configuration][workload]``, and ``work``: of each
+        configuration and workload the experts per token, the rows per token that vLLM computes,
+        and the distinct experts of a pass and layer.
 
     Raises
     ------
@@ -94,6 +94,7 @@ def measure_vllm(
             work.append([one for size in BATCHES for one in _counted(engine, routes, rows[:size])])
     with tqdm(total=rounds, desc="speed", unit="round", disable=None) as bar:
         found = run_rounds(len(names), rounds, seed, turn, bar.update)
+    number = 2 * len(BATCHES)
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -113,7 +114,8 @@ def measure_vllm(
             )
         ],
         "orders": [one["order"] for one in found],
-        "seconds": [one["seconds"] for one in found],
+        "seconds": [[mine[:number] for mine in one["seconds"]] for one in found],
+        "cpu_seconds": [[mine[number:] for mine in one["seconds"]] for one in found],
         "work": work,
     }
 
@@ -151,8 +153,13 @@ def _deciding(engine: Any, policy: Policy | None) -> Iterator[list[Any]]:
     yield routes
 
 
-def _run(engine: Any, rows: Sequence[Sequence[int]], steps: int) -> tuple[float, float]:
-    """Return the seconds until every prompt has its first token, and of the steps after it."""
+def _run(
+    engine: Any, rows: Sequence[Sequence[int]], steps: int
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return how long it takes until every prompt has its first token, and the steps after it.
+
+    Each as seconds on the wall, and as seconds of this process on all its cores.
+    """
     from vllm import SamplingParams
 
     core = engine.llm_engine
@@ -160,17 +167,17 @@ def _run(engine: Any, rows: Sequence[Sequence[int]], steps: int) -> tuple[float,
         max_tokens=steps + 1, temperature=0, ignore_eos=True, detokenize=False
     )
     for number, row in enumerate(rows):
-        core.add_request(
-            f"{time.monotonic_ns()}-{number}", {"prompt_token_ids": list(row)}, sampling
-        )
+        name = f"{time.monotonic_ns()}-{number}"
+        core.add_request(name, {"prompt_token_ids": list(row)}, sampling)
     written: dict[str, int] = {}
-    start = time.perf_counter()
+    start = time.perf_counter(), time.process_time()
     while len(written) < len(rows):
         written |= {out.request_id: len(out.outputs[0].token_ids) for out in core.step()}
-    first = time.perf_counter()
+    first = time.perf_counter(), time.process_time()
     while core.has_unfinished_requests():
         core.step()
-    return first - start, time.perf_counter() - first
+    last = time.perf_counter(), time.process_time()
+    return (first[0] - start[0], first[1] - start[1]), (last[0] - first[0], last[1] - first[1])
 
 
 def _counted(
