@@ -123,7 +123,7 @@ def _print(found: dict[str, Any]) -> None:
     for at, load in enumerate(found["workloads"]):
         table = Table(title=load["name"], box=box.SIMPLE_HEAD, pad_edge=False)
         table.title_justify = "left"
-        table.add_column("configuration")
+        table.add_column("configuration", overflow="fold")
         heads = ("tokens\n/s", "times as fast", "by CPU time", "ex-\nperts", "rows", "dis-\ntinct")
         for column in heads:
             table.add_column(column, justify="right", no_wrap=True)

@@ -86,7 +86,8 @@ def measure_vllm(
 
     def turn(place: int) -> list[float]:
         with _deciding(engine, policies.get(names[place])):
-            return [seconds for size in BATCHES for seconds in _run(engine, rows[:size], steps)[:2]]
+            runs = [_run(engine, rows[:size], steps) for size in BATCHES]
+        return [one[kind] for kind in (0, 1) for run in runs for one in run]  # wall, then CPU
 
     work = []
     for name in names:  # the first run of each: warm-up
