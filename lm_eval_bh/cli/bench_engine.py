@@ -119,24 +119,25 @@ def _print(found: dict[str, Any]) -> None:
 
     from lm_eval_bh.analysis.table.speed_phase import ratio_interval
 
-    seconds, cpu = np.array(found["seconds"]), np.array(found["cpu_seconds"])
+    seconds = np.array(found["seconds"])
+    compared = np.array(found["cpu_seconds"]) if found["device"] == "cpu" else seconds
     for at, load in enumerate(found["workloads"]):
         table = Table(title=load["name"], box=box.SIMPLE_HEAD, pad_edge=False)
         table.title_justify = "left"
+        table.padding = (0, 1, 0, 0)  # it has to fit into 80 columns
         table.add_column("configuration", overflow="fold")
-        heads = ("tokens\n/s", "times as fast", "by CPU time", "ex-\nperts", "rows", "dis-\ntinct")
-        for column in heads:
-            table.add_column(column, justify="right", no_wrap=True)
+        by = "times as fast\nby CPU time" if found["device"] == "cpu" else "times as fast"
+        for head in ("tokens\n/s", by, "on the\nwall", "ex-\nperts", "rows", "dis-\ntinct"):
+            table.add_column(head, justify="right", no_wrap=True)
         for place, name in enumerate(found["configurations"]):
-            ratios = []
-            for kind in (seconds, cpu):
-                ratio, low, high = ratio_interval(kind[:, 0, at], kind[:, place, at])
-                ratios.append(f"{ratio:.2f}" + ("" if place == 0 else f" [{low:.2f}, {high:.2f}]"))
+            ratio, low, high = ratio_interval(compared[:, 0, at], compared[:, place, at])
+            wall = ratio_interval(seconds[:, 0, at], seconds[:, place, at])[0]
             work = found["work"][place][at]
             table.add_row(
                 name,
                 f"{load['tokens'] / float(np.median(seconds[:, place, at])):,.0f}",
-                *ratios,
+                f"{ratio:.2f}" + ("" if place == 0 else f" [{low:.2f}, {high:.2f}]"),
+                f"{wall:.2f}",
                 f"{work['experts_per_token']:.2f}",
                 f"{work['rows_per_token']:.2f}",
                 f"{work['distinct_experts']:.1f}",
