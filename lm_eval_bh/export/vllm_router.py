@@ -174,7 +174,7 @@ def _route(hidden_states: Tensor, logits: Tensor, layer: str, slots: int) -> tup
 
 @_route.register_fake
 def _(hidden_states: Tensor, logits: Tensor, layer: str, slots: int) -> tuple[Tensor, Tensor]:
-    weights = logits.new_empty((len(logits), slots), dtype=torch.float32)
+    weights = logits.new_empty((logits.shape[0], slots), dtype=torch.float32)  # len() would fix it
     return weights, weights.new_empty(weights.shape, dtype=torch.int32)
 
 

@@ -288,6 +288,26 @@ def test_what_the_plugin_hands_to_vllm_decides_the_same(here, vllm_router):
     assert vllm_router.fused_moe.create_fused_moe_router is create
 
 
+def test_a_compiled_model_leaves_the_number_of_tokens_open(here, vllm_router):
+    (_, rescales), [(method, expected), *_] = next(iter(here.items()))
+    route = vllm_router.Route(
+        SimpleNamespace, {"top_k": NATIVE, "global_num_experts": EXPERTS, "renormalize": rescales}
+    )
+    runner = SimpleNamespace(layer_name="layers.0.mlp.experts", moe_config=SimpleNamespace())
+    runner.moe_config.device, runner.routed_experts = "cpu", SimpleNamespace()
+    route.bind(runner, rescales=rescales)
+    route.decide_by(method)
+    compiled = torch.compile(
+        lambda logits: route(logits, logits, method.max_k, rescales),
+        fullgraph=True,
+        backend="eager",
+    )
+    logits = logits_of(0).clone()
+    torch._dynamo.mark_dynamic(logits, 0)  # which is an error where a graph fixes it
+    weights, _ = compiled(logits)
+    assert torch.equal(weights, expected.weights)
+
+
 @pytest.mark.parametrize("foreign", ["custom_routing_function", "hash_indices_table"])
 def test_a_router_of_vllm_that_ranks_nothing_is_refused(foreign, vllm_router):
     arguments = {"top_k": NATIVE, "global_num_experts": EXPERTS, foreign: object()}
