@@ -2,7 +2,7 @@
 # Everything that needs an accelerator, in under 25 minutes on one card and without network: the tests that
 # compare the card with the CPU, bench_routing.py in bfloat16 at OLMoE's true size (with the
 # hook of every method, and two of them under torch.compile), all 16 layers with random weights, the speed phase,
-# and vLLM's tests where vLLM is installed. It ends with one JSON file and one page, gpu_day.json and
+# and vLLM's tests and speeds where vLLM is installed. It ends with one JSON file and one page, gpu_day.json and
 # gpu_day.md. A step that fails is named there and does not stop the others; the exit code says so.
 #
 #   bash scripts/gpu_day.sh [--device cuda] [--pretrained tiny-olmoe] [--output runs/gpu_day]
@@ -66,8 +66,10 @@ vllm=${VLLM_VENV:-.venv-vllm}/bin/python
 [ -x "$vllm" ] || vllm=$python
 if "$vllm" -c 'import vllm' 2>/dev/null; then
     step vllm 3 "$vllm" -m pytest -p no:cacheprovider tests/export/test_vllm.py -k "static or bh"
+    step vllm_speed 4 "$vllm" -m lm_eval_bh bench rule=topk,max_k=4 alpha=0.4,max_k=8 --engine vllm \
+        --pretrained "$pretrained" --model-args dtype=bfloat16 --rounds 7 --output-dir "$output"
 else
-    printf 'vllm\t\t\tvLLM is not installed\n' >>"$output/steps.tsv"
+    printf '%s\t\t\tvLLM is not installed\n' vllm vllm_speed >>"$output/steps.tsv"
 fi
 "$python" scripts/gpu_day_page.py "$output" --device "$device" || failed=1
 exit "$failed"

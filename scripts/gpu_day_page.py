@@ -146,6 +146,10 @@ def main(
         lines += table(
             list(shown.columns), [[c.text for c in r.cells.values()] for r in shown.rows]
         )
+    if (file := folder / "vllm_speed.json").is_file():
+        content["vllm_speed"] = json.loads(file.read_text(encoding="utf-8"))
+        said = (folder / "vllm_speed.log").read_text(encoding="utf-8", errors="replace")
+        lines += ["## vllm_speed", "", fenced(said).replace("bash", "", 1), ""]
     write_text(folder / "gpu_day.json", json.dumps(content, indent=1) + "\n")
     write_text(folder / "gpu_day.md", "\n".join(lines).rstrip() + "\n")
     print(f"Written to {folder / 'gpu_day.json'} and {folder / 'gpu_day.md'}")

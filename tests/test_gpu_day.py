@@ -32,7 +32,7 @@ def test_every_step_runs_and_the_page_holds_their_numbers(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((output / "gpu_day.json").read_text())
     codes = {step["name"]: step["exit_code"] for step in content["steps"]}
-    assert list(codes) == ["suite", "bench_routing", "full_size", "speed", "vllm"]
+    assert list(codes) == ["suite", "bench_routing", "full_size", "speed", "vllm", "vllm_speed"]
     assert {codes[name] for name in ("suite", "bench_routing", "full_size", "speed")} == {0}
     assert content["bench_routing"]["dtype"] == content["full_size"]["dtype"] == "bfloat16"
     assert len(content["speed"]["configurations"]) == 4

@@ -38,6 +38,9 @@ def bench(
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder for bh_speed.json, which aggregate joins.")
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="hf, or vllm: its own model, at batch 1, 8 and 32.")
+    ] = "hf",
 ) -> None:
     """Measure configurations in shuffled rounds, in one process, on the same text.
 
@@ -45,6 +48,21 @@ def bench(
     difference.
     """
     with on_interrupt(NOTHING_HALF_WRITTEN):
+        if engine != "hf":
+            from lm_eval_bh.cli.bench_engine import bench_vllm
+
+            bench_vllm(
+                engine,
+                configurations,
+                pretrained,
+                model_args,
+                prompt=prompt,
+                steps=steps,
+                rounds=rounds,
+                seed=seed,
+                output_dir=output_dir,
+            )
+            return
         from lm_eval.utils import simple_parse_args_string
 
         from lm_eval_bh.errors import ParameterError

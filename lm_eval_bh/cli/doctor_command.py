@@ -46,11 +46,17 @@ def doctor(
 
 
 def _findings(pretrained: str | None, policy: Path | None) -> Iterator[Finding]:
+    from lm_eval_bh.doctor.companions import check_companions
     from lm_eval_bh.doctor.harness_check import check_harness
     from lm_eval_bh.doctor.machine import check_caches, check_devices, check_hub
     from lm_eval_bh.doctor.versions import check_versions
 
-    for check in (check_versions, check_harness, check_devices, check_hub, check_caches):
+    yield from check_versions()
+    broken = list(check_companions())
+    yield from broken
+    if broken:  # nothing else of transformers can be loaded before that is mended
+        return
+    for check in (check_harness, check_devices, check_hub, check_caches):
         yield from check()
     if pretrained is not None:
         from lm_eval_bh.doctor.outlook import check_model

@@ -18,7 +18,7 @@ def verify(
     policy: Annotated[Path, typer.Argument(help="A policy file.")],
     engine: Annotated[
         str,
-        typer.Option(help="hf, vllm (its transformers backend) or vllm-plugin (its own OLMoE)."),
+        typer.Option(help="hf, vllm (its transformers backend) or vllm-plugin (its own model)."),
     ],
     documents: Annotated[int, typer.Option(min=1, help="How many of the demo texts.")] = 50,
     length: Annotated[int, typer.Option(min=2, help="Most tokens of a document.")] = 511,
@@ -49,7 +49,8 @@ def verify(
         raise ParameterError("The policy does not say what model it is for: give --pretrained.")
     with on_interrupt(NOTHING_HALF_WRITTEN):
         checkpoint = Checkpoint.find(
-            model_path(name), loaded.revision if pretrained is None else None
+            model_path(name),
+            loaded.revision if pretrained is None else None,
         )
         try:
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)

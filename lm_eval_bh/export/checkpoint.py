@@ -67,8 +67,21 @@ class Checkpoint:
     places: dict[str, str]
 
     @classmethod
-    def find(cls, pretrained: str, revision: str | None = None) -> Checkpoint:
+    def find(
+        cls,
+        pretrained: str,
+        revision: str | None = None,
+        *,
+        download: bool = True,
+    ) -> Checkpoint:
         """Find a model by its folder or hub name.
+
+        Parameters
+        ----------
+        pretrained, revision : str
+            Folder or hub name, and commit.
+        download : bool
+            Whether what is not on this machine is fetched.
 
         Raises
         ------
@@ -79,7 +92,12 @@ class Checkpoint:
         try:
             if not folder.is_dir():
                 folder = Path(
-                    snapshot_download(pretrained, revision=revision, allow_patterns=FILES)
+                    snapshot_download(
+                        pretrained,
+                        revision=revision,
+                        allow_patterns=FILES,
+                        local_files_only=not download,
+                    )
                 )
             config = _read(folder / "config.json", _Config)
             places = _places(folder)

@@ -25,7 +25,7 @@ def layer_methods(policy: Policy, *, softmax: bool = True) -> list[Method]:
     policy : Policy
         How the experts are decided.
     softmax : bool
-        Whether the routers' weights are a softmax of their logits.
+        Whether the weights of the routers are a softmax of their logits.
 
     Raises
     ------

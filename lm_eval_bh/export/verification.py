@@ -24,7 +24,8 @@ from lm_eval_bh.export import engine_scores
 from lm_eval_bh.export.checkpoint import Checkpoint
 from lm_eval_bh.export.engine_results import EngineScores, read_scores, run_script
 from lm_eval_bh.export.model_folder import export_folder, write_model
-from lm_eval_bh.export.vllm_plugin import POLICY_VARIABLE
+from lm_eval_bh.export.vllm_folder import write_for_vllm
+from lm_eval_bh.export.vllm_names import POLICY_VARIABLE
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.routing.policy import Policy
 
@@ -120,7 +121,7 @@ def verify(
         At least two tokens each.
     engine : "hf", "vllm" or "vllm-plugin"
         The exported folder in transformers, without this package; the same in vLLM's transformers
-        backend; vLLM's own OLMoE with this package as its plugin.
+        backend; vLLM's own model with this package as its plugin.
     name : str
         What messages call the model.
     python : str
@@ -140,13 +141,13 @@ def verify(
     check_engine(engine)
     with tempfile.TemporaryDirectory(prefix="lm-eval-bh-verify-") as home:
         folders = {"policy": Path(home) / "policy", "stock": Path(home) / "stock"}
-        folders["stock"].mkdir()
         native = engine == "vllm-plugin"
-        # vLLM's own OLMoE knows no tied embeddings.
-        write_model(checkpoint, folders["stock"], checkpoint.config, {}, link=True, untie=native)
         if native:
+            write_for_vllm(checkpoint, folders["stock"])
             checkpoint.check(policy, name)
         else:
+            folders["stock"].mkdir()
+            write_model(checkpoint, folders["stock"], checkpoint.config, {}, link=True, untie=False)
             export_folder(policy, checkpoint, folders["policy"], name=name, link=True)
         expected = reference(policy, folders["stock"], documents)
         found = {}
@@ -237,7 +238,7 @@ def in_engine(
     options : mapping
         Further arguments of ``vllm.LLM``.
     policy_file : Path, optional
-        What our plugin applies to vLLM's own OLMoE.
+        What our plugin applies to vLLM's own model.
     timeout : float
         Seconds after which the engine is ended.
 

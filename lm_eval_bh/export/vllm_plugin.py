@@ -1,24 +1,39 @@
-"""What vLLM calls in each of its processes: names our OLMoE, and imports nothing heavy."""
+"""What vLLM calls in each of its processes: where a policy is named, vLLM's own model asks it."""
 
 from __future__ import annotations
 
-import os
+from typing import Any
 
-POLICY_VARIABLE = "LM_EVAL_BH_POLICY"
-POLICY_OVERRIDE = "lm_eval_bh_policy"  # of hf_overrides
-_HOME = "lm_eval_bh.export.vllm_olmoe:AdaptiveOlmoeForCausalLM"
+from lm_eval_bh.export.vllm_names import EXPORTED, PREFIX, policy_file
 
 
 def register() -> None:
-    """Register the architecture of exported folders, and of any OLMoE if a policy is named.
+    """Let policies into vLLM's models; nothing heavy is imported, and no model changes without one.
 
-    The environment variable ``LM_EVAL_BH_POLICY`` names a policy file for every OLMoE, and for a
-    single model ``hf_overrides={"architectures": ["AdaptiveOlmoeForCausalLM"],
-    "lm_eval_bh_policy": FILE}`` does. Where nothing is asked for, vLLM's own models stay as they
-    are.
+    The environment variable ``LM_EVAL_BH_POLICY`` names a policy file for the model that is served,
+    and so does ``hf_overrides={"lm_eval_bh_policy": FILE}``. An exported folder needs neither.
     """
     from vllm import ModelRegistry
 
-    ModelRegistry.register_model("AdaptiveOlmoeForCausalLM", _HOME)
-    if os.environ.get(POLICY_VARIABLE):
-        ModelRegistry.register_model("OlmoeForCausalLM", _HOME)
+    for name, model in list(ModelRegistry.models.items()):
+        ModelRegistry.models.setdefault(PREFIX + name, model)
+    resolve = ModelRegistry.resolve_model_cls
+
+    def resolved(architectures: str | list[str], model_config: Any) -> tuple[type, str]:
+        own, name = resolve(architectures, model_config)
+        if not _routes(model_config, own):
+            return own, name
+        from lm_eval_bh.export.vllm_model import routed
+
+        return routed(own), name
+
+    ModelRegistry.resolve_model_cls = resolved
+
+
+def _routes(model_config: Any, own: type) -> bool:
+    """Whether a model is to be routed: the draft of speculative decoding is none of these."""
+    if model_config.runner_type == "draft":
+        return False
+    if hasattr(model_config.hf_config, EXPORTED):  # in transformers its own code routes
+        return not own.__module__.startswith("vllm.model_executor.models.transformers")
+    return bool(policy_file(model_config.hf_config))

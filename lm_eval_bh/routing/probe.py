@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lm_eval_bh.errors import ModelError
 from lm_eval_bh.routing.methods.reading import SCORES
+from lm_eval_bh.routing.releases import unsupported
 
 TOKENS = 128
 BIAS = 0.2  # standard deviation of correction biases, enough to change the order of the scores
@@ -160,7 +161,7 @@ class _Probe:
         if not _is_triple(output, self.num_experts):
             raise ModelError(
                 f"A router of class {name} does not return (logits, weights, indices) of its "
-                f"{self.num_experts} experts: routers of this family are not supported."
+                f"{self.num_experts} experts: {unsupported(name)}"
             )
         logits, weights, indices = output
         return logits.float(), weights.float(), indices

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_eval_bh.routing.caches import returned_cache
+from lm_eval_bh.routing.releases import returned_cache
 from lm_eval_bh.routing.routers import transformers_model
 from lm_eval_bh.speed.floor import wait_for
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lm_eval_bh.doctor import harness_check, machine, versions
+from lm_eval_bh.doctor import companions, harness_check, machine, versions
 from lm_eval_bh.doctor.harness_check import check_harness
 from lm_eval_bh.doctor.machine import check_caches, check_devices, check_hub
 from lm_eval_bh.doctor.outlook import check_model
@@ -75,6 +75,25 @@ def test_versions_are_held_against_the_constraints(monkeypatch):
     assert found["tqdm"].state == "note"
     told = len(found) + int(found["packages"].found.split()[0])
     assert told == len(before) + int(before["packages"].found.split()[0])  # of none twice
+
+
+def test_packages_beside_torch_that_were_built_for_another_are_named(run, monkeypatch, tmp_path):
+    """Transformers cannot be loaded beside them, so nothing else is looked at."""
+    home = tmp_path / "torchaudio"
+    home.mkdir()
+    (home / "__init__.py").write_text("raise OSError('undefined symbol: aten')\n")
+    (tmp_path / "torchaudio-2.0.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: torchaudio\nVersion: 2.0\n"
+    (tmp_path / "torchaudio-2.0.dist-info" / "METADATA").write_text(metadata)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(companions, "COMPANIONS", ("torchaudio", "no_such_package"))
+    found = by_subject(companions.check_companions())
+    assert list(found) == ["torchaudio"]
+    assert "undefined symbol: aten" in found["torchaudio"].found
+    code, out, _ = run("doctor")
+    assert code == 1
+    assert "problem: torchaudio: pip uninstall torchaudio, which no model of text needs." in out
+    assert "cores" not in out
 
 
 def test_a_checkout_that_is_not_installed(monkeypatch):

@@ -7,10 +7,11 @@ import functools
 import importlib
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig
 from lm_eval_bh import BHRoutingIntegration, NullModel, Policy, PolicyError, RoutingConfig
 from lm_eval_bh.export.layer_methods import files_of, layer_methods
 from lm_eval_bh.export.model_folder import CHOSEN, chosen_methods
+from lm_eval_bh.export.vllm_limits import check_engine
 from lm_eval_bh.routing.config import GENERAL
 from lm_eval_bh.routing.fitted import fitted_method
 from lm_eval_bh.routing.methods import METHODS
@@ -285,38 +287,120 @@ def test_the_hook_of_hf_bh_decides_the_same(parameters, rescales, here, models):
 
 
 @pytest.fixture
-def vllm_olmoe(monkeypatch):
-    """Return our vLLM plugin's module, beside a stand-in for what it takes from vLLM."""
-    parts = ("config", "model_executor", "model_executor.models")
-    parts += ("model_executor.models.olmoe", "model_executor.models.utils")
-    modules = {name: ModuleType(name) for name in ("vllm", *(f"vllm.{part}" for part in parts))}
+def vllm_router(monkeypatch):
+    """Return our vLLM plugin's module of routers, beside a stand-in for what it takes from vLLM."""
+    inner = "vllm.model_executor.layers.fused_moe"
+    names = ["vllm", "vllm.forward_context", "vllm.model_executor", "vllm.model_executor.layers"]
+    names += [inner, f"{inner}.layer", f"{inner}.router", f"{inner}.router.custom_routing_router"]
+    modules = {name: ModuleType(name) for name in names}
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
         parent, _, own = name.rpartition(".")
         if parent:
             setattr(modules[parent], own, module)
-    modules["vllm.config"].VllmConfig = object
-    olmoe = modules["vllm.model_executor.models.olmoe"]
-    olmoe.OlmoeForCausalLM, olmoe.FusedMoEFactory = object, dict
-    modules["vllm.model_executor.models.utils"].extract_layer_index = lambda name: int(name[-1])
-    name = "lm_eval_bh.export.vllm_olmoe"
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module(name)
-    sys.modules.pop(name, None)
+    modules["vllm.forward_context"].is_forward_context_available = lambda: False
+    modules["vllm.forward_context"].get_forward_context = None
+    modules[f"{inner}.router.custom_routing_router"].CustomRoutingRouter = SimpleNamespace
+    modules[f"{inner}.layer"].create_fused_moe_router = SimpleNamespace
+    for name in ("lm_eval_bh.export.vllm_router", "lm_eval_bh.export.vllm_step"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module("lm_eval_bh.export.vllm_router")
+    for name in ("lm_eval_bh.export.vllm_router", "lm_eval_bh.export.vllm_step"):
+        sys.modules.pop(name, None)
 
 
-def test_what_the_plugin_hands_to_vllm_decides_the_same(here, vllm_olmoe):
-    """Where vLLM itself is installed, test_vllm.py asks it."""
+def test_what_the_plugin_hands_to_vllm_decides_the_same(here, vllm_router):
+    """Where vLLM itself is installed, test_vllm.py and test_vllm_families.py ask it."""
+    create = vllm_router.fused_moe.create_fused_moe_router
     for (_, rescales), case in here.items():
-        with vllm_olmoe._routed_by([method for method, _ in case], NATIVE, rescales):
-            factory = vllm_olmoe.olmoe.FusedMoEFactory
-            made = [factory(prefix=f"experts.{layer}", top_k=NATIVE) for layer in range(LAYERS)]
-        for layer, (method, expected) in enumerate(case):
-            assert made[layer]["top_k"] == method.max_k
-            route, logits = made[layer]["custom_routing_function"], logits_of(layer)
-            weights, indices = route(logits, logits, method.max_k, rescales)
+        with vllm_router.routes_made() as routes:
+            for _ in case:
+                vllm_router.fused_moe.create_fused_moe_router(
+                    top_k=NATIVE, global_num_experts=EXPERTS, renormalize=rescales
+                )
+        for layer, (route, (method, expected)) in enumerate(zip(routes, case, strict=True)):
+            runner = SimpleNamespace(layer_name=f"layers.{layer}.mlp.experts")
+            runner.moe_config = SimpleNamespace(device="cpu", experts_per_token=NATIVE)
+            runner.routed_experts = SimpleNamespace(top_k=NATIVE)
+            route.bind(runner, rescales=rescales)
+            route.decide_by(method)
+            assert route.router.top_k == runner.moe_config.experts_per_token == method.max_k
+            logits = logits_of(layer)
+            weights, indices = route.router.custom_routing_function(
+                logits, logits, method.max_k, rescales
+            )
             assert torch.equal(weights, expected.weights)
-            assert torch.equal(indices, repeated(expected, EXPERTS).indices)
+            assert torch.equal(indices.long(), repeated(expected, EXPERTS).indices)
+    assert vllm_router.fused_moe.create_fused_moe_router is create
+
+
+def test_a_compiled_model_leaves_the_number_of_tokens_open(here, vllm_router):
+    (_, rescales), [(method, expected), *_] = next(iter(here.items()))
+    route = vllm_router.Route(
+        SimpleNamespace, {"top_k": NATIVE, "global_num_experts": EXPERTS, "renormalize": rescales}
+    )
+    runner = SimpleNamespace(layer_name="layers.0.mlp.experts", moe_config=SimpleNamespace())
+    runner.moe_config.device, runner.routed_experts = "cpu", SimpleNamespace()
+    route.bind(runner, rescales=rescales)
+    route.decide_by(method)
+    compiled = torch.compile(
+        lambda logits: route(logits, logits, method.max_k, rescales),
+        fullgraph=True,
+        backend="eager",
+    )
+    logits = logits_of(0).clone()
+    torch._dynamo.mark_dynamic(logits, 0)  # which is an error where a graph fixes it
+    weights, _ = compiled(logits)
+    assert torch.equal(weights, expected.weights)
+
+
+@pytest.mark.parametrize("foreign", ["custom_routing_function", "hash_indices_table"])
+def test_a_router_of_vllm_that_ranks_nothing_is_refused(foreign, vllm_router):
+    arguments = {"top_k": NATIVE, "global_num_experts": EXPERTS, foreign: object()}
+    with pytest.raises(PolicyError, match=f"made with {foreign}"):
+        vllm_router.Route(SimpleNamespace, arguments)
+
+
+def served(**changes):
+    """Return how vLLM would serve a model, for what is looked at of it."""
+    parallel = {"tensor_parallel_size": 1, "data_parallel_size": 1, "enable_expert_parallel": False}
+    parallel = {name: changes.get(name, value) for name, value in parallel.items()}
+    model = SimpleNamespace(quantization=changes.get("quantization"))
+    return SimpleNamespace(parallel_config=SimpleNamespace(**parallel), model_config=model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "version", "sentence"),
+    [
+        ({"tensor_parallel_size": 2}, "0.32.0", "tensor_parallel_size=2"),
+        ({"enable_expert_parallel": True}, "0.33.1", "expert parallelism"),
+        ({"quantization": "fp8"}, "0.32.0", "quantization=fp8"),
+        ({}, "0.31.2", r"vLLM 0.31.2 \(tested: 0.32; read: 0.33\)"),
+    ],
+)
+def test_what_no_policy_was_compared_under_is_refused_unless_forced(
+    changes, version, sentence, monkeypatch
+):
+    assert check_engine(served(), "0.32.0") == []
+    with pytest.raises(PolicyError, match=f"{sentence}.*LM_EVAL_BH_FORCE=1"):
+        check_engine(served(**changes), version)
+    monkeypatch.setenv("LM_EVAL_BH_FORCE", "1")
+    [doubt] = check_engine(served(**changes), version)
+    assert re.fullmatch(sentence, doubt)
+
+
+def test_tokens_that_are_decoded_are_one_step(vllm_router, monkeypatch):
+    """A prompt of three tokens, one decoded token, a prompt of two, and one row that fills up."""
+    starts = torch.tensor([0, 3, 4, 6], dtype=torch.int32)
+    metadata = {"layers.0.attn": SimpleNamespace(query_start_loc=starts)}
+    step = sys.modules["lm_eval_bh.export.vllm_step"]
+    assert step.decode_step(7, torch.device("cpu")) is None
+    monkeypatch.setattr(step, "is_forward_context_available", lambda: True)
+    monkeypatch.setattr(
+        step, "get_forward_context", lambda: SimpleNamespace(attn_metadata=metadata)
+    )
+    found = step.decode_step(7, torch.device("cpu"))
+    assert found.tolist() == [-1, -1, -1, 0, -1, -1, -1]
 
 
 # With renormalize=False a rescaling router's scale is that of as many experts as it is asked for.

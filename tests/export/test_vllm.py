@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lm_eval_bh import BHRoutingIntegration, Policy
 from lm_eval_bh.export import verification
 from lm_eval_bh.export.checkpoint import Checkpoint
-from lm_eval_bh.export.model_folder import export_folder, write_model
+from lm_eval_bh.export.model_folder import export_folder
 from lm_eval_bh.export.verification import TOLERANCE, verify
+from lm_eval_bh.export.vllm_folder import write_for_vllm
 from lm_eval_bh.harness.demo_texts import demo_documents
 from lm_eval_bh.resources import tiny_olmoe
 
@@ -60,7 +61,7 @@ def test_it_scores_as_hf_bh(engine, name, policies, tuned):
 
 
 @pytest.mark.parametrize("how", ["exported folder", "hf_overrides"])
-def test_other_ways_to_its_own_olmoe(how, policies, documents, tmp_path):
+def test_other_ways_to_its_own_model(how, policies, documents, tmp_path):
     """With the plugin an exported folder needs no code of its own, nor a model a variable."""
     checkpoint = Checkpoint.find(str(tiny_olmoe()))
     folder, options = tmp_path / "out", {}
@@ -68,11 +69,8 @@ def test_other_ways_to_its_own_olmoe(how, policies, documents, tmp_path):
         policy = Policy.load(policies["bh"])
         export_folder(policy, checkpoint, folder, name="tiny-olmoe", link=True, untie=True)
     else:
-        folder.mkdir()
-        write_model(checkpoint, folder, checkpoint.config, {}, link=True, untie=True)
-        overrides = {"lm_eval_bh_policy": str(policies["bh"])}
-        overrides |= {"architectures": ["AdaptiveOlmoeForCausalLM"]}
-        options = {"hf_overrides": overrides}
+        write_for_vllm(checkpoint, folder)
+        options = {"hf_overrides": {"lm_eval_bh_policy": str(policies["bh"])}}
     found = verification.in_engine(
         sys.executable,
         tmp_path,

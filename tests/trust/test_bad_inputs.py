@@ -164,6 +164,8 @@ COMMANDS = [
     # verify.
     (f"verify {TOP4}", "Missing option '--engine'", 2),
     (f"verify {TOP4} --engine vlm", "did you mean 'vllm'", 1),
+    ("bench rule=topk --pretrained tiny-olmoe --engine vlm", "did you mean 'vllm'", 1),
+    ("bench rule=topk --pretrained tiny-olmoe --engine vllm", "needs vLLM beside lm-eval-bh", 1),
     ("verify policies/cut.safetensors --engine hf", "is damaged", 1),
     ("verify policies/another.safetensors --engine hf", "not those of tiny-olmoe", 1),
     (f"verify {TOP4} --engine hf --documents 0", "'--documents'", 2),

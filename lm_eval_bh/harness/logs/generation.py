@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from lm_eval_bh.harness.logs.ownership import Batch, Owner
 from lm_eval_bh.harness.logs.sinks import Sinks
 from lm_eval_bh.harness.logs.stopwatch import Span
-from lm_eval_bh.routing.caches import given_cache
 from lm_eval_bh.routing.methods.pick import Picked
+from lm_eval_bh.routing.releases import given_cache
 
 
 @dataclass

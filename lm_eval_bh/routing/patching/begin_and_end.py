@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_bh.errors import ParameterError
-from lm_eval_bh.routing.caches import given_cache, returned_cache
 from lm_eval_bh.routing.patching.forward_pass import (
     ForwardPass,
     begin_pass,
@@ -23,6 +22,7 @@ from lm_eval_bh.routing.patching.patch import Patch
 from lm_eval_bh.routing.patching.query_mask import query_mask
 from lm_eval_bh.routing.patching.rerun import OwnPass
 from lm_eval_bh.routing.patching.routes import remember
+from lm_eval_bh.routing.releases import given_cache, returned_cache
 
 CHECKPOINTING = "_gradient_checkpointing_func"  # where transformers' layers keep it
 

@@ -37,6 +37,8 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
+from lm_eval_bh.routing.releases import after_expert
+
 RAGGED = "bh_ragged"
 FEW, MANY = 3, 48  # rows between which float32 is faster the transposed way round
 LITTLE = 2**20  # rows x weights of the down projection, up to which calls take the time
@@ -202,7 +204,7 @@ def _one_token(
             for (_, expert), row in zip(slots, rows.split(1), strict=True)
         ]
     )
-    values = _after(module, values)
+    values = after_expert(module, values)
     weights = top_k_weights[0, [slot for slot, _ in slots]].unsqueeze(-1)
     accumulated = torch.promote_types(hidden_states.dtype, torch.float32)
     out = (values * weights).sum(0, keepdim=True, dtype=accumulated)
@@ -241,13 +243,7 @@ def _expert(parameters: _Parameters, expert: int, rows: Tensor) -> Tensor:
     projected = _linear(parameters, "gate_up_proj" if module.has_gate else "up_proj", expert, rows)
     hidden = module._apply_gate(projected) if module.has_gate else module.act_fn(projected)
     out = _linear(parameters, "down_proj", expert, hidden)
-    return _after(module, out)
-
-
-def _after(module: Any, out: Tensor) -> Tensor:
-    """Apply what a family does to each expert's output; transformers 5.18 and 5.19 know none."""
-    normed: bool = getattr(module, "has_post_expert_norm", False)
-    return module.post_expert_norm(out) if normed else out
+    return after_expert(module, out)
 
 
 def _linear(parameters: _Parameters, name: str, expert: int, rows: Tensor) -> Tensor:

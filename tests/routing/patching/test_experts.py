@@ -16,10 +16,10 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from lm_eval_bh import BHRoutingIntegration, NullModel, ParameterError
-from lm_eval_bh.routing.caches import returned_cache
 from lm_eval_bh.routing.patching import experts as ragged
 from lm_eval_bh.routing.patching.experts import RowsComputed, ragged_experts_forward
 from lm_eval_bh.routing.patching.experts_switch import ExpertsSwitch
+from lm_eval_bh.routing.releases import returned_cache
 
 HIDDEN, INNER, EXPERTS, SLOTS = 48, 32, 8, 4
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

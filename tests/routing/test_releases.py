@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lm_eval_bh.routing.caches import NAMES, given_cache, returned_cache
+from lm_eval_bh.routing.releases import NAMES, given_cache, returned_cache, unsupported
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -30,3 +30,8 @@ def test_what_the_installed_release_returns_is_taken_by_it(tiny):
         assert len(kept) == 1
         last = tiny(ids[:, -1:], **kept, use_cache=True).logits[:, -1]
     torch.testing.assert_close(last, whole, rtol=0, atol=1e-4)
+
+
+def test_routers_that_a_later_release_supports_are_refused_with_its_number():
+    assert "needs transformers 5.21 or later, and this is" in unsupported("GraniteMoeTopKRouter")
+    assert unsupported("Linear") == "routers of this family are not supported."

@@ -1,0 +1,50 @@
+"""What vLLM is asked to do that no policy was compared under: refused before weights load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from lm_eval_bh.errors import PolicyError
+from lm_eval_bh.export.vllm_names import FORCE_VARIABLE
+
+TESTED = ("0.32",)  # where tests ran
+READ = ("0.33",)  # where the interface was read, and is the same
+
+
+def check_engine(vllm_config: Any, version: str) -> list[str]:
+    """Return what was refused but for ``LM_EVAL_BH_FORCE=1``.
+
+    Parameters
+    ----------
+    vllm_config : VllmConfig
+        How the model is served.
+    version : str
+        Of vLLM.
+
+    Raises
+    ------
+    PolicyError
+        If policies are not known to hold so.
+    """
+    doubts = list(_doubts(vllm_config, version))
+    if doubts and os.environ.get(FORCE_VARIABLE) != "1":
+        raise PolicyError(
+            f"No policy was compared with hf-bh under {doubts[0]}: change that, or set "
+            f"{FORCE_VARIABLE}=1 and run lm-eval-bh verify."
+        )
+    return doubts
+
+
+def _doubts(vllm_config: Any, version: str) -> Iterator[str]:
+    if ".".join(version.split(".")[:2]) not in TESTED + READ:
+        yield f"vLLM {version} (tested: {', '.join(TESTED)}; read: {', '.join(READ)})"
+    parallel = vllm_config.parallel_config
+    for name in ("tensor_parallel_size", "data_parallel_size"):
+        if (size := getattr(parallel, name)) > 1:
+            yield f"{name}={size}"
+    if parallel.enable_expert_parallel:
+        yield "expert parallelism"
+    if (quantization := vllm_config.model_config.quantization) is not None:
+        yield f"quantization={quantization}"

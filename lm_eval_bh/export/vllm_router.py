@@ -1,0 +1,196 @@
+"""One layer's router in vLLM: the engine's own ranks and weighs, a method decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.fused_moe import layer as fused_moe
+from vllm.model_executor.layers.fused_moe.router.custom_routing_router import CustomRoutingRouter
+
+from lm_eval_bh.errors import PolicyError
+from lm_eval_bh.export.vllm_step import decode_step
+from lm_eval_bh.routing.methods import Method
+from lm_eval_bh.routing.methods.pick import pick, repeated
+from lm_eval_bh.routing.methods.reading import choice_scores
+from lm_eval_bh.routing.methods.router import RouterOutput, softmax_output
+
+# What a router of vLLM may be made with that leaves no ranking of experts for a method to look at.
+FOREIGN = ("custom_routing_function", "hash_indices_table", "zero_expert_type", "eplb_state")
+_by_name: dict[str, Route] = {}
+
+
+class Route:
+    """The routing function of one layer, which vLLM's :class:`CustomRoutingRouter` calls.
+
+    Correction bias, groups and scaling stay those of the router that vLLM makes for the family:
+    it is asked for as many experts as the method has to see.
+
+    Parameters
+    ----------
+    create : callable
+        vLLM's ``create_fused_moe_router``.
+    arguments : keyword arguments
+        What vLLM makes the layer's router of.
+
+    Attributes
+    ----------
+    router : CustomRoutingRouter
+        What vLLM's layer gets in place of its own.
+    method : Method or None
+        What decides; None leaves the engine's own top-k.
+    native_k, num_experts : int
+        How many experts the model takes, and of how many.
+    scale : float
+        What vLLM multiplies the experts' sum by, and transformers their weights.
+    watch : callable or None
+        Is given the weights and experts ``[tokens, slots]`` of every pass.
+
+    Raises
+    ------
+    PolicyError
+        If the layer routes by something that is no ranking of its experts.
+    """
+
+    def __init__(self, create: Callable[..., Any], arguments: dict[str, Any]) -> None:
+        foreign = [name for name in FOREIGN if arguments.get(name) is not None]
+        foreign += ["num_fused_shared_experts"] * bool(arguments.get("num_fused_shared_experts"))
+        if foreign:
+            raise PolicyError(
+                f"This model's routers are made with {foreign[0]}, which no policy was compared "
+                "with: serve it without a policy, or give a model whose routers rank experts."
+            )
+        self._own = create(**arguments)
+        self.native_k: int = arguments["top_k"]
+        self.num_experts: int = arguments["global_num_experts"]
+        self.method: Method | None = None
+        self.scale = 1.0
+        self.watch: Callable[[Tensor, Tensor], None] | None = None
+        self._rescales = bool(arguments.get("renormalize", True))
+        self._scoring: str = arguments.get("scoring_func", "softmax")
+        self._bias: Tensor | None = arguments.get("e_score_correction_bias")
+        groups = arguments.get("num_expert_group") if arguments.get("use_grouped_topk") else None
+        ungrouped, unscaled = (groups or 1) <= 1, arguments.get("routed_scaling_factor", 1.0) == 1.0
+        self._plain = self._scoring == "softmax" and self._bias is None and ungrouped and unscaled
+        self._name = ""
+        self.router = CustomRoutingRouter(
+            top_k=self.native_k,
+            global_num_experts=self.num_experts,
+            custom_routing_function=self,
+            renormalize=self._rescales,
+        )
+
+    @property
+    def softmax(self) -> bool:
+        """Whether the weights are a softmax of the logits, rescaled or not, as hf-bh has it."""
+        return self._plain and self.scale == 1.0
+
+    def bind(self, runner: Any, *, rescales: bool) -> None:
+        """Take one layer for one's own, before its weights are loaded.
+
+        Parameters
+        ----------
+        runner : MoERunner
+            The layer's.
+        rescales : bool
+            Whether the model's configuration says that weights are rescaled: vLLM's OLMoE does not
+            ask it.
+        """
+        self.scale = float(getattr(runner, "routed_scaling_factor", 1.0))
+        self._rescales = self._rescales or rescales
+        self._name = runner.layer_name
+        _by_name[self._name] = self
+        self._runner = runner
+
+    def decide_by(self, method: Method | None) -> None:
+        """Let a method decide from now on, or the engine's own top-k."""
+        self.method = method if method is None else method.to(self._runner.moe_config.device)
+        slots = self.native_k if method is None else method.max_k
+        self.router.top_k = self._runner.moe_config.experts_per_token = slots
+        self._runner.routed_experts.top_k = slots
+
+    def __call__(
+        self, hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return weights, float32, and experts, int32, of ``[tokens, topk]``."""
+        if torch.compiler.is_compiling():  # no graph may keep what another policy decided
+            return _route(hidden_states, gating_output, self._name, topk)  # type: ignore[no-any-return]
+        weights, indices = self.decided(hidden_states, gating_output)
+        if self.watch is not None:
+            self.watch(weights, indices)
+        return weights, indices
+
+    def decided(self, hidden_states: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the method decides, unused slots filled with an expert of weight 0."""
+        if self.method is None:
+            self._own.top_k = self.native_k
+            weights, indices = self._own._compute_routing(hidden_states, logits, None)
+            return weights, indices
+        picked = repeated(pick(self.method, self.said(hidden_states, logits)), self.num_experts)
+        weights = picked.weights.float() / self.scale
+        return weights.contiguous(), picked.indices.int().contiguous()
+
+    def said(self, hidden_states: Tensor, logits: Tensor) -> RouterOutput:
+        """Return what the router says of ``[tokens]``, as hf-bh's hook would read it."""
+        assert self.method is not None
+        slots = self.method.asks(self.native_k)
+        step = decode_step(len(logits), logits.device) if self.method.joint else None
+        if self.softmax:
+            said = softmax_output(
+                logits,
+                slots,
+                self.native_k,
+                rescales=self._rescales,
+                hidden_states=hidden_states,
+            )
+            return said._replace(step=step)
+        self._own.top_k = slots
+        weights, indices = self._own._compute_routing(hidden_states, logits, None)
+        indices = indices.long()
+        ranked = choice_scores(self._scoring, logits, self._bias).gather(-1, indices)
+        order = ranked.argsort(dim=-1, descending=True, stable=True)
+        return RouterOutput(
+            logits,
+            weights.gather(-1, order) * self.scale,
+            indices.gather(-1, order),
+            self.native_k,
+            softmax=False,
+            rescales=self._rescales,
+            scores=self._scoring,
+            hidden_states=hidden_states,
+            step=step,
+        )
+
+
+@torch.library.custom_op("lm_eval_bh::route", mutates_args=())
+def _route(hidden_states: Tensor, logits: Tensor, layer: str, slots: int) -> tuple[Tensor, Tensor]:
+    return _by_name[layer].decided(hidden_states, logits)
+
+
+@_route.register_fake
+def _(hidden_states: Tensor, logits: Tensor, layer: str, slots: int) -> tuple[Tensor, Tensor]:
+    weights = logits.new_empty((logits.shape[0], slots), dtype=torch.float32)  # len() would fix it
+    return weights, weights.new_empty(weights.shape, dtype=torch.int32)
+
+
+@contextmanager
+def routes_made() -> Iterator[list[Route]]:
+    """Let every layer that vLLM makes meanwhile be routed by a :class:`Route` of the list.
+
+    vLLM takes a router only when a layer is made, which its models do by themselves; its factory
+    of routers is called in one place.
+    """
+    original, made = fused_moe.create_fused_moe_router, list[Route]()
+
+    def create(**arguments: Any) -> CustomRoutingRouter:
+        made.append(Route(original, arguments))
+        return made[-1].router
+
+    fused_moe.create_fused_moe_router = create
+    try:
+        yield made
+    finally:
+        fused_moe.create_fused_moe_router = original

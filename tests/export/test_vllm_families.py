@@ -1,0 +1,206 @@
+"""Families in vLLM's own code, swapped from policy to policy in one engine of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+from made_policies import PARAMETERS, random_benefits
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from lm_eval_bh import BHRoutingIntegration, NullModel, Policy, PolicyError
+from lm_eval_bh.export import verification
+from lm_eval_bh.export.checkpoint import Checkpoint
+from lm_eval_bh.export.verification import TOLERANCE
+from lm_eval_bh.export.vllm_folder import write_for_vllm
+from lm_eval_bh.resources import tiny_glm
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # of vLLM's
+    pytest.mark.skipif(
+        find_spec("vllm") is None,
+        reason="needs vLLM, which is not installed: scripts/verify_vllm.sh makes an environment",
+    ),
+]
+
+EXPERTS, NATIVE, LAYERS = 16, 4, 2
+# What vLLM's kernels for a CPU want: heads of 32, experts of multiples of 32.
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_experts": EXPERTS,
+    "num_local_experts": EXPERTS,
+    "n_routed_experts": EXPERTS,
+    "num_experts_per_tok": NATIVE,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+SHARED = {"n_shared_experts": 1, "first_k_dense_replace": 0, "norm_topk_prob": True}
+LATENT = {  # the one size that vLLM's latent attention on a CPU has, and positions as DeepSeek has
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 32,
+    "head_dim": 64,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+}
+FAMILIES = {
+    "olmoe": {},
+    "mixtral": {},
+    "qwen2_moe": {"shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
+    "qwen3_moe": {"norm_topk_prob": True, "decoder_sparse_step": 1},
+    # The first layer has no experts, so that the policy's first layer is the second one.
+    "glm4_moe": SHARED
+    | {"first_k_dense_replace": 1, "num_hidden_layers": LAYERS + 1, "n_group": 1}
+    | {"topk_group": 1, "routed_scaling_factor": 1.5, "head_dim": 32},
+    "deepseek_v3": LATENT | SHARED | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "deepseek_v2": LATENT
+    | {"n_shared_experts": 1, "first_k_dense_replace": 0, "topk_method": "group_limited_greedy"},
+    "gpt_oss": {
+        "sliding_window": 64,
+        "layer_types": ["full_attention"] * LAYERS,
+    },
+}
+NAMED = [*FAMILIES, "tiny-glm"]
+DECIDED = ("benefit", "bh", "static", "top2")
+
+
+def made(family, folder):
+    """Write a random model whose routers have logits that differ, and biases that reorder them."""
+    if family == "tiny-glm":
+        write_for_vllm(Checkpoint.find(str(tiny_glm())), folder)
+        return folder
+    known = CONFIG_MAPPING[family]()
+    values = {name: value for name, value in SIZES.items() if hasattr(known, name)}
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**(values | FAMILIES[family])))
+    draw = torch.Generator().manual_seed(4)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.shape == (EXPERTS, 64) and ("gate" in name or "router" in name):
+            torch.nn.init.normal_(tensor, std=0.5, generator=draw)
+        elif name.endswith("bias") and tensor.shape == (EXPERTS,):
+            torch.nn.init.normal_(tensor, std=0.2, generator=draw)
+        elif tensor.ndim > 1 and tensor.is_floating_point():
+            torch.nn.init.normal_(tensor, std=0.1, generator=draw)
+    model.save_pretrained(folder)
+    return folder
+
+
+def policies_of(folder):
+    """Return the file of each policy, beside the model."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    routing = BHRoutingIntegration(model, rule="topk", max_k=1)
+    layers, experts = len(routing.routers), routing.num_experts
+    draw = torch.Generator().manual_seed(7)
+    logits = {n: torch.randn(500, experts, generator=draw) * 2 for n in range(layers)}
+    native = routing.routers[0].top_k
+    static = "-".join(str(1 + (n * 2 + 1) % native) for n in range(layers))
+    found = {}
+    for name, parameters, null in (
+        (
+            "benefit",
+            PARAMETERS["benefit"] | {"alpha": 0.15, "max_k": native + 2},
+            random_benefits(layers, experts),
+        ),
+        ("bh", {"alpha": 0.5, "max_k": native}, NullModel.fit(logits)),
+        ("static", {"rule": "topk", "k_per_layer": static}, "auto"),
+        ("top2", {"rule": "topk", "max_k": 2}, "auto"),
+    ):
+        found[name] = BHRoutingIntegration(model, null_model=null, **parameters).policy()
+    return found
+
+
+@pytest.fixture(scope="module")
+def vllm():
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    return pytest.importorskip("vllm")
+
+
+@pytest.mark.parametrize("family", NAMED)
+def test_every_policy_scores_as_hf_bh(family, vllm, tmp_path, monkeypatch):
+    """The first one is named at start, the others take its place in the running engine."""
+    folder = made(family, tmp_path / "model")
+    policies = policies_of(folder)
+    draw = torch.Generator().manual_seed(8)
+    documents = [torch.randint(3, 100, (n,), generator=draw).tolist() for n in (60, 33, 5)]
+    for name, policy in policies.items():
+        policy.save(tmp_path / f"{name}.safetensors")
+    monkeypatch.setenv("LM_EVAL_BH_POLICY", str(tmp_path / "benefit.safetensors"))
+    engine = vllm.LLM(
+        model=str(folder),
+        dtype="float32",
+        max_model_len=80,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        seed=0,
+    )
+    sampling = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    apart, experts = {}, {}
+    for name in DECIDED:
+        policy = Policy.load(tmp_path / f"{name}.safetensors")
+        if name != "benefit":
+            engine.apply_model(lambda model, policy=policy: model.decide_by(policy))
+        prompts = [{"prompt_token_ids": ids} for ids in documents]
+        outputs = engine.generate(prompts, sampling, use_tqdm=False)
+        expected = verification.reference(policy, folder, documents)
+        found = [
+            [at[token].logprob for token, at in zip(ids[1:], out.prompt_logprobs[1:], strict=True)]
+            for ids, out in zip(documents, outputs, strict=True)
+        ]
+        apart[name] = max(
+            abs(a - b)
+            for ours, theirs in zip(expected["log_probs"], found, strict=True)
+            for a, b in zip(ours, theirs, strict=True)
+        )
+        experts[name] = {n for counts in expected["counts"] for n in counts}
+    print(family, {name: f"{distance:.1e}" for name, distance in apart.items()}, experts)
+    del engine
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+    assert min(len(experts["benefit"]), len(experts["bh"])) > 1, "the case would prove nothing"
+    assert max(apart.values()) < TOLERANCE, apart
+
+
+def test_a_policy_of_another_model_is_refused_before_weights_load(vllm, tmp_path, monkeypatch):
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    def load(*arguments):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(DefaultModelLoader, "load_weights", load)
+    folder = made("olmoe", tmp_path / "model")
+    policy = policies_of(folder)["static"]
+    dataclasses.replace(policy, fingerprint="0" * 64).save(tmp_path / "other.safetensors")
+    monkeypatch.setenv("LM_EVAL_BH_POLICY", str(tmp_path / "other.safetensors"))
+    with pytest.raises(PolicyError, match="whose routers are not those of"):
+        vllm.LLM(model=str(folder), dtype="float32", max_model_len=80, skip_tokenizer_init=True)
