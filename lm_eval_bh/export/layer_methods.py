@@ -12,6 +12,7 @@ from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.fitted import fitted_method
 from lm_eval_bh.routing.methods import Method, pick
 from lm_eval_bh.routing.methods.reading import Reading
+from lm_eval_bh.routing.methods.steps import Steps
 from lm_eval_bh.routing.policy import Policy
 
 _IMPORT = re.compile(r"^from \.(\w+) import ", re.MULTILINE)
@@ -78,7 +79,7 @@ def files_of(methods: Iterable[Method]) -> list[Path]:
     """Return the files that methods run from: their own, and what these import beside them."""
     found: dict[str, Path] = {}
     waiting = [Path(inspect.getfile(type(method))) for method in methods]
-    waiting += [Path(inspect.getfile(used)) for used in (Reading, pick)]
+    waiting += [Path(inspect.getfile(used)) for used in (Reading, Steps, pick)]
     home = waiting[-1].parent
     while waiting:
         path = waiting.pop()

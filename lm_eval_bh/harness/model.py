@@ -46,6 +46,7 @@ from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.declared import PARAMETERS
 from lm_eval_bh.routing.parameters import ALIASES, accepts
 from lm_eval_bh.routing.patching.experts_switch import check_implementation
+from lm_eval_bh.routing.patching.forward_pass import ending_with
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.routing.placement import LM_EVAL_DEFAULT, placement
 from lm_eval_bh.routing.policy import Policy, beside_policy
@@ -418,7 +419,7 @@ class BHLM(HFLM):
         eos = kwargs.get("eos_token_id", self.model.generation_config.eos_token_id)
         with (
             self.log.recorder.generation(owners, context, mask) as generation,
-            self.integration.ending_with(eos, self.tokenizer.pad_token_id),
+            ending_with([eos, self.tokenizer.pad_token_id]),
         ):
             output: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
             if generation is not None:

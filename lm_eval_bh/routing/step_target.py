@@ -9,7 +9,7 @@ import torch
 from lm_eval_bh.routing.methods import Method
 from lm_eval_bh.routing.methods.pick import Picked, pick
 from lm_eval_bh.routing.methods.router import RouterOutput
-from lm_eval_bh.routing.steps import Steps, distinct_experts
+from lm_eval_bh.routing.methods.steps import Steps, distinct_experts
 
 
 def on_cpu(said: RouterOutput, with_hidden_states: bool) -> RouterOutput:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_policies import random_null
+from made_policies import random_benefits, random_null
 from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
@@ -102,6 +102,40 @@ def test_every_family(family, rule, tmp_path):
         if rule == "bh":
             assert integration.get_routing_stats()["std_experts_per_token"] > 0.5
     torch.testing.assert_close(logits_of(exported), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("phase", ["all", "decode"])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rule": "oea", "k0": 1},
+        {"rule": "batch_min_w", "alpha": 0.5, "statistic": "benefit", "mass": 0.2},
+    ],
+    ids=str,
+)
+def test_the_tokens_of_a_step_are_decided_together(parameters, phase, tmp_path, model):
+    """32 rows, padded on the left, read whole and then decoded with a cache."""
+    config = {"decode_batch": 20, "phase": phase} | parameters
+    null = random_benefits(4, 64) if "statistic" in parameters else None
+    routing = BHRoutingIntegration(model, null_model=null, **config)
+    routing.policy().save(tmp_path / "policy.safetensors")
+    checkpoint = Checkpoint.find(str(tiny_olmoe()))
+    policy = Policy.load(tmp_path / "policy.safetensors")
+    export_folder(policy, checkpoint, tmp_path / "exported", name="steps")
+    ids = torch.randint(4, 4000, (32, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:5, :3] = 0
+
+    def outputs(one):
+        with torch.no_grad():
+            read = one(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
+            cache = read.past_key_values
+            more = one(ids[:, -1:], attention_mask=mask, past_key_values=cache)
+        return torch.cat([read.logits[mask[:, :-1].bool()], more.logits.flatten(0, 1)])
+
+    with routing:
+        ours = outputs(model)
+    torch.testing.assert_close(outputs(load(tmp_path / "exported")), ours, rtol=1e-4, atol=1e-4)
 
 
 def test_the_experts_run_as_fast_as_the_family_s(policies, tmp_path, model, monkeypatch):

@@ -11,16 +11,21 @@ with its routers made adaptive. Its class is made when it is asked for.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 
 from .methods_of_policy import METHODS
 from .pick import pick, repeated
 from .reading import Reading
+from .steps import steps_of
 
 ADAPTIVE = "Adaptive"  # begins the names of the classes
+# Which tokens of the pass that runs are decoded together, where a method asks.
+_step: ContextVar[Tensor | None] = ContextVar("adaptive_step", default=None)
 
 
 class AdaptiveRouter(nn.Module):
@@ -51,7 +56,10 @@ class AdaptiveRouter(nn.Module):
         """Return router logits, and weights and indices of the experts that serve."""
         output = super().forward(*args, **kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        picked = pick(self.selection, self.reading(output, hidden_states, self.adaptive_bias()))
+        said = self.reading(output, hidden_states, self.adaptive_bias())
+        if self.selection.joint:
+            said = said._replace(step=_step.get())
+        picked = pick(self.selection, said)
         if self.repeats:
             picked = repeated(picked, self.selection.num_experts)
         return output[0], picked.weights, picked.indices
@@ -80,6 +88,8 @@ class AdaptiveMoe:
             module = parent.get_submodule(name.rpartition(".")[2])
             module.__class__ = _adaptive(AdaptiveRouter, type(module))
             module.adapt(settings, router, policy, parent)
+        if any(METHODS[settings["method"]].joint for settings in policy["layers"]):
+            self.register_forward_pre_hook(_begin_step, with_kwargs=True)  # type: ignore[attr-defined]
         if policy["unused"] == "skip":  # only so do all of transformers' implementations know
             for module in self.modules():  # type: ignore[attr-defined]
                 if hasattr(module, "_is_expert_parallel"):
@@ -95,6 +105,27 @@ class AdaptiveMoe:
         # transformers looks for its decorator in the file of the class, which is this one; the
         # experts that have it are in the family's own.
         return True
+
+
+def _begin_step(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Find out which tokens of a pass are decoded together: those at one position of its rows.
+
+    vLLM's transformers backend lays all its tokens in one row, and does not say which of them are
+    decoded: there all are one step.
+    """
+    given = args[0] if args else kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if given is None else given
+    if tokens is None or "attention_instances" in kwargs:
+        _step.set(None)
+        return
+    layers, (rows, length) = model.config.adaptive_routing["layers"], tokens.shape[:2]
+    settings = next(one for one in layers if METHODS[one["method"]].joint)
+    mask, counted = kwargs.get("attention_mask"), None
+    if mask is not None and mask.ndim == 2:
+        counted = mask[:, -length:].reshape(-1) != 0
+    if settings["phase"] == "decode" and length > 1:
+        counted = torch.zeros(rows * length, dtype=torch.bool)
+    _step.set(steps_of(rows, length, settings["decode_batch"], counted, tokens.device).of)
 
 
 def _adaptive(kind: type, family: type) -> type:

@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import Tensor
 
 from lm_eval_bh.routing.config import RoutingConfig
-from lm_eval_bh.routing.steps import Steps, steps_of
+from lm_eval_bh.routing.methods.steps import Steps, steps_of
 
 
 @dataclass(frozen=True)

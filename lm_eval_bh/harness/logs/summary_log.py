@@ -15,8 +15,8 @@ from lm_eval_bh.harness.logs.ownership import Batch
 from lm_eval_bh.harness.logs.stopwatch import Span
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.methods.pick import Picked
+from lm_eval_bh.routing.methods.steps import Steps
 from lm_eval_bh.routing.patching.counters import LayerSums, RoutingCounters, Selections
-from lm_eval_bh.routing.steps import Steps
 
 BEHIND = 8  # passes whose time is not asked for yet: a device may be that far behind
 

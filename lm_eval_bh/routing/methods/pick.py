@@ -40,7 +40,7 @@ def pick(method: Method, router: RouterOutput) -> Picked:
         At least ``method.asks(native_k)`` slots, unless the router gives weights to fewer.
     """
     if method.temperature != 1.0:
-        router = _tempered(router, method.temperature)
+        router = router.tempered(method.temperature)
     k = method.max_k
     if method.fixed and method.follows_router:
         experts, weights = router.indices[:, :k], router.weights[:, :k]
@@ -97,13 +97,3 @@ def _kept(
     front = kept.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     experts, weights = experts.gather(-1, front), weights.gather(-1, front)
     return kept.sum(-1).clamp(min_k, k), experts, weights
-
-
-def _tempered(router: RouterOutput, temperature: float) -> RouterOutput:
-    """Return the router with weights that are a softmax of its logits over a temperature."""
-    kind = torch.promote_types(router.logits.dtype, torch.float32)
-    weights = torch.softmax(router.logits.to(kind) / temperature, dim=-1)
-    weights = weights.gather(-1, router.indices)
-    if router.rescales:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return router._replace(weights=weights.to(router.weights.dtype))

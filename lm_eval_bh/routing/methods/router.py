@@ -56,6 +56,15 @@ class RouterOutput(NamedTuple):
         native = exact[:, : self.native_k].sum(-1, keepdim=True)
         return exact * (exact.sum(-1, keepdim=True) / native)
 
+    def tempered(self, temperature: float) -> RouterOutput:
+        """Return it with weights that are a softmax of the logits over a temperature."""
+        kind = torch.promote_types(self.logits.dtype, torch.float32)
+        weights = torch.softmax(self.logits.to(kind) / temperature, dim=-1)
+        weights = weights.gather(-1, self.indices)
+        if self.rescales:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return self._replace(weights=weights.to(self.weights.dtype))
+
 
 def softmax_output(
     logits: Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_bh.routing.methods.pick import Picked
-from lm_eval_bh.routing.steps import Steps, distinct_experts, step_sizes
+from lm_eval_bh.routing.methods.steps import Steps, distinct_experts, step_sizes
 
 Selections = Sequence[tuple[int, Picked]]  # each with its position among the layers
 

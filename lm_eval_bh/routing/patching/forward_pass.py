@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from lm_eval_bh.errors import RoutingError
 from lm_eval_bh.routing.methods.pick import Picked
+from lm_eval_bh.routing.methods.steps import Steps, steps_of
 from lm_eval_bh.routing.patching.patch import Patch
 from lm_eval_bh.routing.patching.routes import Paths
-from lm_eval_bh.routing.steps import Steps, steps_of
 
 _current: ContextVar[ForwardPass | None] = ContextVar("bh_forward_pass", default=None)
 # By base model: which tokens are real, and which of them decoded.
@@ -179,7 +179,10 @@ def real_tokens(base: nn.Module, mask: Tensor, decoded: Tensor | None = None) ->
 
 @contextmanager
 def ending_with(tokens: Sequence[int | Sequence[int] | None]) -> Iterator[None]:
-    """Say which tokens end a row, in the passes inside."""
+    """Say which tokens end a row, in the passes inside.
+
+    ``generate`` goes on feeding rows that have ended until all have; they belong to no step.
+    """
     ids = [torch.tensor(one).reshape(-1) for one in tokens if one is not None]
     token = _ends.set(torch.cat(ids) if ids else None)
     try:

@@ -20,7 +20,7 @@ from lm_eval_bh.routing.patching.affine import Array, align, fit_affine
 from lm_eval_bh.routing.patching.counters import RoutingCounters, routing_stats
 from lm_eval_bh.routing.patching.experts_switch import ExpertsSwitch, check_implementation
 from lm_eval_bh.routing.patching.fits import check_fit
-from lm_eval_bh.routing.patching.forward_pass import ending_with, real_tokens
+from lm_eval_bh.routing.patching.forward_pass import real_tokens
 from lm_eval_bh.routing.patching.hook import RouterHook
 from lm_eval_bh.routing.patching.null_in_force import NullInForce, refuse_stale
 from lm_eval_bh.routing.patching.patch import Observer, Patch
@@ -69,9 +69,8 @@ class BHRoutingIntegration:
 
     Examples
     --------
-    >>> with BHRoutingIntegration(model, alpha=0.4, max_k=8) as routing:
+    >>> with BHRoutingIntegration(model, alpha=0.4, max_k=8):
     ...     model.generate(**inputs)
-    ...     routing.get_routing_stats()["mean_experts_per_token"]
     """
 
     @accepts(ALIASES)
@@ -128,10 +127,10 @@ class BHRoutingIntegration:
         check_fit(self.config, self.routers)
         self.null_model = self._nulls.of(self.config)
         self.observers: list[Observer] = []
+        self._patch: Patch | None = None
         self.counters: RoutingCounters | None = None
         if collect_stats:
-            self.counters = self._new_counters()
-        self._patch: Patch | None = None
+            self.reset_stats()
         if policy is None:
             self._solve()
         else:
@@ -178,8 +177,7 @@ class BHRoutingIntegration:
     def configure(self, config: RoutingConfig) -> None:
         """Take another configuration, patched or not; the statistics start anew.
 
-        A :class:`BHError` says if it does not fit the model, or its target cannot be met; then the
-        old configuration stays in force.
+        A :class:`BHError` says if it does not fit the model; then the old one stays in force.
         """
         check_fit(config, self.routers)
         patched = self.patched
@@ -239,7 +237,7 @@ class BHRoutingIntegration:
 
     def unpatch_model(self) -> None:
         """Take every hook out and give the model its own experts implementation back."""
-        if self.patched:  # if not, the hooks in the model may be another integration's
+        if self.patched:  # else the hooks in the model may be another integration's
             unpatch(self.model)
         self._patch = None
 
@@ -260,19 +258,9 @@ class BHRoutingIntegration:
 
         The mask is bool ``[rows, length]``, False for padding. What is not real is not counted, and
         given no experts wherever unused slots cost no work: a causal model's real tokens never see
-        what is padded behind them. ``decoded`` says of the same tokens which of them stand for
-        decoded ones, where ``phase=decode``; by default those of passes of one token a row.
+        what is padded behind them. ``decoded`` says which tokens ``phase=decode`` is about.
         """
         with real_tokens(transformers_model(self.model).base_model, mask, decoded):
-            yield
-
-    @contextmanager
-    def ending_with(self, *tokens: int | Sequence[int] | None) -> Iterator[None]:
-        """Say which tokens end a row: what is fed one of them alone has finished.
-
-        ``generate`` goes on feeding finished rows until all have; they belong to no step.
-        """
-        with ending_with(tokens):
             yield
 
     @property
@@ -295,12 +283,10 @@ class BHRoutingIntegration:
 
     def reset_stats(self) -> None:
         """Start the statistics anew."""
-        self.counters = self._new_counters()
+        rows = self.config.decode_batch
+        self.counters = RoutingCounters(len(self.routers), self.num_experts, rows)
         if self._patch is not None:
             self._patch.counters = self.counters
-
-    def _new_counters(self) -> RoutingCounters:
-        return RoutingCounters(len(self.routers), self.num_experts, self.config.decode_batch)
 
     def _repr_html_(self) -> str:
         return integration_html(self)

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from lm_eval_bh.errors import DataError, ModelError
 from lm_eval_bh.routing.methods.router import RouterOutput
+from lm_eval_bh.routing.methods.steps import steps_of
 from lm_eval_bh.routing.router_reader import RouterReader
 from lm_eval_bh.routing.routers import find_routers
-from lm_eval_bh.routing.steps import steps_of
 
 Hear = Callable[[int, RouterOutput], None]
 
