@@ -52,8 +52,7 @@ class BHRoutingIntegration:
     collect_stats : bool
         Whether :meth:`get_routing_stats` is served. Padding never counts.
     null_model : "auto", path or NullModel
-        The null model; "auto", or None, finds one for this router, or calibrates it. ``kde=`` is an
-        alias.
+        The null model; "auto", or None, finds or calibrates one for this router. Alias ``kde=``.
     policy : Policy or path, optional
         Everything about routing from a file, in place of all parameters of it.
     texts : sequence of str, optional
