@@ -191,6 +191,61 @@ def test_every_policy_scores_as_hf_bh(family, vllm, tmp_path, monkeypatch):
     assert max(apart.values()) < TOLERANCE, apart
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rule": "oea", "k0": 1, "max_k": NATIVE},
+        {"rule": "batch_min_w", "alpha": 0.4, "max_k": NATIVE, "mass": 0.2},
+    ],
+    ids=str,
+)
+def test_tokens_that_are_decoded_together_are_one_step(parameters, vllm, tmp_path, monkeypatch):
+    """32 prompts are read, with the model's own top-k, and then decoded side by side."""
+    folder, rows, steps = made("olmoe", tmp_path / "model"), 32, 6
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    routing = BHRoutingIntegration(model, decode_batch=rows, phase="decode", **parameters)
+    routing.policy().save(tmp_path / "policy.safetensors")
+    monkeypatch.setenv("LM_EVAL_BH_POLICY", str(tmp_path / "policy.safetensors"))
+    engine = vllm.LLM(
+        model=str(folder),
+        dtype="float32",
+        max_model_len=80,
+        max_num_seqs=rows,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        seed=0,
+    )
+    ids = torch.randint(3, 100, (rows, 10), generator=torch.Generator().manual_seed(9))
+    sampling = vllm.SamplingParams(
+        max_tokens=steps, temperature=0, logprobs=0, ignore_eos=True, detokenize=False
+    )
+    prompts = [{"prompt_token_ids": row} for row in ids.tolist()]
+    outputs = [out.outputs[0] for out in engine.generate(prompts, sampling, use_tqdm=False)]
+    tokens = torch.tensor([list(out.token_ids) for out in outputs])
+    found = torch.tensor(
+        [
+            [at[token].logprob for token, at in zip(out.token_ids, out.logprobs, strict=True)]
+            for out in outputs
+        ]
+    )
+    del engine
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+    expected, cache, fed = [], None, ids
+    with routing, torch.no_grad():
+        for step in range(steps):
+            out = model(fed, past_key_values=cache, use_cache=True)
+            cache, fed = out.past_key_values, tokens[:, step : step + 1]
+            expected.append(out.logits[:, -1].log_softmax(-1).gather(-1, fed))
+        distinct = routing.get_routing_stats()["distinct_experts"]
+    apart = (found - torch.cat(expected, 1)).abs()
+    print(parameters, f"{apart.max():.1e}", f"{distinct:.1f} distinct experts")
+    assert NATIVE < distinct < EXPERTS, "the case would prove nothing"
+    assert apart.max() < TOLERANCE
+
+
 def test_a_policy_of_another_model_is_refused_before_weights_load(vllm, tmp_path, monkeypatch):
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
