@@ -220,7 +220,7 @@ class Subject:
             for text in (VALIDATION, CONFIRMATION)
             if (row := self.journal.get(text, config.as_dict())) and row.solution is not None
         ]
-        if solved:
+        if solved and not config.affine:  # whose fit no row keeps: it is solved and fitted again
             policy = Policy(
                 config,
                 self.fingerprint,
