@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 
 from lm_eval_bh.cli.aggregate_command import aggregate
-from lm_eval_bh.cli.analyze_command import analyze
 from lm_eval_bh.cli.bench_command import bench
 from lm_eval_bh.cli.calibrate_command import calibrate
 from lm_eval_bh.cli.compare_command import compare
 from lm_eval_bh.cli.doctor_command import doctor
 from lm_eval_bh.cli.export_command import export
+from lm_eval_bh.cli.former_names import Command, Commands
 from lm_eval_bh.cli.import_kde_command import import_kde
 from lm_eval_bh.cli.import_routing_command import import_routing
 from lm_eval_bh.cli.interrupts import INTERRUPTED, NOTHING_HALF_WRITTEN, StoppedByUserError
+from lm_eval_bh.cli.options import examples
 from lm_eval_bh.cli.path_command import path
-from lm_eval_bh.cli.patterns_command import patterns
-from lm_eval_bh.cli.plot_command import plot
 from lm_eval_bh.cli.policy_command import policy
-from lm_eval_bh.cli.printing import PROGRAM, fail, prepare_streams, warn
+from lm_eval_bh.cli.printing import PROGRAM, fail, prepare_streams, say, warn
 from lm_eval_bh.cli.report_command import report
 from lm_eval_bh.cli.run_lm_eval_command import run_lm_eval
 from lm_eval_bh.cli.sweep_command import sweep
@@ -32,39 +32,164 @@ from lm_eval_bh.errors import BHError, DataError
 
 FAILED, MISUSED = 1, 2  # exit codes; 3: files were left out, see options.py
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help=(
-        "Tools around `lm_eval --model hf-bh`: "
-        "adaptive expert selection for mixture-of-experts models."
-    ),
+# The panels of the help, in its order: what somebody wants to do.
+PANELS = MEASURE, LOOK, CHOOSE, SERVE, SET_UP = (
+    "Measure",
+    "Look at results",
+    "Choose a policy",
+    "Keep and serve a policy",
+    "Set up",
 )
 
-for command in (
+
+class Program(Commands):
+    """The command at the root."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names in the order of the panels."""
+        commands: dict[str, Any] = dict(self.commands)
+        return sorted(commands, key=lambda name: PANELS.index(commands[name].rich_help_panel))
+
+
+app = typer.Typer(
+    cls=Program,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(version(PROGRAM))
+        raise typer.Exit
+
+
+@app.callback(
+    epilog=examples(
+        "tune --model tiny-olmoe --target-experts 4 --output-dir runs/tuned",
+        "sweep --preset quick --output-dir runs/quick",
+    )
+)
+def program(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Tools around `lm_eval --model hf-bh`: adaptive expert selection for mixtures of experts."""
+
+
+def add(to: typer.Typer, name: str, command: Any, panel: str | None, *calls: str) -> None:
+    """List a command in a panel of the help, which ends with examples of it."""
+    to.command(name, cls=Command, rich_help_panel=panel, epilog=examples(*calls))(command)
+
+
+add(
+    app,
+    "sweep",
     sweep,
+    MEASURE,
+    "sweep --preset quick --output-dir runs/quick",
+    "sweep --model tiny-olmoe --tasks bh_demo --baselines 4,8 --alphas 0.4 --max-k 8 "
+    "--output-dir runs/sweep",
+)
+add(
+    app,
+    "aggregate",
     aggregate,
+    MEASURE,
+    "aggregate runs/quick",
+    "aggregate runs/a runs/b --keep-groups --output-dir runs/tables",
+)
+add(
+    app,
+    "compare",
     compare,
+    MEASURE,
+    "compare runs/top8 runs/policy",
+    "compare runs/top8 runs/policy --tasks bh_demo_wikitext --output change.csv",
+)
+add(
+    app,
+    "bench",
     bench,
-    plot,
+    MEASURE,
+    "bench policy=tiny-olmoe rule=topk,max_k=4 --model tiny-olmoe",
+    "bench alpha=0.4,max_k=8 --model tiny-olmoe --limit 16 --output-dir runs/speed",
+)
+add(
+    app,
+    "import-routing",
+    import_routing,
+    MEASURE,
+    "import-routing trace.csv --num-experts 8 --output-dir runs/imported",
+    "import-routing responses.jsonl --format vllm --model MODEL --output-dir runs/vllm",
+)
+add(
+    app,
+    "report",
     report,
+    LOOK,
+    "report runs/quick",
+    "report runs/quick --panel pareto --output pareto.pdf",
+)
+add(
+    app,
+    "view",
     view,
-    patterns,
-    calibrate,
-    analyze,
+    LOOK,
+    "view --model tiny-olmoe --model-args policy=tiny-olmoe --against rule=topk,max_k=4",
+    "view runs/full --limit 5 --output lambada.html",
+)
+add(
+    app,
+    "tune",
     tune,
+    CHOOSE,
+    "tune --model tiny-olmoe --target-experts 4 --output-dir runs/tuned",
+    "tune --model tiny-olmoe --preview --rules topk,bh --alphas 0.4,0.6 --max-k 8",
+)
+add(
+    app,
+    "calibrate",
+    calibrate,
+    CHOOSE,
+    "calibrate --model tiny-olmoe --output null.safetensors",
+    "calibrate --model tiny-olmoe --text-file articles.txt --null-scope expert --figure fit.png",
+)
+app.add_typer(policy, name="policy", rich_help_panel=SERVE)
+add(
+    policy,
+    "export",
     export,
+    None,
+    "policy export policy.safetensors --to hf --output-dir adaptive-olmoe",
+    "policy export policy.safetensors --to vllm --output-dir served-olmoe --link",
+)
+add(
+    policy,
+    "verify",
     verify,
-    doctor,
-    path,
-):
-    app.command()(command)
-app.command("import-kde")(import_kde)
-app.command("import-routing")(import_routing)
-app.add_typer(policy, name="policy")
+    None,
+    "policy verify policy.safetensors --engine hf --limit 5",
+    "policy verify policy.safetensors --engine vllm --python /path/to/vllm/bin/python",
+)
+app.add_typer(doctor, name="doctor", rich_help_panel=SET_UP)
+add(doctor, "path", path, None, "doctor path tasks", "doctor path tiny-olmoe")
+add(
+    app,
+    "import-kde",
+    import_kde,
+    SET_UP,
+    "import-kde FOLDER --output olmoe.safetensors",
+    "import-kde FOLDER --output olmoe.safetensors --model allenai/OLMoE-1B-7B-0924",
+)
 app.command(
     "lm-eval",
+    rich_help_panel=SET_UP,
     context_settings={  # everything behind the name is lm_eval's, --help too
         "allow_extra_args": True,
         "ignore_unknown_options": True,

@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
+from lm_eval_bh.cli.patterns_command import find_tokenizer
 from typer.testing import CliRunner
 
 from lm_eval_bh.analysis.patterns import write_patterns
@@ -17,7 +18,6 @@ from lm_eval_bh.analysis.patterns.log_reader import read_sample_log, read_token_
 from lm_eval_bh.analysis.patterns.token_classes import vocabulary
 from lm_eval_bh.analysis.table.experiments import load_experiments
 from lm_eval_bh.cli.app import app
-from lm_eval_bh.cli.patterns_command import find_tokenizer
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.resources import tiny_olmoe
 

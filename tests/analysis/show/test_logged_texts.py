@@ -12,6 +12,7 @@ import pytest
 import torch
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
+from lm_eval_bh.cli.patterns_command import find_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -21,7 +22,6 @@ from lm_eval_bh.analysis.show.logged_texts import read_logged
 from lm_eval_bh.analysis.show.view_page import view_page
 from lm_eval_bh.analysis.table.experiments import load_experiments
 from lm_eval_bh.cli.app import app
-from lm_eval_bh.cli.patterns_command import find_tokenizer
 from lm_eval_bh.resources import shipped, tiny_olmoe
 from lm_eval_bh.viewing.routed_text import route_text
 
