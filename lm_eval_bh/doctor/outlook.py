@@ -82,7 +82,7 @@ def _null_model(pretrained: str, fingerprint: str) -> Finding:
         f"none is known for these routers ({fingerprint[:12]}): the first run calibrates one on "
         f"WikiText and keeps it as {cached_null(fingerprint)}",
         NOTE,
-        f"lm-eval-bh calibrate --pretrained {pretrained} does it beforehand, and checks it",
+        f"lm-eval-bh calibrate --model {pretrained} does it beforehand, and checks it",
     )
 
 

@@ -29,7 +29,7 @@ def by_subject(findings):
 @pytest.mark.slow
 def test_a_machine_on_which_all_works(run, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    code, out, err = run("doctor", "--pretrained", "tiny-olmoe")
+    code, out, err = run("doctor", "--model", "tiny-olmoe")
     assert (code, err) == (0, "")
     text = " ".join(out.split())
     assert "finds the model hf-bh" in text
@@ -42,7 +42,7 @@ def test_a_machine_on_which_all_works(run, monkeypatch, tmp_path):
 
 def test_the_exit_code_tells_of_a_problem(run, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(Path(sys.executable).with_name("no-python")))
-    code, out, _ = run("doctor", "--pretrained", "no/such-model")
+    code, out, _ = run("doctor", "--model", "no/such-model")
     assert code == 1
     assert "problem: model: download it, or check the name; tiny-olmoe ships." in out
     assert "problem: lm_eval: run lm_eval ls models." in out
@@ -182,7 +182,7 @@ def test_the_null_model_that_a_model_gets(other):
     fingerprint = router_fingerprint(router.weight for router in find_routers(model))
     assert unknown.state == "note"
     assert str(cached_null(fingerprint)) in unknown.found  # the fingerprint is the whole model's
-    assert f"calibrate --pretrained {other}" in unknown.remedy
+    assert f"calibrate --model {other}" in unknown.remedy
 
 
 def test_the_policy_that_a_model_gets(run, other, tmp_path):

@@ -129,7 +129,7 @@ def test_fewer_experts_of_tiny_glm_lose(evaluate):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_name_is_found_everywhere_a_folder_is(run, name):
     assert model_path(name) == str(of_folder(name))
-    assert run("path", name)[1].strip() == str(of_folder(name))
+    assert run("doctor", "path", name)[1].strip() == str(of_folder(name))
     assert one_name(f"/elsewhere/models/{name}") == name  # runs on the folder are runs on the name
     found = {finding.subject: finding for finding in check_model(name)}
     assert found["model"].found.startswith(f"{name}: ")

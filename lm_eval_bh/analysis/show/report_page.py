@@ -249,7 +249,7 @@ def _nulls(contents: dict[str, dict[str, Any]], folder: Path) -> list[dict[str, 
 
 def _calibration(header: dict[str, Any]) -> str:
     """Return the command that calibrates the same null model into another file and checks it."""
-    words = ["lm-eval-bh", "calibrate", "--pretrained", header.get("model") or "MODEL"]
+    words = ["lm-eval-bh", "calibrate", "--model", header.get("model") or "MODEL"]
     for option in ("tokens", "kernel", "trim", "statistic"):
         if header.get(option) is not None:
             words += [f"--{option}", header[option]]

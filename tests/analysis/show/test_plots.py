@@ -162,7 +162,7 @@ def test_a_panel_draws_or_says_which_run_would_fill_it(drawn):
         messages = messages_of(part)
         if panel in EMPTY.get(name, ()):
             assert not part.axes, panel
-            assert "Run lm" in messages[0] or "lm-eval-bh plot" in messages[0], panel
+            assert "Run lm" in messages[0] or "lm-eval-bh report" in messages[0], panel
         else:
             assert part.axes, panel
             assert not messages, panel
@@ -299,7 +299,7 @@ def test_layers_show_the_middle_level():
     mean = DATA["full preset"].query("alpha == 0.4 and max_k == 8")["avg_experts"].mean()
     assert marked[0].get_ydata() == pytest.approx(mean + np.arange(16) / 8)
     figure = create_single_panel(DATA["full preset"], "layers")
-    assert "lm-eval-bh plot FOLDER" in messages_of(figure.subfigs[0].subfigs[0])[0]
+    assert "lm-eval-bh report FOLDER --figure" in messages_of(figure.subfigs[0].subfigs[0])[0]
 
 
 @pytest.mark.parametrize("experts", [16, 512])

@@ -246,7 +246,7 @@ def test_nothing_but_broken_files(tmp_path):
     for text in written(tmp_path, tmp_path / "out"):
         assert "No experiment could be read" in text
         assert "broken.json" in text
-    done = CliRunner().invoke(app, ["patterns", str(tmp_path)])
+    done = CliRunner().invoke(app, ["report", "--patterns", str(tmp_path)])
     assert done.exit_code == 3
 
 

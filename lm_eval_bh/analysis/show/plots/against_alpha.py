@@ -154,7 +154,7 @@ def multiples(figure: SubFigure, titles: dict[str, str]) -> dict[str, Axes]:
     for task, axes in found.items():
         axes.set_title(titles[task], loc="left", fontsize=SMALL + 0.5)
     if further := len(titles) - len(shown):
-        axes.set_title(f"+ {further} more: see --task", loc="right", fontsize=SMALL)
+        axes.set_title(f"+ {further} more: see --tasks", loc="right", fontsize=SMALL)
     return found
 
 
