@@ -239,5 +239,6 @@ def _misused(error: Any) -> int:
         error.show()
     else:
         command = error.ctx.command_path if error.ctx else PROGRAM
-        fail(f"{error.format_message().rstrip('.')} (see '{command} --help').")
+        sentence = error.format_message().replace("Value error, ", "").rstrip(".")
+        fail(f"{sentence} (see '{command} --help').")
     return MISUSED

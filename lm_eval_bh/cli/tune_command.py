@@ -179,7 +179,8 @@ def _refuse_without_preview(context: typer.Context) -> None:
     """Raise a :class:`ParameterError` for an option that only a preview reads."""
     for option in context.command.params:
         panel = getattr(option, "rich_help_panel", None)
-        if panel in (PREVIEW, NULL) and context.params[str(option.name)] != option.default:
+        source = context.get_parameter_source(str(option.name))
+        if panel in (PREVIEW, NULL) and source is not None and source.name == "COMMANDLINE":
             raise ParameterError(f"{option.opts[0]} needs --preview: tune tries rules by itself.")
 
 

@@ -34,7 +34,12 @@ from lm_eval_bh.harness.logs.run_info import run_info
 from lm_eval_bh.harness.logs.run_log import RunLog, new_run_id
 from lm_eval_bh.harness.logs.served_requests import ServedRequests
 from lm_eval_bh.harness.plugin.evaluation_start import announce_evaluations
-from lm_eval_bh.harness.preflight import check_model_config, check_names, given_null_model
+from lm_eval_bh.harness.preflight import (
+    check_model_config,
+    check_names,
+    given_null_model,
+    say_download,
+)
 from lm_eval_bh.harness.quantized import take_quantization
 from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE, model_path
 from lm_eval_bh.routing.config import RoutingConfig
@@ -121,6 +126,7 @@ class BHLM(HFLM):
         name = (
             pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", "")
         )
+        say_download(pretrained)
         try:
             super().__init__(
                 pretrained=model_path(pretrained) if isinstance(pretrained, str) else pretrained,

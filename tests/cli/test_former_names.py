@@ -128,7 +128,10 @@ def test_a_call_of_an_earlier_release_means_what_the_new_one_means(former, now, 
             "compare {a} {b} --task bh_lambada --resamples 99",
             "compare {a} {b} --tasks bh_lambada --resamples 99",
         ),
-        ("report {runs} --force --resamples 99", "report {runs} --keep-groups --resamples 99"),
+        (
+            "aggregate {runs} --force --no-figure --resamples 99",
+            "aggregate {runs} --keep-groups --no-figure --resamples 99",
+        ),
         (
             "plot {runs} --panel layers --task bh_lambada",
             "report {runs} --panel layers --tasks bh_lambada",

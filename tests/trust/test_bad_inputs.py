@@ -33,7 +33,7 @@ COMMANDS = [
     ("--verison", "No such option", 2),
     ("doctor path olmoe", "not one of 'tiny-olmoe', 'tiny-glm'", 2),
     ("doctor path '[red]olmoe[/]'", "'[red]olmoe[/]'", 2),
-    ("doctor path a b", "unexpected extra argument", 2),
+    ("doctor path tasks b", "unexpected extra argument", 2),
     # calibrate.
     ("calibrate", "Missing option '--model'", 2),
     (f"calibrate {OUT} --text-file text.txt --model no/such-model", "could not be loaded", 1),
@@ -101,9 +101,9 @@ COMMANDS = [
     (f"tune --preview {MODEL} --min-k 0", "1 or more: found 0", 1),
     (f"tune --preview {MODEL} --min-k 9 --max-k 8", "max_k=8 is less than min_k=9", 1),
     (
-        f"analyze {MODEL} --statistic norm",
-        "statistic must be logit, weight, contribution",
-        1,
+        f"tune --preview {MODEL} --statistic norm",
+        "not one of 'logit', 'weight', 'contribution'",
+        2,
     ),
     (f"tune --preview {MODEL} --null-scope layer3", "'--null-scope'", 2),
     (f"tune --preview {MODEL} --null-model none.safetensors", "none.safetensors", 1),
@@ -285,9 +285,9 @@ COMMANDS = [
     (f"{SWEEP} --output-dir file/x", "--output-dir cannot be written", 1),
     (f"{SWEEP} --output-dir /proc/none", "--output-dir cannot be written", 1),
     (f"{SWEEP} --output-dir new --dry-run --tasks bh_demo_lambda", "'bh_demo_lambada'", 1),
-    (f"{SWEEP} --output-dir new --tasks ''", "has no task", 1),
+    ("sweep --output-dir new --baselines 8 --tasks ''", "has no task", 1),
     (f"{SWEEP} --output-dir new --baselines 0", "1 or more: found 0", 1),
-    (f"{SWEEP} --output-dir new --baselines 8,8", "baselines names 8 2 times", 1),
+    (f"{SWEEP} --output-dir new --baselines 8", "baselines names 8 2 times", 1),
     (f"{SWEEP} --output-dir new --baselines eight", "--baselines must be integers", 1),
     (f"{SWEEP} --output-dir new --baselines 65", "more than the model's 64 experts", 1),
     (f"{SWEEP} --output-dir new --baselines 65 --dry-run", "more than the model's 64 experts", 1),
@@ -389,7 +389,7 @@ COMMANDS = [
     (f"{BENCH} alpha=0.4 --steps 0", "'--steps'", 2),
     (f"{BENCH} alpha=0.4 --prompt 512", "more than the model's context of 512", 1),
     (f"{BENCH} alpha=0.4 --tasks bh_demo_lambda", "'bh_demo_lambada'", 1),
-    (f"{BENCH} alpha=0.4 --tasks ''", "There is no task", 1),
+    ("bench --model tiny-olmoe alpha=0.4 --tasks ''", "bench needs a task", 1),
     (f"{BENCH} alpha=0.4 --seed -1", "'--seed'", 2),
     (f"{BENCH} alpha=0.4 --device cup", "device must be cpu, cuda", 1),
     (f"{BENCH} alpha=0.4 --output-dir file", "--output-dir cannot be written", 1),
@@ -512,7 +512,7 @@ COMMANDS = [
     ("view runs/bh runs/top4 alone", "At most two runs", 1),
     ("view runs/bh --against rule=topk", "--against needs a model", 1),
     ("view runs/bh --text text", "--text needs a model", 1),
-    ("view runs/bh --text-file text.txt", "--text needs a model", 1),
+    ("view runs/bh --text-file text.txt", "--text-file needs a model", 1),
 ]
 
 if not torch.cuda.is_available():  # lm_eval's own default is cuda:0, on every machine
