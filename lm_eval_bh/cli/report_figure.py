@@ -37,7 +37,7 @@ def report_figure(
     if tasks and (unknown := sorted(set(tasks) - set(frame["task"]))):
         known = sorted(map(str, set(frame["task"])))
         raise ParameterError(
-            f"No run did the task {unknown[0]!r}: use one of {', '.join(known)}"
+            f"No run has the task {unknown[0]!r}: use one of {', '.join(known)}"
             f"{did_you_mean(unknown[0], known)}."
         )
     if tasks:

@@ -207,7 +207,7 @@ def _table(account: dict[str, Any]) -> Table:
     from lm_eval_bh.analysis.show.tuning_page import tried_rows
 
     table = Table(title="Policies on validation text, against static top-k at the same mean")
-    for column in ("policy", "experts per token", "perplexity", "difference", "95 % interval"):
+    for column in ("policy", "experts", "perplexity", "difference", "95 % interval"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for row in tried_rows(account):
         table.add_row(*row)

@@ -34,7 +34,7 @@ def test_a_machine_on_which_all_works(run, monkeypatch, tmp_path):
     text = " ".join(out.split())
     assert "finds the model hf-bh" in text
     assert "bh_demo_wikitext" in text
-    assert "OlmoeForCausalLM, 4 MoE layers, 64 experts, 8 of them native" in text
+    assert "OlmoeForCausalLM, 4 MoE layers, 64 experts, native top-8" in text
     assert "offline, by HF_HUB_OFFLINE and HF_DATASETS_OFFLINE" in text
     assert out.splitlines()[-1].endswith(" 0 problem")
     assert list(tmp_path.iterdir()) == []  # nothing is written
@@ -65,7 +65,7 @@ def test_versions_are_held_against_the_constraints(monkeypatch):
     found = by_subject(check_versions())
     assert (found["filelock"].state, found["filelock"].found) == ("problem", "not installed")
     assert found["typer"].state == "problem"
-    assert found["typer"].found.startswith("0.1, needed is >=0.")
+    assert found["typer"].found.startswith("0.1, but lm-eval-bh needs >=0.")
     assert found["typer"].remedy.startswith("pip install 'typer==0.")
     assert (found["rich"].state, "newer than the tested" in found["rich"].found) == ("note", True)
     assert (found["jinja2"].state, "older than the tested" in found["jinja2"].found) == (

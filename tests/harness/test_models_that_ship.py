@@ -133,7 +133,7 @@ def test_a_name_is_found_everywhere_a_folder_is(run, name):
     assert one_name(f"/elsewhere/models/{name}") == name  # runs on the folder are runs on the name
     found = {finding.subject: finding for finding in check_model(name)}
     assert found["model"].found.startswith(f"{name}: ")
-    assert "4 MoE layers, 64 experts, 8 of them native" in found["model"].found
+    assert "4 MoE layers, 64 experts, native top-8" in found["model"].found
 
 
 def test_any_other_name_is_left_as_it_is():

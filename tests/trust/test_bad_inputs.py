@@ -426,7 +426,7 @@ COMMANDS = [
     ("report --figure tables/bh_routing_results.csv runs", "is a table by itself", 1),
     ("report --figure runs --panel heat", "'heat' is not one of 'perplexity'", 2),
     ("report --figure runs --panel ''", "'' is not one of 'perplexity'", 2),
-    ("report --figure runs --tasks arc", "No run did the task 'arc'", 1),
+    ("report --figure runs --tasks arc", "No run has the task 'arc'", 1),
     ("report --figure runs --tasks bh_lambda", "did you mean 'bh_lambada'", 1),
     ("report --figure runs --output figure.gif", "ends in png, pdf, svg", 1),
     ("report --figure runs --output figure", "ends in png, pdf, svg", 1),

@@ -176,7 +176,7 @@ def test_losses_of_the_harness_stand_in_for_missing_samples(full_run):
     loaded.internal_routing_file = lambda run_id, task: None  # as with log_samples=0
     (found,) = find_patterns(loaded)
     units = found.tables["documents"].groupby("task")["loss_unit"].unique()
-    assert units["bh_demo_lambada"].tolist() == ["nats a token"]
+    assert units["bh_demo_lambada"].tolist() == ["nats per token"]
     assert pd.isna(units["bh_demo_hellaswag"]).all()
     of_documents = found.tables["complexity"].query("against == 'loss of the document'")
     reasons = of_documents.set_index("task")["reason"]

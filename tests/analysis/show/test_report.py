@@ -203,7 +203,7 @@ def test_a_single_run_of_the_stock_model(write, tmp_path, no_figures):
         assert "There is nothing to compare" in text
         assert "No run logged its layers" in text
         assert "No run used a null model" in text
-        assert "nothing to choose from but the unmodified model" in text
+        assert "The unchanged model is the only configuration" in text
 
 
 def test_what_cannot_be_compared_is_reported_in_groups(write, tmp_path):

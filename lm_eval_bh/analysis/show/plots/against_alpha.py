@@ -49,11 +49,13 @@ def accuracy(figure: SubFigure, data: Experiments, style: Style, labels: Labels)
     shown = {task: "accuracy" for task, found in notes.items() if found - {NONE_RIGHT}}
     nothing = [data.dataset(task) for task, found in notes.items() if found == {NONE_RIGHT}]
     if nothing and not shown:
-        raise NoDataError("No run answered any document rightly, so accuracies compare nothing.")
+        raise NoDataError(
+            "No run answered any document correctly, so there are no accuracies to compare."
+        )
     _against_alpha(figure, data, style, labels, shown, "an accuracy", "bh_lambada")
     if nothing:
         axes = figure.axes[-1]
-        axes.set_xlabel(f"{axes.get_xlabel()}\n({', '.join(nothing)}: {NONE_RIGHT} in any run)")
+        axes.set_xlabel(f"{axes.get_xlabel()}\n({', '.join(nothing)}: {NONE_RIGHT} in every run)")
     figure.supylabel("accuracy (%)", fontsize="medium")
 
 
