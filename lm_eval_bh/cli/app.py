@@ -13,12 +13,12 @@ from lm_eval_bh.cli.bench_command import bench
 from lm_eval_bh.cli.calibrate_command import calibrate
 from lm_eval_bh.cli.compare_command import compare
 from lm_eval_bh.cli.doctor_command import doctor
+from lm_eval_bh.cli.examples import examples
 from lm_eval_bh.cli.export_command import export
 from lm_eval_bh.cli.former_names import Command, Commands
 from lm_eval_bh.cli.import_kde_command import import_kde
 from lm_eval_bh.cli.import_routing_command import import_routing
 from lm_eval_bh.cli.interrupts import INTERRUPTED, NOTHING_HALF_WRITTEN, StoppedByUserError
-from lm_eval_bh.cli.options import examples
 from lm_eval_bh.cli.path_command import path
 from lm_eval_bh.cli.policy_command import policy
 from lm_eval_bh.cli.printing import PROGRAM, fail, prepare_streams, say, warn
@@ -65,12 +65,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(
-    epilog=examples(
-        "tune --model tiny-olmoe --target-experts 4 --output-dir runs/tuned",
-        "sweep --preset quick --output-dir runs/quick",
-    )
-)
+@app.callback(epilog=examples(""))
 def program(
     _: Annotated[
         bool,
@@ -82,111 +77,27 @@ def program(
     """Tools around `lm_eval --model hf-bh`: adaptive expert selection for mixtures of experts."""
 
 
-def add(to: typer.Typer, name: str, command: Any, panel: str | None, *calls: str) -> None:
-    """List a command in a panel of the help, which ends with examples of it."""
-    to.command(name, cls=Command, rich_help_panel=panel, epilog=examples(*calls))(command)
+def add(to: typer.Typer, command: Any, panel: str | None = None, group: str = "") -> None:
+    """List a command in a panel of the help, by the name of its function."""
+    name = command.__name__.replace("_", "-")
+    shown = examples(f"{group} {name}".strip())
+    to.command(name, cls=Command, rich_help_panel=panel, epilog=shown)(command)
 
 
-add(
-    app,
-    "sweep",
-    sweep,
-    MEASURE,
-    "sweep --preset quick --output-dir runs/quick",
-    "sweep --model tiny-olmoe --tasks bh_demo --baselines 4,8 --alphas 0.4 --max-k 8 "
-    "--output-dir runs/sweep",
-)
-add(
-    app,
-    "aggregate",
-    aggregate,
-    MEASURE,
-    "aggregate runs/quick",
-    "aggregate runs/a runs/b --keep-groups --output-dir runs/tables",
-)
-add(
-    app,
-    "compare",
-    compare,
-    MEASURE,
-    "compare runs/top8 runs/policy",
-    "compare runs/top8 runs/policy --tasks bh_demo_wikitext --output change.csv",
-)
-add(
-    app,
-    "bench",
-    bench,
-    MEASURE,
-    "bench policy=tiny-olmoe rule=topk,max_k=4 --model tiny-olmoe",
-    "bench alpha=0.4,max_k=8 --model tiny-olmoe --limit 16 --output-dir runs/speed",
-)
-add(
-    app,
-    "import-routing",
-    import_routing,
-    MEASURE,
-    "import-routing trace.csv --num-experts 8 --output-dir runs/imported",
-    "import-routing responses.jsonl --format vllm --model MODEL --output-dir runs/vllm",
-)
-add(
-    app,
-    "report",
-    report,
-    LOOK,
-    "report runs/quick",
-    "report runs/quick --panel pareto --output pareto.pdf",
-)
-add(
-    app,
-    "view",
-    view,
-    LOOK,
-    "view --model tiny-olmoe --model-args policy=tiny-olmoe --against rule=topk,max_k=4",
-    "view runs/full --limit 5 --output lambada.html",
-)
-add(
-    app,
-    "tune",
-    tune,
-    CHOOSE,
-    "tune --model tiny-olmoe --target-experts 4 --output-dir runs/tuned",
-    "tune --model tiny-olmoe --preview --rules topk,bh --alphas 0.4,0.6 --max-k 8",
-)
-add(
-    app,
-    "calibrate",
-    calibrate,
-    CHOOSE,
-    "calibrate --model tiny-olmoe --output null.safetensors",
-    "calibrate --model tiny-olmoe --text-file articles.txt --null-scope expert --figure fit.png",
-)
+COMMANDS: dict[str, tuple[Any, ...]] = {
+    MEASURE: (sweep, aggregate, compare, bench, import_routing),
+    LOOK: (report, view),
+    CHOOSE: (tune, calibrate),
+    SET_UP: (import_kde,),
+}
+for _panel, _commands in COMMANDS.items():
+    for _command in _commands:
+        add(app, _command, _panel)
+add(policy, export, group="policy")
+add(policy, verify, group="policy")
 app.add_typer(policy, name="policy", rich_help_panel=SERVE)
-add(
-    policy,
-    "export",
-    export,
-    None,
-    "policy export policy.safetensors --to hf --output-dir adaptive-olmoe",
-    "policy export policy.safetensors --to vllm --output-dir served-olmoe --link",
-)
-add(
-    policy,
-    "verify",
-    verify,
-    None,
-    "policy verify policy.safetensors --engine hf --limit 5",
-    "policy verify policy.safetensors --engine vllm --python /path/to/vllm/bin/python",
-)
+add(doctor, path, group="doctor")
 app.add_typer(doctor, name="doctor", rich_help_panel=SET_UP)
-add(doctor, "path", path, None, "doctor path tasks", "doctor path tiny-olmoe")
-add(
-    app,
-    "import-kde",
-    import_kde,
-    SET_UP,
-    "import-kde FOLDER --output olmoe.safetensors",
-    "import-kde FOLDER --output olmoe.safetensors --model allenai/OLMoE-1B-7B-0924",
-)
 app.command(
     "lm-eval",
     rich_help_panel=SET_UP,

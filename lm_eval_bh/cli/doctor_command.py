@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lm_eval_bh.cli.examples import examples
 from lm_eval_bh.cli.former_names import Commands
 from lm_eval_bh.cli.interrupts import NOTHING_HALF_WRITTEN, on_interrupt
-from lm_eval_bh.cli.options import examples
 from lm_eval_bh.cli.printing import say, show
 from lm_eval_bh.errors import ParameterError
 
@@ -20,12 +20,11 @@ if TYPE_CHECKING:
 
     from lm_eval_bh.doctor.finding import Finding
 
-EXAMPLES = examples("doctor", "doctor --model tiny-olmoe --policy policy.safetensors")
 
 doctor = typer.Typer(cls=Commands)
 
 
-@doctor.callback(invoke_without_command=True, epilog=EXAMPLES)
+@doctor.callback(invoke_without_command=True, epilog=examples("doctor"))
 def check(
     context: typer.Context,
     model: Annotated[

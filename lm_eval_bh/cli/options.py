@@ -124,11 +124,6 @@ Overwrite = Annotated[
 ]
 
 
-def examples(*commands: str) -> str:
-    """Return what stands below the help of a command: calls of it."""
-    return "\n".join(["Examples:", "", *(f"    lm-eval-bh {command}" for command in commands)])
-
-
 def joined_arguments(model_args: str | None, **options: str | None) -> str:
     """Return --model-args with the options that name one of them: pretrained, dtype, device.
 

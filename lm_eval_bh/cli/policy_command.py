@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lm_eval_bh.cli.examples import examples
 from lm_eval_bh.cli.former_names import Command, Commands
 from lm_eval_bh.cli.interrupts import NOTHING_HALF_WRITTEN, on_interrupt
 from lm_eval_bh.cli.options import (
@@ -15,7 +16,6 @@ from lm_eval_bh.cli.options import (
     ModelArgs,
     OptionalModel,
     Overwrite,
-    examples,
     joined_arguments,
 )
 from lm_eval_bh.cli.printing import say, show
@@ -23,13 +23,9 @@ from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.files import check_output
 
 policy = typer.Typer(cls=Commands)
-EXAMPLES = examples(
-    "policy --model tiny-olmoe --model-args alpha=0.4,max_k=8 --output bh.safetensors",
-    "policy show bh.safetensors",
-)
 
 
-@policy.callback(invoke_without_command=True, epilog=EXAMPLES)
+@policy.callback(invoke_without_command=True, epilog=examples("policy"))
 def write(
     context: typer.Context,
     model: OptionalModel = None,
@@ -62,11 +58,7 @@ def write(
     say(f"Written to {output}")
 
 
-@policy.command(
-    "show",
-    cls=Command,
-    epilog=examples("policy show bh.safetensors", "policy show runs/tuned/policy.safetensors"),
-)
+@policy.command("show", cls=Command, epilog=examples("policy show"))
 def show_policy(file: Annotated[Path, typer.Argument(help="A policy file.")]) -> None:
     """Print what a policy decides, for which model, and where it comes from."""
     from rich.table import Table
