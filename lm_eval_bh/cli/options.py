@@ -24,7 +24,7 @@ LARGEST_SEED = 2**32 - 1  # that numpy takes
 
 # Values of options, spelt out so that help and completion know them without loading what takes
 # them; tests/cli/test_options.py compares both.
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 StatisticName = Literal["logit", "weight", "contribution", "benefit", "predicted"]
 ScopeName = Literal["layer", "expert", "model"]
 SourceName = Literal["all", "unselected"]

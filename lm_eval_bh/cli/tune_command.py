@@ -75,22 +75,27 @@ def tune(
     ] = False,
     rules: Annotated[
         list[str] | None,
-        typer.Option(help="Rules, joined by commas; default: topk,bh.", rich_help_panel=PREVIEW),
+        typer.Option(
+            help="Preview of rules, joined by commas; default: topk,bh.", rich_help_panel=PREVIEW
+        ),
     ] = None,
     alphas: Annotated[
         list[str] | None,
         typer.Option(
-            help="Levels, joined by commas; default: 0.3,0.4,0.5,0.6.", rich_help_panel=PREVIEW
+            help="Preview of levels, joined by commas; default: 0.3,0.4,0.5,0.6.",
+            rich_help_panel=PREVIEW,
         ),
     ] = None,
     max_k: Annotated[
         list[str] | None,
         typer.Option(
-            help="Largest numbers of experts; default: 8,16,32,64.", rich_help_panel=PREVIEW
+            help="Preview of largest numbers of experts; default: 8,16,32,64.",
+            rich_help_panel=PREVIEW,
         ),
     ] = None,
     min_k: Annotated[
-        int, typer.Option(help="Smallest number of experts.", rich_help_panel=PREVIEW)
+        int,
+        typer.Option(help="Smallest number of experts in the preview.", rich_help_panel=PREVIEW),
     ] = 1,
     statistic: Statistic = "logit",
     null_scope: NullScope = "layer",
@@ -98,12 +103,15 @@ def tune(
     null_model: Annotated[
         str,
         typer.Option(
-            "--null-model", "--kde", help="Null model file, or auto.", rich_help_panel=NULL
+            "--null-model",
+            "--kde",
+            help="Null model of the preview: a file, or auto.",
+            rich_help_panel=NULL,
         ),
     ] = "auto",
     output: Annotated[
         Path | None,
-        typer.Option(help="Also write the table, to this JSON file.", rich_help_panel=PREVIEW),
+        typer.Option(help="Also write the preview to this JSON file.", rich_help_panel=PREVIEW),
     ] = None,
 ) -> None:
     """Find the policy that loses least at a mean number of experts, and confirm it on unseen text.

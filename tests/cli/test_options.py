@@ -14,23 +14,30 @@ from lm_eval_bh.cli import options
 COMMANDS = commands()
 
 
-def registered() -> dict[str, tuple[object, object]]:
+def registered() -> dict[str, object]:
     """Return each list of values, and that of the module that takes them."""
     from lm_eval_bh.analysis.compare.paired import BASELINES
     from lm_eval_bh.analysis.show.plots import PANELS
     from lm_eval_bh.export.verification import ENGINES
     from lm_eval_bh.harness.logs.log_options import LEVELS
     from lm_eval_bh.harness.sweep.sweep_config import PRESETS
+    from lm_eval_bh.policies.tuning import run as tuning
     from lm_eval_bh.resources import MODELS
     from lm_eval_bh.routing.methods.scores import STATISTICS
+    from lm_eval_bh.routing.methods.step_up import ORIGINS, SCOPES
+    from lm_eval_bh.routing.placement import DTYPES
     from lm_eval_bh.routing.tables.kde import KERNELS
     from lm_eval_bh.traces.read_trace import READERS
 
     return {
+        "DtypeName": ("auto", *DTYPES),
         "StatisticName": STATISTICS,
+        "ScopeName": SCOPES,
+        "SourceName": ORIGINS,
         "KernelName": KERNELS,
         "LogLevel": LEVELS,
         "SweepPreset": PRESETS,
+        "TunePreset": tuning.PRESETS,
         "BaselineName": BASELINES,
         "EngineName": ENGINES,
         "TraceFormat": READERS,
@@ -78,7 +85,7 @@ def test_the_version(run):
     [
         ("policy export p --to ", {"hf", "vllm", "llama.cpp"}),
         ("report runs --panel pa", {"pareto"}),
-        ("calibrate --dtype fl", {"float32", "float16"}),
+        ("calibrate --dtype fl", {"float32", "float16", "float64"}),
         ("sweep --preset ", {"quick", "seeds", "full"}),
         ("doctor path tiny", {"tiny-olmoe", "tiny-glm"}),
         ("pl", set()),
