@@ -53,7 +53,7 @@ if [ -n "$small" ]; then
     tests=(tests/device -k "selection and topk or nothing_changes")
     routing=(--dtype bfloat16 --small --quick)
     full=(--full-size --small --quick)
-    speed=(--tasks bh_demo_lambada --rounds 7 --steps 1 --prompt 4 --batches 1 --documents 2)
+    speed=(--tasks bh_demo_lambada --rounds 7 --steps 1 --prompt 4 --batches 1 --limit 2)
 fi
 step suite 6 "$python" -m pytest -p no:cacheprovider "${tests[@]}"
 step bench_routing 7 "$python" scripts/bench_routing.py --device "$device" "${routing[@]}" \
@@ -61,7 +61,7 @@ step bench_routing 7 "$python" scripts/bench_routing.py --device "$device" "${ro
 step full_size 5 "$python" scripts/bench_routing.py --device "$device" "${full[@]}" \
     --output "$output/full_size.json"
 step speed 4 "$python" -m lm_eval_bh bench alpha=0.4,max_k=8 alpha=0.5,max_k=8 rule=topk,max_k=4 \
-    --pretrained "$pretrained" --device "$device" "${speed[@]}" --output-dir "$output"
+    --model "$pretrained" --device "$device" "${speed[@]}" --output-dir "$output"
 vllm=${VLLM_VENV:-.venv-vllm}/bin/python
 [ -x "$vllm" ] || vllm=$python
 if "$vllm" -c 'import vllm' 2>/dev/null; then

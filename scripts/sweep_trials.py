@@ -69,7 +69,7 @@ class Trial:
     @property
     def sweep(self) -> list[str]:
         flags = [f"--{name}={value}" for name, value in GRID.items()]
-        command = ["sweep", "--pretrained=tiny-olmoe", *flags, f"--limit={self.limit}"]
+        command = ["sweep", "--model=tiny-olmoe", *flags, f"--limit={self.limit}"]
         return [*command, f"--output-dir={self.folder}", "--device=cpu"]
 
     def start(

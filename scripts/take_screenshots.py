@@ -38,7 +38,7 @@ def run(*arguments: str) -> None:
 
 def measure(folder: Path) -> None:
     """Write the pages and figures that are taken."""
-    view = ["view", "--model-args", "pretrained=tiny-olmoe,policy=tiny-olmoe", "--string", TEXT]
+    view = ["view", "--model", "tiny-olmoe", "--model-args", "policy=tiny-olmoe", "--text", TEXT]
     run(*view, "--output", str(folder / "view.html"))
     if not (folder / "runs" / "bh_routing_results.csv").exists():
         run(*SWEEP.split(), "--output-dir", str(folder / "runs"))

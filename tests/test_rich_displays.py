@@ -17,7 +17,7 @@ def test_a_selection_shows_its_first_tokens():
     shown = found._repr_html_()
     assert shown.count("<tr>") == 1 + 12
     mean = float(found.counts.double().mean())
-    assert f"20 tokens, {mean:.2f} experts a token; the first 12" in shown
+    assert f"20 tokens, {mean:.2f} experts per token; the first 12" in shown
     count = int(found.counts[3])
     pairs = zip(found.indices[3, :count].tolist(), found.weights[3, :count].tolist(), strict=True)
     cell = ", ".join(f"{expert} ({weight:.3f})" for expert, weight in pairs)

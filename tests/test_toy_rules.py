@@ -117,7 +117,7 @@ def test_two_toys_from_a_sweep_to_the_report(toys, tmp_path, run):
     assert table.loc["toy_k", "accuracy"] == table.loc["topk", "accuracy"]
     assert "toy mean a=0.90" in out
 
-    assert run("plot", folder, "--panel", "pareto", "--output", tmp_path / "pareto.png")[0] == 0
+    assert run("report", folder, "--panel", "pareto", "--output", tmp_path / "pareto.png")[0] == 0
     assert run("report", folder, "--resamples", 99)[0] == 0
     report = (folder / "bh_routing_report.md").read_text()
     assert "toy mean a=0.90, max 8" in report
@@ -157,8 +157,8 @@ def test_its_file_goes_with_an_exported_folder(toys, tmp_path, run):
         assert routing.get_routing_stats()["std_experts_per_token"] > 0.5
     routing.policy().save(tmp_path / "toy.safetensors")
     out = tmp_path / "out"
-    command = ["export", tmp_path / "toy.safetensors", "--to", "hf", "--output", out]
-    assert run(*command, "--pretrained", "tiny-olmoe")[0] == 0
+    command = ["policy", "export", tmp_path / "toy.safetensors", "--to", "hf", "--output-dir", out]
+    assert run(*command, "--model", "tiny-olmoe")[0] == 0
     assert (out / "toy_mean.py").read_text() == FILES["toy_mean"]
     found = tmp_path / "logits.pt"
     subprocess.run([sys.executable, "-c", ELSEWHERE, str(out), str(found)], check=True)

@@ -8,9 +8,10 @@ import typer
 
 from lm_eval_bh.cli.options import (
     AccuracyMargin,
+    BaselineName,
     Confidence,
     Folders,
-    Force,
+    KeepGroups,
     Margin,
     OutputDir,
     Resamples,
@@ -19,17 +20,18 @@ from lm_eval_bh.cli.options import (
     home_of,
     stop_without_runs,
 )
-from lm_eval_bh.cli.plot_command import FIGURE, draw_groups
 from lm_eval_bh.cli.printing import say_written, show
+from lm_eval_bh.cli.report_figure import FIGURE, draw_groups
 from lm_eval_bh.files import check_output
 
 
 def aggregate(
     folders: Folders,
     output_dir: OutputDir = None,
-    force: Force = False,
+    keep_groups: KeepGroups = False,
     baseline: Annotated[
-        str, typer.Option(help="Compare with native (the model's own top-k) or max_k.")
+        BaselineName,
+        typer.Option(help="Compare with the model's own top-k (native), or with max_k."),
     ] = "native",
     margin: Margin = 0.01,
     accuracy_margin: AccuracyMargin = 0.01,
@@ -39,15 +41,15 @@ def aggregate(
     context_length: Annotated[
         int | None,
         typer.Option(
-            help="Positions a token attends to, for FLOPs; default: the longest window of the run."
+            help="Positions that a token attends to, for FLOPs; default: the run's longest window."
         ),
     ] = None,
     figure: Annotated[bool, typer.Option(help="Draw the nine panels.")] = True,
 ) -> None:
-    """Join finished runs into one table, compare them, draw them.
+    """Join finished runs into one table, compare them, and draw them.
 
-    Exit code 3: files were broken or incomplete; they are listed, and the others aggregated. If
-    none could be read, nothing is written.
+    Exit code 3: files were broken or incomplete; the command lists them and aggregates the others.
+    If it can read none, it writes nothing.
     """
     from lm_eval_bh.analysis.compare.paired import compare
     from lm_eval_bh.analysis.show.overview import overview
@@ -56,7 +58,7 @@ def aggregate(
 
     folder = output_dir or home_of(folders[0])
     check_output(folder, "--output-dir", folder=True)
-    loaded = load_experiments(folders, force=force, context_length=context_length)
+    loaded = load_experiments(folders, force=keep_groups, context_length=context_length)
     stop_without_runs(loaded)
     compared = compare(
         loaded,

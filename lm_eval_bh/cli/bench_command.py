@@ -1,4 +1,4 @@
-"""``lm-eval-bh bench``: how fast configurations are, measured against the model as it is."""
+"""``lm-eval-bh bench``: how fast configurations are, beside the unchanged model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lm_eval_bh.cli.interrupts import NOTHING_HALF_WRITTEN, on_interrupt
-from lm_eval_bh.cli.options import LARGEST_SEED, Device, Pretrained
+from lm_eval_bh.cli.options import Device, Dtype, Model, Seed, joined_arguments
 from lm_eval_bh.cli.printing import say, say_written, show
 from lm_eval_bh.cli.word_lists import words
 from lm_eval_bh.files import check_output
@@ -20,20 +20,31 @@ if TYPE_CHECKING:
 def bench(
     configurations: Annotated[
         list[str],
-        typer.Argument(help="What to measure: model_args such as alpha=0.4,max_k=8, or policies."),
+        typer.Argument(help="Arguments of hf-bh such as alpha=0.4,max_k=8, or files of policies."),
     ],
-    pretrained: Pretrained,
-    tasks: Annotated[str, typer.Option(help="Tasks whose text is fed: bh_demo.")] = "bh_demo",
+    pretrained: Model,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="Tasks that the text comes from, joined by commas; default: bh_demo."),
+    ] = None,
     model_args: Annotated[
-        str, typer.Option(help="Arguments of the model, the same for all: dtype=bfloat16.")
+        str, typer.Option(help="Arguments of hf-bh that all configurations share.")
     ] = "",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a prefill.")] = 8,
     batches: Annotated[int, typer.Option(min=1, help="Batches of a prefill.")] = 4,
-    documents: Annotated[int, typer.Option(min=1, help="Documents that they are made of.")] = 64,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens before those decoded.")] = 128,
-    steps: Annotated[int, typer.Option(min=1, help="Tokens decoded.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Runs of each; 7 or more, the median counts.")] = 9,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the rounds' order.")] = 0,
+    limit: Annotated[
+        int,
+        typer.Option(
+            "--limit", "--documents", min=1, help="Number of documents to draw batches from."
+        ),
+    ] = 64,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt before decoding.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
+    rounds: Annotated[
+        int, typer.Option(help="Times to measure each, 7 or more; tables show the median.")
+    ] = 9,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
     device: Device = None,
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder for bh_speed.json, which aggregate joins.")
@@ -42,10 +53,10 @@ def bench(
         str, typer.Option(help="hf, or vllm: its own model, at batch 1, 8 and 32.")
     ] = "hf",
 ) -> None:
-    """Measure configurations in shuffled rounds, in one process, on the same text.
+    """Measure the speed of configurations in shuffled rounds, in one process, on the same text.
 
-    Each is compared with the model as it is in the same round; an interval that holds 1 shows no
-    difference.
+    bench compares each with the unchanged model in the same round; an interval that contains 1
+    shows no difference.
     """
     with on_interrupt(NOTHING_HALF_WRITTEN):
         if engine != "hf":
@@ -77,21 +88,24 @@ def bench(
         )
         from lm_eval_bh.speed.phase import SpeedSettings, measure, speed_file, write
 
-        settings = SpeedSettings(rounds, batches, documents, prompt, steps, seed)
+        settings = SpeedSettings(rounds, batches, limit, prompt, steps, seed)
         given = [arguments_of_one(text) for text in configurations]
         routings = check_configurations(given)
-        common = canonical(dict(simple_parse_args_string(model_args)))
+        arguments = joined_arguments(model_args, dtype=dtype)
+        common = canonical(dict(simple_parse_args_string(arguments)))
         if own := sorted(common.keys() & OF_A_CONFIGURATION):
             raise ParameterError(
-                f"--model-args sets {own[0]}, which is of a configuration: give it there."
+                f"--model-args sets {own[0]}, which belongs to a configuration: give it there."
             )
         check_run(pretrained, common, routings)
         placement(device)
         if output_dir is not None:
             check_output(output_dir, "--output-dir", folder=True)
-        names = expand_tasks(words(tasks))
+        names = expand_tasks(words(tasks or ["bh_demo"]))
         if not names:
-            raise ParameterError("There is no task whose text is fed: give --tasks bh_demo.")
+            raise ParameterError(
+                "bench needs a task that the text comes from: give --tasks bh_demo."
+            )
 
         from lm_eval_bh.harness.model import BHLM
         from lm_eval_bh.threads import use_threads_that_pay
@@ -123,10 +137,10 @@ def print_speeds(files: list[SpeedFile]) -> None:
         table.padding = (0, 1, 0, 0)  # it has to fit into 80 columns
         table.add_column("configuration")  # the one that may be broken
         table.add_column("tokens\n/s", justify="right", no_wrap=True)
-        table.add_column("ms a\npass", justify="right", no_wrap=True)
+        table.add_column("ms per\npass", justify="right", no_wrap=True)
         table.add_column("times as fast", justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
-        table.add_column("rows a\ntoken", justify="right", no_wrap=True)
+        table.add_column("rows per\ntoken", justify="right", no_wrap=True)
         table.add_column("times\nfloor", justify="right", no_wrap=True)
         for _, row in rows.iterrows():
             ends = (
@@ -147,8 +161,8 @@ def print_speeds(files: list[SpeedFile]) -> None:
                 "" if is_missing(floor) else f"{floor:.1f}",
             )
         table.caption = (
-            "Rows: one expert applied to one token. * as selected: transformers' own code computed "
-            "them, uncounted"
+            "Rows: one expert applied to one token. *: experts as selected, because transformers' "
+            "own code computed the rows and counts none"
         )
         table.caption_justify = "left"
         show(table)

@@ -10,14 +10,17 @@ import typer
 
 from lm_eval_bh.cli.interrupts import NOTHING_HALF_WRITTEN, on_interrupt
 from lm_eval_bh.cli.options import (
+    NULL,
+    TRAINING_TEXT,
     BatchSize,
     Device,
     Dtype,
-    Length,
+    KernelName,
+    Model,
     NullFrom,
     NullScope,
-    Pretrained,
     Statistic,
+    Window,
 )
 from lm_eval_bh.cli.printing import say, show
 from lm_eval_bh.errors import ParameterError
@@ -32,29 +35,32 @@ if TYPE_CHECKING:
 
 
 def calibrate(
-    pretrained: Pretrained,
+    model: Model,
     output: Annotated[
         Path | None,
-        typer.Option(help="File to write; default: the cache of null_model=auto."),
+        typer.Option(help="File to write; default: the cache that null_model=auto reads."),
     ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help="Text file, one document per paragraph; default: WikiText-2's training text."
-        ),
+    text_file: Annotated[
+        Path | None, typer.Option("--text-file", "--text", help=TRAINING_TEXT)
     ] = None,
     tokens: Annotated[
         int,
-        typer.Option(min=1, help="Tokens to fit on; an eighth as many are held out for the check."),
+        typer.Option(
+            min=1, help="Tokens to fit on; calibrate holds out an eighth as many for the check."
+        ),
     ] = 65536,
-    length: Length = 512,
+    window: Window = 512,
     batch_size: BatchSize = 8,
     trim: Annotated[
         int,
-        typer.Option(min=0, help="Exclude this many of each token's largest and smallest logits."),
+        typer.Option(
+            min=0,
+            help="Leave out this many of each token's largest and smallest logits.",
+            rich_help_panel=NULL,
+        ),
     ] = 0,
     kernel: Annotated[
-        str, typer.Option(help="gaussian, epanechnikov, tophat or linear.")
+        KernelName, typer.Option(help="Kernel of the density estimate.", rich_help_panel=NULL)
     ] = "gaussian",
     statistic: Statistic = "logit",
     null_scope: NullScope = "layer",
@@ -81,12 +87,12 @@ def calibrate(
                     f"--figure and --output name the same file, {output}: use two names."
                 )
         fitted, health, path = calibrate_pretrained(
-            model_path(pretrained),
-            name=pretrained,
-            text=text,
+            model_path(model),
+            name=model,
+            text=text_file,
             output=output,
             tokens=tokens,
-            length=length,
+            length=window,
             batch=batch_size,
             kind=kind,
             kernel=kernel,
@@ -95,28 +101,27 @@ def calibrate(
         )
     if not health:
         say(
-            f"The text has no tokens left after the {tokens} to fit on, so nothing was checked: "
-            "lower --tokens to keep some for the check."
+            f"The fit took all tokens of the text (--tokens {tokens}), so no check was possible: "
+            "lower --tokens to keep some for it."
         )
     else:
-        show(_table(pretrained, fitted, health))
+        show(_table(model, fitted, health))
         say(f"Checked on {health[0].tokens} held-out tokens.")
     say(f"Written to {path}")
     if figure is not None and health:
         from lm_eval_bh.analysis.show.health_figure import draw_health
 
         rows = [dataclasses.asdict(row) for row in health]
-        draw_health(rows, f"Null model of {pretrained}, {statistic}, {kind.null_scope}", figure)
+        draw_health(rows, f"Null model of {model}, {statistic}, {kind.null_scope}", figure)
         say(f"Written to {figure}")
 
 
-def _table(pretrained: str, fitted: NullModel, health: list[LayerHealth]) -> Table:
+def _table(model: str, fitted: NullModel, health: list[LayerHealth]) -> Table:
     """Return how well each layer fits."""
     from rich.table import Table
 
     table = Table(
-        title=f"Null model of {pretrained}: {fitted.num_layers} layers, "
-        f"{fitted.header.tokens} tokens"
+        title=f"Null model of {model}: {fitted.num_layers} layers, {fitted.header.tokens} tokens"
     )
     for column in ("layer", "bandwidth", "KS distance from uniform", "p = 0 (%)", "p = 1 (%)"):
         table.add_column(column, justify="right")

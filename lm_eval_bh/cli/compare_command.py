@@ -11,6 +11,7 @@ import typer
 
 from lm_eval_bh.cli.options import AccuracyMargin, Confidence, Margin, Resamples, Seed, finish
 from lm_eval_bh.cli.printing import say, say_written, show
+from lm_eval_bh.cli.word_lists import words
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.files import check_output, write_text
 
@@ -28,14 +29,17 @@ def compare(
         Path, typer.Argument(metavar="A", help="Folder or results file of lm_eval: the baseline.")
     ],
     b: Annotated[Path, typer.Argument(metavar="B", help="The one to compare with it.")],
-    task: Annotated[
-        list[str] | None, typer.Option(help="Compare only this task; may be given several times.")
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks", "--task", help="Compare only these tasks, joined by commas; default: all."
+        ),
     ] = None,
     margin: Margin = 0.01,
     accuracy_margin: AccuracyMargin = 0.01,
     confidence: Confidence = 0.95,
     power: Annotated[
-        float, typer.Option(help="Chance with which the documents needed show a difference.")
+        float, typer.Option(help="Chance that the documents needed show a difference.")
     ] = 0.8,
     resamples: Resamples = 9999,
     seed: Seed = 0,
@@ -45,7 +49,7 @@ def compare(
 ) -> None:
     """Compare two runs of lm_eval --log_samples, of any models, on the documents that both have.
 
-    Exit code 3: samples were broken or incomplete; they are listed, and the rest compared.
+    Exit code 3: samples were broken or incomplete; the command lists them and compares the others.
     """
     from lm_eval_bh.analysis.compare.two_runs import compare_runs
 
@@ -61,7 +65,7 @@ def compare(
         "resamples": resamples,
         "seed": seed,
     }
-    found = compare_runs(a, b, tasks=task or (), **settings)  # type: ignore[arg-type]
+    found = compare_runs(a, b, tasks=words(tasks or ()), **settings)  # type: ignore[arg-type]
     for letter, path, name in zip("AB", (a, b), found.names, strict=True):
         say(f"{letter}: {name} ({path})")
     for name, rows in found.table.groupby("task", sort=False):

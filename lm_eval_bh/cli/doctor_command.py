@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lm_eval_bh.cli.examples import examples
+from lm_eval_bh.cli.former_names import Commands
 from lm_eval_bh.cli.interrupts import NOTHING_HALF_WRITTEN, on_interrupt
 from lm_eval_bh.cli.printing import say, show
 from lm_eval_bh.errors import ParameterError
@@ -19,22 +21,35 @@ if TYPE_CHECKING:
     from lm_eval_bh.doctor.finding import Finding
 
 
-def doctor(
-    pretrained: Annotated[
-        str | None, typer.Option(help="Also say what this model would get: hub name or folder.")
+doctor = typer.Typer(cls=Commands)
+
+
+@doctor.callback(invoke_without_command=True, epilog=examples("doctor"))
+def check(
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "--pretrained",
+            help="Also check this model, by its name on the hub or folder.",
+        ),
     ] = None,
     policy: Annotated[
-        Path | None, typer.Option(help="Also say whether this policy fits the model.")
+        Path | None, typer.Option(help="Also check whether this policy fits the model.")
     ] = None,
 ) -> None:
-    """Check versions, lm_eval, devices, the hub, caches, and what a model would get.
+    """Check versions, lm_eval, devices, the hub, caches, and a model.
 
-    Nothing is downloaded or written. Exit code 1: something will not work.
+    For a model, doctor names its routers, and the null model and policy that it would use. doctor
+    downloads and writes nothing. Exit code 1: something will not work.
     """
-    if policy is not None and pretrained is None:
-        raise ParameterError("--policy needs --pretrained, the model to hold it against.")
+    if context.invoked_subcommand is not None:
+        return
+    if policy is not None and model is None:
+        raise ParameterError("--policy needs --model, the model that the policy is for.")
     with on_interrupt(NOTHING_HALF_WRITTEN):
-        findings = list(_findings(pretrained, policy))
+        findings = list(_findings(model, policy))
     show(_table(findings))
     for finding in findings:
         if finding.remedy:
@@ -45,7 +60,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _findings(pretrained: str | None, policy: Path | None) -> Iterator[Finding]:
+def _findings(model: str | None, policy: Path | None) -> Iterator[Finding]:
     from lm_eval_bh.doctor.companions import check_companions
     from lm_eval_bh.doctor.harness_check import check_harness
     from lm_eval_bh.doctor.machine import check_caches, check_devices, check_hub
@@ -58,10 +73,10 @@ def _findings(pretrained: str | None, policy: Path | None) -> Iterator[Finding]:
         return
     for check in (check_harness, check_devices, check_hub, check_caches):
         yield from check()
-    if pretrained is not None:
+    if model is not None:
         from lm_eval_bh.doctor.outlook import check_model
 
-        yield from check_model(pretrained, policy)
+        yield from check_model(model, policy)
 
 
 def _table(findings: list[Finding]) -> Table:

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from lm_eval_bh.cli.interrupts import NOTHING_HALF_WRITTEN, on_interrupt
-from lm_eval_bh.cli.patterns_command import file_of_model
+from lm_eval_bh.cli.model_files import file_of_model
+from lm_eval_bh.cli.options import Overwrite, TraceFormat
 from lm_eval_bh.cli.printing import say, warn
 from lm_eval_bh.files import check_output
 from lm_eval_bh.schema import read_json
@@ -22,30 +23,34 @@ def import_routing(
     sources: Annotated[
         list[Path], typer.Argument(help="Traces, or folders of them, all of one model.")
     ],
-    output: Annotated[Path, typer.Option(help="Folder to make.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "--output", help="Folder to write.")],
     engine: Annotated[
-        str | None,
-        typer.Option("--format", help="vllm, sglang, megatron or csv; default: by the file."),
+        TraceFormat | None,
+        typer.Option("--format", help="Format of the traces; default: by the file."),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="Hub name or folder of the model, for its tokenizer and experts.")
+        str,
+        typer.Option(help="Name on the hub or folder of the model: its tokenizer and experts."),
     ] = "unknown",
     num_experts: Annotated[
         int | None,
-        typer.Option(min=1, help="Of a layer; default: the model's, else the highest seen."),
+        typer.Option(
+            min=1, help="Experts of a layer; default: the model's, else the highest seen."
+        ),
     ] = None,
-    task: Annotated[str, typer.Option(help="What to call the texts.")] = "imported",
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the folder of an earlier import.")
-    ] = False,
+    task: Annotated[
+        str, typer.Option(help="Name of the task under which tables list the texts.")
+    ] = "imported",
+    overwrite: Overwrite = False,
 ) -> None:
-    """Turn expert traces of vLLM, SGLang, Megatron or a CSV into a run for aggregate and patterns.
+    """Turn expert traces of vLLM, SGLang, Megatron or a CSV into a run for aggregate and report.
 
     vLLM: responses of its server or of run-batch with routed_experts (.json, .jsonl), or one array
     (.npy). SGLang: its expert distribution record per token (.pt). Megatron: its router trace
     (.jsonl). CSV: the columns document, token, layer, expert, and weight and token_id where known.
 
-    What was skipped, aligned or taken for an engine's filler is said here, and as notes of the run.
+    import-routing prints what it skipped, aligned or took for an engine's filler, and keeps this as
+    notes of the run.
     """
     with on_interrupt(NOTHING_HALF_WRITTEN):
         from lm_eval_bh.traces.filler import without_filler
@@ -54,7 +59,7 @@ def import_routing(
         from lm_eval_bh.traces.read_trace import by_format, read_traces, trace_files
         from lm_eval_bh.traces.trace_run import TraceSource, write_trace
 
-        check_output(output, "--output", folder=True)
+        check_output(output_dir, "--output-dir", folder=True)
         notes = Notes()
         files = by_format(trace_files(sources, notes), engine)
         config = _config(model)
@@ -63,7 +68,7 @@ def import_routing(
             num_experts = next((n for n in found if type(n) is int and n > 0), None)
         documents = without_filler(partial(read_traces, files), layers_with_router(config), notes)
         source = TraceSource(" and ".join(files), model, task, num_experts, config)
-        counters = write_trace(documents, source, output, notes, force=force)
+        counters = write_trace(documents, source, output_dir, notes, force=overwrite)
     low, high = counters.extremes
     say(
         f"{counters.documents} documents, {counters.tokens} tokens, {len(counters.layers)} layers, "
@@ -71,7 +76,7 @@ def import_routing(
     )
     for note in notes:
         warn(f"note: {note}")
-    say(f"Written to {output}: aggregate, plot, report and patterns read it.")
+    say(f"Written to {output_dir}: aggregate and report read it.")
 
 
 def _config(model: str) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lm_eval_bh.cli.interrupts import on_interrupt
-from lm_eval_bh.cli.options import BatchSize, Device, Dtype, Length
+from lm_eval_bh.cli.options import BatchSize, Device, Dtype, OptionalModel, Window
 from lm_eval_bh.cli.printing import say, say_written, show, warn
 from lm_eval_bh.cli.tune_command import MEASUREMENTS_KEPT
 from lm_eval_bh.cli.word_lists import numbers
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.files import check_output, write_text
-from lm_eval_bh.resources import MODELS, model_path
+from lm_eval_bh.resources import model_path
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,19 +25,12 @@ MOST_CALIBRATION = 65536
 
 
 def league(
-    pretrained: Annotated[
-        str | None,
-        typer.Option(
-            "--pretrained",
-            "--model",
-            help=f"Hub name or folder of the model, {' or '.join(MODELS)}.",
-        ),
-    ] = None,
+    pretrained: OptionalModel = None,
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder for the tables, and what was measured.")
     ] = None,
     targets: Annotated[
-        str | None, typer.Option(help="Mean numbers of experts a token, joined by commas.")
+        str | None, typer.Option(help="Mean numbers of experts per token, joined by commas.")
     ] = None,
     methods: Annotated[
         str,
@@ -49,7 +42,10 @@ def league(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Text file, one document per paragraph, cut into three parts; default: WikiText-2."
+            "--text-file",
+            "--text",
+            help="Text file, one document per paragraph, cut into three parts; default: "
+            "WikiText-2.",
         ),
     ] = None,
     unseen: Annotated[
@@ -62,7 +58,7 @@ def league(
             help=f"Tokens of unseen text to score, and, up to {MOST_CALIBRATION}, to calibrate on.",
         ),
     ] = 32768,
-    length: Length = 512,
+    length: Window = 512,
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -75,7 +71,7 @@ def league(
     if check is not None:
         _check(check)
         return
-    given = {"--pretrained": pretrained, "--output-dir": output_dir, "--targets": targets}
+    given = {"--model": pretrained, "--output-dir": output_dir, "--targets": targets}
     if missing := [name for name, value in given.items() if value is None]:
         raise ParameterError(
             f"league needs {' and '.join(missing)}: give them, or --check with a file alone."

@@ -1,9 +1,13 @@
-"""Arguments and options that several subcommands share."""
+"""Arguments and options of subcommands: what several of them share is declared here, once.
+
+Names behind the first of an option are former ones, see ``former_names.py``. Lists are words joined
+by commas, and their option may be repeated.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,40 +22,126 @@ if TYPE_CHECKING:
 INCOMPLETE = 3  # exit code if files were left out
 LARGEST_SEED = 2**32 - 1  # that numpy takes
 
-# Of a model that is run: calibrate and analyze.
-Pretrained = Annotated[
-    str, typer.Option(help=f"Hub name or folder of the model, {' or '.join(MODELS)}.")
+# Values of options, spelt out so that help and completion know them without loading what takes
+# them; tests/cli/test_options.py compares both.
+DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+StatisticName = Literal["logit", "weight", "contribution", "benefit", "predicted"]
+ScopeName = Literal["layer", "expert", "model"]
+SourceName = Literal["all", "unselected"]
+KernelName = Literal["gaussian", "epanechnikov", "tophat", "linear"]
+LogLevel = Literal["off", "summary", "samples", "full"]
+SweepPreset = Literal["quick", "seeds", "full"]
+TunePreset = Literal["search", "winner"]
+BaselineName = Literal["native", "max_k"]
+EngineName = Literal["hf", "vllm", "vllm-plugin"]
+TargetName = Literal["hf", "vllm", "llama.cpp"]
+TraceFormat = Literal["vllm", "sglang", "megatron", "csv"]
+ShippedName = Literal["tiny-olmoe", "tiny-glm", "tasks", "kde_models"]
+PanelName = Literal[
+    "perplexity",
+    "accuracy",
+    "experts",
+    "heatmap",
+    "pareto",
+    "constraints",
+    "utilization",
+    "layers",
+    "speed",
 ]
-Length = Annotated[int, typer.Option(min=1, help="Window length in tokens.")]
+
+# The model, and where and how it runs.
+_MODEL = f"Name on the hub or folder of the model, {' or '.join(MODELS)}"
+Model = Annotated[str, typer.Option("--model", "--pretrained", help=f"{_MODEL}.")]
+OptionalModel = Annotated[str | None, typer.Option("--model", "--pretrained", help=f"{_MODEL}.")]
+ModelOfPolicy = Annotated[
+    str | None,
+    typer.Option("--model", "--pretrained", help=f"{_MODEL}; default: the policy's model."),
+]
+ModelArgs = Annotated[
+    str | None,
+    typer.Option(help="Further arguments of hf-bh, as lm_eval takes them: alpha=0.4,max_k=8."),
+]
+Dtype = Annotated[DtypeName, typer.Option(help="Type of the weights; auto: as they are stored.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: cuda, else cpu.")]
+
+# The text that it reads. Only view has texts short enough for the command line.
+_TEXT = "UTF-8 text, documents separated by empty lines; default: "
+TRAINING_TEXT = f"{_TEXT}WikiText-2's training text."
+THREE_TEXTS = (
+    f"{_TEXT}WikiText-2. tune calibrates on the first part (training), chooses on the second "
+    "(validation) and confirms on the third (test)."
+)
+Window = Annotated[
+    int, typer.Option("--window", "--length", min=1, help="Tokens in a window of text.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows in a batch.")]
-Statistic = Annotated[str, typer.Option(help="logit, weight, contribution, benefit or predicted.")]
+
+# Null models.
+NULL = "Null model"
+Statistic = Annotated[
+    StatisticName, typer.Option(help="Score of an expert to test.", rich_help_panel=NULL)
+]
 NullScope = Annotated[
-    str,
+    ScopeName,
     typer.Option(
-        "--null-scope", "--null", help="What one null distribution is of: layer, expert or model."
+        "--null-scope",
+        "--null",
+        help="Fit one null distribution per layer, expert or model.",
+        rich_help_panel=NULL,
     ),
 ]
 NullFrom = Annotated[
-    str, typer.Option(help="all experts, or those below the native top-k: unselected.")
+    SourceName,
+    typer.Option(
+        help="Fit it to all experts, or to those below the native top-k.", rich_help_panel=NULL
+    ),
 ]
-Dtype = Annotated[str, typer.Option(help="auto (the model's own), float32, bfloat16, float16.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: cuda, else cpu.")]
 
-# Of finished runs: aggregate, plot, report and patterns.
+# Finished runs.
 Folders = Annotated[
     list[Path], typer.Argument(help="Folders that lm_eval --output_path or a sweep wrote to.")
 ]
 OutputDir = Annotated[
     Path | None, typer.Option(help="Folder to write to; default: the first folder.")
 ]
-Force = Annotated[
-    bool, typer.Option("--force", help="Keep runs that cannot be compared, in separate groups.")
+KeepGroups = Annotated[
+    bool,
+    typer.Option(
+        "--keep-groups", "--force", help="Keep runs that cannot be compared, in separate groups."
+    ),
 ]
 Margin = Annotated[float, typer.Option(help="Relative difference of perplexity to ignore.")]
 AccuracyMargin = Annotated[float, typer.Option(help="Difference of accuracy to ignore.")]
 Confidence = Annotated[float, typer.Option(help="Confidence of the intervals.")]
-Resamples = Annotated[int, typer.Option(help="Bootstrap resamples.")]
-Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the bootstrap.")]
+Resamples = Annotated[int, typer.Option(help="Number of bootstrap resamples.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of everything drawn at random.")
+]
+
+# Files that are there already.
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", "--force", help="Replace what is there already.")
+]
+
+
+def joined_arguments(model_args: str | None, **options: str | None) -> str:
+    """Return --model-args with the options that name one of them: pretrained, dtype, device.
+
+    Raises
+    ------
+    ParameterError
+        If one is given in both ways.
+    """
+    text = model_args or ""
+    inside = {part.partition("=")[0].strip() for part in text.split(",")}
+    given = {name: value for name, value in options.items() if value not in (None, "auto")}
+    for name in given:
+        if name in inside:
+            option = "model" if name == "pretrained" else name
+            raise ParameterError(
+                f"{name} is given twice: use either --{option} or {name}= in --model-args."
+            )
+    return ",".join([*(f"{name}={value}" for name, value in given.items()), *filter(None, [text])])
 
 
 def home_of(source: Path) -> Path:

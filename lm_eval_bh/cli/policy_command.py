@@ -7,43 +7,60 @@ from typing import Annotated
 
 import typer
 
+from lm_eval_bh.cli.examples import examples
+from lm_eval_bh.cli.former_names import Command, Commands
 from lm_eval_bh.cli.interrupts import NOTHING_HALF_WRITTEN, on_interrupt
+from lm_eval_bh.cli.options import (
+    Device,
+    Dtype,
+    ModelArgs,
+    OptionalModel,
+    Overwrite,
+    joined_arguments,
+)
 from lm_eval_bh.cli.printing import say, show
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.files import check_output
 
-policy = typer.Typer()
+policy = typer.Typer(cls=Commands)
 
 
-@policy.callback(invoke_without_command=True)
+@policy.callback(invoke_without_command=True, epilog=examples("policy"))
 def write(
     context: typer.Context,
-    model_args: Annotated[
-        str | None,
-        typer.Option(help="As lm_eval takes them: pretrained=tiny-olmoe,alpha=0.4,max_k=8."),
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="File to write, *.safetensors.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+    model: OptionalModel = None,
+    model_args: ModelArgs = None,
+    output: Annotated[Path | None, typer.Option(help="A .safetensors file to write.")] = None,
+    overwrite: Overwrite = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
 ) -> None:
-    """Write the policy of a configuration, with what it calibrates and solves; or show one."""
+    """Write the policy of a configuration, with all that it calibrates and solves.
+
+    The subcommands show a policy, export it to other engines, and verify it there.
+    """
     if context.invoked_subcommand is not None:
         return
-    if model_args is None or output is None:
-        raise ParameterError("policy needs --model-args and --output: or use `policy show FILE`.")
+    if (model_args is None and model is None) or output is None:
+        raise ParameterError(
+            "policy needs --output and --model or --model-args to write one: "
+            "or use `policy show FILE`."
+        )
+    arguments = joined_arguments(model_args, pretrained=model, dtype=dtype, device=device)
     with on_interrupt(NOTHING_HALF_WRITTEN):
         check_output(output, "--output")
-        if output.exists() and not force:
-            raise ParameterError(f"--output {output} exists: use --force to replace it.")
+        if output.exists() and not overwrite:
+            raise ParameterError(f"--output {output} exists: use --overwrite to replace it.")
         from lm_eval_bh.harness.model import BHLM
 
-        model = BHLM.create_from_arg_string(model_args)
-        model.integration.policy(model_args=model_args).save(output)
+        loaded = BHLM.create_from_arg_string(arguments)
+        loaded.integration.policy(model_args=arguments).save(output)
     say(f"Written to {output}")
 
 
-@policy.command("show")
+@policy.command("show", cls=Command, epilog=examples("policy show"))
 def show_policy(file: Annotated[Path, typer.Argument(help="A policy file.")]) -> None:
-    """Print what a policy decides, for which model, and where it is from."""
+    """Print what a policy decides, for which model, and where it comes from."""
     from rich.table import Table
 
     from lm_eval_bh.routing.policy import Policy

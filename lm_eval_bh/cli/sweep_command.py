@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -10,9 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lm_eval_bh.cli.interrupts import EXPERIMENTS_KEPT, on_interrupt
-from lm_eval_bh.cli.options import LARGEST_SEED, Device
+from lm_eval_bh.cli.options import (
+    LARGEST_SEED,
+    Device,
+    Dtype,
+    LogLevel,
+    ModelArgs,
+    OptionalModel,
+    SweepPreset,
+    joined_arguments,
+)
 from lm_eval_bh.cli.printing import say, show
-from lm_eval_bh.cli.word_lists import numbers, words
+from lm_eval_bh.cli.word_lists import numbers, words_or_none
 from lm_eval_bh.files import check_output
 
 if TYPE_CHECKING:
@@ -27,54 +37,62 @@ MOST_REPEATS = 1000
 def sweep(
     output_dir: Annotated[Path, typer.Option(help="Folder of the sweep; run again to resume.")],
     preset: Annotated[
-        str | None,
+        SweepPreset | None,
         typer.Option(
-            help="quick (6 configurations of tiny-olmoe), seeds (4 baselines + 16 BH, x 3 tasks) "
-            "or full (seeds, and static top-2 to top-7)."
+            help="quick: 6 configurations of tiny-olmoe; seeds: 4 baselines and 16 of BH, on 3 "
+            "tasks; full: seeds, and static top-2 to top-7."
         ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file with the same keys; flags override it.")
     ] = None,
-    pretrained: Annotated[
-        str | None, typer.Option(help="Hub name or folder of the model, tiny-olmoe or tiny-glm.")
+    pretrained: OptionalModel = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="Tasks and tags: bh_suite,bh_demo.")
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Tasks and tags: bh_suite,bh_demo.")] = None,
     include_path: Annotated[
         Path | None, typer.Option(help="Folder of further tasks, as lm_eval --include_path.")
     ] = None,
-    baselines: Annotated[str | None, typer.Option(help="Static top-k baselines: 8,16.")] = None,
-    alphas: Annotated[str | None, typer.Option(help="Levels: 0.3,0.4.")] = None,
-    max_k: Annotated[str | None, typer.Option(help="Largest numbers of experts: 8,16.")] = None,
-    rules: Annotated[str | None, typer.Option(help="Selection rules: bh,by.")] = None,
-    policies: Annotated[
-        str | None, typer.Option(help="Policy files, or tiny-olmoe for the one that ships.")
+    baselines: Annotated[
+        list[str] | None, typer.Option(help="Static top-k baselines: 8,16.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Documents per task.")] = None,
+    alphas: Annotated[list[str] | None, typer.Option(help="Levels: 0.3,0.4.")] = None,
+    max_k: Annotated[
+        list[str] | None, typer.Option(help="Largest numbers of experts: 8,16.")
+    ] = None,
+    rules: Annotated[list[str] | None, typer.Option(help="Selection rules: bh,by.")] = None,
+    policies: Annotated[
+        list[str] | None, typer.Option(help="Policy files, or tiny-olmoe, which ships.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Number of documents per task.")] = None,
     batch_size: Annotated[str | None, typer.Option(help="An integer, or auto.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=LARGEST_SEED, help="All seeds of lm-eval.")
+        int | None, typer.Option(min=0, max=LARGEST_SEED, help="Value of all seeds of lm-eval.")
     ] = None,
-    log_routing: Annotated[str | None, typer.Option(help="off, summary, samples or full.")] = None,
+    log_routing: Annotated[
+        LogLevel | None, typer.Option(help="How much of the routing to keep; default: summary.")
+    ] = None,
     log_samples: Annotated[
-        int | None, typer.Option(help="Documents per task whose routing is kept as JSON.")
+        int | None, typer.Option(help="Number of documents per task whose routing is kept as JSON.")
     ] = None,
-    model_args: Annotated[
-        str | None, typer.Option(help="Further arguments of hf-bh: dtype=float32,kde=FILE.")
-    ] = None,
+    model_args: ModelArgs = None,
+    dtype: Dtype = "auto",
     device: Device = None,
     repeat: Annotated[
         int,
         typer.Option(
-            min=1, max=MOST_REPEATS, help="Runs of everything; two measure the stability metrics."
+            min=1,
+            max=MOST_REPEATS,
+            help="Times to run everything; tables need two to measure stability.",
         ),
     ] = 1,
     shard: Annotated[
-        str | None, typer.Option(help="i/n: run only every n-th experiment, for a job array.")
+        str | None,
+        typer.Option(help="i/n: run only every n-th experiment, as one job of an array."),
     ] = None,
     ray: Annotated[
         str | None,
-        typer.Option(help="Address of a Ray cluster, or local.", metavar="ADDRESS|local"),
+        typer.Option(help="Run on the Ray cluster at this address.", metavar="ADDRESS|local"),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Workers on Ray; default: one per GPU.")
@@ -88,7 +106,10 @@ def sweep(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
 ) -> None:
-    """Run a grid of routing configurations on tasks, with one loaded model; resume by repeating."""
+    """Run a grid of routing configurations on tasks, with one loaded model.
+
+    The same command run again resumes the sweep.
+    """
     with on_interrupt(EXPERIMENTS_KEPT):
         from lm_eval_bh.harness.sweep.local import end_processes
         from lm_eval_bh.harness.sweep.runner import first_process, plan, run
@@ -100,12 +121,12 @@ def sweep(
             config,
             {
                 "pretrained": pretrained,
-                "tasks": None if tasks is None else words(tasks),
-                "baselines": None if baselines is None else numbers("baselines", baselines, int),
-                "alphas": None if alphas is None else numbers("alphas", alphas, float),
-                "max_k": None if max_k is None else numbers("max-k", max_k, int),
-                "rules": None if rules is None else words(rules),
-                "policies": None if policies is None else words(policies),
+                "tasks": words_or_none(tasks),
+                "baselines": numbers("baselines", baselines, int) if baselines else None,
+                "alphas": numbers("alphas", alphas, float) if alphas else None,
+                "max_k": numbers("max-k", max_k, int) if max_k else None,
+                "rules": words_or_none(rules),
+                "policies": words_or_none(policies),
                 "limit": limit,
                 "batch_size": _number_or_word(batch_size),
                 "seed": seed,
@@ -115,6 +136,9 @@ def sweep(
                 "include_path": None if include_path is None else str(include_path),
             },
         )
+        if joined_arguments(model_args, dtype=dtype) != (model_args or ""):
+            routed = {**settings.model_args, "dtype": dtype}
+            settings = dataclasses.replace(settings, model_args=routed)
         check_output(output_dir, "--output-dir", folder=True)
         if ray is None:  # a cluster has devices of its own
             placement(device)
@@ -133,7 +157,7 @@ def sweep(
                 say(
                     f"Speeds are in {phase.file}."
                     if alone
-                    else "Speed was not measured: that takes one process with all experiments; "
+                    else "The sweep measures speed only in one process with all experiments: "
                     "run the same command without --shard or --ray for it."
                 )
             _say_done(todo, output_dir)
@@ -147,7 +171,7 @@ def _speed_phase(
     preset: str | None,
     config: Path | None,
 ) -> SweepSpeed | None:
-    """Return the speed phase that is asked for, or that a preset has unless told otherwise."""
+    """Return the speed phase if --speed or a preset asks for one, and --no-speed does not."""
     if wanted is False:
         return None
     from lm_eval_bh.harness.sweep.settings_file import read_settings
@@ -185,7 +209,7 @@ def _show_plan(todo: Plan, every: bool) -> None:
         + (
             "the first will show how long they take."
             if left is None
-            else f"about {timedelta(seconds=round(left))}, judged by those that are done."
+            else f"about {timedelta(seconds=round(left))} to go, judging by those that are done."
         )
     )
 

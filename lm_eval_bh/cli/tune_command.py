@@ -8,8 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lm_eval_bh.cli.interrupts import on_interrupt
-from lm_eval_bh.cli.options import BatchSize, Device, Dtype, Length, Pretrained, share_of
+from lm_eval_bh.cli.options import (
+    NULL,
+    THREE_TEXTS,
+    BatchSize,
+    Device,
+    Dtype,
+    Model,
+    NullFrom,
+    NullScope,
+    Statistic,
+    TunePreset,
+    Window,
+    share_of,
+)
 from lm_eval_bh.cli.printing import say, say_written, show, warn
+from lm_eval_bh.cli.tune_preview import preview as preview_grid
 from lm_eval_bh.cli.tuned_tasks import compare_tasks
 from lm_eval_bh.cli.word_lists import words
 from lm_eval_bh.errors import ParameterError
@@ -22,29 +36,30 @@ if TYPE_CHECKING:
 MEASUREMENTS_KEPT = "what was measured is kept; run the same command again to continue"
 
 
+# Options that only a preview reads are in its panel of the help and in that of null models.
+PREVIEW = "With --preview"
+
+
 def tune(
-    pretrained: Pretrained,
+    context: typer.Context,
+    pretrained: Model,
     output_dir: Annotated[
-        Path, typer.Option(help="Folder for the policy, the page, and what was measured.")
-    ],
+        Path | None, typer.Option(help="Folder for the policy, the page and the measurements.")
+    ] = None,
     target_experts: Annotated[
-        float | None, typer.Option(help="Mean number of experts a token.")
+        float | None, typer.Option(help="Goal: this mean number of experts per token.")
     ] = None,
     max_loss: Annotated[
         str | None,
-        typer.Option(help="Fewest experts within this loss of perplexity: 1% or 0.01."),
-    ] = None,
-    preset: Annotated[
-        str, typer.Option(help="search, or winner: the recipe that won on tiny-olmoe, no search.")
-    ] = "search",
-    text: Annotated[
-        Path | None,
         typer.Option(
-            help="Text file, one document per paragraph, cut into three parts; default: "
-            "WikiText-2, to calibrate on its training, choose on its validation and confirm on its "
-            "test text."
+            help="Goal: the fewest experts that raise the perplexity by at most this: 1% or 0.01."
         ),
     ] = None,
+    preset: Annotated[
+        TunePreset,
+        typer.Option(help="winner skips the search and takes what won on tiny-olmoe."),
+    ] = "search",
+    text: Annotated[Path | None, typer.Option("--text-file", "--text", help=THREE_TEXTS)] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")] = 65536,
     tokens_per_document: Annotated[
         int, typer.Option(min=1, help="Tokens of each document to choose on.")
@@ -57,12 +72,91 @@ def tune(
         float, typer.Option(min=0, max=1, help="Loss of accuracy on --tasks that does not matter.")
     ] = 0.01,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each of --tasks.")] = None,
-    length: Length = 512,
+    length: Window = 512,
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
     device: Device = None,
+    preview: Annotated[
+        bool,
+        typer.Option(
+            "--preview",
+            help="Only show what a grid of rules, levels and max_k would select, from one pass of "
+            "the unchanged model.",
+        ),
+    ] = False,
+    rules: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Preview of rules, joined by commas; default: topk,bh.", rich_help_panel=PREVIEW
+        ),
+    ] = None,
+    alphas: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Preview of levels, joined by commas; default: 0.3,0.4,0.5,0.6.",
+            rich_help_panel=PREVIEW,
+        ),
+    ] = None,
+    max_k: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Preview of largest numbers of experts; default: 8,16,32,64.",
+            rich_help_panel=PREVIEW,
+        ),
+    ] = None,
+    min_k: Annotated[
+        int,
+        typer.Option(help="Smallest number of experts in the preview.", rich_help_panel=PREVIEW),
+    ] = 1,
+    statistic: Statistic = "logit",
+    null_scope: NullScope = "layer",
+    null_from: NullFrom = "all",
+    null_model: Annotated[
+        str,
+        typer.Option(
+            "--null-model",
+            "--kde",
+            help="Null model of the preview: a file, or auto.",
+            rich_help_panel=NULL,
+        ),
+    ] = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Also write the preview to this JSON file.", rich_help_panel=PREVIEW),
+    ] = None,
 ) -> None:
-    """Find the policy that loses least at a mean number of experts, and confirm it."""
+    """Find the policy that loses least at a mean number of experts, and confirm it on unseen text.
+
+    With --preview, show what a grid of configurations would select instead.
+    """
+    if preview:
+        if target_experts is not None or max_loss is not None or output_dir is not None:
+            raise ParameterError(
+                "--preview has no goal and no folder: leave out --target-experts, --max-loss and "
+                "--output-dir, or --preview."
+            )
+        preview_grid(
+            pretrained,
+            rules=rules,
+            alphas=alphas,
+            max_k=max_k,
+            min_k=min_k,
+            statistic=statistic,
+            null_scope=null_scope,
+            null_from=null_from,
+            null_model=null_model,
+            output=output,
+            text=text,
+            tokens=tokens,
+            length=length,
+            batch=batch_size,
+            dtype=dtype,
+            device=device,
+        )
+        return
+    _refuse_without_preview(context)
+    if output_dir is None:
+        raise ParameterError("tune needs --output-dir: name a folder for the policy.")
     loss = None if max_loss is None else share_of(max_loss, "--max-loss")
     if (target_experts is None) == (loss is None):
         raise ParameterError("tune needs one goal: use either --target-experts or --max-loss.")
@@ -117,6 +211,15 @@ def tune(
     say_written([output_dir / POLICY, *pages])
     for note in splits.notes:
         warn(f"note: {note}")
+
+
+def _refuse_without_preview(context: typer.Context) -> None:
+    """Raise a :class:`ParameterError` for an option that only a preview reads."""
+    for option in context.command.params:
+        panel = getattr(option, "rich_help_panel", None)
+        source = context.get_parameter_source(str(option.name))
+        if panel in (PREVIEW, NULL) and source is not None and source.name == "COMMANDLINE":
+            raise ParameterError(f"{option.opts[0]} needs --preview: tune tries rules by itself.")
 
 
 def _tasks(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""``lm-eval-bh verify``: compares a policy in an engine with the same policy in hf-bh."""
+"""``lm-eval-bh policy verify``: compares a policy in an engine with the same policy in hf-bh."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lm_eval_bh.cli.interrupts import NOTHING_HALF_WRITTEN, on_interrupt
+from lm_eval_bh.cli.options import EngineName, ModelOfPolicy
 from lm_eval_bh.cli.printing import show
 from lm_eval_bh.errors import ModelError, ParameterError
 from lm_eval_bh.resources import model_path
@@ -17,41 +18,44 @@ from lm_eval_bh.resources import model_path
 def verify(
     policy: Annotated[Path, typer.Argument(help="A policy file.")],
     engine: Annotated[
-        str,
-        typer.Option(help="hf, vllm (its transformers backend) or vllm-plugin (its own model)."),
+        EngineName,
+        typer.Option(
+            help="hf: transformers; vllm: its transformers backend; vllm-plugin: its own model."
+        ),
     ],
-    documents: Annotated[int, typer.Option(min=1, help="How many of the demo texts.")] = 50,
-    length: Annotated[int, typer.Option(min=2, help="Most tokens of a document.")] = 511,
-    pretrained: Annotated[
-        str | None, typer.Option(help="Hub name or folder of the model; default: the policy's.")
-    ] = None,
+    limit: Annotated[
+        int,
+        typer.Option("--limit", "--documents", min=1, help="Number of demo documents to score."),
+    ] = 50,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-tokens", "--length", min=2, help="Score at most this many per document."
+        ),
+    ] = 511,
+    model: ModelOfPolicy = None,
     python: Annotated[
-        str | None, typer.Option(help="Interpreter of the engine's environment; default: this one.")
+        str | None, typer.Option(help="Python of the engine's environment; default: this one.")
     ] = None,
     timeout: Annotated[
-        int, typer.Option(min=1, help="Seconds after which an engine that hangs is ended.")
+        int, typer.Option(min=1, help="Stop an engine that takes more seconds than this.")
     ] = 3600,
 ) -> None:
-    """Score documents in an engine and in hf-bh, in float32, and say how far they are apart."""
+    """Score documents in an engine and in hf-bh, in float32, and print how far they differ."""
     from rich.table import Table
     from transformers import AutoTokenizer
 
     from lm_eval_bh.export.checkpoint import Checkpoint
-    from lm_eval_bh.export.verification import check_engine
     from lm_eval_bh.export.verification import verify as compare
     from lm_eval_bh.harness.demo_texts import demo_documents
     from lm_eval_bh.routing.policy import Policy
 
-    check_engine(engine)
     loaded = Policy.load(policy)
-    name = pretrained or loaded.model
+    name = model or loaded.model
     if name is None:
-        raise ParameterError("The policy does not say what model it is for: give --pretrained.")
+        raise ParameterError("The policy does not say what model it is for: give --model.")
     with on_interrupt(NOTHING_HALF_WRITTEN):
-        checkpoint = Checkpoint.find(
-            model_path(name),
-            loaded.revision if pretrained is None else None,
-        )
+        checkpoint = Checkpoint.find(model_path(name), loaded.revision if model is None else None)
         try:
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
         except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -59,12 +63,12 @@ def verify(
             raise ModelError(
                 f"The tokenizer of {name!r} could not be loaded ({reason}): give a model with one."
             ) from error
-        longest = (checkpoint.config.get("max_position_embeddings") or length + 1) - 1
-        texts = [tokenizer(text).input_ids for text in demo_documents(documents)]
+        longest = (checkpoint.config.get("max_position_embeddings") or max_tokens + 1) - 1
+        texts = [tokenizer(text).input_ids for text in demo_documents(limit)]
         found = compare(
             loaded,
             checkpoint,
-            [ids[: min(length, longest)] for ids in texts if len(ids) > 1],
+            [ids[: min(max_tokens, longest)] for ids in texts if len(ids) > 1],
             engine=engine,
             name=name,
             python=python or sys.executable,
@@ -72,7 +76,7 @@ def verify(
             timeout=timeout,
         )
     table = Table(show_header=False, title=f"{policy.name} in {found.engine}, float32")
-    counts = "not told by the engine"
+    counts = "unknown: the engine reports none"
     if found.other_counts is not None:
         counts = "all equal" if not found.other_counts else f"{found.other_counts} differ"
     for row in (
@@ -81,7 +85,7 @@ def verify(
         ("largest difference of a log-probability", f"{found.largest:.2e}"),
         ("experts of each token in each layer", counts),
         ("mean experts in hf-bh", f"{found.mean_experts:.3f}"),
-        ("greedy continuation", "the same" if found.same_text else "another"),
+        ("greedy continuation", "the same" if found.same_text else "different"),
         ("tokens/s with the policy", f"{found.speed:,.0f}"),
         (f"tokens/s with the stock top-{loaded.native_top_k}", f"{found.stock_speed:,.0f}"),
     ):
@@ -89,6 +93,6 @@ def verify(
     show(table)
     if found.differences:
         raise ModelError(
-            f"{found.engine} does not do what hf-bh does ({'; '.join(found.differences)}): "
+            f"{found.engine} differs from hf-bh ({'; '.join(found.differences)}): "
             "do not serve this policy there."
         )

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lm_eval_bh.cli.interrupts import NOTHING_HALF_WRITTEN, on_interrupt
-from lm_eval_bh.cli.printing import say_written
+from lm_eval_bh.cli.model_files import find_tokenizer
+from lm_eval_bh.cli.options import Device, Dtype, ModelArgs, OptionalModel, joined_arguments
+from lm_eval_bh.cli.printing import say_written, warn
 from lm_eval_bh.errors import DataError, ParameterError
 from lm_eval_bh.files import check_output
 from lm_eval_bh.resources import DEFAULT_MODEL
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from lm_eval_bh.analysis.show.view_page import ViewRun, ViewText
 
 STDIN = Path("-")
-# Of a model's arguments, those that say which one it is, and not how it routes.
+# Arguments that say which model it is, and not how it routes.
 OF_MODEL = ("pretrained", "revision", "dtype", "device", "trust_remote_code", "tokenizer")
 
 
@@ -27,50 +29,68 @@ def view(
         list[Path] | None,
         typer.Argument(help="One or two finished runs of log_routing=full, instead of a model."),
     ] = None,
-    model_args: Annotated[
-        str | None,
-        typer.Option(help="As lm_eval takes them: pretrained=tiny-olmoe,alpha=0.4,max_k=8."),
-    ] = None,
+    model: OptionalModel = None,
+    model_args: ModelArgs = None,
     against: Annotated[
         str | None,
-        typer.Option(help="Another configuration, shown beside it: rule=topk,max_k=4."),
+        typer.Option(help="Another configuration to show beside it: rule=topk,max_k=4."),
     ] = None,
-    text: Annotated[
+    text: Annotated[str | None, typer.Option("--text", "--string", help="The text itself.")] = None,
+    text_file: Annotated[
         Path | None,
-        typer.Option(help="Text file, one document per paragraph, or -; default: a demo article."),
+        typer.Option(
+            help="UTF-8 text, documents separated by empty lines; - reads stdin; default: demo "
+            "articles."
+        ),
     ] = None,
-    string: Annotated[str | None, typer.Option(help="The text itself, instead of a file.")] = None,
-    task: Annotated[str | None, typer.Option(help="Of the runs; default: the first.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task of the runs; default: the first.")] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="tokenizer.json of the runs' model, if it is not found.")
+        Path | None, typer.Option(help="tokenizer.json of the runs' model, if view finds none.")
     ] = None,
     output: Annotated[Path, typer.Option(help="The .html file to write.")] = Path("view.html"),
-    documents: Annotated[int, typer.Option(min=1, help="How many documents, the first ones.")] = 3,
-    tokens: Annotated[int, typer.Option(min=2, help="Most tokens of each.")] = 256,
+    limit: Annotated[
+        int,
+        typer.Option("--limit", "--documents", min=1, help="Documents to show, the first ones."),
+    ] = 3,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-tokens", "--tokens", min=2, help="Show at most this many per document."
+        ),
+    ] = 256,
+    dtype: Dtype = "auto",
+    device: Device = None,
 ) -> None:
     """Show which experts serve each token of a text, layer by layer, on one HTML page.
 
-    The page loads nothing and can be mailed. --against needs only what differs from --model-args.
+    The page needs no other file, so it can be mailed. --against keeps the model of the first
+    configuration.
     """
     with on_interrupt(NOTHING_HALF_WRITTEN):
-        if bool(runs) == bool(model_args):
+        arguments = joined_arguments(model_args, pretrained=model, dtype=dtype, device=device)
+        if bool(runs) == bool(model or model_args):
             raise ParameterError(
-                "What to show is a model or runs: give either --model-args or one or two folders."
+                "view shows a model or finished runs: "
+                "give either --model or --model-args, or one or two folders."
             )
+        if text is not None and text_file is None and _names_file(text):
+            text_file, text = Path(text), None
         check_output(output, "--output")
         if runs:
-            _refuse_with_runs({"--against": against, "--text": text, "--string": string})
+            _refuse_with_runs({"--against": against, "--text": text, "--text-file": text_file})
             from lm_eval_bh.analysis.show.logged_texts import read_logged
 
-            found = read_logged(runs, task, documents, tokens, tokenizer, _find_tokenizer)
+            found = read_logged(runs, task, limit, max_tokens, tokenizer, find_tokenizer)
         else:
             for option, value in {"--task": task, "--tokenizer": tokenizer}.items():
                 if value is not None:
-                    raise ParameterError(f"{option} is of runs: leave it out with --model-args.")
-            configurations = [str(model_args)]
+                    raise ParameterError(
+                        f"{option} needs finished runs: leave it out with a model."
+                    )
+            configurations = [arguments]
             if against is not None:
-                configurations.append(_beside(str(model_args), against))
-            found = _routed(configurations, _paragraphs(text, string)[:documents], tokens)
+                configurations.append(_beside(arguments, against))
+            found = _routed(configurations, _paragraphs(text, text_file)[:limit], max_tokens)
         from lm_eval_bh.analysis.show.view_page import write_view
 
         say_written([write_view(output, f"Routing of {found[1][0]['model']}", *found)])
@@ -79,38 +99,45 @@ def view(
 def _refuse_with_runs(given: dict[str, object]) -> None:
     for option, value in given.items():
         if value is not None:
-            raise ParameterError(f"{option} needs --model-args: runs have texts of their own.")
+            raise ParameterError(
+                f"{option} needs a model, by --model: runs have texts of their own."
+            )
 
 
-def _find_tokenizer(results: Path) -> Path | None:
-    from lm_eval_bh.cli.patterns_command import find_tokenizer
+def _names_file(text: str) -> bool:
+    """Whether --text names a file, as it did up to release 0.2; a line says what to use now."""
+    try:
+        named = text == str(STDIN) or Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a null character
+        return False
+    if named:
+        warn("note: --text takes the text itself now: use --text-file for a file.")
+    return named
 
-    return find_tokenizer(results)
 
-
-def _paragraphs(text: Path | None, string: str | None) -> list[str]:
-    if text is not None and string is not None:
-        raise ParameterError("The text is given twice: give either --text or --string.")
-    if string is not None:
-        if not string.strip():
-            raise DataError("--string holds no text: give one that is not empty.")
-        return [string]
-    if text is None:
+def _paragraphs(text: str | None, text_file: Path | None) -> list[str]:
+    if text is not None and text_file is not None:
+        raise ParameterError("The text is given twice: give either --text or --text-file.")
+    if text is not None:
+        if not text.strip():
+            raise DataError("--text holds no text: give one that is not empty.")
+        return [text]
+    if text_file is None:
         from lm_eval_bh.harness.demo_texts import load_demo
 
         return [page.strip() for page in load_demo("wikitext")["test"]["page"]]
     from lm_eval_bh.policies.paragraphs import read_paragraphs, split_paragraphs
 
-    if text == STDIN:
+    if text_file == STDIN:
         try:
             found = split_paragraphs(sys.stdin.read())
         except ValueError as error:
             raise DataError(f"- could not be read ({error}): give a UTF-8 text.") from error
     else:
-        found = read_paragraphs(text)
+        found = read_paragraphs(text_file)
     found = [part.strip() for part in found]
     if not found:
-        raise DataError(f"{text} holds no text: give one that is not empty.")
+        raise DataError(f"{text_file} holds no text: give one that is not empty.")
     return found
 
 
@@ -143,7 +170,7 @@ def _routed(
         found = tokenized(model.tokenizer, ids)
         if texts and texts != found:
             raise ParameterError(
-                "The two models have different tokens, so nothing can stand side by side: "
+                "The two models have different tokens, so view cannot show them side by side: "
                 "leave pretrained out of --against."
             )
         texts = found

@@ -1,7 +1,8 @@
-"""Lists on the command line: words joined by commas."""
+"""Lists on the command line: words joined by commas, in an option that may be repeated."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lm_eval_bh.errors import ParameterError
@@ -9,13 +10,18 @@ from lm_eval_bh.errors import ParameterError
 SHOWN = 60  # characters of an option in a message
 
 
-def words(text: str) -> list[str]:
-    """Return the words of a comma-separated list."""
-    return [word.strip() for word in text.split(",") if word.strip()]
+def words(given: Sequence[str]) -> list[str]:
+    """Return the words of comma-separated lists."""
+    return [word.strip() for text in given for word in text.split(",") if word.strip()]
 
 
-def numbers(option: str, text: str, kind: type[float] | type[int]) -> list[Any]:
-    """Return the numbers of a comma-separated list.
+def words_or_none(given: Sequence[str] | None) -> list[str] | None:
+    """Return the words, or None if the option is not used."""
+    return words(given) if given else None
+
+
+def numbers(option: str, given: Sequence[str], kind: type[float] | type[int]) -> list[Any]:
+    """Return the numbers of comma-separated lists.
 
     Raises
     ------
@@ -23,9 +29,10 @@ def numbers(option: str, text: str, kind: type[float] | type[int]) -> list[Any]:
         If a word is not a number; the message names the option.
     """
     try:
-        return [kind(word) for word in words(text)]
+        return [kind(word) for word in words(given)]
     except ValueError as error:
         what, example = ("integers", "8,16") if kind is int else ("numbers", "0.3,0.4")
+        text = ",".join(given)
         found = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
         raise ParameterError(
             f"--{option} must be {what} joined by commas, not {found!r}; "

@@ -46,7 +46,7 @@ def check_harness() -> Iterator[Finding]:
             )
             found = json.loads(done.stdout.splitlines()[-1])
         except subprocess.CalledProcessError as error:
-            reason = (error.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            reason = (error.stderr.strip().splitlines() or ["no message"])[-1]
             yield Finding(
                 "lm_eval", f"cannot be imported: {reason}", PROBLEM, "pip install --upgrade lm-eval"
             )

@@ -45,11 +45,13 @@ def check_devices() -> Iterator[Finding]:
             "with a GPU, install the torch for it: pytorch.org/get-started",
         )
     if torch.backends.mps.is_available():
-        yield Finding("mps", "there is one", NOTE, "tested is the CPU: compare a few documents")
+        yield Finding(
+            "mps", "there is one", NOTE, "the tests run on the CPU: compare a few documents"
+        )
 
 
 def check_hub() -> Iterator[Finding]:
-    """Yield whether models and data sets can be had from the hub."""
+    """Yield whether the hub serves models and data sets."""
     from huggingface_hub import constants, get_session
 
     offline = [

@@ -26,7 +26,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def check_model(pretrained: str, policy: Path | None = None) -> Iterator[Finding]:
-    """Yield what a model is, and which null model and policy it would get.
+    """Yield what a model is, and which null model and policy hf-bh would use.
 
     Parameters
     ----------
@@ -57,12 +57,14 @@ def check_model(pretrained: str, policy: Path | None = None) -> Iterator[Finding
     yield Finding(
         "model",
         f"{pretrained}: {type(model).__name__}, {len(routers)} MoE layers, {first.num_experts} "
-        f"experts, {first.top_k} of them native",
+        f"experts, native top-{first.top_k}",
     )
     try:
         fingerprint = router_fingerprint(_weights(name, routers))
     except ModelError as error:
-        yield Finding("null model", str(error), NOTE, "run it: hf-bh finds out by itself")
+        yield Finding(
+            "null model", str(error), NOTE, "run the model: hf-bh then finds or calibrates one"
+        )
         return
     yield _null_model(pretrained, fingerprint)
     yield _policy(pretrained, fingerprint, policy)
@@ -82,13 +84,13 @@ def _null_model(pretrained: str, fingerprint: str) -> Finding:
         f"none is known for these routers ({fingerprint[:12]}): the first run calibrates one on "
         f"WikiText and keeps it as {cached_null(fingerprint)}",
         NOTE,
-        f"lm-eval-bh calibrate --pretrained {pretrained} does it beforehand, and checks it",
+        f"lm-eval-bh calibrate --model {pretrained} does it beforehand, and checks it",
     )
 
 
 def _policy(pretrained: str, fingerprint: str, path: Path | None) -> Finding:
     if path is None:
-        return Finding("policy", "none: --model_args decide, BH at alpha=0.4 where they do not")
+        return Finding("policy", "none: --model_args decide, by default BH at alpha=0.4")
     try:
         found = Policy.load(path)
         found.check(fingerprint, pretrained)

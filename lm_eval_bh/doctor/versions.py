@@ -71,7 +71,9 @@ def _check(requirement: Requirement, tested: str | None) -> Finding | None:
         return Finding(name, str(error), NOTE, f"pip install '{name}=={tested}' if it fails")
     if not requirement.specifier.contains(found, prereleases=True):
         remedy = f"pip install '{name}=={tested}'" if tested else f"pip install '{requirement}'"
-        return Finding(name, f"{found}, needed is {requirement.specifier}", PROBLEM, remedy)
+        return Finding(
+            name, f"{found}, but lm-eval-bh needs {requirement.specifier}", PROBLEM, remedy
+        )
     if tested is None or found.public == Version(tested).public:
         return None
     age = "newer" if found > Version(tested) else "older"

@@ -115,7 +115,7 @@ def check_folder(output: Path, force: bool) -> None:
     if not output.exists():
         return
     if not output.is_dir():
-        raise ParameterError(f"--output {output} is no folder: name a folder.")
+        raise ParameterError(f"--output-dir {output} is no folder: name a folder.")
     if not any(output.iterdir()):
         return
     try:
@@ -124,10 +124,11 @@ def check_folder(output: Path, force: bool) -> None:
         exported = False
     if not exported:
         raise ParameterError(
-            f"--output {output} holds something else than an exported model: name another folder."
+            f"--output-dir {output} holds something else than an exported model: "
+            "name another folder."
         )
     if not force:
-        raise ParameterError(f"--output {output} exists: use --force to replace it.")
+        raise ParameterError(f"--output-dir {output} exists: use --overwrite to replace it.")
 
 
 def check_apart(output: Path, checkpoint: Checkpoint, *others: Path) -> None:
@@ -148,14 +149,14 @@ def check_apart(output: Path, checkpoint: Checkpoint, *others: Path) -> None:
     for place in (output.absolute().parent.resolve() / output.name, output.resolve()):
         if _holds(source, place):
             raise ParameterError(
-                f"--output {output} is or lies in the folder of the model, {checkpoint.folder}: "
-                "name a folder outside."
+                f"--output-dir {output} is or lies in the folder of the model, "
+                f"{checkpoint.folder}: name a folder outside."
             )
         weights = [checkpoint.folder / name for name in sorted(set(checkpoint.places.values()))]
         for file in (source, *weights, *others):
             if _holds(place, file.resolve()):
                 raise ParameterError(
-                    f"--output {output} holds {file}, which the export is made from and would "
+                    f"--output-dir {output} holds {file}, which the export is made from and would "
                     "replace: name another folder."
                 )
 

@@ -278,7 +278,7 @@ def in_engine(
     except subprocess.TimeoutExpired as error:
         raise ModelError(
             f"The engine {engine} was ended because it had returned nothing after {timeout:g} "
-            "seconds: give it longer with --timeout, or fewer --documents."
+            "seconds: give it longer with --timeout, or a smaller --limit."
         ) from error
     if code == engine_scores.NOT_INSTALLED:
         raise ModelError(

@@ -39,6 +39,7 @@ from lm_eval_bh.harness.preflight import (
     check_names,
     check_routes,
     given_null_model,
+    say_download,
 )
 from lm_eval_bh.harness.quantized import take_quantization
 from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE, model_path
@@ -128,6 +129,7 @@ class BHLM(HFLM):
         name = (
             pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", "")
         )
+        say_download(pretrained)
         try:
             super().__init__(
                 pretrained=model_path(pretrained) if isinstance(pretrained, str) else pretrained,

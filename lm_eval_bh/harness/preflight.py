@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from lm_eval_bh.errors import ParameterError, did_you_mean
 from lm_eval_bh.harness.quantized import take_quantization
 from lm_eval_bh.logged_rows import find_log
-from lm_eval_bh.resources import model_path
+from lm_eval_bh.resources import DEFAULT_MODEL, TINY_OLMOE, model_path
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.declared import PARAMETERS
 from lm_eval_bh.routing.parameters import ALIASES
@@ -18,6 +19,7 @@ from lm_eval_bh.routing.patching.experts_switch import check_implementation
 from lm_eval_bh.routing.placement import placement
 from lm_eval_bh.routing.tables.null_model import NullModel
 
+WEIGHTS_INDEX = "model.safetensors.index.json"  # of a model whose weights are several files
 # What HFLM hands on to from_pretrained; any other name it does not know is a misspelling.
 FROM_PRETRAINED = frozenset(
     {
@@ -78,6 +80,20 @@ def check_routes(config: RoutingConfig) -> None:
     """
     if config.method.recorded and config.routes is not None:
         find_log(config.routes)
+
+
+def say_download(pretrained: object) -> None:
+    """Say on stderr how large hf-bh's own choice of a model is, if it is not on this machine."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if pretrained != DEFAULT_MODEL or constants.HF_HUB_OFFLINE:
+        return
+    if not isinstance(try_to_load_from_cache(DEFAULT_MODEL, WEIGHTS_INDEX), str):
+        print(
+            f"lm-eval-bh: {DEFAULT_MODEL} is not on this machine: it has 14 GB to download. "
+            f"pretrained={TINY_OLMOE} ships and needs no download.",
+            file=sys.stderr,
+        )
 
 
 def given_null_model(null_model: str | None) -> str | NullModel:

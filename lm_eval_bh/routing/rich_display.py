@@ -43,7 +43,7 @@ def selection_html(indices: Tensor, weights: Tensor, counts: Tensor) -> str:
         )
     ]
     number = len(counts)
-    mean = f", {float(counts.double().mean()):.2f} experts a token" if number else ""
+    mean = f", {float(counts.double().mean()):.2f} experts per token" if number else ""
     first = f"; the first {SHOWN}" if number > SHOWN else ""
     return html_table(
         ("token", "number", "experts (weights)"), rows, f"{number} tokens{mean}{first}"

@@ -97,8 +97,8 @@ def write_trace(
             *(path.name for path in folder.glob("results_*.json")),
         }
         if not (force and ours):
-            hint = "use --force to replace it" if ours and not force else "name another one"
-            raise ParameterError(f"--output {folder} exists and is not empty: {hint}.")
+            hint = "use --overwrite to replace it" if ours and not force else "name another one"
+            raise ParameterError(f"--output-dir {folder} exists and is not empty: {hint}.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         whole = Path(scratch) / "whole"

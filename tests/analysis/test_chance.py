@@ -17,14 +17,14 @@ def test_at_chance_where_the_binomial_interval_holds_it(right, chance):
 
 
 def test_where_nothing_can_be_guessed_only_zero_says_nothing():
-    assert note(0.0, 50, None) == "none right"
+    assert note(0.0, 50, None) == "all wrong"
     assert note(0.02, 50, None) is None
 
 
 def test_tables_say_so(write):
     write("bh", right=(0, 0, 0, 0))
     frame = load_experiments([write.folder]).frame.set_index("task")
-    assert frame.loc["bh_lambada", "accuracy_note"] == "none right"
+    assert frame.loc["bh_lambada", "accuracy_note"] == "all wrong"
     assert frame.loc["bh_hellaswag", "accuracy_note"] == "at chance"  # 0 of 4, with four choices
     assert frame.loc["bh_hellaswag", "chance_accuracy"] == 0.25
     assert frame.loc["bh_wikitext", ["accuracy_note", "chance_accuracy"]].isna().all()

@@ -55,8 +55,8 @@ def test_they_are_aggregated_beside_the_others(write, folders, run):
     write("ours", pretrained="tiny-olmoe", rule="topk", max_k=8)
     for name in ("static", "min_p", "top8"):
         write(name, model="vllm", change=by("vllm", folders / name))
-    for command in ("aggregate", "plot", "report"):
-        code, _, errors = run(command, write.folder)
+    for command in (["aggregate"], ["report", "--figure"], ["report"]):
+        code, _, errors = run(*command, write.folder)
         assert code == 0, errors
     frame = load_experiments([write.folder]).frame
     frame = frame[frame["task"].str.contains("wikitext")].set_index("strategy")

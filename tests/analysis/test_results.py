@@ -354,7 +354,7 @@ def test_what_cannot_be_compared_is_refused_or_kept_apart(write, name):
     assert said in message
     assert first.name in message
     assert str(other) in message
-    assert "--force" in message
+    assert "--keep-groups" in message
     loaded = load_experiments([write.folder], force=True)
     assert [len(group.files) for group in loaded.groups] == [2, 1]
     assert set(loaded.frame[loaded.frame["file"] == other.as_posix()]["group"]) == {2}

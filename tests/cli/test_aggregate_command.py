@@ -103,7 +103,7 @@ def test_what_cannot_be_compared_is_refused_or_kept_apart(run, write, runs):
     assert str(other) in err
     assert "max_length 64 and 32" in err
     assert not (runs / "bh_routing_results.csv").exists()
-    code, out, _ = run("aggregate", runs, "--force", "--no-figure", "--resamples", 99)
+    code, out, _ = run("aggregate", runs, "--keep-groups", "--no-figure", "--resamples", 99)
     assert code == 0
     assert f"{WIKITEXT}, group 2" in out
     assert run("plot", runs, "--panel", "heatmap")[0] == 0

@@ -52,11 +52,11 @@ def test_names_are_no_markup(run, runs, write, tmp_path):
     """Neither in tables nor in lines, and where a name is not UTF-8 it is shown escaped."""
     write("odd", alpha=0.5, pretrained="x/[/b]")
     folder = tmp_path / "a[red]b:smile:[/nothing]"
-    code, out, err = run("aggregate", runs, "--force", "--no-figure", "--output-dir", folder)
+    code, out, err = run("aggregate", runs, "--keep-groups", "--no-figure", "--output-dir", folder)
     assert code == 0, err
     assert f"Written to {folder}/bh_routing_results.csv" in out
     folder = os.fsdecode(bytes(tmp_path) + b"/caf\xe9\x1b[31m")
-    code, out, err = run("aggregate", runs, "--force", "--no-figure", "--output-dir", folder)
+    code, out, err = run("aggregate", runs, "--keep-groups", "--no-figure", "--output-dir", folder)
     assert code == 0, err
     assert "/caf\\udce9\\x1b[31m/bh_routing_results.csv" in out
 
@@ -64,15 +64,33 @@ def test_names_are_no_markup(run, runs, write, tmp_path):
 def test_a_title_with_markup_is_shown_as_it_is(run, tmp_path, tiny_model_folder, text):
     odd = tmp_path / "x[b]y[red]"
     odd.symlink_to(tiny_model_folder)
-    arguments = ("--text", text, "--tokens", 64, "--length", 64, "--rules", "topk", "--max-k", 8)
-    code, out, err = run("analyze", "--pretrained", odd, *arguments)
+    arguments = (
+        "--text-file",
+        text,
+        "--tokens",
+        64,
+        "--window",
+        64,
+        "--rules",
+        "topk",
+        "--max-k",
+        8,
+    )
+    code, out, err = run("tune", "--preview", "--model", odd, *arguments)
     assert code == 0, err
     assert "x[b]y[red]" in "".join(out.split())
 
 
 def test_an_error_after_loading_is_one_line(tmp_path):
     (tmp_path / "empty.txt").write_text("")
-    arguments = ["analyze", "--pretrained", "tiny-olmoe", "--text", tmp_path / "empty.txt"]
+    arguments = [
+        "tune",
+        "--preview",
+        "--model",
+        "tiny-olmoe",
+        "--text-file",
+        tmp_path / "empty.txt",
+    ]
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_DISABLE_PROGRESS_BARS"}
     done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 1
@@ -122,7 +140,7 @@ def test_ctrl_c_leaves_no_half_written_file(tmp_path):
     """While a model runs over more text than it can read meanwhile."""
     text, output = tmp_path / "text.txt", tmp_path / "x.safetensors"
     text.write_text("The tide is high , and the boats lie in the harbour .\n\n" * 40_000)
-    arguments = ["calibrate", "--pretrained", "tiny-olmoe", "--text", text, "--output", output]
+    arguments = ["calibrate", "--model", "tiny-olmoe", "--text-file", text, "--output", output]
     arguments += ["--tokens", 2_000_000]
     begun = time.monotonic()
     code, out, err = interrupted(arguments, lambda: time.monotonic() - begun > 12)

@@ -16,13 +16,13 @@ def test_calibrate_fits_checks_and_writes_a_null_model(run, tmp_path):
     output = tmp_path / "null.safetensors"
     code, out, _ = run(
         "calibrate",
-        "--pretrained",
+        "--model",
         "tiny-olmoe",
-        "--text",
+        "--text-file",
         text,
         "--tokens",
         2048,
-        "--length",
+        "--window",
         128,
         "--output",
         output,
@@ -43,8 +43,8 @@ def test_calibrate_fits_checks_and_writes_a_null_model(run, tmp_path):
 def test_calibrate_measures_contributions_and_draws_its_health(run, text, tmp_path):
     output, figure = tmp_path / "null.safetensors", tmp_path / "health.png"
     code, out, _ = run(
-        *("calibrate", "--pretrained", "tiny-olmoe", "--text", text, "--tokens", 1024),
-        *("--length", 128, "--statistic", "contribution", "--null", "expert", "--trim", 2),
+        *("calibrate", "--model", "tiny-olmoe", "--text-file", text, "--tokens", 1024),
+        *("--window", 128, "--statistic", "contribution", "--null-scope", "expert", "--trim", 2),
         *("--output", output, "--figure", figure),
     )
     assert code == 0
@@ -61,8 +61,8 @@ def test_calibrate_measures_contributions_and_draws_its_health(run, text, tmp_pa
 def test_calibrate_on_a_text_that_leaves_nothing_to_check_on(run, text, tmp_path):
     output = tmp_path / "null.safetensors"
     code, out, _ = run(
-        "calibrate", "--pretrained", "tiny-olmoe", "--text", text, "--output", output
+        "calibrate", "--model", "tiny-olmoe", "--text-file", text, "--output", output
     )
     assert code == 0
-    assert "so nothing was checked" in " ".join(out.split())
+    assert "so no check was possible" in " ".join(out.split())
     assert NullModel.load(output).header.health is None

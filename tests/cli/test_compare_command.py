@@ -30,7 +30,7 @@ def test_compare_prints_tables_and_verdicts(run, runs, tmp_path):
 def test_compare_writes_csv_of_one_task(run, runs, tmp_path):
     output = tmp_path / "c.csv"
     code, _, _ = run(
-        "compare", runs / "top4", runs / "bh", "--task", "bh_lambada", "--output", output
+        "compare", runs / "top4", runs / "bh", "--tasks", "bh_lambada", "--output", output
     )
     assert code == 0
     table = pd.read_csv(output)

@@ -10,12 +10,12 @@ from lm_eval_bh.cli.options import share_of
 from lm_eval_bh.cli.tuned_tasks import _row
 from lm_eval_bh.errors import ParameterError
 
-SIZES = ("--tokens", "2048", "--length", "64", "--tokens-per-document", "40", "--device", "cpu")
+SIZES = ("--tokens", "2048", "--window", "64", "--tokens-per-document", "40", "--device", "cpu")
 
 
 def test_it_writes_a_policy_a_page_and_a_figure(run, tmp_path, long_text):
     folder = tmp_path / "tuned"
-    arguments = ("tune", "--pretrained", "tiny-olmoe", "--preset", "winner", "--text", long_text)
+    arguments = ("tune", "--model", "tiny-olmoe", "--preset", "winner", "--text-file", long_text)
     goal = ("--target-experts", "4")
     tasks = ("--tasks", "bh_demo_hellaswag", "--limit", "4", "--accuracy-margin", "0.2")
     code, out, err = run(*arguments, *goal, "--output-dir", folder, *SIZES, *tasks)
@@ -59,7 +59,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     run, tmp_path, long_text, arguments, sentence
 ):
     folder = tmp_path / "tuned"
-    given = ("tune", "--pretrained", "tiny-olmoe", "--text", long_text, "--output-dir", folder)
+    given = ("tune", "--model", "tiny-olmoe", "--text-file", long_text, "--output-dir", folder)
     code, _, err = run(*given, *SIZES, *arguments)
     assert code == 1
     assert sentence in err

@@ -29,12 +29,12 @@ def by_subject(findings):
 @pytest.mark.slow
 def test_a_machine_on_which_all_works(run, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    code, out, err = run("doctor", "--pretrained", "tiny-olmoe")
+    code, out, err = run("doctor", "--model", "tiny-olmoe")
     assert (code, err) == (0, "")
     text = " ".join(out.split())
     assert "finds the model hf-bh" in text
     assert "bh_demo_wikitext" in text
-    assert "OlmoeForCausalLM, 4 MoE layers, 64 experts, 8 of them native" in text
+    assert "OlmoeForCausalLM, 4 MoE layers, 64 experts, native top-8" in text
     assert "offline, by HF_HUB_OFFLINE and HF_DATASETS_OFFLINE" in text
     assert out.splitlines()[-1].endswith(" 0 problem")
     assert list(tmp_path.iterdir()) == []  # nothing is written
@@ -42,7 +42,7 @@ def test_a_machine_on_which_all_works(run, monkeypatch, tmp_path):
 
 def test_the_exit_code_tells_of_a_problem(run, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(Path(sys.executable).with_name("no-python")))
-    code, out, _ = run("doctor", "--pretrained", "no/such-model")
+    code, out, _ = run("doctor", "--model", "no/such-model")
     assert code == 1
     assert "problem: model: download it, or check the name; tiny-olmoe ships." in out
     assert "problem: lm_eval: run lm_eval ls models." in out
@@ -65,7 +65,7 @@ def test_versions_are_held_against_the_constraints(monkeypatch):
     found = by_subject(check_versions())
     assert (found["filelock"].state, found["filelock"].found) == ("problem", "not installed")
     assert found["typer"].state == "problem"
-    assert found["typer"].found.startswith("0.1, needed is >=0.")
+    assert found["typer"].found.startswith("0.1, but lm-eval-bh needs >=0.")
     assert found["typer"].remedy.startswith("pip install 'typer==0.")
     assert (found["rich"].state, "newer than the tested" in found["rich"].found) == ("note", True)
     assert (found["jinja2"].state, "older than the tested" in found["jinja2"].found) == (
@@ -201,7 +201,7 @@ def test_the_null_model_that_a_model_gets(other):
     fingerprint = router_fingerprint(router.weight for router in find_routers(model))
     assert unknown.state == "note"
     assert str(cached_null(fingerprint)) in unknown.found  # the fingerprint is the whole model's
-    assert f"calibrate --pretrained {other}" in unknown.remedy
+    assert f"calibrate --model {other}" in unknown.remedy
 
 
 def test_the_policy_that_a_model_gets(run, other, tmp_path):

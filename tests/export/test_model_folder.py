@@ -216,7 +216,7 @@ def test_nothing_is_half_written(policies, tmp_path, monkeypatch):
 
 def test_what_is_replaced(policies, tmp_path):
     folder = export(policies, "bh", tmp_path / "out")
-    with pytest.raises(ParameterError, match="use --force"):
+    with pytest.raises(ParameterError, match="use --overwrite"):
         export(policies, "static", folder)
     export(policies, "static", folder, force=True)
     layers = json.loads((folder / "config.json").read_text())["adaptive_routing"]["layers"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -196,15 +199,35 @@ def test_a_null_model_of_another_model_is_refused(tmp_path, shared):
 
 
 @pytest.mark.slow
-def test_the_stock_command_understands_the_literal_line():
-    """Offline the real OLMoE cannot be had, so the line ends in our sentence: it was understood."""
+def test_the_stock_command_understands_the_literal_line(tmp_path):
+    """It says how much it will download before it asks the hub, which has nothing here."""
+    said = tmp_path / "stderr"
+    at_requests = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            at_requests.append(said.read_text())
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     line = "--model hf-bh --model_args alpha=0.4,max_k=8 --tasks lambada"
     command = [str(Path(sys.executable).with_name("lm_eval")), *line.split()]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    try:
+        with said.open("w") as errors:
+            run = subprocess.run(command, stderr=errors, env=os.environ | hub, timeout=300)
+    finally:
+        server.shutdown()
+        server.server_close()
     assert run.returncode == 1
-    last = run.stderr.strip().splitlines()[-1]
+    assert f"{DEFAULT_MODEL} is not on this machine: it has 14 GB to download" in at_requests[0]
+    last = said.read_text().strip().splitlines()[-1]
     assert last.startswith(f"lm-eval-bh: error: The model '{DEFAULT_MODEL}' could not be loaded")
-    assert "Traceback" not in run.stderr
+    assert "Traceback" not in said.read_text()
 
 
 def test_every_error_has_one_base():

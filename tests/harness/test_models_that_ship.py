@@ -129,11 +129,11 @@ def test_fewer_experts_of_tiny_glm_lose(evaluate):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_name_is_found_everywhere_a_folder_is(run, name):
     assert model_path(name) == str(of_folder(name))
-    assert run("path", name)[1].strip() == str(of_folder(name))
+    assert run("doctor", "path", name)[1].strip() == str(of_folder(name))
     assert one_name(f"/elsewhere/models/{name}") == name  # runs on the folder are runs on the name
     found = {finding.subject: finding for finding in check_model(name)}
     assert found["model"].found.startswith(f"{name}: ")
-    assert "4 MoE layers, 64 experts, 8 of them native" in found["model"].found
+    assert "4 MoE layers, 64 experts, native top-8" in found["model"].found
 
 
 def test_any_other_name_is_left_as_it_is():

@@ -37,7 +37,7 @@ def installed(tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_quick_start_shows_what_bh_costs_beside_static_top_k(installed):
+def test_the_quick_start_shows_the_policy_beside_static_top_k_and_bh(installed):
     for _ in range(2):  # a second time as well
         done = subprocess.run(
             ["bash", installed / "scripts" / "quickstart.sh"],
@@ -51,9 +51,14 @@ def test_the_quick_start_shows_what_bh_costs_beside_static_top_k(installed):
         shown = done.stdout
         assert "Installing" not in shown
         assert (
-            "$ lm_eval --model hf-bh --model_args pretrained=tiny-olmoe,alpha=0.4,max_k=8" in shown
+            shown.index(
+                "$ lm_eval --model hf-bh --model_args pretrained=tiny-olmoe,policy=tiny-olmoe"
+            )
+            < shown.index("pretrained=tiny-olmoe,rule=topk,max_k=4")
+            < shown.index("pretrained=tiny-olmoe,alpha=0.4,max_k=8")
         )
         assert "|bh_demo_wikitext|" in shown  # lm_eval's own table
+        assert "B against A: 1 better." in shown  # the policy, against static top-4
         tables = shown.split("$ lm-eval-bh aggregate runs/quickstart/sweep")[1]
         assert "Speed was measured" not in tables  # the sweep did it
         assert "not run" not in tables  # static top-k with as many experts stands beside all

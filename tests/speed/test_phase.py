@@ -135,8 +135,8 @@ def test_a_sweep_measures_once_and_aggregate_shows_the_ratio(run, tmp_path):
 
 
 def test_bench_prints_and_writes(run, tmp_path):
-    few = ["--rounds", 7, "--steps", 1, "--prompt", 2, "--batches", 1, "--documents", 2]
-    command = ["bench", "rule=topk,max_k=4", "--pretrained", "tiny-olmoe", "--tasks", TASK]
+    few = ["--rounds", 7, "--steps", 1, "--prompt", 2, "--batches", 1, "--limit", 2]
+    command = ["bench", "rule=topk,max_k=4", "--model", "tiny-olmoe", "--tasks", TASK]
     code, out, err = run(*command, *few, "--device", "cpu", "--output-dir", tmp_path)
     assert code == 0, err
     assert "top-4" in out

@@ -148,7 +148,7 @@ def test_every_field(run, tmp_path, name, place):
             continue
         if (place, change) in NOBODY_CAN_TELL:
             continue
-        found = imported(run, source, output, "--force")
+        found = imported(run, source, output, "--overwrite")
         same = (found.tokens, found.documents, found.layers, found.usage) == (
             whole.tokens,
             whole.documents,

@@ -38,7 +38,7 @@ def texts():
 
 def imported(run, source, output, *options):
     """Import a trace and return its log: (document, repeat, layer, position) -> row."""
-    code, out, err = run("import-routing", source, "--output", output, *options)
+    code, out, err = run("import-routing", source, "--output-dir", output, *options)
     assert code == 0, err
     assert f"Written to {output}" in out
     (part,) = output.rglob("part-*.parquet")
@@ -268,7 +268,7 @@ def test_metrics_are_those_of_the_trace(run, adaptive, tmp_path):
 def test_patterns_and_figures_of_an_import(run, adaptive, tmp_path):
     output = tmp_path / "out"
     imported(run, adaptive, output)
-    code, _, err = run("patterns", output)
+    code, _, err = run("report", output, "--patterns")
     assert code == 0, err
     documents = pd.read_csv(output / "patterns" / "documents.csv")
     assert (documents["tokens"] == 20).all()
@@ -278,12 +278,12 @@ def test_patterns_and_figures_of_an_import(run, adaptive, tmp_path):
     code, out, err = run("aggregate", output, "--no-figure")
     assert code == 0, err
     assert "as csv routed, max 4" in out
-    code, _, err = run("plot", output, "--panel", "layers", "--output", tmp_path / "layers.png")
+    code, _, err = run("report", output, "--panel", "layers", "--output", tmp_path / "layers.png")
     assert code == 0, err
     # Without token ids there are no tokens to tell of, and everything else is the same.
     pd.read_csv(adaptive).drop(columns="token_id").to_csv(adaptive, index=False)
     imported(run, adaptive, tmp_path / "without")
-    code, _, err = run("patterns", tmp_path / "without")
+    code, _, err = run("report", tmp_path / "without", "--patterns")
     assert code == 0, err
     without = pd.read_csv(tmp_path / "without" / "patterns" / "documents.csv")
     pd.testing.assert_frame_equal(without, documents)
@@ -393,7 +393,7 @@ def test_a_broken_trace_is_refused_in_one_sentence(run, tmp_path, monkeypatch, n
     monkeypatch.chdir(tmp_path)
     content, sentence = BROKEN[name]
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    code, out, err = run("import-routing", name, "--output", "out")
+    code, out, err = run("import-routing", name, "--output-dir", "out")
     assert (code, out) == (1, "")
     assert err.startswith("lm-eval-bh: error: ")
     assert err.count("\n") == 1
@@ -415,7 +415,7 @@ def test_a_broken_trace_is_refused_in_one_sentence(run, tmp_path, monkeypatch, n
 )
 def test_a_broken_record_of_sglang(run, texts, tmp_path, change, sentence):
     torch.save(sglang(texts, **change), tmp_path / "r.pt")
-    code, _, err = run("import-routing", tmp_path / "r.pt", "--output", tmp_path / "out")
+    code, _, err = run("import-routing", tmp_path / "r.pt", "--output-dir", tmp_path / "out")
     assert code == 1
     assert sentence in err
     assert not (tmp_path / "out").exists()
@@ -424,7 +424,7 @@ def test_a_broken_record_of_sglang(run, texts, tmp_path, change, sentence):
 def test_a_record_of_another_mode_of_sglang(run, tmp_path):
     for content in ({"logical_count": torch.zeros(1, 2)}, {"records": [{"rank": 0}]}, [1], 3):
         torch.save(content, tmp_path / "r.pt")
-        code, _, err = run("import-routing", tmp_path / "r.pt", "--output", tmp_path / "out")
+        code, _, err = run("import-routing", tmp_path / "r.pt", "--output-dir", tmp_path / "out")
         assert code == 1
         assert "--expert-distribution-recorder-mode per_token" in err
 
@@ -433,15 +433,15 @@ def test_what_is_there_stays(run, adaptive, tmp_path):
     output = tmp_path / "out"
     imported(run, adaptive, output)
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    code, _, err = run("import-routing", adaptive, "--output", output)
+    code, _, err = run("import-routing", adaptive, "--output-dir", output)
     assert code == 1
-    assert "exists and is not empty: use --force" in err
+    assert "exists and is not empty: use --overwrite" in err
     broken = tmp_path / "broken.csv"
     broken.write_text(CSV + "1,0,0,4\n2,0,0,4\n2,0,1,4\n")
-    code, *_ = run("import-routing", broken, "--output", output, "--force")
+    code, *_ = run("import-routing", broken, "--output-dir", output, "--overwrite")
     assert code == 1
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     (output / "mine.txt").write_text("mine")
-    code, _, err = run("import-routing", adaptive, "--output", output, "--force")
+    code, _, err = run("import-routing", adaptive, "--output-dir", output, "--overwrite")
     assert code == 1
     assert "name another one" in err

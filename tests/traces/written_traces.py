@@ -25,7 +25,7 @@ class Imported:
 def imported(run, sources, output, *options):
     """Import traces and return what the results file says; its notes are those of the terminal."""
     sources = sources if isinstance(sources, list) else [sources]
-    code, _, err = run("import-routing", *sources, "--output", output, *options)
+    code, _, err = run("import-routing", *sources, "--output-dir", output, *options)
     assert code == 0, err
     (file,) = output.glob("results_*.json")
     content = json.loads(file.read_text())
@@ -46,7 +46,7 @@ def imported(run, sources, output, *options):
 def refused(run, sources, output, *options):
     """Return the one sentence with which an import ends."""
     sources = sources if isinstance(sources, list) else [sources]
-    code, out, err = run("import-routing", *sources, "--output", output, *options)
+    code, out, err = run("import-routing", *sources, "--output-dir", output, *options)
     assert (code, out) == (1, "")
     assert err.startswith("lm-eval-bh: error: ")
     assert err.count("\n") == 1

@@ -124,13 +124,15 @@ def _recommend(
     rule = (
         f"The fewest experts whose perplexity is at most {100 * margin:g} % worse than that of the "
         f"model's own top-k: on every task that has a perplexity, the paired {100 * confidence:g} "
-        "% interval of the ratio must end there. Never an adaptive rule where a static top-k with "
-        "as many or fewer experts was measured to be better."
+        "% interval of the ratio must end there. An adaptive rule does not qualify where a static "
+        "top-k with as many or fewer experts measured better."
     )
     measured = rows[rows["mode"] != "analyze"]  # there the model's own k served
     tasks = tuple(sorted(measured.loc[_has_perplexity(measured), "task"].unique()))
     if not tasks:
-        return Recommendation(group, rule, None, "No task has a perplexity, so nothing is judged.")
+        return Recommendation(
+            group, rule, None, "No task has a perplexity, so there is no recommendation."
+        )
     judged = [
         _judge(some, compared, tasks, margin)
         for _, some in measured.groupby("configuration", sort=False)
@@ -160,7 +162,7 @@ def _judge(
     if math.isnan(candidate.experts):
         return replace(candidate, verdict="its number of experts is not known")
     if candidate.native:
-        verdict = "it is what the others are compared with"
+        verdict = "the others are compared with it"
         return replace(candidate, log_ratio=0.0, worst=1.0, qualifies=True, verdict=verdict)
     found = compared[
         compared["run_id"].isin(rows["run_id"])
@@ -209,11 +211,11 @@ def _sentence(chosen: Candidate | None, judged: list[Candidate]) -> str:
     native = next((candidate for candidate in judged if candidate.native), None)
     if native is None:
         return (
-            "No configuration qualifies, for want of the model's own top-k to compare with: "
+            "No configuration qualifies, because the model's own top-k is missing: "
             "run it too, with --log_samples."
         )
     if chosen is None:
-        return "There is nothing to choose from but the unmodified model: run --model hf-bh too."
+        return "The unchanged model is the only configuration: run --model hf-bh too."
     if chosen.native:
         return (
             f"No configuration with fewer experts qualifies: stay with {chosen.strategy}, "

@@ -52,11 +52,11 @@ def verdict_of(row: pd.Series, level: float, power: float) -> tuple[str | None, 
     shown = ""
     if not is_missing(row["detectable"]):
         shown = (
-            f"; with {100 * power:g} % power so many documents show differences from "
-            f"{size_of(row, row['detectable'])}"
+            f"; with {100 * power:g} % power this many documents show a difference of "
+            f"{size_of(row, row['detectable'])} or more"
         )
     if not is_missing(row["documents_needed"]):
-        shown += f", and one of this size needs {row['documents_needed']:,}"
+        shown += f", and a difference of the measured size needs {row['documents_needed']:,}"
     return "undecided", (
         f"{subject}: undecided: {size}, which shows neither a difference ({tests}) nor equivalence "
         f"within {within}{shown}."

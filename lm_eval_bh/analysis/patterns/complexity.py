@@ -129,7 +129,7 @@ def complexity(
             found = spearman_of_table(table)
             rows.append(found | {"task": task, "against": OF_TOKEN, "layer": layer, "unit": "nats"})
         if not tables:
-            reason = "no loss of a token was logged: run with log_routing=full"
+            reason = "no run logged the loss of tokens: run with log_routing=full"
             rows.append({"task": task, "against": OF_TOKEN, "n": 0, "reason": reason})
     often = tokens[tokens["occurrences"] >= OFTEN]
     found = spearman(often["occurrences"], often["mean_experts"])

@@ -141,7 +141,7 @@ def _read(loaded: Loaded, runs: dict[str, str], counts: Counts) -> Losses:
             for piece in pieces if not files else ():
                 counts.add(piece)
             counts.require_rows(place, folder)
-            known = {document: (loss, "nats a token") for document, loss in of_log.items()}
+            known = {document: (loss, "nats per token") for document, loss in of_log.items()}
             known = known or _losses_of_harness(loaded, run_id, task)
             losses |= {(task, document): loss for document, loss in known.items()}
     return losses
@@ -156,7 +156,7 @@ def _losses_of_harness(loaded: Loaded, run_id: str, task: str) -> dict[int, tupl
         if {"loglikelihood", unit} <= set(documents):
             loss = -documents["loglikelihood"] / documents[unit].where(documents[unit] > 0)
             return {
-                int(document): (float(value), f"nats a {unit.removesuffix('s')}")
+                int(document): (float(value), f"nats per {unit.removesuffix('s')}")
                 for document, value in loss.dropna().items()
             }
     return {}

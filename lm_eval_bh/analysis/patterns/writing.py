@@ -28,20 +28,20 @@ PICTURES = {
 LEVEL = 0.05  # of the p-values that the sentences count
 
 CAVEATS = """\
-- The loss of a document is one for its request. A multiple-choice task's loss is of its ending, its
-  experts are those of the whole text; of its requests the first is read, since all of a document
-  repeat its text.
-- The loss of a token is that of reading it, given the tokens before it, and its experts are those
-  that serve it; each layer is correlated by itself, with losses in steps of 0.02 nats. Tokens of
+- A document has one loss, that of its request. In a multiple-choice task the loss covers the ending
+  and the experts serve the whole text; the report reads the first request of each document, because
+  all of them repeat its text.
+- A token's loss is that of predicting it from the tokens before it, and its experts are those that
+  serve it. Each layer has a correlation of its own, with losses in steps of 0.02 nats. Tokens of
   one document are not independent, so these intervals are too narrow and p-values too small.
 - Correlations are Spearman's; tokens are correlated as types (each token id once, if it occurs at
   least five times). A correlation is not a cause: long documents, common words and easy texts go
   together.
-- Information is corrected for what chance gives, and p-values for the number of experts
-  (Benjamini-Hochberg). For tasks, chance is documents shuffled among the tasks. For token classes,
-  it is independent tokens, which those of one document are not quite: read small ones with care.
-- Clusters are of documents, by how often each expert serves their tokens; tasks play no part in
-  making them. A silhouette up to 0.25 means no substantial structure.
+- Information is corrected for chance, and p-values for the number of experts (Benjamini-Hochberg).
+  For tasks, chance means documents shuffled among the tasks. For token classes it means independent
+  tokens, and tokens of one document are not quite independent: read small values with care.
+- Clusters group documents by how often each expert serves their tokens, without looking at their
+  tasks. A silhouette up to 0.25 means no substantial structure.
 """
 
 
@@ -51,7 +51,7 @@ def write_patterns(
     """Write the patterns in the routing logs into the folder ``patterns``.
 
     Six tables, each over all configurations (``complexity.csv``, ``classes.csv``, ``tokens.csv``,
-    ``specialisation.csv``, ``documents.csv``, ``clusters.csv``), three pictures a configuration,
+    ``specialisation.csv``, ``documents.csv``, ``clusters.csv``), three pictures per configuration,
     and ``patterns.md``, which explains them.
 
     Parameters

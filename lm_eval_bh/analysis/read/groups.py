@@ -123,5 +123,5 @@ def difference(runs: Sequence[Run], groups: Sequence[Group], documents: Document
         lines[SHOWN_DIFFERENCES:] = [f"and {len(lines) - SHOWN_DIFFERENCES} more files differ too"]
     return (
         "These results cannot be compared: " + "; ".join(lines) + ". "
-        "Evaluate them alike, or keep them apart in groups with --force."
+        "Evaluate them alike, or keep them apart with --keep-groups."
     )

@@ -36,11 +36,11 @@ def overview(frame: pd.DataFrame, compared: pd.DataFrame, level: float) -> list[
     ]
     for table in tables[-1:]:
         table.caption = (
-            "In brackets: more or less than the baseline; * significant, = equivalent, both "
-            "corrected for all comparisons. (i): interpolated between two static top-k."
+            "In brackets: difference from the baseline (* significant, = equivalent, both "
+            "corrected for all comparisons). (i): interpolated between two static top-k."
             + (
-                " Times as fast: prefill, against the model as it is; an interval that holds 1 "
-                "shows no difference."
+                " Times as fast: prefill, against the unchanged model; an interval that contains "
+                "1 shows no difference."
                 if frame["speed_ratio"].notna().any()
                 else ""
             )

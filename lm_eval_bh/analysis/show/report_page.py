@@ -181,14 +181,14 @@ def _summary(frame: pd.DataFrame) -> list[str]:
         number = int((ahead < 0 if better == "lower" else ahead > 0).sum())
         if len(ahead):
             found.append(
-                f"Of {len(ahead)} adaptive experiments with a static top-k at the same mean number "
-                f"of experts beside them, {number} have the {better} {what}."
+                f"{len(ahead)} adaptive experiments have a static top-k at the same mean number of "
+                f"experts to compare with; {number} of them have the {better} {what}."
             )
     alone = int((adaptive["matched_by"].isna()).sum())
     if alone:
         found.append(
             f"{alone} adaptive experiments have no static top-k at the same mean number of experts "
-            "beside them: run rule=topk with a smaller and a larger max_k."
+            "to compare with: run rule=topk with a smaller and a larger max_k."
         )
     return found
 
@@ -249,7 +249,7 @@ def _nulls(contents: dict[str, dict[str, Any]], folder: Path) -> list[dict[str, 
 
 def _calibration(header: dict[str, Any]) -> str:
     """Return the command that calibrates the same null model into another file and checks it."""
-    words = ["lm-eval-bh", "calibrate", "--pretrained", header.get("model") or "MODEL"]
+    words = ["lm-eval-bh", "calibrate", "--model", header.get("model") or "MODEL"]
     for option in ("tokens", "kernel", "trim", "statistic"):
         if header.get(option) is not None:
             words += [f"--{option}", header[option]]

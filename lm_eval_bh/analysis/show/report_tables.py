@@ -108,13 +108,13 @@ def accuracy(row: pd.Series) -> Cell:
 RESULTS = {
     "experts": "mean experts per token over all layers",
     "perplexity": "per token, word, target or byte; lower is better",
-    "accuracy": "at chance: its binomial interval holds what guessing has",
+    "accuracy": "at chance: its binomial interval contains the accuracy of guessing",
     "static perplexity": "of static top-k at the same mean number of experts",
     "static accuracy": "of static top-k at the same mean number of experts",
     "static from": "measured, or interpolated between two measured k",
     "against static (%)": "perplexity; below 0 is better",
     "FLOPs saved (%)": "of the whole model, against its own top-k",
-    "times as fast": "prefill, against the model as it is; an interval that holds 1 shows nothing",
+    "times as fast": "prefill, against the unchanged model; an interval with 1 shows no difference",
     "decoding, times as fast": "one sequence, token by token",
     "ceiling (%)": "tokens with max_k experts",
     "floor (%)": "tokens with min_k experts",
@@ -167,10 +167,10 @@ def _how(row: pd.Series) -> str:
 
 SPEEDS = {
     "tokens/s": "median over rounds",
-    "ms a pass": "median over rounds; when decoding, a pass gives each sequence one token",
-    "times as fast": "against the model as it is in the same round, with its interval",
-    "verdict": "undecided where the interval holds 1",
-    "expert rows a token": "one expert applied to one token, as computed",
+    "ms per pass": "median over rounds; when decoding, a pass gives each sequence one token",
+    "times as fast": "against the unchanged model in the same round, with its interval",
+    "verdict": "undecided where the interval contains 1",
+    "expert rows per token": "one expert applied to one token, as computed",
     "times the floor": "the floor: arithmetic, or reading the weights that are needed",
 }
 
@@ -185,10 +185,10 @@ def speed_table(speeds: Sequence[SpeedFile]) -> Table:
             "task": Cell(row["task"]),
             "workload": Cell(row["workload"]),
             "tokens/s": number(row["tokens_per_second"], ",.0f"),
-            "ms a pass": number(row["ms_per_pass"], ".3g"),
+            "ms per pass": number(row["ms_per_pass"], ".3g"),
             "times as fast": interval(row, "ratio", ".2f"),
             "verdict": Cell(text_of(row["verdict"])),
-            "expert rows a token": number(row["expert_rows_per_token"], ".2f", counted),
+            "expert rows per token": number(row["expert_rows_per_token"], ".2f", counted),
             "times the floor": number(row["times_floor"], ".1f"),
         }
         rows.append(Row(cells, task=row["task"]))
@@ -198,7 +198,7 @@ def speed_table(speeds: Sequence[SpeedFile]) -> Table:
 COMPARISONS = {
     "difference": "value - baseline's, with its interval",
     "change (%)": "of a perplexity, with its interval",
-    "flips worse / better": "documents that only one of them got right",
+    "flips worse / better": "documents that only one of the two answers correctly",
     "p of a difference": "corrected for all rows by Benjamini-Hochberg",
     "p of equivalence": "two one-sided tests, corrected likewise",
     "equivalent": "the difference is within the margin",

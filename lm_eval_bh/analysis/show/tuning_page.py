@@ -63,9 +63,9 @@ def write_tuning_page(account: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def goal_of(account: Mapping[str, Any]) -> str:
-    """Return what was asked for, in words."""
+    """Return the goal of the search, in words."""
     if account["target_experts"] is not None:
-        return f"a mean of {account['target_experts']:g} experts a token"
+        return f"a mean of {account['target_experts']:g} experts per token"
     return (
         f"the fewest experts that cost at most {100 * account['max_loss']:g} % of perplexity "
         f"against static top-{account['native_top_k']}"
@@ -78,19 +78,19 @@ def verdict_of(account: Mapping[str, Any]) -> str:
     native = found["native"]
     text = f"{account['documents']['confirmation']} unseen documents of {account['text']}"
     loses = (
-        f"It takes {found['mean_experts']:.2f} experts a token and its perplexity is "
-        f"{_signed(100 * native['relative'])} % ({_signed(100 * native['relative_low'])} to "
-        f"{_signed(100 * native['relative_high'])}) from static top-{account['native_top_k']}'s."
+        f"It takes {found['mean_experts']:.2f} experts per token, and its perplexity differs from "
+        f"static top-{account['native_top_k']}'s by {_signed(100 * native['relative'])} % "
+        f"({_signed(100 * native['relative_low'])} to {_signed(100 * native['relative_high'])})."
     )
     worse = [n for n, control in found["controls"].items() if control["high"] >= 0]
     if not worse:
         first = f"{name} is better than every control at the same mean on {text}."
     else:
-        first = f"{name} is not shown to be better than {' and '.join(worse)} on {text}."
+        first = f"{name} is not significantly better than {' and '.join(worse)} on {text}."
     if account["max_loss"] is not None:
         within = native["relative_high"] <= account["max_loss"]
-        holds = "holds" if within else "does not hold"
-        loses += f" The bound of {100 * account['max_loss']:g} % {holds} there."
+        met = "met" if within else "not met"
+        loses += f" The target, at most {100 * account['max_loss']:g} %, is {met} there."
     return f"{first} {loses}"
 
 

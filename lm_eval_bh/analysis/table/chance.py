@@ -10,7 +10,7 @@ import pandas as pd
 if TYPE_CHECKING:
     from lm_eval_bh.analysis.read.loaded import Loaded
 
-AT_CHANCE, NONE_RIGHT = "at chance", "none right"
+AT_CHANCE, NONE_RIGHT = "at chance", "all wrong"
 
 
 def add_chance(rows: Iterable[dict[str, Any]], loaded: Loaded) -> None:
@@ -19,7 +19,7 @@ def add_chance(rows: Iterable[dict[str, Any]], loaded: Loaded) -> None:
     Multiple choice has an accuracy of chance, the mean over documents of 1 / number of choices. An
     accuracy is "at chance" where its exact binomial interval (95 %, Clopper and Pearson 1934)
     holds that. Where an answer has to be produced, as LAMBADA's last word, nothing is guessed; an
-    accuracy of 0 is then "none right", and two of them side by side compare nothing.
+    accuracy of 0 is then "all wrong", and two of them side by side compare nothing.
     """
     for row in rows:
         if row["accuracy"] is None or not row["documents"]:
@@ -31,7 +31,7 @@ def add_chance(rows: Iterable[dict[str, Any]], loaded: Loaded) -> None:
 
 
 def note(accuracy: float, documents: int, chance: float | None) -> str | None:
-    """Return what an accuracy is of: "at chance", "none right", or None where it tells something.
+    """Return what an accuracy is of: "at chance", "all wrong", or None where it tells something.
 
     Parameters
     ----------

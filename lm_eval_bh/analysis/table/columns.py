@@ -78,7 +78,7 @@ COLUMNS: dict[str, str] = {
     "accuracy": _FLOAT,  # the first of ACCURACIES that the task has
     "accuracy_stderr": _FLOAT,
     "chance_accuracy": _FLOAT,  # of guessing among the choices
-    "accuracy_note": _TEXT,  # "at chance" or "none right": it compares nothing
+    "accuracy_note": _TEXT,  # "at chance" or "all wrong": it compares nothing
     **dict.fromkeys(metrics.METRICS, _FLOAT),
     **dict.fromkeys(SPEED_RATIOS, _FLOAT),
     "perplexity_stderr": _FLOAT,

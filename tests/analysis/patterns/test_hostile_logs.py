@@ -255,7 +255,7 @@ def test_a_log_of_late_documents_alone_is_drawn_without_them(runs, tmp_path):
 
 def test_the_command_says_what_is_left_out_and_keeps_tables_if_nothing_is_left(runs, tmp_path):
     folder, file = runs
-    words = ["patterns", str(folder), "--output-dir", str(tmp_path / "out")]
+    words = ["report", "--patterns", str(folder), "--output-dir", str(tmp_path / "out")]
     file.write_bytes(b"PAR1")
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 3

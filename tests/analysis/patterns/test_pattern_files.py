@@ -17,7 +17,7 @@ from lm_eval_bh.analysis.patterns.log_reader import read_sample_log, read_token_
 from lm_eval_bh.analysis.patterns.token_classes import vocabulary
 from lm_eval_bh.analysis.table.experiments import load_experiments
 from lm_eval_bh.cli.app import app
-from lm_eval_bh.cli.patterns_command import find_tokenizer
+from lm_eval_bh.cli.model_files import find_tokenizer
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.resources import tiny_olmoe
 
@@ -58,7 +58,7 @@ def test_files_of_a_written_log(write, tmp_path):
 
 def test_command_line(write, tmp_path):
     write("bh", log=True)
-    words = ["patterns", str(write.folder), "--output-dir", str(tmp_path)]
+    words = ["report", "--patterns", str(write.folder), "--output-dir", str(tmp_path)]
     tokenizer = ["--tokenizer", str(tiny_olmoe() / "tokenizer.json")]
     done = CliRunner().invoke(app, [*words, *tokenizer])
     assert done.exit_code == 0, done.output
@@ -176,7 +176,7 @@ def test_losses_of_the_harness_stand_in_for_missing_samples(full_run):
     loaded.internal_routing_file = lambda run_id, task: None  # as with log_samples=0
     (found,) = find_patterns(loaded)
     units = found.tables["documents"].groupby("task")["loss_unit"].unique()
-    assert units["bh_demo_lambada"].tolist() == ["nats a token"]
+    assert units["bh_demo_lambada"].tolist() == ["nats per token"]
     assert pd.isna(units["bh_demo_hellaswag"]).all()
     of_documents = found.tables["complexity"].query("against == 'loss of the document'")
     reasons = of_documents.set_index("task")["reason"]

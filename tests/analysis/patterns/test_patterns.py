@@ -278,7 +278,7 @@ def test_complexity_by_hand():
             "task": ["a"] * 12 + ["b"] * 12,
             "mean_experts": np.arange(24.0),
             "loss": [*np.arange(12.0), *[np.nan] * 12],
-            "loss_unit": ["nats a token"] * 12 + [None] * 12,
+            "loss_unit": ["nats per token"] * 12 + [None] * 12,
         }
     )
     tokens = pd.DataFrame({"occurrences": [*range(5, 25), 1], "mean_experts": [*range(20), 99]})

@@ -21,7 +21,7 @@ from lm_eval_bh.analysis.show.logged_texts import read_logged
 from lm_eval_bh.analysis.show.view_page import view_page
 from lm_eval_bh.analysis.table.experiments import load_experiments
 from lm_eval_bh.cli.app import app
-from lm_eval_bh.cli.patterns_command import find_tokenizer
+from lm_eval_bh.cli.model_files import find_tokenizer
 from lm_eval_bh.resources import shipped, tiny_olmoe
 from lm_eval_bh.viewing.routed_text import route_text
 
@@ -88,7 +88,7 @@ def test_a_run_shows_what_the_model_does(runs):
 def test_two_runs_stand_side_by_side(runs, tmp_path):
     output = tmp_path / "view.html"
     done = CliRunner().invoke(
-        app, ["view", *map(str, runs), "--documents", "1", "--output", str(output)]
+        app, ["view", *map(str, runs), "--limit", "1", "--output", str(output)]
     )
     assert done.exit_code == 0, done.output
     page = output.read_text(encoding="utf-8")

@@ -162,7 +162,7 @@ def test_a_panel_draws_or_says_which_run_would_fill_it(drawn):
         messages = messages_of(part)
         if panel in EMPTY.get(name, ()):
             assert not part.axes, panel
-            assert "Run lm" in messages[0] or "lm-eval-bh plot" in messages[0], panel
+            assert "Run lm" in messages[0] or "lm-eval-bh report" in messages[0], panel
         else:
             assert part.axes, panel
             assert not messages, panel
@@ -299,7 +299,7 @@ def test_layers_show_the_middle_level():
     mean = DATA["full preset"].query("alpha == 0.4 and max_k == 8")["avg_experts"].mean()
     assert marked[0].get_ydata() == pytest.approx(mean + np.arange(16) / 8)
     figure = create_single_panel(DATA["full preset"], "layers")
-    assert "lm-eval-bh plot FOLDER" in messages_of(figure.subfigs[0].subfigs[0])[0]
+    assert "lm-eval-bh report FOLDER --figure" in messages_of(figure.subfigs[0].subfigs[0])[0]
 
 
 @pytest.mark.parametrize("experts", [16, 512])
@@ -529,10 +529,13 @@ def test_rows_show_the_line_of_their_rule_where_rules_are_several():
 def test_accuracies_that_compare_nothing_are_said_and_not_drawn():
     frame = frame_of([(8,), (8, 0.4), (8, 0.5)])
     frame["accuracy_note"] = frame["task"].map(
-        {"bh_lambada": "none right", "bh_hellaswag": "at chance"}
+        {"bh_lambada": "all wrong", "bh_hellaswag": "at chance"}
     )
     drawn = words_of(frame, "accuracy")
-    assert {"hellaswag, all at chance", f"level {ALPHA}\n(lambada: none right in any run)"} <= drawn
+    assert {
+        "hellaswag, all at chance",
+        f"level {ALPHA}\n(lambada: all wrong in every run)",
+    } <= drawn
     assert "lambada" not in drawn
     lambada = words_of(frame[frame["task"] == "bh_lambada"], "accuracy")
     assert any("No run answered" in " ".join(text.split()) for text in lambada)

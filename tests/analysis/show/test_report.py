@@ -204,7 +204,7 @@ def test_a_single_run_of_the_stock_model(write, tmp_path, no_figures):
         assert "There is nothing to compare" in text
         assert "No run logged its layers" in text
         assert "No run used a null model" in text
-        assert "nothing to choose from but the unmodified model" in text
+        assert "The unchanged model is the only configuration" in text
 
 
 def test_what_cannot_be_compared_is_reported_in_groups(write, tmp_path):
@@ -247,7 +247,7 @@ def test_nothing_but_broken_files(tmp_path):
     for text in written(tmp_path, tmp_path / "out"):
         assert "No experiment could be read" in text
         assert "broken.json" in text
-    done = CliRunner().invoke(app, ["patterns", str(tmp_path)])
+    done = CliRunner().invoke(app, ["report", "--patterns", str(tmp_path)])
     assert done.exit_code == 3
 
 

@@ -251,7 +251,7 @@ def test_differences_are_marked(page, two):
         )
         assert marked == different
     summary = page.find_element("id", "summary").text
-    assert f"{sum(different)} of {number} tokens have other experts" in summary
+    assert f"{sum(different)} of {number} tokens have different experts" in summary
     choose(page, "run", "B minus A")
     assert len(page.find_elements("class name", "tokens")) == 1
     labels = [

@@ -17,7 +17,7 @@ from lm_eval_bh.routing.policy import Policy
 
 def test_a_policy_stands_beside_static_top_k(run, tmp_path):
     arguments = ["--tasks", "bh_demo_wikitext", "--limit", 2, "--device", "cpu", "--baselines", 8]
-    command = ["sweep", "--pretrained", "tiny-olmoe", "--output-dir", tmp_path, *arguments]
+    command = ["sweep", "--model", "tiny-olmoe", "--output-dir", tmp_path, *arguments]
     code, _, err = run(*command, "--policies", "tiny-olmoe")
     assert code == 0, err
     frame = load_experiments([tmp_path]).frame.set_index("config_name")

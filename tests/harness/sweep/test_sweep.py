@@ -32,7 +32,7 @@ SETTINGS = {
     "alphas": [0.4, 0.5],
     "limit": 4,
 }
-FLAGS = ["--pretrained", "tiny-olmoe", "--tasks", "bh_demo_lambada", "--baselines", "8"]
+FLAGS = ["--model", "tiny-olmoe", "--tasks", "bh_demo_lambada", "--baselines", "8"]
 FLAGS += ["--max-k", "8", "--alphas", "0.4,0.5", "--limit", "4"]
 # What must differ between two runs of one experiment: when, how fast and where it ran.
 OWN = ("run_id", "log_dir", "date", "seconds", "start_time", "end_time", "pretty_env_info")

@@ -49,11 +49,13 @@ def accuracy(figure: SubFigure, data: Experiments, style: Style, labels: Labels)
     shown = {task: "accuracy" for task, found in notes.items() if found - {NONE_RIGHT}}
     nothing = [data.dataset(task) for task, found in notes.items() if found == {NONE_RIGHT}]
     if nothing and not shown:
-        raise NoDataError("No run answered any document rightly, so accuracies compare nothing.")
+        raise NoDataError(
+            "No run answered any document correctly, so there are no accuracies to compare."
+        )
     _against_alpha(figure, data, style, labels, shown, "an accuracy", "bh_lambada")
     if nothing:
         axes = figure.axes[-1]
-        axes.set_xlabel(f"{axes.get_xlabel()}\n({', '.join(nothing)}: {NONE_RIGHT} in any run)")
+        axes.set_xlabel(f"{axes.get_xlabel()}\n({', '.join(nothing)}: {NONE_RIGHT} in every run)")
     figure.supylabel("accuracy (%)", fontsize="medium")
 
 
@@ -154,7 +156,7 @@ def multiples(figure: SubFigure, titles: dict[str, str]) -> dict[str, Axes]:
     for task, axes in found.items():
         axes.set_title(titles[task], loc="left", fontsize=SMALL + 0.5)
     if further := len(titles) - len(shown):
-        axes.set_title(f"+ {further} more: see --task", loc="right", fontsize=SMALL)
+        axes.set_title(f"+ {further} more: see --tasks", loc="right", fontsize=SMALL)
     return found
 
 

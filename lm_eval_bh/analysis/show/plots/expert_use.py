@@ -186,7 +186,7 @@ def layers(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -
     if data.layers is None:
         raise NoDataError(
             "The means of single layers are not in this table. Draw the folder of the runs: "
-            "lm-eval-bh plot FOLDER."
+            "lm-eval-bh report FOLDER --figure."
         )
     from matplotlib.ticker import MaxNLocator
 

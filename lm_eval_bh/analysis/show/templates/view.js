@@ -137,10 +137,10 @@ function summarise() {
   const parts = runs.map((run, index) => {
     const counts = tokens().map((_, token) => countOf(index, state.layer, token));
     const losses = routed(index).loss.filter(loss => loss !== null);
-    const loss = losses.length ? `, ${number(mean(losses), 4)} nats a token (perplexity ${number(Math.exp(mean(losses)), 4)})` : "";
-    return `${two ? `${"AB"[index]}: ` : ""}${number(mean(counts), 3)} experts a token${loss}.`;
+    const loss = losses.length ? `, ${number(mean(losses), 4)} nats per token (perplexity ${number(Math.exp(mean(losses)), 4)})` : "";
+    return `${two ? `${"AB"[index]}: ` : ""}${number(mean(counts), 3)} experts per token${loss}.`;
   });
-  if (two) parts.push(`${tokens().filter((_, token) => differs(token)).length} of ${tokens().length} tokens have other experts.`);
+  if (two) parts.push(`${tokens().filter((_, token) => differs(token)).length} of ${tokens().length} tokens have different experts.`);
   else parts.push(`${tokens().length} tokens.`);
   document.getElementById("summary").replaceChildren(...parts.flatMap(part => [part, element("br")]));
 }

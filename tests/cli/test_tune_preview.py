@@ -1,13 +1,13 @@
-"""The command analyze, run in this process through its own entry point."""
+"""The command tune --preview, run in this process through its own entry point."""
 
 from __future__ import annotations
 
 import json
 
 
-def test_analyze_prints_a_row_for_every_configuration(run, text, tmp_path):
+def test_it_prints_a_row_for_every_configuration(run, text, tmp_path):
     code, out, _ = run(
-        *("analyze", "--pretrained", "tiny-olmoe", "--text", text, "--tokens", 512),
+        *("tune", "--preview", "--model", "tiny-olmoe", "--text-file", text, "--tokens", 512),
         *("--rules", "topk,bh,top_p", "--alphas", "0.3,0.6", "--max-k", "8,16"),
         *("--output", tmp_path / "grid.json"),
     )

@@ -1,13 +1,11 @@
-"""``lm-eval-bh plot``: draws finished runs, or a table that was written before."""
+"""``lm-eval-bh report --figure``: draws finished runs, or a table that was written before."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from lm_eval_bh.cli.options import finish, home_of, stop_without_runs
+from lm_eval_bh.cli.options import home_of, stop_without_runs
 from lm_eval_bh.cli.printing import say_written, warn
 from lm_eval_bh.errors import DataError, ParameterError, did_you_mean
 from lm_eval_bh.files import check_output, figure_format
@@ -20,34 +18,32 @@ if TYPE_CHECKING:
 FIGURE = "bh_comprehensive_comparison"
 
 
-def plot(
-    sources: Annotated[
-        list[Path], typer.Argument(help="Folders of runs, or one bh_routing_results.csv.")
-    ],
-    panel: Annotated[str | None, typer.Option(help="One panel, by its name; default: all.")] = None,
-    output: Annotated[Path | None, typer.Option(help="A .png, .pdf or .svg file.")] = None,
-    task: Annotated[
-        list[str] | None, typer.Option(help="Draw only this task; may be given several times.")
-    ] = None,
-) -> None:
-    """Draw all nine panels, or one; of runs that cannot be compared, one figure per group.
+def report_figure(
+    sources: list[Path],
+    panel: str | None,
+    output: Path | None,
+    folder: Path | None,
+    tasks: list[str] | None,
+) -> tuple[Notices, Notices]:
+    """Draw all nine panels, or one; return what was left out, and what a reader should know.
 
-    Exit code 3: files were broken or incomplete; they are listed, and the others drawn.
+    Runs that cannot be compared get one figure per group.
     """
-    path = output or home_of(sources[0]) / "visualizations" / f"{panel or FIGURE}.png"
+    home = folder or home_of(sources[0])
+    path = output or home / "visualizations" / f"{panel or FIGURE}.png"
     figure_format(path)
     check_output(path, "--output")
     frame, layers, problems, notes = _read(sources)
-    if task and (unknown := sorted(set(task) - set(frame["task"]))):
+    if tasks and (unknown := sorted(set(tasks) - set(frame["task"]))):
         known = sorted(map(str, set(frame["task"])))
         raise ParameterError(
-            f"No run did the task {unknown[0]!r}: use one of {', '.join(known)}"
+            f"No run has the task {unknown[0]!r}: use one of {', '.join(known)}"
             f"{did_you_mean(unknown[0], known)}."
         )
-    if task:
-        frame = frame[frame["task"].isin(task)]
+    if tasks:
+        frame = frame[frame["task"].isin(tasks)]
     say_written(draw_groups(frame, layers, panel, path))
-    finish(problems, notes)
+    return problems, notes
 
 
 def draw_groups(
