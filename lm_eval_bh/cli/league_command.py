@@ -30,15 +30,16 @@ def league(
         Path | None, typer.Option(help="Folder for the tables, and what was measured.")
     ] = None,
     targets: Annotated[
-        str | None, typer.Option(help="Mean numbers of experts per token, joined by commas.")
+        list[str] | None,
+        typer.Option(help="Mean numbers of experts per token, joined by commas."),
     ] = None,
     methods: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
-            help="all, or names joined by commas: a method, its statistic, parameters with values, "
-            "such as 'min_w benefit mass 0.2,top_p'."
+            help="Names joined by commas: a method, its statistic, parameters with values, "
+            "such as 'min_w benefit mass 0.2,top_p'; default: all."
         ),
-    ] = "all",
+    ] = None,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -84,12 +85,12 @@ def league(
     check_output(output_dir, "--output-dir", folder=True)
     with on_interrupt(MEASUREMENTS_KEPT):
         from lm_eval_bh.analysis.show.league_page import FILE, write_league
-        from lm_eval_bh.policies.league.contest import JOURNAL, compete, families_of
+        from lm_eval_bh.policies.league.contest import ALL, JOURNAL, compete, families_of
         from lm_eval_bh.policies.pretrained import load_pretrained
         from lm_eval_bh.policies.tuning.splits import Splits
         from lm_eval_bh.policies.tuning.subject import Subject
 
-        families = families_of(methods)
+        families = families_of(",".join(methods or [ALL]))
         splits = Splits.of_wikitext() if text is None else Splits.of_file(text)
         splits = splits if unseen is None else splits.confirmed_on(unseen)
         model, tokenizer = load_pretrained(

@@ -65,7 +65,7 @@ def tune(
         int, typer.Option(min=1, help="Tokens of each document to choose on.")
     ] = 1024,
     tasks: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(help="Tasks of lm-eval whose accuracy must not fall, joined by commas."),
     ] = None,
     accuracy_margin: Annotated[
@@ -222,13 +222,13 @@ def _refuse_without_preview(context: typer.Context) -> None:
             raise ParameterError(f"{option.opts[0]} needs --preview: tune tries rules by itself.")
 
 
-def _tasks(text: str) -> list[str]:
+def _tasks(given: list[str]) -> list[str]:
     """Return the tasks that are asked for, before anything is measured."""
     from lm_eval_bh.harness.sweep.task_names import expand_tasks
 
-    if not words(text):
+    if not words(given):
         raise ParameterError("--tasks names no task: give names joined by commas, or leave it out.")
-    return expand_tasks(tuple(words(text)))
+    return expand_tasks(tuple(words(given)))
 
 
 def _table(account: dict[str, Any]) -> Table:

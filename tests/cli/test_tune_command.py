@@ -51,7 +51,6 @@ def test_it_writes_a_policy_a_page_and_a_figure(run, tmp_path, long_text):
         (("--max-loss", "much"), "must be a share like 1% or 0.01: found 'much'"),
         (("--max-loss", "150%"), "must be a share"),
         (("--target-experts", "9"), "between 1 and 8"),
-        (("--target-experts", "4", "--preset", "x"), "search or winner"),
         (("--target-experts", "4", "--device", "cup"), "cup"),
     ],
 )
