@@ -269,7 +269,7 @@ def test_an_export_never_destroys_what_it_is_made_from(
     export(policies, "bh", tmp_path / "in" / "ex")
     (tmp_path / "in" / "out").symlink_to(tmp_path / "linked")
     before = tree_of(tmp_path)
-    with pytest.raises(ParameterError, match=rf"--output {output} (is or lies in|holds)"):
+    with pytest.raises(ParameterError, match=rf"--output-dir {output} (is or lies in|holds)"):
         export_folder(
             policy, Checkpoint.find(source), Path(output), name="ex", link=link, force=True
         )

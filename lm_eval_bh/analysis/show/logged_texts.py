@@ -58,9 +58,7 @@ def read_logged(
         If a run cannot be read, or has no log of every token.
     """
     if len(folders) > 2:
-        raise ParameterError(
-            f"view shows at most two runs side by side: found {len(folders)} folders."
-        )
+        raise ParameterError(f"At most two runs fit side by side: found {len(folders)} folders.")
     opened = [_open(folder) for folder in folders]
     common = sorted(set.intersection(*(set(frame["task"]) for frame, _ in opened)))
     if not common or task not in (None, *common):

@@ -193,7 +193,7 @@ def test_equivalent_is_said_of_what_is_shown_to_be(tmp_path):
         (row,) = compare_runs(a, b).table.to_dict(orient="records")
         assert row["verdict"] == verdict
         assert ("though not the same" in row["sentence"]) == (name == "less")
-        assert ("this size needs" in row["sentence"]) == (name == "noisy")
+        assert ("measured size needs" in row["sentence"]) == (name == "noisy")
 
 
 def test_the_documents_needed_have_the_power():

@@ -127,7 +127,7 @@ def test_a_log_without_losses_is_read(runs, tmp_path):
     assert view_page("old", texts, [run])
     (found,) = find_patterns(load_experiments([tmp_path / "old"]))
     reasons = found.tables["complexity"].query("against == 'loss of the token'")["reason"]
-    assert reasons.str.startswith("no loss of a token was logged").all()
+    assert reasons.str.startswith("no run logged the loss of tokens").all()
 
 
 @pytest.mark.slow

@@ -121,7 +121,7 @@ def test_recommendation_and_static_top_k_beside_it(runs, output):
         assert "Use BH a=0.40, max 4" in text
         assert f"{row['matched_perplexity']:.3f}" in text
         assert "interpolated, k = 2 to 4" in text
-        assert "2 have the lower perplexity" in text
+        assert "2 of them have the lower perplexity" in text
 
 
 def test_margin_is_an_argument(runs, tmp_path, no_figures):

@@ -104,7 +104,7 @@ def speed(figure: SubFigure, data: Experiments, style: Style, labels: Labels) ->
             )
         axes.axvline(1.0, color=NEUTRAL, linewidth=0.8, zorder=1)
         fit_scale(axes, "x", along)  # all tasks share it
-    axes.set_xlabel("times as fast as the unchanged model (prefill)")
+    axes.set_xlabel("times as fast as the stock model (prefill)")
     figure.supylabel("perplexity", fontsize="medium")
 
 
