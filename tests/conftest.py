@@ -7,6 +7,7 @@ it once, on their first import; subprocesses inherit it.
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import typer.main
 from browser_pages import browser, started_browser  # noqa: F401  fixtures
 from hypothesis import settings
 from written_runs import new_writer, real_runs, write  # noqa: F401  fixtures
@@ -75,8 +77,16 @@ def tiny_model_folder() -> Path:
     return tiny_olmoe()
 
 
+@pytest.fixture(scope="session")
+def built_once():
+    """Build the program's command once: from all its annotations Typer does it in every call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        yield
+
+
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch, capsys, built_once):
     """Return a function that runs lm-eval-bh in this process: (exit code, output, errors)."""
     from lm_eval_bh.cli import main
 
