@@ -113,7 +113,7 @@ def known_to(method: type[Method]) -> dict[str, Parameter]:
     found = GENERAL | dict(method.declared)
     if method.joint:
         return found | SOLVED_BY_STEP if "alpha" in method.declared else found
-    return found if method.fixed_count or method.recorded else found | SOLVED
+    return found if method.fixed_count or method.recorded else found | SOLVED | SOLVED_BY_STEP
 
 
 def unknown_name(name: str) -> str:
