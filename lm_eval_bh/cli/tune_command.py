@@ -33,6 +33,7 @@ from lm_eval_bh.resources import model_path
 if TYPE_CHECKING:
     from rich.table import Table
 
+CHOOSE, CHOOSE_A_ROW = 1024, 64  # tokens of a document to choose on
 MEASUREMENTS_KEPT = "what was measured is kept; run the same command again to continue"
 
 
@@ -49,6 +50,13 @@ def tune(
     target_experts: Annotated[
         float | None, typer.Option(help="Goal: this mean number of experts per token.")
     ] = None,
+    target_distinct: Annotated[
+        float | None,
+        typer.Option(help="Mean number of distinct experts per layer and step of --decode-batch."),
+    ] = None,
+    decode_batch: Annotated[
+        int, typer.Option(min=2, help="Rows that are decoded together, for --target-distinct.")
+    ] = 32,
     max_loss: Annotated[
         str | None,
         typer.Option(
@@ -62,8 +70,13 @@ def tune(
     text: Annotated[Path | None, typer.Option("--text-file", "--text", help=THREE_TEXTS)] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")] = 65536,
     tokens_per_document: Annotated[
-        int, typer.Option(min=1, help="Tokens of each document to choose on.")
-    ] = 1024,
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Tokens of each document to choose on; default: {CHOOSE}, or with "
+            f"--target-distinct {CHOOSE_A_ROW} for each row of --decode-batch.",
+        ),
+    ] = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(help="Tasks of lm-eval whose accuracy must not fall, joined by commas."),
@@ -158,8 +171,11 @@ def tune(
     if output_dir is None:
         raise ParameterError("tune needs --output-dir: name a folder for the policy.")
     loss = None if max_loss is None else share_of(max_loss, "--max-loss")
-    if (target_experts is None) == (loss is None):
-        raise ParameterError("tune needs one goal: use either --target-experts or --max-loss.")
+    if sum(goal is not None for goal in (target_experts, target_distinct, loss)) != 1:
+        raise ParameterError(
+            "tune needs one goal: use --target-experts, --target-distinct or --max-loss."
+        )
+    rows = None if target_distinct is None else decode_batch
     check_output(output_dir, "--output-dir", folder=True)
     with on_interrupt(MEASUREMENTS_KEPT):
         asked = [] if tasks is None else _tasks(tasks)
@@ -184,13 +200,26 @@ def tune(
             pretrained,
             splits,
             output_dir,
-            {"target_experts": target_experts, "max_loss": loss, "preset": preset},
+            {
+                "target_experts": target_experts,
+                "target_distinct": target_distinct,
+                "max_loss": loss,
+                "preset": preset,
+            },
             tokens=tokens,
             length=length,
             batch=batch_size,
-            tokens_per_document=tokens_per_document,
+            tokens_per_document=tokens_per_document or CHOOSE_A_ROW * (rows or 0) or CHOOSE,
+            decode_batch=rows,
+            by_group=rows is not None,
         )
-        _, account = find(subject, target_experts=target_experts, max_loss=loss, preset=preset)
+        _, account = find(
+            subject,
+            target_experts=target_experts,
+            target_distinct=target_distinct,
+            max_loss=loss,
+            preset=preset,
+        )
         if asked:
             account["tasks"] = compare_tasks(
                 output_dir / POLICY,
@@ -236,8 +265,9 @@ def _table(account: dict[str, Any]) -> Table:
 
     from lm_eval_bh.analysis.show.tuning_page import tried_rows
 
-    table = Table(title="Policies on validation text, against static top-k at the same mean")
-    for column in ("policy", "experts", "perplexity", "difference", "95 % interval"):
+    cost = account["cost"]["words"]
+    table = Table(title=f"Policies on validation text, against static top-k at the same {cost}")
+    for column in ("policy", cost, "perplexity", "difference", "95 % interval"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for row in tried_rows(account):
         table.add_row(*row)

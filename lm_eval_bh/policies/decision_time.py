@@ -19,14 +19,15 @@ REPEATS = 7
 def decision_seconds(routing: BHRoutingIntegration, documents: Documents) -> float:
     """Return how long a method decides about one token in one layer, in seconds.
 
-    The median of several times over the longest window, all tokens at once, as in prefill.
+    The median of several times over the longest window, all tokens at once, as in prefill; of
+    documents that are groups over one of them, the tokens at one position a step.
 
     Parameters
     ----------
     routing : BHRoutingIntegration
         Not patched.
     documents : Documents
-        Whose longest window is decided about.
+        Whose first window or group is decided about.
     """
     methods = {layer: routing.method(layer) for layer in routing.layers}
     heard: dict[int, RouterOutput] = {}
@@ -34,11 +35,13 @@ def decision_seconds(routing: BHRoutingIntegration, documents: Documents) -> flo
     def hear(layer: int, said: RouterOutput) -> None:
         heard[layer] = said
 
-    _, ids = documents.batches[0][0]
+    rows = [ids[:-1] for _, ids in documents.batches[0]]
+    rows = rows if documents.decode_batch else rows[:1]
+    ids = torch.tensor([row[: min(map(len, rows))] for row in rows])
     listen(
         routing.model,
         [router.module for router in routing.routers],
-        [torch.tensor([ids[:-1]])],
+        [ids],
         hear,
         progress=False,
         slots=max(m.asks(routing.routers[layer].top_k) for layer, m in methods.items()),
@@ -55,7 +58,7 @@ def decision_seconds(routing: BHRoutingIntegration, documents: Documents) -> flo
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
-    return statistics.median(times[1:]) / (len(methods) * (len(ids) - 1))
+    return statistics.median(times[1:]) / (len(methods) * ids.numel())
 
 
 def table_bytes(routing: BHRoutingIntegration) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from lm_eval_bh.errors import DataError
 
 IGNORED = -100  # target of a padded position
+FEWEST_GROUPS = 5  # that intervals are drawn from
 FEWEST, SHORTEST = 10, 256  # documents, and tokens of one where there are more, of a bounded text
 
 Floats = NDArray[np.float64]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,14 @@ class Documents:
         How many tokens of each are scored.
     batches : list of list of (document, token ids)
         Windows of up to ``length + 1`` ids, the first of which is context only.
+    decode_batch : int or None
+        Where a document is a group of so many windows that are decoded together, see
+        :meth:`grouped`.
     """
 
     tokens: Floats
     batches: list[list[tuple[int, list[int]]]]
+    decode_batch: int | None = None
 
     @classmethod
     def of(
@@ -78,8 +84,54 @@ class Documents:
             for start in range(0, len(ids) - 1, length)
         ]
         windows.sort(key=lambda window: len(window[1]), reverse=True)
-        batches = [windows[i : i + batch] for i in range(0, len(windows), batch)]
-        return cls(np.array(tokens, dtype=float), batches)
+        return cls(np.array(tokens, dtype=float), _cut(windows, batch))
+
+    def side_by_side(self, rows: int, seed: int = 0) -> Documents:
+        """Return the same windows in batches of ``rows``, those of one length in a drawn order.
+
+        So windows of one document, which follow each other, do not come together; and steps are
+        full, as one of fewer rows reads fewer experts.
+        """
+        windows = [window for batch in self.batches for window in batch]
+        windows = [windows[i] for i in np.random.default_rng(seed).permutation(len(windows))]
+        windows.sort(key=lambda window: len(window[1]), reverse=True)
+        return replace(self, batches=_cut(windows, rows))
+
+    def grouped(self, rows: int, seed: int = 0) -> Documents:
+        """Return groups of exactly ``rows`` windows, each as one document: what is resampled.
+
+        What a token is served by depends on the windows that are decoded beside it, so documents of
+        one group are not independent; groups are. The windows come in the order of
+        :meth:`side_by_side`, and those that fill no group are left out.
+
+        Raises
+        ------
+        DataError
+            If there are fewer than :data:`FEWEST_GROUPS`.
+        """
+        groups = [group for group in self.side_by_side(rows, seed).batches if len(group) == rows]
+        if len(groups) < FEWEST_GROUPS:
+            windows = sum(map(len, self.batches))
+            raise DataError(
+                f"The text has {windows} windows, which are {len(groups)} groups of {rows} that "
+                f"are decoded together, and intervals need at least {FEWEST_GROUPS}: use a smaller "
+                "--length, more text, more tokens of it, or a smaller --decode-batch."
+            )
+        tokens = [sum(len(ids) - 1 for _, ids in group) for group in groups]
+        batches = [[(n, ids) for _, ids in group] for n, group in enumerate(groups)]
+        return Documents(np.array(tokens, dtype=float), batches, rows)
+
+    def first(self, most_tokens: int) -> Documents:
+        """Return the first groups that have no more tokens, at least one."""
+        kept = max(1, int((self.tokens.cumsum() <= most_tokens).sum()))
+        return replace(self, tokens=self.tokens[:kept], batches=self.batches[:kept])
+
+    @property
+    def unit(self) -> str:
+        """What is resampled, in the plural."""
+        if self.decode_batch is None:
+            return "documents"
+        return f"groups of {self.decode_batch} windows"
 
     def losses(self, model: nn.Module) -> Floats:
         """Run a causal language model, and return each document's summed loss in nats."""
@@ -93,6 +145,10 @@ class Documents:
                 ):
                     found[document] += loss
         return found
+
+
+def _cut(windows: list[T], size: int) -> list[list[T]]:
+    return [windows[start : start + size] for start in range(0, len(windows), size)]
 
 
 def _share(sizes: Sequence[int], total: int) -> int:

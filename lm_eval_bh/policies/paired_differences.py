@@ -1,4 +1,4 @@
-"""Is a policy better than another at the same mean number of experts? Paired by document."""
+"""Is a policy better than another at the same cost? Paired by document, or group of them."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Difference:
 class Ladder:
     """Documents' losses of a static policy at several means, between which it is interpolated.
 
-    A mean between two rungs is what mixing the two over the tokens would give.
+    A mean between two rungs is what mixing the two over the tokens, or steps, would give.
 
     Parameters
     ----------
-    rungs : mapping of mean number of experts to float64 ``[documents]``
+    rungs : mapping of mean number of experts, or distinct ones, to float64 ``[documents]``
         Losses in nats; at least one.
     """
 
@@ -61,6 +61,11 @@ class Ladder:
         share = (mean - low) / (high - low)
         found: Floats = (1 - share) * self.rungs[low] + share * self.rungs[high]
         return found
+
+    def within(self, mean: float) -> Floats:
+        """Return the losses at a mean, beyond the rungs those of the nearest one."""
+        means = list(self.rungs)
+        return self.at(min(max(mean, means[0]), means[-1]))
 
 
 class PairedBootstrap:

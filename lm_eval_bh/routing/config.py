@@ -95,8 +95,7 @@ class RoutingConfig:
                 )
         if self.family == "all" and self.budget == "layer":
             raise ParameterError(
-                "budget='layer' contradicts family='all', whose layers share one threshold: "
-                "give one of them."
+                "budget='layer' contradicts family='all', which has one threshold: leave one out."
             )
         if self.max_k < self.min_k:
             raise ParameterError(
@@ -113,11 +112,15 @@ class RoutingConfig:
                 f"step_budget={self.step_budget} is less than min_k={self.min_k}: a step has to "
                 "load what every token gets; raise step_budget or lower min_k."
             )
-        target = self.target_experts
+        target, distinct = self.target_experts, self.target_distinct
         if target is None and self.budget == "layer":
             raise ParameterError(
-                "budget='layer' has no meaning without target_experts: "
-                "give the mean number of experts that every layer shall have."
+                "budget='layer' has no meaning without target_experts: give the mean of a layer."
+            )
+        if distinct is not None and (target is not None or distinct <= self.min_k):
+            raise ParameterError(
+                f"target_distinct={distinct} must be more than min_k={self.min_k}, and stand "
+                "without target_experts: give one target."
             )
         if target is not None and not self.min_k < target < self.max_k:
             raise ParameterError(
@@ -249,7 +252,7 @@ class RoutingConfig:
 
     def check_experts(self, num_experts: int) -> None:
         """Raise :class:`ParameterError` if a layer has too few experts for what is asked of it."""
-        for name in ("max_k", "k2", "step_budget", "k0"):
+        for name in ("max_k", "k2", "step_budget", "k0", "target_distinct"):
             found = self._values.get(name) or 0
             if found > num_experts:
                 raise ParameterError(

@@ -73,7 +73,7 @@ SOLVED: dict[str, Parameter] = {
 SOLVED_BY_STEP: dict[str, Parameter] = {
     "target_distinct": Parameter(
         None,
-        "the mean number of distinct experts of a layer and step that alpha is solved for, on "
+        "the mean number of distinct experts of per layer and step that alpha is solved for, on "
         "calibration text",
         *or_none(number("a number of experts", lambda value: value > 0)),
     )
@@ -113,7 +113,7 @@ def known_to(method: type[Method]) -> dict[str, Parameter]:
     found = GENERAL | dict(method.declared)
     if method.joint:
         return found | SOLVED_BY_STEP if "alpha" in method.declared else found
-    return found if method.fixed_count or method.recorded else found | SOLVED
+    return found if method.fixed_count or method.recorded else found | SOLVED | SOLVED_BY_STEP
 
 
 def unknown_name(name: str) -> str:

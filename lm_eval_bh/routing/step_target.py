@@ -1,15 +1,62 @@
-"""How many distinct experts a step reads, as a function of the parameter of a method of a step."""
+"""How many distinct experts a step reads, as a function of the parameter of a method."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from lm_eval_bh.errors import DataError
 from lm_eval_bh.routing.methods import Method
-from lm_eval_bh.routing.methods.pick import Picked, pick
+from lm_eval_bh.routing.methods.pick import pick
 from lm_eval_bh.routing.methods.router import RouterOutput
 from lm_eval_bh.routing.methods.steps import Steps, distinct_experts
+
+
+class Ranking(NamedTuple):
+    """What a method that decides for each token by itself looks at.
+
+    Attributes
+    ----------
+    scores, experts : Tensor
+        float ``[tokens, candidates]``, the best first, and int64 ``[tokens, max_k]``, in the order
+        in which they serve.
+    step : Tensor
+        int64 ``[tokens]``, the tokens that are decoded together.
+    """
+
+    scores: Tensor
+    experts: Tensor
+    step: Tensor
+
+
+def rankings(parts: Sequence[Ranking]) -> Ranking:
+    """Return the rankings of several passes as of one, their steps numbered on."""
+    scores, experts = (torch.cat([part[place] for part in parts]) for place in (0, 1))
+    return Ranking(scores, experts, _numbered_on([part.step for part in parts]))
+
+
+def whole_steps(batches: Sequence[Tensor], rows: int, length: int) -> list[Tensor]:
+    """Return a text in batches of exactly ``rows``: a step of fewer reads fewer experts.
+
+    Rows have up to ``length`` tokens, fewer where there is less text.
+
+    Raises
+    ------
+    DataError
+        If there is not one token for each row.
+    """
+    ids = torch.cat([batch.flatten() for batch in batches])
+    length = min(length, len(ids) // rows)
+    if not length:
+        raise DataError(
+            f"The calibration text has {len(ids)} tokens, too few for {rows} rows that are "
+            "decoded together: use more text or a smaller decode_batch."
+        )
+    whole = len(ids) // (rows * length)
+    return list(ids[: whole * rows * length].view(whole, rows, length).unbind())
 
 
 def on_cpu(said: RouterOutput, with_hidden_states: bool) -> RouterOutput:
@@ -31,36 +78,46 @@ def joined(parts: Sequence[RouterOutput]) -> RouterOutput:
         for name in ("logits", "weights", "indices")
     )
     hidden = [part.hidden_states for part in parts if part.hidden_states is not None]
-    steps, before = [], 0
-    for part in parts:
-        assert part.step is not None
-        steps.append(part.step + before)
-        before += int(part.step.max()) + 1
     return parts[0]._replace(
         logits=logits,
         weights=weights,
         indices=indices,
         hidden_states=torch.cat(hidden) if hidden else None,
-        step=torch.cat(steps),
+        step=_numbered_on([part.step for part in parts if part.step is not None]),
     )
 
 
-def mean_distinct(method: Method, said: RouterOutput) -> Callable[[float], float]:
+def _numbered_on(steps: Sequence[Tensor]) -> Tensor:
+    found, before = [], 0
+    for step in steps:
+        found.append(step + before)
+        before += int(step.max()) + 1
+    return torch.cat(found)
+
+
+def mean_distinct(method: Method, heard: RouterOutput | Ranking) -> Callable[[float], float]:
     """Return the function from the parameter to the mean number of distinct experts a step."""
-    assert said.step is not None
-    steps = Steps(said.step, int(said.step.max()) + 1)
+    assert heard.step is not None
+    steps = Steps(heard.step, int(heard.step.max()) + 1)
 
     def mean(alpha: float) -> float:
-        found = picked(method, said, alpha).indices.unsqueeze(0)
+        found = served(method, heard, alpha).unsqueeze(0)
         return float(distinct_experts(found, steps, method.num_experts)) / steps.number
 
     return mean
 
 
 @torch.no_grad()
-def picked(method: Method, said: RouterOutput, alpha: float) -> Picked:
-    """Return what a method decides with another parameter."""
+def served(method: Method, heard: RouterOutput | Ranking, alpha: float) -> Tensor:
+    """Return the experts that serve the tokens with another parameter, int64 ``[tokens, max_k]``.
+
+    Unused slots hold ``num_experts``.
+    """
     level = method.level(alpha)
+    if isinstance(heard, Ranking):
+        counts = method.count(heard.scores, level).clamp(method.min_k, method.max_k)
+        used = torch.arange(heard.experts.shape[-1]) < counts.unsqueeze(-1)
+        return torch.where(used, heard.experts, method.num_experts)
     assert level is not None
     method.keep("thresholds", level)
-    return pick(method, said)
+    return pick(method, heard).indices

@@ -19,7 +19,15 @@ from lm_eval_bh.routing.methods.router import RouterOutput
 from lm_eval_bh.routing.ranked import ranked_scores
 from lm_eval_bh.routing.routers import Router
 from lm_eval_bh.routing.solution import Solution
-from lm_eval_bh.routing.step_target import joined, mean_distinct, on_cpu, picked
+from lm_eval_bh.routing.step_target import (
+    Ranking,
+    joined,
+    mean_distinct,
+    on_cpu,
+    rankings,
+    served,
+    whole_steps,
+)
 from lm_eval_bh.routing.tables.calibration import listen
 from lm_eval_bh.routing.tables.find import tokenizer_of
 from lm_eval_bh.routing.tables.null_model import NullModel
@@ -32,7 +40,8 @@ TOKENS, LENGTH, BATCH = 16384, 512, 8
 TOLERANCE = 0.02  # share of the target that the mean may miss it by
 AIM = 0.01  # and what ends the search
 ROUNDS = 8
-Heard = Tensor | RouterOutput  # what a layer's method looks at: ranked scores, or for a step all
+# What a layer's method looks at: ranked scores; and for a step their experts, or all.
+Heard = Tensor | Ranking | RouterOutput
 
 
 class Routed(Protocol):
@@ -62,8 +71,7 @@ def solve(
 ) -> Solution:
     """Solve the parameter of the integration's rule for its target, or its family.
 
-    The target is a mean number of experts per token, or for a method of a step of distinct experts
-    a layer and step.
+    The target is a mean number of experts per token, or of distinct experts per layer and step.
 
     The rule is solved on the logits of the unchanged model; but experts that are left out below
     change the logits above, so the model is run with what was solved, and it is solved again on the
@@ -87,8 +95,9 @@ def solve(
         If the text or the tokenizer cannot be loaded.
     """
     config = integration.config
-    rows = config.decode_batch if config.target_distinct else BATCH
-    batches = calibration_batches(integration.model, tokenizer, texts, rows)
+    batches = calibration_batches(
+        integration.model, tokenizer, texts, config.decode_batch if config.target_distinct else None
+    )
     unchanged = _p_values(integration, batches) if config.family == "all" else None
     scores: Mapping[int, Heard] = {}
     best: Solution | None = None
@@ -119,8 +128,8 @@ def solve(
         mean = sum(means.values()) / len(means)
         found = dataclasses.replace(
             integration.solution,
-            mean_experts=_experts(integration, scores, alphas) if config.method.joint else mean,
-            distinct_experts=mean if config.method.joint else None,
+            mean_experts=_experts(integration, scores, alphas) if config.target_distinct else mean,
+            distinct_experts=mean if config.target_distinct else None,
             layer_means=means,
             tokens=sum(batch.numel() for batch in batches),
             text=WIKITEXT if texts is None else "given",
@@ -147,16 +156,20 @@ def calibration_batches(
     model: nn.Module,
     tokenizer: Any = None,
     texts: Sequence[str] | None = None,
-    batch: int = BATCH,
+    decode_batch: int | None = None,
 ) -> list[Tensor]:
-    """Return the text that parameters are solved on, as token ids; see :func:`solve`."""
-    return text_batches(
+    """Return the text that parameters are solved on, as token ids; see :func:`solve`.
+
+    With ``decode_batch`` in whole batches of so many rows.
+    """
+    found = text_batches(
         tokenizer or tokenizer_of(model),
         wikitext_texts("train", INSTEAD) if texts is None else texts,
         tokens=TOKENS,
         length=LENGTH,
-        batch=batch,
+        batch=BATCH,
     )
+    return found if decode_batch is None else whole_steps(found, decode_batch, LENGTH)
 
 
 def _p_values(integration: Routed, batches: Sequence[Tensor]) -> Tensor:
@@ -176,27 +189,35 @@ def _p_values(integration: Routed, batches: Sequence[Tensor]) -> Tensor:
 def _collect(integration: Routed, batches: Sequence[Tensor]) -> dict[int, Heard]:
     """Run the model as it is now, and return what the rule looks at in every routed layer."""
     parts: dict[int, list[Any]] = {layer: [] for layer in integration.layers}
-    joint = integration.config.method.joint
+    joint, by_step = integration.config.method.joint, integration.config.target_distinct
 
     def hear(layer: int, method: Method, said: RouterOutput) -> None:
         if joint:
             parts[layer].append(on_cpu(said, method.statistic.predicts))
             return
-        ranked, _ = ranked_scores(method, integration.null_model, layer, said)
-        parts[layer].append(ranked.cpu())
+        ranked, order = ranked_scores(method, integration.null_model, layer, said)
+        if not by_step:
+            parts[layer].append(ranked.cpu())
+            return
+        assert said.step is not None
+        experts = (said.indices if method.follows_router else order)[:, : method.max_k]
+        parts[layer].append(Ranking(ranked.cpu(), experts.cpu(), said.step.cpu()))
 
     _listen(integration, batches, hear)
-    join: Callable[[list[Any]], Heard] = joined if joint else torch.cat
+    join: Callable[[list[Any]], Heard] = torch.cat
+    if joint or by_step:
+        join = joined if joint else rankings
     return {layer: join(found) for layer, found in parts.items()}
 
 
 def _experts(integration: Routed, heard: Mapping[int, Heard], alphas: Mapping[int, float]) -> float:
-    """Return the mean number of experts per token of a method of a step."""
+    """Return the mean number of experts per token."""
     means = []
     for layer, said in heard.items():
-        assert isinstance(said, RouterOutput)
+        assert not isinstance(said, Tensor)
         method = integration.method(layer).cpu()
-        means.append(float(picked(method, said, alphas[layer]).counts.double().mean()))
+        used = served(method, said, alphas[layer]) < method.num_experts
+        means.append(float(used.sum(-1).double().mean()))
     return sum(means) / len(means)
 
 
@@ -269,7 +290,7 @@ def _budgets(integration: Routed, scores: Mapping[int, Heard]) -> dict[tuple[int
 def _mean(integration: Routed, layer: int, ranked: Heard) -> Mean:
     """Return the function from the parameter to a layer's mean number of experts."""
     method = integration.method(layer).cpu()
-    if isinstance(ranked, RouterOutput):
+    if not isinstance(ranked, Tensor):
         return mean_distinct(method, ranked)
 
     def mean(alpha: float) -> float:

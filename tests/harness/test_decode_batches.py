@@ -33,7 +33,7 @@ def test_groups_are_of_one_task_and_hold_every_request_once(rows):
 
 
 def recount(logs):
-    """Return the mean number of distinct experts a layer and step, from the Parquet log."""
+    """Return the mean number of distinct experts per layer and step, from the Parquet log."""
     folder = next(logs.glob("*/tokens"))
     table = pyarrow.dataset.dataset(folder, format="parquet").to_table().to_pandas()
     steps = table[table["step"] >= 0].groupby(["step", "layer"])["experts"]

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lm_eval_bh.analysis.show.pareto_figure import Point, draw_pareto
+from lm_eval_bh.analysis.show.pareto_figure import DISTINCT, EXPERTS, Point, draw_pareto
 from lm_eval_bh.files import replacing, write_text
 
 FILE, TABLE, FIGURE = "league.json", "league.csv", "league.png"
@@ -52,6 +52,10 @@ def _of(*path: str) -> Callable[[Row], Any]:
     return value
 
 
+def _oea(name: str) -> Callable[[Row], Any]:
+    return lambda row: row["from_oea"] and row["from_oea"][name]
+
+
 def signed(value: float, digits: int = 2) -> str:
     """Return a number with its sign, a true minus."""
     return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
@@ -69,7 +73,12 @@ _RELATIVE = ("relative", "relative_low", "relative_high")
 _ABSOLUTE = ("difference", "low", "high")
 COLUMNS = (
     Column("mean_experts", "experts", _of("mean_experts"), lambda r: f"{r['mean_experts']:.2f}"),
-    # The distinct experts of a decode batch stand here once they are counted.
+    Column(
+        "distinct_experts",
+        "distinct experts",
+        _of("distinct_experts"),
+        lambda r: f"{r['distinct_experts']:.2f}",
+    ),
     Column("perplexity", "perplexity", _of("from_native", "perplexity")),
     Column("loss", "loss (%)", _of("from_native", "relative"), _interval("from_native", _RELATIVE)),
     *(Column(f"loss_{end}", "", _of("from_native", f"relative_{end}")) for end in _ABSOLUTE[1:]),
@@ -81,6 +90,13 @@ COLUMNS = (
     ),
     *(Column(f"from_static_{name}", "", _of("from_static", name)) for name in _ABSOLUTE[1:]),
     *(Column(f"from_static_{name}", "", _of("from_static", name)) for name in _RELATIVE),
+    Column(
+        "from_oea",
+        "perplexity minus OEA's",
+        _oea("difference"),
+        _interval("from_oea", _ABSOLUTE, 1),
+    ),
+    *(Column(f"from_oea_{n}", "", _oea(n)) for n in (*_ABSOLUTE[1:], *_RELATIVE)),
     Column("kl", "KL (nats)", _of("fidelity", "kl"), lambda r: f"{r['fidelity']['kl']:.4f}"),
     *(Column(f"kl_from_static_{n}", "", _of("kl_from_static", n)) for n in _ABSOLUTE),
     Column(
@@ -111,23 +127,56 @@ COLUMNS = (
         "decision_seconds", "decision (µs)", _of("decision"), lambda r: f"{1e6 * r['decision']:.2f}"
     ),
 )
-SHOWN = tuple(column for column in COLUMNS if column.shown is not None)
-TITLES = ("method", *(column.title for column in SHOWN))
-IN_A_TERMINAL = ("method", "experts", "loss (%)", "minus static", "KL", "changed (%)")
+# What a terminal has room for, by what it is called there.
+IN_A_TERMINAL = {
+    "method": "method",
+    "experts": "experts",
+    "distinct experts": "distinct",
+    "loss (%)": "loss (%)",
+    "perplexity minus static top-k's": "minus static",
+    "perplexity minus OEA's": "minus OEA",
+    "KL (nats)": "KL",
+    "first choices changed (%)": "changed (%)",
+}
+
+
+def titles_of(league: Mapping[str, Any]) -> list[str]:
+    """Return the titles of the table for people."""
+    hidden = set() if by_step(league) else {"from_oea"}
+    hidden |= {"distinct_experts"} if league["decode_batch"] is None else set()
+    return [
+        "method",
+        *(c.title for c in COLUMNS if c.shown is not None and c.name not in hidden),
+    ]
+
+
+def by_step(league: Mapping[str, Any]) -> bool:
+    """Return whether methods were compared at equal distinct experts."""
+    return bool(league["cost"] == "distinct_experts")
+
+
+def a_mean(league: Mapping[str, Any], target: float) -> str:
+    """Return a target in words, which go on after an "at"."""
+    return f"a mean of {target:g} {'distinct experts' if by_step(league) else 'experts'}"
 
 
 def shown_rows(league: Mapping[str, Any], target: float) -> list[tuple[str, ...]]:
-    """Return the cells of what was measured at a mean, under :data:`TITLES`, the best first."""
+    """Return the cells of what was measured at a mean, under the titles, the best first."""
     rows = [row for row in league["rows"] if row["target"] == target and row["failed"] is None]
-    return [(row["name"], *(c.shown(row) for c in SHOWN if c.shown is not None)) for row in rows]
+    shown = {column.title: column.shown for column in COLUMNS}
+    cells = [shown[title] for title in titles_of(league)[1:]]
+    return [(row["name"], *(cell(row) for cell in cells if cell is not None)) for row in rows]
 
 
-def short_rows(league: Mapping[str, Any], target: float) -> list[tuple[str, ...]]:
-    """Return the cells that a terminal has room for, under :data:`IN_A_TERMINAL`."""
-    titles = ("perplexity minus static top-k's", "KL (nats)", "first choices changed (%)")
-    wanted = [TITLES.index(title) for title in ("method", "experts", "loss (%)", *titles)]
-    rows = [[row[place] for place in wanted] for row in shown_rows(league, target)]
-    return [(*row[:2], row[2].partition(" ")[0], *row[3:]) for row in rows]
+def short_rows(league: Mapping[str, Any], target: float) -> list[dict[str, str]]:
+    """Return the cells that a terminal has room for, by their short titles."""
+    titles = titles_of(league)
+    found = []
+    for row in shown_rows(league, target):
+        cells = dict(zip(titles, row, strict=True))
+        cells["loss (%)"] = cells["loss (%)"].partition(" ")[0]
+        found.append({short: cells[t] for t, short in IN_A_TERMINAL.items() if t in cells})
+    return found
 
 
 def failures(league: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -143,12 +192,12 @@ def summary_of(league: Mapping[str, Any], target: float) -> str:
     """Return in a few words who loses least at a mean, and who is first by fidelity."""
     rows = [row for row in league["rows"] if row["target"] == target and row["failed"] is None]
     if not rows:
-        return f"At a mean of {target:g} experts nothing could be measured."
+        return f"At {a_mean(league, target)} nothing could be measured."
     best = rows[0]
     found, control = best["from_native"], best["from_static"]
     nearest = min(rows, key=lambda row: row["fidelity"]["kl"])
     text = (
-        f"At a mean of {target:g} experts {best['name']} loses least: "
+        f"At {a_mean(league, target)} {best['name']} loses least: "
         f"{signed(100 * found['relative'])} % of perplexity ({signed(100 * found['relative_low'])} "
         f"to {signed(100 * found['relative_high'])}), and its perplexity is "
         f"{signed(control['difference'])} ({signed(control['low'])} to {signed(control['high'])}) "
@@ -187,11 +236,12 @@ def write_league(league: Mapping[str, Any], folder: Path) -> list[Path]:
     )
     page = environment.get_template("league.html.j2").render(
         league=league,
-        titles=TITLES,
+        titles=titles_of(league),
         parts=[
-            (target, summary_of(league, target), shown_rows(league, target))
+            (a_mean(league, target), summary_of(league, target), shown_rows(league, target))
             for target in league["targets"]
         ],
+        one="document" if league["unit"] == "documents" else "group",
         best=BEST,
         failed=failures(league),
         figure=f"data:image/svg+xml;base64,{encoded}",
@@ -223,13 +273,14 @@ def _number(value: Any) -> Any:
 
 def _markdown(league: Mapping[str, Any]) -> str:
     parts = [f"![Perplexity over the mean number of experts]({FIGURE})"]
+    titles = titles_of(league)
     for target in league["targets"]:
         rows = shown_rows(league, target)
         parts.append(summary_of(league, target))
-        parts.append(_markdown_table(rows[:BEST]))
+        parts.append(_markdown_table(titles, rows[:BEST]))
         if len(rows) > BEST:
             rest = f"<summary>The other {len(rows) - BEST} rows</summary>"
-            table = _markdown_table(rows[BEST:])
+            table = _markdown_table(titles, rows[BEST:])
             parts.append(f'<details markdown="1">{rest}\n\n{table}\n\n</details>')
     failed = [f"- {name}: {reason}" for name, reason in failures(league)]
     if failed:
@@ -241,8 +292,8 @@ def _markdown(league: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [TITLES, ("---", *("---:" for _ in SHOWN)), *rows]
+def _markdown_table(titles: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [titles, ("---", *("---:" for _ in titles[1:])), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -252,7 +303,7 @@ def _figure(league: Mapping[str, Any]) -> Any:
         if row["failed"] is None and row["name"] != "topk":
             found = row["from_static"]
             place = found["perplexity"], found["difference"], found["low"], found["high"]
-            points.setdefault(row["name"], []).append(Point(row["mean_experts"], *place))
+            points.setdefault(row["name"], []).append(Point(row[league["cost"]], *place))
     least = {name: min(p.difference for p in found) for name, found in points.items()}
     best = sorted(points, key=least.__getitem__)[:DRAWN]
     title = f"{league['model']['name']}: methods beside static top-k, {league['text']['name']}"
@@ -262,4 +313,5 @@ def _figure(league: Mapping[str, Any]) -> Any:
         {name: points[name] for name in best},
         title=title,
         best=best[0] if best else None,
+        cost=DISTINCT if by_step(league) else EXPERTS,
     )

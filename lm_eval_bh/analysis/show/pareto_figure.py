@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_bh.analysis.show.names import show_names
 from lm_eval_bh.analysis.show.plots.style import BASELINE_LINE, MARKERS, NEUTRAL, PALETTE, RC
 
-ONE_MEAN = 0.5  # experts; policies that differ by less are drawn below each other
+ONE_MEAN = 0.06  # share of the model's own; policies that differ by less are drawn as rows
+EXPERTS, DISTINCT = "Experts a token (mean)", "Distinct experts per layer and step (mean)"
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +24,7 @@ class Point:
     Attributes
     ----------
     mean_experts, perplexity : float
-        Where it stands.
+        Where it stands: its mean number of experts, or of another cost; and what it loses.
     difference, low, high : float
         From static top-k at the same mean, with its 95 % interval.
     """
@@ -41,6 +42,7 @@ def draw_pareto(
     *,
     title: str,
     best: str | None = None,
+    cost: str = EXPERTS,
 ) -> Figure:
     """Draw policies and static top-k: their perplexities, and the differences with intervals.
 
@@ -54,6 +56,8 @@ def draw_pareto(
         Over both panels.
     best : str, optional
         The policy to draw heavier.
+    cost : str
+        What the means are of.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -80,17 +84,18 @@ def draw_pareto(
         points = [point for found in policies.values() for point in found]
         means = [point.mean_experts for point in points]
         if points:
-            seen = [p for k, p in static.items() if k >= min(means) - 0.6]
+            unit = max(rungs) / 8
+            seen = [p for k, p in static.items() if k >= min(means) - 0.6 * unit]
             seen += [point.perplexity for point in points]
             margin = 0.05 * (max(seen) - min(seen) or 1.0)
             left.set_ylim(min(seen) - margin, max(seen) + margin)
-            left.set_xlim(min(means) - 0.6, max(rungs) + 0.2)
-        left.set(xlabel="Experts a token (mean)", ylabel="Perplexity")
+            left.set_xlim(min(means) - 0.6 * unit, max(rungs) + 0.2 * unit)
+        left.set(xlabel=cost, ylabel="Perplexity")
         left.set_title("Lower and further left is better", loc="left")
-        if points and max(means) - min(means) < ONE_MEAN:
+        if points and max(means) - min(means) < ONE_MEAN * max(rungs):
             _draw_forest(right, policies, styles)
         else:
-            _draw_over_means(right, policies, styles)
+            _draw_over_means(right, policies, styles, cost)
         right.set_title("Below 0: better than static top-k at the same mean", loc="left")
         figure.suptitle(title, fontsize=10)
         handles, labels = left.get_legend_handles_labels()
@@ -124,7 +129,10 @@ def _draw_forest(
 
 
 def _draw_over_means(
-    axes: Axes, policies: Mapping[str, Sequence[Point]], styles: Sequence[dict[str, Any]]
+    axes: Axes,
+    policies: Mapping[str, Sequence[Point]],
+    styles: Sequence[dict[str, Any]],
+    cost: str,
 ) -> None:
     axes.axhline(0, color=NEUTRAL, linestyle=BASELINE_LINE)
     for style, points in zip(styles, policies.values(), strict=True):
@@ -138,4 +146,4 @@ def _draw_over_means(
             ],
             **style,
         )
-    axes.set(xlabel="Experts a token (mean)", ylabel="Perplexity minus static top-k's")
+    axes.set(xlabel=cost, ylabel="Perplexity minus static top-k's")

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lm_eval_bh.analysis.show.pareto_figure import Point, draw_pareto
+from lm_eval_bh.analysis.show.pareto_figure import DISTINCT, EXPERTS, Point, draw_pareto
 from lm_eval_bh.files import replacing, write_text
 
 PAGE, FIGURE = "tune.html", "tune.png"
@@ -47,6 +47,7 @@ def write_tuning_page(account: Mapping[str, Any], folder: Path) -> list[Path]:
         findings=findings_of(account),
         screened=screened_rows(account),
         controls=[(name, *_texts(d)) for name, d in account["confirmation"]["controls"].items()],
+        same="same distinct experts" if by_step(account) else "same mean",
         native=_texts(account["confirmation"]["native"]),
         tried=tried_rows(account),
         failed=[
@@ -66,25 +67,40 @@ def goal_of(account: Mapping[str, Any]) -> str:
     """Return the goal of the search, in words."""
     if account["target_experts"] is not None:
         return f"a mean of {account['target_experts']:g} experts per token"
+    if by_step(account):
+        return (
+            f"a mean of {account['target_distinct']:g} distinct experts per layer and step of "
+            f"{account['decode_batch']} rows"
+        )
     return (
         f"the fewest experts that cost at most {100 * account['max_loss']:g} % of perplexity "
         f"against static top-{account['native_top_k']}"
     )
 
 
+def by_step(account: Mapping[str, Any]) -> bool:
+    """Return whether policies were compared at equal distinct experts."""
+    return account["target_distinct"] is not None
+
+
 def verdict_of(account: Mapping[str, Any]) -> str:
     """Return in a sentence or two what unseen text says of the winner."""
     name, found = account["winner"]["name"], account["confirmation"]
     native = found["native"]
-    text = f"{account['documents']['confirmation']} unseen documents of {account['text']}"
+    text = f"{account['documents']['confirmation']} unseen {account['unit']} of {account['text']}"
+    same, takes = "the same mean", f"takes {found['mean_experts']:.2f} experts a token"
+    if by_step(account):
+        same = "the same number of distinct experts"
+        reads = f"reads {found['distinct_experts']:.2f} distinct experts per layer and step"
+        takes = f"{reads} and {takes},"
     loses = (
-        f"It takes {found['mean_experts']:.2f} experts per token, and its perplexity differs from "
-        f"static top-{account['native_top_k']}'s by {_signed(100 * native['relative'])} % "
-        f"({_signed(100 * native['relative_low'])} to {_signed(100 * native['relative_high'])})."
+        f"It {takes}, and its perplexity differs from static top-{account['native_top_k']}'s by "
+        f"{_signed(100 * native['relative'])} % ({_signed(100 * native['relative_low'])} to "
+        f"{_signed(100 * native['relative_high'])})."
     )
     worse = [n for n, control in found["controls"].items() if control["high"] >= 0]
     if not worse:
-        first = f"{name} is better than every control at the same mean on {text}."
+        first = f"{name} is better than every control at {same} on {text}."
     else:
         first = f"{name} is not significantly better than {' and '.join(worse)} on {text}."
     if account["max_loss"] is not None:
@@ -110,11 +126,12 @@ def _beaten(account: Mapping[str, Any]) -> list[str]:
 
 def _fidelity(account: Mapping[str, Any]) -> str:
     found, control = account["confirmation"], account["confirmation"]["controls"].get("topk")
+    units = account["unit"]
     ours, theirs = found["fidelity"]["policy"], found["fidelity"]["topk"]
     kl = found["fidelity"]["kl_difference"]
     text = (
         f"Fidelity: its next-token distributions are {ours['kl']:.4f} nats a token from the "
-        f"model's own ({ours['worst']:.4f} in the worst tenth of the documents), and "
+        f"model's own ({ours['worst']:.4f} in the worst tenth of the {units}), and "
         f"{100 * ours['changed']:.1f} % of the first choices change; static top-k at that mean has "
         f"{theirs['kl']:.4f} ({theirs['worst']:.4f}) and {100 * theirs['changed']:.1f} %."
     )
@@ -163,18 +180,20 @@ def _tasks(account: Mapping[str, Any]) -> list[str]:
 
 def screened_rows(account: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return the cells of the first look on little text, as :func:`tried_rows` does."""
-    return _rows(account["screened"])
+    rows = _rows(account["screened"], account["cost"]["measured"])
+    few = by_step(account)  # groups, of which no interval can be drawn
+    return [(*row[:-1], "") for row in rows] if few else rows
 
 
 def tried_rows(account: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return (name, mean, perplexity, difference, interval) of what was tried, the best first."""
-    return _rows(account["tried"])
+    return _rows(account["tried"], account["cost"]["measured"])
 
 
-def _rows(tried: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+def _rows(tried: Sequence[Mapping[str, Any]], cost: str) -> list[tuple[str, ...]]:
     rows = [row for row in tried if row["difference"] is not None]
     rows.sort(key=lambda row: row["difference"]["relative"])
-    return [(row["name"], f"{row['mean_experts']:.2f}", *_texts(row["difference"])) for row in rows]
+    return [(row["name"], f"{row[cost]:.2f}", *_texts(row["difference"])) for row in rows]
 
 
 def _texts(difference: Mapping[str, float]) -> tuple[str, str, str]:
@@ -201,19 +220,24 @@ def _figure(account: Mapping[str, Any]) -> Any:
     winner = account["winner"]["name"]
     rows = [row for row in account["tried"] if row["difference"] is not None]
     rows.sort(key=lambda row: row["difference"]["relative"])
+    controls = {row["name"] for row in rows if not row["adaptive"]} | {
+        *account["confirmation"]["controls"]
+    }
+    controls -= {"topk"}  # the line
     points: dict[str, list[Point]] = {winner: []}
     for row in rows:
         difference = row["difference"]
         point = Point(
-            row["mean_experts"],
+            row[account["cost"]["measured"]],
             difference["perplexity"],
             difference["difference"],
             difference["low"],
             difference["high"],
         )
-        control = not row["adaptive"] and row["name"] != "topk"
+        control = row["name"] in controls
         if row["name"] in points or control or len(points) < SHOWN:
             points.setdefault(row["name"], []).append(point)
     title = f"{account['model']}: {goal_of(account)} (validation text of {account['text']})"
     static = {float(k): value for k, value in account["static"].items()}
-    return draw_pareto(static, points, title=title, best=winner)
+    label = DISTINCT if by_step(account) else EXPERTS
+    return draw_pareto(static, points, title=title, best=winner, cost=label)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 from lm_eval_bh.errors import BHError, ParameterError
+from lm_eval_bh.policies.cost import EXPERTS, Cost
 from lm_eval_bh.policies.league.standing import SUMS, Standings
 from lm_eval_bh.policies.paired_differences import RESAMPLES
-from lm_eval_bh.policies.tuning.candidates import Family, named, published, static
+from lm_eval_bh.policies.tuning.candidates import Family, named, published, static, winner
 from lm_eval_bh.policies.tuning.journal import Row
-from lm_eval_bh.policies.tuning.search import FINALISTS, NEAR, Search, check_mean
+from lm_eval_bh.policies.tuning.search import FINALISTS, SHARED, Search
 from lm_eval_bh.policies.tuning.subject import CONFIRMATION, Subject
 from lm_eval_bh.routing.methods import METHODS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 knew no distinct experts
 ALL = "all"
 LIBRARIES = ("lm-eval-bh", "torch", "transformers")
 JOURNAL = "measurements.json"
@@ -48,6 +48,7 @@ def compete(
     targets: Sequence[float],
     families: Sequence[Family] | None = None,
     progress: bool = True,
+    cost: Cost = EXPERTS,
 ) -> dict[str, Any]:
     """Measure families at means, and compare them.
 
@@ -56,12 +57,15 @@ def compete(
     subject : Subject
         The model and the texts; rows are scored on its confirmation text.
     targets : sequence of float
-        Mean numbers of experts a token.
+        Means of the cost.
     families : sequence of Family, optional
-        What to measure; by default every method as it declares itself, and what a search on
-        validation text finds best among statistics and gains.
+        What to measure; by default every method as it declares itself, the recipes that won before,
+        and what a search on validation text finds best among statistics and gains.
     progress : bool
         Whether to show a progress bar.
+    cost : Cost
+        What methods are solved for, and compared at: experts a token, or distinct experts a step,
+        of a subject whose documents are groups.
 
     Returns
     -------
@@ -74,28 +78,31 @@ def compete(
     ParameterError
         If a mean is out of range or given twice.
     """
-    for target in targets:
-        check_mean(target, subject.native)
     if len(set(targets)) < len(targets):
         raise ParameterError("The targets name a mean twice: name it once.")
-    search = Search(subject, progress=progress)
+    search = Search(subject, progress=progress, cost=cost)
+    for target in targets:
+        search.check(target, CONFIRMATION)
     entries = []
     for target in targets:
         asked = families
         if asked is None:
             best = search.finalists(target, FINALISTS)
-            asked = list({family.name: family for family in (*published(), *best)}.values())
+            usual = (*published(), winner(), winner(cost), *best)
+            asked = list({family.name: family for family in usual}.values())
         search.expect(len(asked))
         entries += [_entry(search, family, target) for family in asked]
-    native = search.run(CONFIRMATION, static(), static().at(subject.native, subject.native), True)
-    means = [entry["mean_experts"] for entry in entries if entry["failed"] is None]
-    rungs = {
-        str(k): _sums(search.run(CONFIRMATION, static(), static().at(k, subject.native), True))
-        for k in _rungs(means or list(targets), subject.native)
+    measured = [entry[cost.measured] for entry in entries if entry["failed"] is None]
+    controls = {
+        family.name: _ladder(search, family, measured or list(targets))
+        for family in ((static(),) if cost is EXPERTS else (static(), SHARED))
     }
+    native = search.run(
+        CONFIRMATION, static(), search.member(static(), subject.native), faithful=True
+    )
     search.close()
     tokens = [int(size) for size in subject.documents[CONFIRMATION].tokens]
-    standings = Standings(tokens, _sums(native), rungs)
+    standings = Standings(tokens, _sums(native), controls, cost.measured)
     for entry in entries:
         if entry["failed"] is None:
             entry |= standings.of(entry)
@@ -121,10 +128,13 @@ def compete(
             "length": subject.length,
             "notes": list(subject.splits.notes),
         },
+        "cost": cost.measured,
+        "decode_batch": subject.decode_batch,
+        "unit": subject.documents[CONFIRMATION].unit,
         "targets": list(targets),
         "tokens": tokens,
-        "native": _sums(native),
-        "static": rungs,
+        "native": _sums(native) | {"distinct_experts": native.distinct_experts},
+        "controls": controls,
         "static_perplexities": standings.static_perplexities(),
         "rows": sorted(entries, key=_place),
     }
@@ -134,7 +144,8 @@ def _entry(search: Search, family: Family, target: float) -> dict[str, Any]:
     """Return a row of the file, without what compares it."""
     subject = search.subject
     try:
-        row = search.run(CONFIRMATION, family, family.at(target, subject.native), True)
+        config = search.choose(family, target, CONFIRMATION)
+        row = search.run(CONFIRMATION, family, config, True)
     except BHError as error:  # before anything was measured: it has no such member
         row = Row(family.name, {}, failed=str(error))
     rule = family.options["rule"]
@@ -148,6 +159,7 @@ def _entry(search: Search, family: Family, target: float) -> dict[str, Any]:
         "calibration_seconds": subject.calibration_seconds(family) + solving,
         "from_native": None,
         "from_static": None,
+        "from_oea": None,
         "fidelity": None,
         "kl_from_static": None,
     }
@@ -159,10 +171,17 @@ def _place(entry: dict[str, Any]) -> tuple[float, bool, float]:
     return entry["target"], found is None, 0.0 if found is None else found["relative"]
 
 
-def _rungs(means: Sequence[float], native: int) -> range:
-    """Return the numbers of experts that static top-k is measured at: around all means."""
-    low = min(max(math.floor(min(means) + NEAR), 1), native - 1)
-    return range(low, min(math.floor(max(means) + NEAR) + 1, native) + 1)
+def _ladder(search: Search, family: Family, costs: Sequence[float]) -> dict[str, Any]:
+    """Return a control at the whole numbers around all costs, by its parameter."""
+    low, high = (search.below(CONFIRMATION, family, end) for end in (min(costs), max(costs)))
+    rows = {}
+    for k in range(low, high + 2):
+        row = search.run(CONFIRMATION, family, search.member(family, k), True)
+        rows[str(k)] = _sums(row) | {
+            "mean_experts": row.mean_experts,
+            "distinct_experts": row.distinct_experts,
+        }
+    return rows
 
 
 def _sums(row: Row) -> dict[str, list[float]]:

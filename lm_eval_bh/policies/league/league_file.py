@@ -16,6 +16,7 @@ from lm_eval_bh.policies.paired_differences import RESAMPLES
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.validation import mismatch, shown
 
+CONTROLS = (("mean_experts", {"topk"}), ("distinct_experts", {"topk", "oea"}))
 CLOSE = 1e-6  # as a share: what other machines and releases of NumPy may round otherwise
 
 
@@ -48,6 +49,19 @@ class LeagueSums(TypedDict):
     losses: list[float]
     divergences: list[float]
     changed: list[float]
+
+
+class LeagueNative(LeagueSums):
+    """The model as it is."""
+
+    distinct_experts: float | None
+
+
+class LeagueRung(LeagueSums):
+    """A control with a number of experts."""
+
+    mean_experts: float
+    distinct_experts: float | None
 
 
 class LeagueDifference(TypedDict):
@@ -88,6 +102,7 @@ class LeagueRow(TypedDict):
     target: float
     config: dict[str, Any]
     mean_experts: float | None
+    distinct_experts: float | None
     losses: list[float]
     divergences: list[float]
     changed: list[float]
@@ -99,6 +114,7 @@ class LeagueRow(TypedDict):
     calibration_seconds: float
     from_native: LeagueDifference | None
     from_static: LeagueDifference | None
+    from_oea: LeagueDifference | None
     fidelity: LeagueFidelity | None
     kl_from_static: LeagueInterval | None
 
@@ -111,10 +127,13 @@ class LeagueFile(TypedDict):
     resamples: int
     model: LeagueModel
     text: LeagueText
+    cost: str
+    decode_batch: int | None
+    unit: str
     targets: list[float]
     tokens: list[int]
-    native: LeagueSums
-    static: dict[str, LeagueSums]
+    native: LeagueNative
+    controls: dict[str, dict[str, LeagueRung]]
     static_perplexities: dict[str, float]
     rows: list[LeagueRow]
 
@@ -162,17 +181,29 @@ def _wrong(content: Mapping[str, Any]) -> str | None:
     if content["resamples"] != RESAMPLES:
         return f"its intervals are of {content['resamples']} resamples, not {RESAMPLES}"
     sums = [("native", content["native"])]
-    sums += [(f"static top-{k}", rung) for k, rung in content["static"].items()]
-    sums += [(_called(row), row) for row in content["rows"] if row["failed"] is None]
+    controls, cost = content["controls"], content["cost"]
+    if (cost, {*controls}) not in CONTROLS:
+        return "its controls must be topk for mean_experts, topk and oea for distinct_experts"
+    rungs = [(f"{n} {k}", rung) for n, found in controls.items() for k, rung in found.items()]
+    sums += rungs
+    measured = [(_called(row), row) for row in content["rows"] if row["failed"] is None]
+    sums += measured
     for name, found in sums:
         if reason := _wrong_sums(found, documents):
             return f"{name}: {reason}"
-    native = content["model"]["native_top_k"]
-    if not content["static"] or not all(
-        k.isdecimal() and 1 <= int(k) <= native for k in content["static"]
-    ):
-        return f"static must have numbers of experts from 1 to {native}"
-    standings = Standings(content["tokens"], content["native"], content["static"])
+    native, experts = content["model"]["native_top_k"], content["model"]["experts"]
+    for name, found in controls.items():
+        if not found or not all(k.isdecimal() and 1 <= int(k) <= native for k in found):
+            return f"{name} must have numbers of experts from 1 to {native}"
+    counted = content["decode_batch"] is not None
+    for name, found in [
+        *rungs,
+        ("native", content["native"] | {"mean_experts": native}),
+        *measured,
+    ]:
+        if reason := _wrong_costs(found, native, experts, counted):
+            return f"{name}: {reason}"
+    standings = Standings(content["tokens"], content["native"], controls, cost)
     said = {"static_perplexities": content["static_perplexities"]}
     if reason := _differs({"static_perplexities": standings.static_perplexities()}, said):
         return reason
@@ -182,7 +213,7 @@ def _wrong(content: Mapping[str, Any]) -> str | None:
             return f"{_called(row)} stands there twice"
         if row["target"] not in content["targets"]:
             return f"{_called(row)} is of no target of the file"
-        if reason := _wrong_row(row, standings, native):
+        if reason := _wrong_row(row, standings, content["decode_batch"]):
             return f"{_called(row)}: {reason}"
     return None
 
@@ -196,7 +227,20 @@ def _wrong_sums(found: Mapping[str, list[float]], documents: int) -> str | None:
     return None
 
 
-def _wrong_row(row: Mapping[str, Any], standings: Standings, native: int) -> str | None:
+def _wrong_costs(found: Mapping[str, Any], native: int, experts: int, counted: bool) -> str | None:
+    mean, distinct = found["mean_experts"], found["distinct_experts"]
+    if mean is None or not 0 < mean <= native:
+        return f"its mean must be more than 0 and at most {native}, not {mean}"
+    if (distinct is not None) != counted:
+        return "its distinct experts must stand there with decode_batch, and only then"
+    if distinct is not None and not 0 < distinct <= experts:
+        return f"its distinct experts must be more than 0 and at most {experts}, not {distinct}"
+    return None
+
+
+def _wrong_row(
+    row: Mapping[str, Any], standings: Standings, decode_batch: int | None
+) -> str | None:
     if row["failed"] is not None:
         return None
     try:
@@ -206,9 +250,9 @@ def _wrong_row(row: Mapping[str, Any], standings: Standings, native: int) -> str
         return str(error).rstrip(".")
     if row["config"]["rule"] != row["rule"]:
         return f"its configuration is of another rule, {row['config']['rule']}"
-    if row["mean_experts"] is None or not 0 < row["mean_experts"] <= native:
-        return f"its mean must be more than 0 and at most {native}, not {row['mean_experts']}"
-    found = standings.of(row)
+    if row["config"].get("decode_batch") != decode_batch:
+        return "its configuration is of another decode_batch"
+    found = {"from_oea": None} | standings.of(row)
     return _differs(found, {name: row[name] for name in found})
 
 
@@ -216,7 +260,9 @@ def _differs(found: Mapping[str, Any], said: Mapping[str, Any]) -> str | None:
     """Return the first number that does not follow from the documents' sums, or None."""
     for name, values in found.items():
         given = said[name]
-        if given is None or given.keys() != values.keys():
+        if values is None and given is None:
+            continue
+        if values is None or given is None or given.keys() != values.keys():
             return f"{name} lacks or adds numbers"
         for part, value in values.items():
             if not math.isclose(given[part], value, rel_tol=CLOSE, abs_tol=CLOSE):

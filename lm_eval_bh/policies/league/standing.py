@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lm_eval_bh.policies.cost import EXPERTS
 from lm_eval_bh.policies.document_losses import Floats
 from lm_eval_bh.policies.fidelity import Fidelity
 from lm_eval_bh.policies.paired_differences import Ladder, PairedBootstrap
@@ -16,7 +17,7 @@ SUMS = ("losses", "divergences", "changed")
 
 
 class Standings:
-    """Puts rows beside the model as it is, and beside static top-k at their own means.
+    """Puts rows beside the model as it is, and beside controls at their own cost.
 
     Parameters
     ----------
@@ -24,22 +25,30 @@ class Standings:
         Scored tokens of each document.
     native : mapping
         The sums of the model as it is, ``losses`` of each document.
-    static : mapping of number of experts to mapping
-        The sums of static top-k: ``losses``, ``divergences``, ``changed`` of each document.
+    controls : mapping of name to mapping of whole numbers to mapping
+        Of ``topk``, and of ``oea`` at equal distinct experts, the sums with several numbers of
+        experts: ``losses``, ``divergences``, ``changed`` of each document, and the cost.
+    cost : str
+        Where rows have it: ``mean_experts`` or ``distinct_experts``.
     """
 
     def __init__(
         self,
         tokens: list[int],
         native: Mapping[str, list[float]],
-        static: Mapping[Any, Mapping[str, list[float]]],
+        controls: Mapping[str, Mapping[Any, Mapping[str, Any]]],
+        cost: str,
     ) -> None:
         self._tokens = np.array(tokens, dtype=float)
         self._bootstrap = PairedBootstrap(self._tokens)
         self._native = np.array(native["losses"])
-        self._static = {
-            part: Ladder({float(k): np.array(sums[part]) for k, sums in static.items()})
-            for part in SUMS
+        self._cost = cost
+        self._controls = {
+            name: {
+                part: Ladder({sums[cost]: np.array(sums[part]) for sums in rungs.values()})
+                for part in SUMS
+            }
+            for name, rungs in controls.items()
         }
 
     def of(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,7 +57,7 @@ class Standings:
         Parameters
         ----------
         row : mapping
-            Its ``mean_experts``, and the sums of its documents.
+            Its cost, and the sums of its documents.
 
         Returns
         -------
@@ -56,22 +65,25 @@ class Standings:
             ``from_native`` and ``from_static``
             (:class:`~lm_eval_bh.policies.paired_differences.Difference`), ``fidelity``
             (:class:`~lm_eval_bh.policies.fidelity.Fidelity`) and ``kl_from_static`` (difference,
-            low, high; nats a token), as plain values.
+            low, high; nats a token), as plain values; at equal distinct experts ``from_oea`` too.
         """
         losses, divergences, changed = (np.array(row[part], dtype=float) for part in SUMS)
-        mean = row["mean_experts"]
+        mean = row[self._cost]
         kl = self._bootstrap.difference_of_means(divergences, self._at("divergences", mean))
+        oea = {"from_oea": self._at("losses", mean, "oea")} if "oea" in self._controls else {}
         return {
             "from_native": asdict(self._bootstrap.compare(losses, self._native)),
             "from_static": asdict(self._bootstrap.compare(losses, self._at("losses", mean))),
             "fidelity": asdict(Fidelity.of(divergences, changed, self._tokens)),
             "kl_from_static": dict(zip(("difference", "low", "high"), kl, strict=True)),
+            **{name: asdict(self._bootstrap.compare(losses, of)) for name, of in oea.items()},
         }
 
     def static_perplexities(self) -> dict[str, float]:
-        """Return the perplexity of static top-k by its number of experts."""
-        rungs = self._static["losses"].rungs
+        """Return the perplexity of static top-k by its cost."""
+        rungs = self._controls["topk"]["losses"].rungs
         return {f"{k:g}": self._bootstrap.perplexity(losses) for k, losses in rungs.items()}
 
-    def _at(self, part: str, mean: float) -> Floats:
-        return self._static[part].at(mean)
+    def _at(self, part: str, mean: float, control: str = "topk") -> Floats:
+        ladder = self._controls[control][part]
+        return ladder.at(mean) if self._cost == EXPERTS.measured else ladder.within(mean)

@@ -1,4 +1,4 @@
-"""What is tried: families of policies, each with one member for every mean number of experts.
+"""What is tried: families of policies, each with one member for every amount of a cost.
 
 All of them follow from what methods and gains declare, so that a new one is asked like the others.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm_eval_bh.errors import ParameterError, did_you_mean
+from lm_eval_bh.policies.cost import DISTINCT, EXPERTS, Cost
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.declared import known_to
 from lm_eval_bh.routing.methods import METHODS
@@ -21,6 +22,7 @@ from lm_eval_bh.routing.tables.null_kind import NullKind
 
 MASSES: tuple[float, ...] = GAINS["mass"].tries or ()  # of the compensated static controls
 WINNER = "min_w benefit mass 0.2"  # what won on tiny-olmoe at every mean that was tried
+WINNER_OF_STEPS = "batch_min_w benefit mass 0.2"  # and at every number of distinct experts
 # One null distribution for the model makes p-values of absolute scores comparable between layers.
 OF_THE_MODEL = {"null_scope": "model", "null_from": "unselected"}
 
@@ -29,7 +31,7 @@ Allocate = Callable[[int], RoutingConfig]
 
 @dataclass(frozen=True)
 class Family:
-    """Policies that differ in their mean number of experts alone.
+    """Policies that differ in their cost alone.
 
     Attributes
     ----------
@@ -61,22 +63,36 @@ class Family:
             null_from=kind.null_from or OF_THE_MODEL["null_from"],
         )
 
-    def at(self, mean: float, native: int) -> RoutingConfig:
-        """Return the member with a mean number of experts; a static one takes the nearest.
+    @property
+    def rung(self) -> str | None:
+        """The parameter of whole numbers that its members differ in, where none is solved."""
+        method = METHODS[self.options["rule"]]
+        names = ("max_k",) if method.fixed_count else ("step_budget", "k0")
+        known = {*method.declared, "max_k"} - self.options.keys()
+        return next((name for name in names if name in known), None)
+
+    def at(
+        self, amount: float, native: int, cost: Cost = EXPERTS, decode_batch: int | None = None
+    ) -> RoutingConfig:
+        """Return the member of a cost; a static one has the nearest whole number for a parameter.
 
         Raises
         ------
         ParameterError
-            If the method has no parameter that is solved for a mean.
+            If the method has no parameter that is solved for that cost.
         """
-        if not self.adaptive:
-            return RoutingConfig(**self.options, max_k=max(1, round(mean)))
-        if "target_experts" not in known_to(METHODS[self.options["rule"]]):
+        options = {"max_k": native, "decode_batch": decode_batch} | self.options
+        known = known_to(METHODS[self.options["rule"]])
+        if cost.target in known:
+            return RoutingConfig(**options, **{cost.target: amount})
+        if cost is EXPERTS and self.adaptive:
             raise ParameterError(
                 f"rule={self.options['rule']} is solved for no mean number of experts of a token: "
                 "leave it out, or give its own target to hf-bh."
             )
-        return RoutingConfig(**self.options, target_experts=mean, max_k=native)
+        if self.rung is None:
+            return RoutingConfig(**options)  # as it was given
+        return RoutingConfig(**options | {self.rung: max(1, round(amount))})
 
 
 def static(mass: float | None = None) -> Family:
@@ -99,14 +115,24 @@ def adaptive_families() -> list[Family]:
     found = []
     for family in published():
         method = METHODS[family.options["rule"]]
-        if method.fixed_count or "target_experts" not in known_to(method):
-            continue
-        found.append(family)
-        if "statistic" in method.declared:
-            names = [name for name, row in STATISTICS.items() if row.table]
-            names = ["weight", *names] if method.tests else names
-            found += [with_statistic(family, name) for name in names]
+        if not method.fixed_count and "target_experts" in known_to(method):
+            found += _with_statistics(family)
     return found
+
+
+def step_families() -> list[Family]:
+    """Return the families that decide for the tokens of a step together, but for gains."""
+    joint = [family for family in published() if METHODS[family.options["rule"]].joint]
+    return [member for family in joint for member in _with_statistics(family)]
+
+
+def _with_statistics(family: Family) -> list[Family]:
+    method = METHODS[family.options["rule"]]
+    if "statistic" not in method.declared:
+        return [family]
+    names = [name for name, row in STATISTICS.items() if row.table]
+    names = ["weight", *names] if method.tests else names
+    return [family, *(with_statistic(family, name) for name in names)]
 
 
 def with_statistic(family: Family, name: str) -> Family:
@@ -138,9 +164,9 @@ def _tries(parameter: Parameter) -> tuple[Any, ...]:
     return tuple(value for value in parameter.values if value != parameter.default)
 
 
-def winner() -> Family:
+def winner(cost: Cost = EXPERTS) -> Family:
     """Return the recipe that a search may be skipped for."""
-    return named(WINNER)
+    return named(WINNER_OF_STEPS if cost is DISTINCT else WINNER)
 
 
 def named(name: str) -> Family:

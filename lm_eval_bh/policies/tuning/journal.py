@@ -19,7 +19,7 @@ from lm_eval_bh.routing.solution import Solution
 from lm_eval_bh.validation import mismatch, shown
 
 FILE = "tune.json"
-FORMAT_VERSION = 3  # 1 bound its rows to the name of a text, 2 knew losses alone
+FORMAT_VERSION = 4  # 1 bound its rows to the name of a text, 2 knew losses alone, 3 no steps
 
 
 class _Solved(TypedDict):
@@ -45,6 +45,7 @@ class _Row(TypedDict):
     seconds: float | None
     decision: float | None
     table_bytes: int | None
+    distinct_experts: float | None
 
 
 class _File(TypedDict):
@@ -79,6 +80,8 @@ class Row:
         That solving took, beside calibration; and a decision, for a token in a layer.
     table_bytes : int or None
         Of what the method keeps in all layers.
+    distinct_experts : float or None
+        Over layers and steps of the text, where rows are decoded together.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Row:
     seconds: float | None = None
     decision: float | None = None
     table_bytes: int | None = None
+    distinct_experts: float | None = None
 
     @property
     def sums(self) -> Floats:
@@ -235,6 +239,7 @@ class Journal:
                 return f"it has {len(row[name])} {name} of {len(row['losses'])} documents"
         numbers = [*row["losses"], math.nan if row["mean_experts"] is None else row["mean_experts"]]
         numbers += [*row["divergences"], *row["changed"], row["seconds"] or 0, row["decision"] or 0]
+        numbers.append(row["distinct_experts"] or 0)
         if solution is not None:
             layers = [*solution.alphas, *solution.layer_means]
             if not solution.alphas or not all(0 <= layer < self._shape[0] for layer in layers):

@@ -8,6 +8,7 @@ from typing import Any
 
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.files import replacing
+from lm_eval_bh.policies.cost import DISTINCT, EXPERTS
 from lm_eval_bh.policies.tuning.candidates import winner
 from lm_eval_bh.policies.tuning.search import Search, Tried
 from lm_eval_bh.policies.tuning.subject import CONFIRMATION, Subject
@@ -21,6 +22,7 @@ def tune(
     subject: Subject,
     *,
     target_experts: float | None = None,
+    target_distinct: float | None = None,
     max_loss: float | None = None,
     preset: str = "search",
     progress: bool = True,
@@ -31,8 +33,9 @@ def tune(
     ----------
     subject : Subject
         The model, the texts and the folder.
-    target_experts, max_loss : float
-        One of them: the mean number of experts a token; or the largest rise of perplexity, as a
+    target_experts, target_distinct, max_loss : float
+        One of them: the mean number of experts a token; the mean number of distinct experts a layer
+        and step, of a subject whose documents are groups; or the largest rise of perplexity, as a
         share of the unchanged model's, that the upper end of its interval may reach.
     preset : "search" or "winner"
         Whether to try all families, or to take the recipe that won on tiny-olmoe.
@@ -49,14 +52,18 @@ def tune(
     ParameterError, UnreachableError
         If the target is out of range or out of reach.
     """
-    if (target_experts is None) == (max_loss is None):
-        raise ParameterError("Give one goal, target_experts or max_loss: found both or neither.")
+    if sum(goal is not None for goal in (target_experts, target_distinct, max_loss)) != 1:
+        raise ParameterError(
+            "Give one goal, target_experts, target_distinct or max_loss: found several or none."
+        )
     if preset not in PRESETS:
         raise ParameterError(f"preset must be {' or '.join(PRESETS)}: found {preset!r}.")
-    search = Search(subject, progress=progress)
-    only = winner() if preset == "winner" else None
-    if target_experts is not None:
-        chosen = search.for_mean(target_experts, only)
+    cost = EXPERTS if target_distinct is None else DISTINCT
+    search = Search(subject, progress=progress, cost=cost)
+    only = winner(cost) if preset == "winner" else None
+    target = target_experts if target_distinct is None else target_distinct
+    if target is not None:
+        chosen = search.for_mean(target, only)
     else:
         assert max_loss is not None
         chosen = search.within_loss(max_loss, only)
@@ -67,6 +74,10 @@ def tune(
         "native_top_k": subject.native,
         "layers": subject.layers,
         "target_experts": target_experts,
+        "target_distinct": target_distinct,
+        "decode_batch": subject.decode_batch,
+        "cost": asdict(cost),
+        "unit": subject.documents[CONFIRMATION].unit,
         "max_loss": max_loss,
         "preset": preset,
         "text": subject.splits.name,
@@ -100,6 +111,7 @@ def _plain(tried: Tried) -> dict[str, Any]:
         "config": tried.row.config,
         "solved": tried.row.solved,
         "mean_experts": tried.row.mean_experts,
+        "distinct_experts": tried.row.distinct_experts,
         "failed": tried.row.failed,
         "difference": None if tried.difference is None else asdict(tried.difference),
     }

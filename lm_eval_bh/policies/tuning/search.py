@@ -1,4 +1,4 @@
-"""Finds the policy that loses least, and compares it on unseen text with three controls.
+"""Finds the policy that loses least at a cost, and compares it on unseen text with controls.
 
 Everything is chosen on validation text: all methods and statistics on little of it, then gains with
 the best of these, then the few best altogether on all of it. What is chosen, and nothing else, then
@@ -11,12 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from lm_eval_bh.errors import ParameterError, UnreachableError
+from lm_eval_bh.policies.cost import EXPERTS, Cost
+from lm_eval_bh.policies.document_losses import Floats
 from lm_eval_bh.policies.fidelity import Fidelity
 from lm_eval_bh.policies.layer_budgets import allocate, config_of
 from lm_eval_bh.policies.paired_differences import Difference, Ladder, PairedBootstrap
@@ -25,7 +28,9 @@ from lm_eval_bh.policies.tuning.candidates import (
     Family,
     adaptive_families,
     gains_of,
+    named,
     static,
+    step_families,
     winner,
 )
 from lm_eval_bh.policies.tuning.journal import Row
@@ -33,6 +38,7 @@ from lm_eval_bh.policies.tuning.subject import CONFIRMATION, SCREEN, VALIDATION,
 from lm_eval_bh.routing.config import RoutingConfig
 
 PER_LAYER = Family("topk per layer", {"rule": "topk"})
+SHARED = named("oea")  # the control that has a number of experts to load for each token
 STEP = 0.25  # of the mean number of experts, in the search for the fewest
 MOVES = 0.05  # share of the target that the mean may be off by on text it was not solved on
 NEAR = 1e-9  # means that are whole numbers but for rounding
@@ -42,7 +48,7 @@ WITH_GAINS, FINALISTS = 3, 6  # of a first look: what gains are tried with, and 
 
 @dataclass(frozen=True)
 class Tried:
-    """A policy on validation text, or on little of it, beside static top-k at its own mean."""
+    """A policy on validation text, or on little of it, beside static top-k at its own cost."""
 
     family: Family
     config: RoutingConfig
@@ -60,6 +66,8 @@ class Search:
     families : sequence of Family, optional
         The adaptive policies to try, by default all of them; more than :data:`FINALISTS` get a
         first look on little text.
+    cost : Cost
+        What they are compared at; of distinct experts, all families are those of a step.
     progress : bool
         Whether to show a progress bar, which is quiet when not in a terminal.
     """
@@ -69,9 +77,12 @@ class Search:
         subject: Subject,
         families: Sequence[Family] | None = None,
         progress: bool = True,
+        cost: Cost = EXPERTS,
     ) -> None:
-        self.subject = subject
-        self.families = adaptive_families() if families is None else list(families)
+        self.subject, self.cost = subject, cost
+        if families is None:
+            families = adaptive_families() if cost is EXPERTS else step_families()
+        self.families = list(families)
         self.tried: dict[str, Tried] = {}
         self.screened: dict[str, Tried] = {}
         self._bootstraps = {
@@ -80,12 +91,12 @@ class Search:
         self._bar = tqdm(desc="Policies", unit="run", disable=None if progress else True)
 
     def for_mean(self, mean: float, only: Family | None = None) -> Tried:
-        """Return what loses least at a mean number of experts, on the validation text.
+        """Return what loses least at a mean of the cost, on the validation text.
 
         Parameters
         ----------
         mean : float
-            Between 1 and the model's own top-k.
+            Between 1 and what the model itself takes.
         only : Family, optional
             Try this alone.
 
@@ -94,7 +105,7 @@ class Search:
         ParameterError, UnreachableError
             If the mean is out of range, or no policy meets it.
         """
-        check_mean(mean, self.subject.native)
+        self.check(mean)
         families = [only] if only else self._families(mean)
         found: list[tuple[float, int, Tried]] = []
         for family in families:
@@ -106,18 +117,21 @@ class Search:
         if not found:
             reason = next((t.row.failed for t in self.tried.values() if t.row.failed), "")
             raise UnreachableError(
-                f"No policy reaches a mean of {mean:g} experts on this model"
+                f"No policy reaches a mean of {mean:g} {self.cost.words} on this model"
                 f"{': ' + reason.rstrip('.') if reason else ''}; use another target."
             )
         return min(found)[-1]
 
     def _families(self, mean: float) -> list[Family]:
         controls = [*map(static, MASSES), PER_LAYER, static()]
+        if self.cost is not EXPERTS:
+            controls = [SHARED, static()]
         if len(self.families) <= FINALISTS:
             return [*controls, *self.families]
         # Today's recipe is asked in any case: what wins has to beat it on all of the text.
         finalists = {family.name: family for family in self.finalists(mean, FINALISTS)}
-        return [*controls, *(finalists | {winner().name: winner()}).values()]
+        today = winner(self.cost)
+        return [*controls, *(finalists | {today.name: today}).values()]
 
     def finalists(self, mean: float, most: int) -> list[Family]:
         """Return the best of a first look on little text: of all families, and of some with gains.
@@ -125,7 +139,7 @@ class Search:
         Parameters
         ----------
         mean : float
-            Number of experts.
+            Of the cost.
         most : int
             How many to return.
         """
@@ -199,23 +213,25 @@ class Search:
         Returns
         -------
         dict
-            ``mean_experts``, ``controls`` (name to :class:`Difference`, at the same measured mean),
+            ``mean_experts``, ``distinct_experts``, ``controls`` (name to :class:`Difference`, at
+            the same measured cost),
             ``native`` (:class:`Difference` from the model as it is), ``better`` (whether all
             intervals lie below 0) and ``fidelity``, as plain values.
         """
         bootstrap = self._bootstraps[CONFIRMATION]
         self._bar.total += 1
         row = self.run(CONFIRMATION, chosen.family, chosen.config, faithful=True)
-        mean = _mean(row)
+        mean = self.cost.of(row)
         fidelity = self._fidelity(row, mean)
         controls: dict[str, Difference] = {}
         for name, ladder in self._controls(mean).items():
             if name != chosen.family.name:
-                controls[name] = bootstrap.compare(row.sums, ladder(CONFIRMATION).at(mean))
+                controls[name] = bootstrap.compare(row.sums, ladder(CONFIRMATION)(mean))
         native = self._measure(CONFIRMATION, static(), self.subject.native)
         self.close()
         return {
-            "mean_experts": mean,
+            "mean_experts": row.mean_experts,
+            "distinct_experts": row.distinct_experts,
             "controls": {name: asdict(difference) for name, difference in controls.items()},
             "native": asdict(bootstrap.compare(row.sums, native.sums)),
             "better": all(difference.high < 0 for difference in controls.values()),
@@ -227,7 +243,7 @@ class Search:
         tokens = self.subject.documents[CONFIRMATION].tokens
         own = np.array(row.divergences), np.array(row.changed)
         static_ = [
-            self._ladder(CONFIRMATION, static(), mean, part).at(mean)
+            self._ladder(CONFIRMATION, static(), mean, part)(mean)
             for part in ("divergences", "changed")
         ]
         difference = self._bootstraps[CONFIRMATION].difference_of_means(own[0], static_[0])
@@ -237,17 +253,21 @@ class Search:
             "kl_difference": dict(zip(("difference", "low", "high"), difference, strict=True)),
         }
 
-    def static_curve(self) -> dict[int, float]:
-        """Return the perplexity of static top-k on the validation text, from 1 to the model's k."""
+    def static_curve(self) -> dict[float, float]:
+        """Return the perplexity of static top-k by its cost, on the validation text."""
         self._bar.total += self.subject.native
         bootstrap = self._bootstraps[VALIDATION]
-        return {
-            k: bootstrap.perplexity(self._measure(VALIDATION, static(), k).sums)
-            for k in range(1, self.subject.native + 1)
-        }
+        rows = [self._measure(VALIDATION, static(), k) for k in range(1, self.subject.native + 1)]
+        return {self.cost.of(row): bootstrap.perplexity(row.sums) for row in rows}
 
-    def _controls(self, mean: float) -> dict[str, Callable[[str], Ladder]]:
-        """Return static top-k, the better compensated one, and static top-k per layer."""
+    def _controls(self, mean: float) -> dict[str, Callable[[str], Callable[[float], Floats]]]:
+        """Return static top-k, the better compensated one, and static top-k per layer.
+
+        At equal distinct experts static top-k, and what was published for them.
+        """
+        if self.cost is not EXPERTS:
+            families = (static(), SHARED)
+            return {f.name: partial(self._ladder, family=f, mean=mean) for f in families}
         compensated = [
             (tried.difference.relative, family)
             for mass in MASSES
@@ -266,33 +286,62 @@ class Search:
             budget = math.floor(mean * self.subject.layers + NEAR)
             config = config_of(allocate(self.subject.sensitivities(), budget))
         else:
-            config = family.at(mean, self.subject.native)
+            config = self.choose(family, mean, text)
         row = self.run(text, family, config)
         if row.failed is not None:
             return Tried(family, config, row, None)
-        at = _mean(row)
-        control = self._ladder(text, static(), at).at(at)
+        at = self.cost.of(row)
+        control = self._ladder(text, static(), at)(at)
         difference = self._bootstraps[text].compare(row.sums, control)
         return Tried(family, config, row, difference)
 
-    def _ladder(self, text: str, family: Family, mean: float, part: str = "losses") -> Ladder:
-        """Return a static policy at the whole numbers around a mean."""
-        low = min(max(math.floor(mean + NEAR), 1), self.subject.native - 1)
-        faithful = part != "losses"
-        rows = {k: self._measure(text, family, k, faithful) for k in (low, low + 1)}
-        return Ladder({k: np.array(getattr(row, part)) for k, row in rows.items()})
+    def choose(self, family: Family, amount: float, text: str) -> RoutingConfig:
+        """Return the member of a family at a cost; of whole numbers the last that costs no more."""
+        if self.cost is not EXPERTS and family.rung in ("max_k", "k0"):
+            low = self.below(text, family, amount)
+            high = self._measure(text, family, low + 1)
+            near = high.failed is None and self.cost.of(high) <= amount * (1 + MOVES)
+            return self.member(family, low + near)
+        return self.member(family, amount)
 
-    def _layer_ladder(self, text: str, mean: float) -> Ladder:
+    def member(self, family: Family, amount: float) -> RoutingConfig:
+        """Return the member of a family at a cost, see :meth:`Family.at`."""
+        subject = self.subject
+        return family.at(amount, subject.native, self.cost, subject.decode_batch)
+
+    def below(self, text: str, family: Family, amount: float) -> int:
+        """Return the last whole number whose policy costs no more, below the model's own top-k."""
+        if self.cost is EXPERTS:
+            return min(max(math.floor(amount + NEAR), 1), self.subject.native - 1)
+        low, high = 1, self.subject.native
+        while high - low > 1:
+            middle = (low + high) // 2
+            row = self._measure(text, family, middle)
+            fits = row.failed is None and self.cost.of(row) <= amount
+            low, high = (middle, high) if fits else (low, middle)
+        return low
+
+    def _ladder(
+        self, text: str, family: Family, mean: float, part: str = "losses"
+    ) -> Callable[[float], Floats]:
+        """Return the losses of a static policy, between the whole numbers around a cost."""
+        low = self.below(text, family, mean)
+        faithful = part != "losses"
+        rows = [self._measure(text, family, k, faithful) for k in (low, low + 1)]
+        ladder = Ladder({self.cost.of(row): np.array(getattr(row, part)) for row in rows})
+        return ladder.at if self.cost is EXPERTS else ladder.within
+
+    def _layer_ladder(self, text: str, mean: float) -> Callable[[float], Floats]:
         layers, native = self.subject.layers, self.subject.native
         low = min(max(math.floor(mean * layers + NEAR), layers), layers * native - 1)
         rungs = {}
         for budget in (low, low + 1):
             config = config_of(allocate(self.subject.sensitivities(), budget))
             rungs[budget / layers] = self.run(text, PER_LAYER, config).sums
-        return Ladder(rungs)
+        return Ladder(rungs).at
 
     def _measure(self, text: str, family: Family, k: int, faithful: bool = False) -> Row:
-        return self.run(text, family, family.at(k, self.subject.native), faithful)
+        return self.run(text, family, self.member(family, k), faithful)
 
     def expect(self, runs: int) -> None:
         """Let the progress bar expect so many more runs."""
@@ -313,18 +362,26 @@ class Search:
         # Solved on other text, so the mean moves; a static policy may also take less than was asked
         # for, by what a layer's whole numbers leave.
         slack = MOVES * mean
-        return mean - max(slack, 1 / self.subject.layers - NEAR) <= _mean(row) <= mean + slack
+        least = mean - max(slack, 1 / self.subject.layers - NEAR)
+        return least <= self.cost.of(row) <= mean + slack
 
-
-def check_mean(mean: float, native: int) -> None:
-    """Raise a :class:`ParameterError` if no policy could have this mean and lose something."""
-    if not 1 < mean < native:
-        raise ParameterError(
-            f"target_experts={mean:g} is out of reach: this model takes {native} experts itself, "
-            f"so use a number between 1 and {native}."
-        )
-
-
-def _mean(row: Row) -> float:
-    assert row.mean_experts is not None
-    return row.mean_experts
+    def check(self, mean: float, text: str = VALIDATION) -> None:
+        """Raise a :class:`ParameterError` if no policy could have this mean and lose something."""
+        subject, name = self.subject, self.cost.target
+        most: float = subject.native
+        takes = f"takes {most} experts itself"
+        if self.cost is not EXPERTS:
+            if subject.decode_batch is None or subject.decode_batch < 2:
+                raise ParameterError(
+                    f"{name} needs a decode_batch of at least 2: a step of one token reads its own "
+                    "experts; give decode_batch, or target_experts."
+                )
+            most = subject.routers[0].num_experts
+            if 1 < mean < most:
+                most = self.cost.of(self._measure(text, static(), subject.native))
+            takes = f"reads {most:.4g} at most in per layer and step of {subject.decode_batch} rows"
+        if not 1 < mean < most:
+            raise ParameterError(
+                f"{name}={mean:g} is out of reach: this model {takes}, "
+                f"so use a number between 1 and {most:.4g}."
+            )

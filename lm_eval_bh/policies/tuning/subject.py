@@ -35,7 +35,7 @@ from lm_eval_bh.threads import CoresWatch
 SCREEN, VALIDATION, CONFIRMATION = "screen", "validation", "confirmation"
 SENSITIVITY_TOKENS = 16384
 SCREEN_TOKENS = 4096  # to solve on for a first look, and twice as many to measure on
-MEASURING = 2  # to be raised where the same model and texts would give other rows
+MEASURING = 3  # to be raised where the same model and texts would give other rows
 # What a method or a model that does not fit raises: a reason for its row, not for the end.
 FAILURES = (BHError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError)
 
@@ -62,6 +62,11 @@ class Subject:
         document that is chosen on.
     most_tokens : int, optional
         Scored tokens of the unseen text; default all.
+    decode_batch : int, optional
+        How many windows are decoded together, so that distinct experts are counted.
+    by_group : bool
+        Whether what is resampled are these groups, in place of documents: where policies of a step
+        are measured, a token's loss depends on what is decoded beside it.
     file : str
         Name of the journal.
     """
@@ -80,6 +85,8 @@ class Subject:
         batch: int = 16,
         tokens_per_document: int = 1024,
         most_tokens: int | None = None,
+        decode_batch: int | None = None,
+        by_group: bool = False,
         file: str = FILE,
     ) -> None:
         self.model, self.tokenizer, self.name, self.splits = model, tokenizer, name, splits
@@ -99,6 +106,8 @@ class Subject:
                 tokenizer, splits.confirmation, most_tokens=most_tokens, **cut
             ),
         }
+        self.decode_batch = decode_batch
+        self._put_together(decode_batch, by_group)
         self._own = OwnOutputs(model, self.documents[CONFIRMATION])
         self._cores = CoresWatch()
         weight = next(model.parameters())
@@ -117,6 +126,8 @@ class Subject:
                 "length": length,
                 "tokens_per_document": tokens_per_document,
                 "most_tokens": most_tokens,
+                "decode_batch": decode_batch,
+                "by_group": by_group,
                 "version of the measuring code": MEASURING,
                 "digest of its tokens": self._digest_of_tokens(),
             },
@@ -126,6 +137,15 @@ class Subject:
         )
         self._nulls: dict[NullKind, NullModel] = {}
         self._failed: dict[NullKind, BHError] = {}
+
+    def _put_together(self, rows: int | None, by_group: bool) -> None:
+        found = self.documents
+        if rows is not None and by_group:
+            for text in (VALIDATION, CONFIRMATION):
+                found[text] = found[text].grouped(rows)
+            found[SCREEN] = found[VALIDATION].first(2 * SCREEN_TOKENS)
+        elif rows is not None:
+            found[CONFIRMATION] = found[CONFIRMATION].side_by_side(rows)
 
     def _digest_of_tokens(self) -> str:
         """Return what differs where another tokenizer cuts the same texts."""
@@ -179,6 +199,7 @@ class Subject:
         self._cores.check()
         assert routing.counters is not None
         row.mean_experts = routing.counters.mean()
+        row.distinct_experts = routing.counters.mean_distinct()
         row.solved = None if routing.solution is None else routing.solution.as_dict()
 
     def calibration_seconds(self, family: Family) -> float:

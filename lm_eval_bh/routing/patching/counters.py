@@ -120,7 +120,7 @@ class RoutingCounters:
         return self._sizes.total()
 
     def mean_distinct(self) -> float | None:
-        """Return the mean number of distinct experts a layer and step; None before any step."""
+        """Return the mean number of distinct experts per layer and step; None before any step."""
         steps = int(self.sizes[:, 1:].sum())
         return sum(self.distinct) / steps if steps else None
 
