@@ -73,7 +73,7 @@ SOLVED: dict[str, Parameter] = {
 SOLVED_BY_STEP: dict[str, Parameter] = {
     "target_distinct": Parameter(
         None,
-        "the mean number of distinct experts of per layer and step that alpha is solved for, on "
+        "the mean number of distinct experts per layer and step that alpha is solved for, on "
         "calibration text",
         *or_none(number("a number of experts", lambda value: value > 0)),
     )
