@@ -10,7 +10,7 @@ from lm_eval_bh.analysis.show.names import show_names
 from lm_eval_bh.analysis.show.plots.style import BASELINE_LINE, MARKERS, NEUTRAL, PALETTE, RC
 
 ONE_MEAN = 0.06  # share of the model's own; policies that differ by less are drawn as rows
-EXPERTS, DISTINCT = "Experts a token (mean)", "Distinct experts per layer and step (mean)"
+EXPERTS, DISTINCT = "Experts per token (mean)", "Distinct experts per layer and step (mean)"
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

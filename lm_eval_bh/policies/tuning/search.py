@@ -379,7 +379,7 @@ class Search:
             most = subject.routers[0].num_experts
             if 1 < mean < most:
                 most = self.cost.of(self._measure(text, static(), subject.native))
-            takes = f"reads {most:.4g} at most in per layer and step of {subject.decode_batch} rows"
+            takes = f"reads at most {most:.4g} per layer in a step of {subject.decode_batch} rows"
         if not 1 < mean < most:
             raise ParameterError(
                 f"{name}={mean:g} is out of reach: this model {takes}, "
