@@ -83,11 +83,43 @@ def speed() -> Figure:
     return figure
 
 
-FIGURES = {"false_rejections": false_rejections, "speed": speed}
+def batches() -> Figure:
+    """Draw the loss over the distinct experts of a step, a line a method."""
+    methods = {
+        "static top-k": "static top",
+        "XShare": "`xshare`",
+        "OEA": "`oea`",
+        "fixed budget, benefit": "`batch_mass`, benefit",
+        "batch_min_w": "**`batch_min_w`, benefit, power 2",
+    }
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, title, (_, *rows) in zip(
+        panels, ("tiny-olmoe", "tiny-glm"), tables("batches.md"), strict=True
+    ):
+        for place, (label, begins) in enumerate(methods.items()):
+            of_method = [row for row in rows if row[0].startswith(begins)]
+            axes.plot(
+                [float(row[1]) for row in of_method],
+                [float(row[3]) for row in of_method],
+                marker="osD^v"[place],
+                color=PALETTE[place],
+                label=label,
+            )
+        axes.set(title=title, xlabel="distinct experts per layer and step", yscale="log")
+        axes.set_yticks(ticks := [0.5, 1, 2, 5, 10, 20, 50, 100, 200], [f"{t:g}" for t in ticks])
+        axes.minorticks_off()
+    panels[0].set_ylabel("loss against static top-8 (%)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=5)
+    return figure
+
+
+FIGURES = {"false_rejections": false_rejections, "speed": speed, "batches": batches}
 
 
 def main() -> None:
-    """Draw both."""
+    """Draw all of them."""
     for name, draw in FIGURES.items():
         with rc_context(RC):
             draw().savefig(IMAGES / f"{name}.svg", format="svg", metadata={"Date": None})
