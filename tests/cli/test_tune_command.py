@@ -48,6 +48,8 @@ def test_it_writes_a_policy_a_page_and_a_figure(run, tmp_path, long_text):
         (("--target-experts", "4", "--tasks", ","), "names no task"),
         (("--target-experts", "4", "--tasks", "bh_demo_lambda"), "did you mean"),
         (("--target-experts", "4", "--max-loss", "1%"), "one goal"),
+        (("--target-experts", "4", "--target-distinct", "14"), "one goal"),
+        (("--target-distinct", "14"), "groups of 32 that are decoded together, and intervals need"),
         (("--max-loss", "much"), "must be a share like 1% or 0.01: found 'much'"),
         (("--max-loss", "150%"), "must be a share"),
         (("--target-experts", "9"), "between 1 and 8"),
@@ -82,6 +84,7 @@ def account_of(perplexity, kl, **task):
     row = {"task": "arc", "metric": "acc", "documents": 9, "native": 0.5, "policy": 0.5} | task
     fidelity = {"kl": 0.1, "changed": 0.2, "worst": 0.3}
     return {
+        "target_distinct": None, "unit": "documents", "cost": {"measured": "mean_experts"},
         "winner": {"name": "a"}, "tried": [], "screened": [], "tasks": [row] if task else [],
         "confirmation": {
             "controls": {"topk": difference(*perplexity)},

@@ -27,6 +27,7 @@ from lm_eval_bh.routing.methods import METHODS
 from lm_eval_bh.routing.methods.min_w import MinW
 
 SIZES = {"tokens": 1024, "length": 64, "tokens_per_document": 40, "most_tokens": 400}
+SIZES["decode_batch"] = 4
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_a_row_says_what_its_sums_say(held):
         perplexity / math.exp(native.sum() / tokens.sum()) - 1
     )
     low = math.floor(mean)
-    rungs = [np.array(league["static"][str(k)]["losses"]) for k in (low, low + 1)]
+    rungs = [np.array(league["controls"]["topk"][str(k)]["losses"]) for k in (low, low + 1)]
     control = rungs[0] + (mean - low) * (rungs[1] - rungs[0])
     assert row["from_static"]["difference"] == pytest.approx(
         perplexity - math.exp(control.sum() / tokens.sum())
@@ -182,7 +183,16 @@ CHANGES = {
     "an unknown rule": ("rule must be", lambda f: row_of(f)["config"].update(rule="bhh")),
     "a row twice": ("stands there twice", lambda f: f["rows"].append(row_of(f))),
     "another target": ("no target", lambda f: row_of(f).update(target=5.0)),
-    "no static rung": ("static must have", lambda f: f.update(static={})),
+    "no static rung": ("topk must have", lambda f: f["controls"].update(topk={})),
+    "no control": ("its controls must be", lambda f: f.update(controls={})),
+    "another cost": ("its controls must be", lambda f: f.update(cost="distinct_experts")),
+    "no distinct experts": ("must stand", lambda f: row_of(f).update(distinct_experts=None)),
+    "too many of them": ("at most 64, not 65", lambda f: row_of(f).update(distinct_experts=65.0)),
+    "no steps": ("must stand there with decode_batch", lambda f: f.update(decode_batch=None)),
+    "other steps": ("another decode_batch", lambda f: f.update(decode_batch=8)),
+    "a control that is not there": (
+        "from_oea lacks", lambda f: row_of(f).update(from_oea=row_of(f)["from_static"])
+    ),
     "one document": ("two documents", lambda f: f.update(tokens=[3])),
     "other resamples": ("resamples", lambda f: f.update(resamples=10)),
 }  # fmt: skip

@@ -128,7 +128,7 @@ def test_a_folder_of_another_search_is_refused(tiny, tokenizer, splits, tmp_path
 
 
 WHOLE = {
-    "format_version": 3, "settings": {}, "rows": {}, "sensitivities": None, "nulls": {},
+    "format_version": 4, "settings": {}, "rows": {}, "sensitivities": None, "nulls": {},
     "seconds": {},
 }  # fmt: skip
 
@@ -136,9 +136,9 @@ WHOLE = {
 @pytest.mark.parametrize(
     "content",
     [
-        "", "{", "[]", "null", '"x"', "3", '{"format_version": 3}', "[" * 100_000,
+        "", "{", "[]", "null", '"x"', "3", '{"format_version": 4}', "[" * 100_000,
         json.dumps(WHOLE | {"format_version": 9}),
-        json.dumps(WHOLE | {"format_version": 2}),
+        json.dumps(WHOLE | {"format_version": 3}),
         json.dumps(WHOLE | {"format_version": "2", "rows": 3}),
         json.dumps(WHOLE | {"settings": []}),
         json.dumps(WHOLE | {"nulls": {"a": 1}}),
@@ -190,6 +190,7 @@ CHANGES = {
     "a loss that is not finite": lambda c: row_of(c)["losses"].__setitem__(0, NAN),
     "no mean": lambda c: row_of(c).update(mean_experts=None),
     "an infinite mean": lambda c: row_of(c).update(mean_experts=math.inf),
+    "infinite distinct experts": lambda c: row_of(c).update(distinct_experts=math.inf),
     "a mean as text": lambda c: row_of(c).update(mean_experts="4"),
     "a name that is no text": lambda c: row_of(c).update(name=3),
     "a failure that is no text": lambda c: row_of(c).update(failed=True),

@@ -24,7 +24,9 @@ SWEEP = "sweep --model tiny-olmoe --tasks bh_demo_lambada --baselines 8 --limit 
 BENCH = "bench --model tiny-olmoe --tasks bh_demo_lambada --device cpu"
 OUT = "--output new.safetensors"
 TOP4 = "policies/top4.safetensors"
-LEAGUE = "league --model tiny-olmoe --text text.txt --tokens 64 --window 32 --targets 4"
+LEAGUE = "league --model tiny-olmoe --text-file text.txt --tokens 64 --window 32 --targets 4"
+DISTINCT = "league --model tiny-olmoe --text-file text.txt --output-dir new --target-distinct"
+TUNE = "tune --model tiny-olmoe --text-file text.txt --output-dir new"
 VIEW = "view --model tiny-olmoe"
 
 COMMANDS = [
@@ -197,6 +199,12 @@ COMMANDS = [
     (f"{LEAGUE} --output-dir new --methods 'bh benefits'", "did you mean 'benefit'", 1),
     (f"{LEAGUE} --output-dir new --methods ,", "There is no method to measure", 1),
     (f"{LEAGUE} --output-dir new --tokens 0", "'--tokens'", 2),
+    (f"{LEAGUE} --output-dir new --target-distinct 9", "are two leagues", 1),
+    (f"{DISTINCT} 9 --decode-batch 1", "--decode-batch of at least 2: found 1", 1),
+    (f"{DISTINCT} 9 --decode-batch -1", "'--decode-batch'", 2),
+    (f"{DISTINCT} nine", "--target-distinct must be numbers", 1),
+    (f"{TUNE} --target-distinct 9 --decode-batch 1", "'--decode-batch'", 2),
+    (f"{TUNE} --target-distinct 9 --target-experts 4", "tune needs one goal", 1),
     ("league --check none.json", "could not be read as JSON", 1),
     ("league --check folder", "could not be read as JSON", 1),
     ("league --check pipe", "could not be read as JSON", 1),
