@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import pytest
 import typer.main
 
 from lm_eval_bh.cli.app import app
@@ -120,20 +119,6 @@ def interrupted(arguments, condition):
     finally:
         process.kill()  # nothing, if it has ended
     return process.returncode, out, err
-
-
-@pytest.mark.slow
-def test_ctrl_c_says_what_is_kept_and_how_to_continue(tmp_path):
-    first = tmp_path / "logs" / "2experts_topk_baseline_demo_hellaswag.json"
-    arguments = ["sweep", "--preset", "quick", "--limit", 20, "--output-dir", tmp_path]
-    code, _, err = interrupted([*arguments, "--device", "cpu"], first.exists)
-    assert code == 130
-    assert err.splitlines()[-1] == (
-        "lm-eval-bh: interrupted: finished experiments are kept; "
-        "run the same command again to continue."
-    )
-    assert "Traceback" not in err
-    assert first.exists()
 
 
 def test_ctrl_c_leaves_no_half_written_file(tmp_path):

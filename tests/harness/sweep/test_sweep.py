@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -81,13 +82,11 @@ def table(folder):
     return loaded.frame.drop(columns=own).sort_values("strategy").reset_index(drop=True)
 
 
-def sweep(folder, *options, **variables):
-    return subprocess.run(
-        [*COMMAND, *FLAGS, "--output-dir", folder, *options],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
-        capture_output=True,
-        text=True,
-        timeout=300,
+@pytest.fixture
+def sweep(run):
+    """Return a function that runs the command in this process: (exit code, output, errors)."""
+    return lambda folder, *options: run(
+        "sweep", "--device", "cpu", *FLAGS, "--output-dir", folder, *options
     )
 
 
@@ -152,7 +151,7 @@ def test_the_sweep_is_the_experiment_runner_of_python(finished, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_where_it_stopped(finished, tmp_path):
+def test_a_killed_sweep_goes_on_where_it_stopped(finished, sweep, tmp_path):
     process = subprocess.Popen(
         [*COMMAND, *FLAGS, "--output-dir", tmp_path],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -172,21 +171,21 @@ def test_a_killed_sweep_goes_on_where_it_stopped(finished, tmp_path):
     assert not (tmp_path / "logs" / "8experts_bh_a040_demo_lambada.json").exists()
     (second / "model").mkdir(exist_ok=True)  # whatever it has left
     (second / "model" / "results_2020-01-01T00-00-00.json").write_text("{")
-    done = sweep(tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "2 to run; about" in done.stdout
-    assert "[2/3] 8experts_bh_a040" in done.stdout
+    code, out, errors = sweep(tmp_path)
+    assert code == 0, errors
+    assert "2 to run; about" in out
+    assert "[2/3] 8experts_bh_a040" in out
     assert first.read_bytes() == before
     assert_same(table(tmp_path), table(finished))
 
 
-def test_a_dry_run_plans_and_writes_nothing(tmp_path, finished):
+def test_a_dry_run_plans_and_writes_nothing(tmp_path, finished, sweep):
     folder = tmp_path / "new"
-    done = sweep(folder, "--dry-run", "--shard", "2/2")
-    assert done.returncode == 0, done.stderr
-    assert "1 experiments, 1 to run; the first will show how long they take" in done.stdout
+    code, out, errors = sweep(folder, "--dry-run", "--shard", "2/2")
+    assert code == 0, errors
+    assert "1 experiments, 1 to run; the first will show how long they take" in out
     assert not folder.exists()
-    assert "0 to run" in sweep(finished, "--dry-run").stdout
+    assert "0 to run" in sweep(finished, "--dry-run")[1]
 
 
 @pytest.mark.parametrize(
@@ -202,24 +201,17 @@ def test_the_folder_of_another_sweep_is_refused_with_the_difference(finished, ch
         runner.plan(SweepConfig(**SETTINGS | change), finished)
 
 
-def test_no_space_left_loses_nothing_that_is_finished(finished, tmp_path):
+def test_no_space_left_loses_nothing_that_is_finished(sweep, tmp_path):
     """A limit on the size of files stops the writing in the middle, as a full disk would."""
-    limited = f"""
-import resource, signal, runpy, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-sys.argv[1:] = ["sweep", "--device", "cpu", *{FLAGS!r}, "--output-dir", {str(tmp_path)!r}]
-runpy.run_module("lm_eval_bh", run_name="__main__")
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", limited],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert "free some space" in done.stderr
-    assert "Traceback" not in done.stderr
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        code, _, errors = sweep(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 1
+    assert "free some space" in errors
+    assert "Traceback" not in errors
     assert not list(tmp_path.glob("logs/*.json"))
 
 
@@ -244,9 +236,12 @@ def test_two_processes_share_the_documents_of_every_experiment(finished, tmp_pat
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_table_though_a_worker_is_killed(finished, tmp_path, monkeypatch):
+def test_ray_gives_the_same_table_beside_busy_programs_and_though_a_worker_is_killed(
+    finished, tmp_path, monkeypatch
+):
+    """A lost worker's experiment runs again, workers are as nice as this, and waiting is said."""
     pytest.importorskip("ray", reason="needs the extra ray")
-    from lm_eval_bh.harness.sweep import cluster
+    from lm_eval_bh.harness.sweep import cluster, waiting
 
     killed, pids = [], []
     give = cluster._Pool._give
@@ -260,26 +255,9 @@ def test_ray_gives_the_same_table_though_a_worker_is_killed(finished, tmp_path, 
 
     monkeypatch.setattr(cluster.Worker, "pid", lambda self: os.getpid(), raising=False)
     monkeypatch.setattr(cluster._Pool, "_give", give_and_kill)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    lines = []
-    todo = runner.plan(SweepConfig(**SETTINGS), tmp_path)
-    runner.run(todo, ray="local", workers=2, say=lines.append)
-    assert killed
-    assert len(lines) == 3
-    assert_same(table(tmp_path), table(finished))
-
-
-@pytest.mark.slow
-def test_a_sweep_on_ray_beside_busy_programs_goes_on_and_says_what_it_waits_for(
-    finished, tmp_path, monkeypatch
-):
-    pytest.importorskip("ray", reason="needs the extra ray")
-    from lm_eval_bh.harness.sweep import waiting
-
+    monkeypatch.setattr(waiting, "EVERY", 0.5)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("RAY_worker_niceness", raising=False)
-    monkeypatch.setattr(waiting, "EVERY", 1.0)
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
     lines, niceness = [], set()
 
     def say(text):
@@ -289,14 +267,14 @@ def test_a_sweep_on_ray_beside_busy_programs_goes_on_and_says_what_it_waits_for(
                 if "".join(process.cmdline()[:1]).startswith("ray::Worker"):
                     niceness.add(process.nice())
 
-    try:
-        todo = runner.plan(SweepConfig(**SETTINGS), tmp_path)
-        runner.run(todo, ray="local", workers=2, say=say)
-    finally:
-        for process in busy:
-            process.kill()
-            process.wait()
-    assert niceness == {0}
+    todo = runner.plan(SweepConfig(**SETTINGS), tmp_path)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        try:
+            runner.run(todo, ray="local", workers=2, say=say)
+        finally:
+            busy.kill()
+    assert killed
+    assert niceness == {psutil.Process().nice()}
     told = [line for line in lines if "workers are alive. Waiting for " in line]
     assert told
     assert re.match(
