@@ -2,7 +2,7 @@
 # Installs the package into .venv, then evaluates tiny-olmoe, which ships, on texts that ship too: once with the
 # stock lm_eval command under Benjamini-Hochberg routing, then in a sweep of three tasks over static top-k, two levels
 # and the policy that ships; and shows what that costs and saves as a table and a figure. Only the installation needs
-# a network.
+# a network. Arguments go to the sweep: bash scripts/quickstart.sh --limit 40
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 make_venv
@@ -21,5 +21,5 @@ show() { # a command, which is printed and run
 rm -rf "$out" # of an earlier call
 show lm_eval --model hf-bh --model_args pretrained=tiny-olmoe,alpha=0.4,max_k=8 --tasks bh_demo_wikitext \
     --batch_size 8 --log_samples --output_path "$out/first"
-show lm-eval-bh sweep --preset quick --output-dir "$out/sweep"
+show lm-eval-bh sweep --preset quick --output-dir "$out/sweep" "$@"
 show lm-eval-bh aggregate "$out/sweep"
