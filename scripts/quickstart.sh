@@ -2,7 +2,7 @@
 # Installs the package into .venv, then evaluates tiny-olmoe, which ships, on texts that ship too. The stock lm_eval
 # command runs the policy that ships, then static top-k with the same mean number of experts, then Benjamini-Hochberg
 # routing. A sweep of three tasks compares more configurations and shows as a table and a figure what they cost and
-# save. Only the installation needs a network.
+# save. Only the installation needs a network. Arguments go to the sweep: bash scripts/quickstart.sh --limit 40
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 make_venv
@@ -24,5 +24,5 @@ for routing in policy=tiny-olmoe rule=topk,max_k=4 alpha=0.4,max_k=8; do
         --batch_size 8 --log_samples --output_path "$out/lm_eval/$routing"
 done
 show lm-eval-bh compare "$out/lm_eval/rule=topk,max_k=4" "$out/lm_eval/policy=tiny-olmoe"
-show lm-eval-bh sweep --preset quick --output-dir "$out/sweep"
+show lm-eval-bh sweep --preset quick --output-dir "$out/sweep" "$@"
 show lm-eval-bh aggregate "$out/sweep"
