@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,7 +119,7 @@ def answer(client: socket.socket, mains: dict) -> None:
     except SystemExit as ended:
         code = ended.code
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # as Python does, and with a hook that a command has set
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
