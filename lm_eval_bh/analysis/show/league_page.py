@@ -136,7 +136,6 @@ IN_A_TERMINAL = {
     "perplexity minus static top-k's": "minus static",
     "perplexity minus OEA's": "minus OEA",
     "KL (nats)": "KL",
-    "first choices changed (%)": "changed (%)",
 }
 
 
@@ -171,11 +170,13 @@ def shown_rows(league: Mapping[str, Any], target: float) -> list[tuple[str, ...]
 def short_rows(league: Mapping[str, Any], target: float) -> list[dict[str, str]]:
     """Return the cells that a terminal has room for, by their short titles."""
     titles = titles_of(league)
+    hidden = {"experts", "KL (nats)"} if by_step(league) else set()
+    wanted = {t: s for t, s in IN_A_TERMINAL.items() if t in titles and t not in hidden}
     found = []
     for row in shown_rows(league, target):
         cells = dict(zip(titles, row, strict=True))
         cells["loss (%)"] = cells["loss (%)"].partition(" ")[0]
-        found.append({short: cells[t] for t, short in IN_A_TERMINAL.items() if t in cells})
+        found.append({short: cells[title] for title, short in wanted.items()})
     return found
 
 
