@@ -72,7 +72,11 @@ LAYERS = 16  # of OLMoE-1B-7B
 HOOK_LIMIT = 0.01  # of the time of the MoE layer
 # Every method by itself, and what costs more: a p-value of each expert, factors and a gain.
 HOOKS: dict[str, dict[str, Any]] = {
-    **{n: {"rule": n} for n, own in METHODS.items() if not (own.measured or own.runs_experts)},
+    **{
+        name: {"rule": name}
+        for name, own in METHODS.items()
+        if not (own.measured or own.runs_experts or own.recorded)
+    },
     "bh, null of each expert": {"rule": "bh", "null_scope": "expert"},
     "min_w, benefit, mass 0.2": {"rule": "min_w", "statistic": "benefit", "mass": 0.2},
     "min_w, predicted": {"rule": "min_w", "statistic": "predicted"},

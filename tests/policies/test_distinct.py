@@ -173,7 +173,7 @@ def test_the_page_and_the_verdict_name_groups(tuned, tmp_path):
     _, account = tuned
     text = verdict_of(account)
     assert "unseen groups of 4 windows of demo" in text
-    assert "distinct experts a layer and step" in text
+    assert "distinct experts per layer and step" in text
     assert screened_rows(account) == []
     write_tuning_page(account, tmp_path)
     page = (tmp_path / "tune.html").read_text(encoding="utf-8")

@@ -13,7 +13,9 @@ from lm_eval_bh.routing.selection import reject
 
 TOKENS, EXPERTS = 20_000, 64
 # The rule p_value corrects nothing: each expert has its own test.
-TESTS = [name for name, rule in METHODS.items() if rule.tests and name != "p_value"]
+TESTS = [
+    name for name, rule in METHODS.items() if rule.tests and not rule.joint and name != "p_value"
+]
 ALPHAS = (0.05, 0.4, 0.6)
 
 

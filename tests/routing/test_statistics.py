@@ -32,7 +32,7 @@ from lm_eval_bh.routing.tables.measurement import hearing_experts
 from lm_eval_bh.routing.tables.null_kind import NullKind
 
 KINDS = [(s, n) for s in ("logit", "contribution") for n in ("layer", "expert", "model")]
-TESTS = [name for name, rule in METHODS.items() if rule.tests]
+TESTS = [name for name, rule in METHODS.items() if rule.tests and not rule.joint]
 EXPERTS = 16
 NORMS = np.random.default_rng(1).lognormal(size=(1, EXPERTS))
 OFFSETS = torch.linspace(-1, 1, EXPERTS)

@@ -194,7 +194,7 @@ COMMANDS = [
     (f"{LEAGUE} --output-dir file", "--output-dir cannot be written", 1),
     (f"{LEAGUE} --output-dir new", "too few to calibrate, choose and confirm on", 1),
     (f"{LEAGUE} --output-dir new --targets four", "--targets must be numbers", 1),
-    (f"{LEAGUE} --output-dir new --targets ,", "There is no target", 1),
+    ("league --model tiny-olmoe --output-dir new --targets ,", "There is no target", 1),
     (f"{LEAGUE} --output-dir new --methods bhh", "did you mean 'bh'", 1),
     (f"{LEAGUE} --output-dir new --methods 'bh benefits'", "did you mean 'benefit'", 1),
     (f"{LEAGUE} --output-dir new --methods ,", "There is no method to measure", 1),

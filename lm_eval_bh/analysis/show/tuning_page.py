@@ -88,11 +88,11 @@ def verdict_of(account: Mapping[str, Any]) -> str:
     name, found = account["winner"]["name"], account["confirmation"]
     native = found["native"]
     text = f"{account['documents']['confirmation']} unseen {account['unit']} of {account['text']}"
-    same, takes = "the same mean", f"takes {found['mean_experts']:.2f} experts a token"
+    same, takes = "the same mean", f"takes {found['mean_experts']:.2f} experts per token"
     if by_step(account):
         same = "the same number of distinct experts"
         reads = f"reads {found['distinct_experts']:.2f} distinct experts per layer and step"
-        takes = f"{reads} and {takes},"
+        takes = f"{reads} and {takes}"
     loses = (
         f"It {takes}, and its perplexity differs from static top-{account['native_top_k']}'s by "
         f"{_signed(100 * native['relative'])} % ({_signed(100 * native['relative_low'])} to "

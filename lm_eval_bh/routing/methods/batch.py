@@ -78,8 +78,8 @@ class BatchMethod(Method):
 
     def keep_in_step(self, router: RouterOutput) -> Tensor:
         """Return which slots of the router serve a token: bool ``[tokens, slots]``."""
-        indices, first = router.indices, torch.arange(router.indices.shape[-1])
-        first = first.to(indices.device)
+        indices = router.indices
+        first = torch.arange(indices.shape[-1], device=indices.device)
         if router.step is None:
             step, steps = indices.new_zeros(len(indices)), 2
         else:  # steps are numbered below the tokens, so nothing has to wait for their largest

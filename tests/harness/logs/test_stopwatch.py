@@ -7,6 +7,7 @@ import time
 import torch
 from lm_eval import simple_evaluate
 
+from lm_eval_bh import RoutingConfig
 from lm_eval_bh.harness.logs.ownership import Batch, Owner
 from lm_eval_bh.harness.logs.sinks import Sinks
 from lm_eval_bh.harness.logs.stopwatch import Span, moment
@@ -51,7 +52,7 @@ class AskedSpan(Span):
 
 def test_the_last_passes_are_asked_for_only_at_the_end(monkeypatch):
     monkeypatch.setattr(AskedSpan, "asked", 0)
-    log, now = SummaryLog(1, 4), moment(torch.device("cpu"))
+    log, now = SummaryLog(1, 4, RoutingConfig()), moment(torch.device("cpu"))
     owner = Owner("task", 0, 0, 0, 0)
     batch = Batch([[owner]], torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 3).long(), [0])
     log.begin(batch, torch.device("cpu"))

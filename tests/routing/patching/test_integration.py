@@ -21,7 +21,7 @@ from lm_eval_bh.routing.patching.hook import RouterHook
 from lm_eval_bh.routing.routers import find_routers
 
 STOCK_EXPERTS = ["eager", "grouped_mm", "batched_mm"]
-TESTS = [name for name, rule in METHODS.items() if rule.tests]
+TESTS = [name for name, rule in METHODS.items() if rule.tests and not rule.joint]
 
 
 def hooks(model) -> list:

@@ -188,7 +188,7 @@ def passes(model, routing, monkeypatch):
     ids = torch.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) + 1
     requests = [(None, row[:-4], [*row[-4:], 0]) for row in ids.tolist()]
     owners = [Owner("task", row, 0) for row in range(ROWS)]
-    summary = HostSummary(LAYERS, EXPERTS)
+    summary = HostSummary(LAYERS, EXPERTS, RoutingConfig())
     recorder = Recorder(model.model, summary)
     routing.observers.append(recorder.observe)
     with recorder.expecting(ExpectedRows(requests, owners, LENGTH)):
