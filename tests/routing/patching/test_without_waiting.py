@@ -212,7 +212,7 @@ def settings():
         # The one looks at the token ids, before the pass; the other runs experts.
         if rule.recorded or rule.runs_experts:
             continue
-        yield {"rule": name}
+        yield {"rule": name} | ({"step_budget": 6} if "step_budget" in rule.declared else {})
         if not rule.tests and name != "min_w":
             continue
         for statistic in STATISTICS:
