@@ -138,7 +138,7 @@ def test_every_field(run, tmp_path, name, place):
         source, output = tmp_path / change / file, tmp_path / f"out-{change}"
         source.parent.mkdir()
         save(source, content)
-        options = ["--output", output]
+        options = ["--output-dir", output]
         code, out, err = run("import-routing", source, *options)
         if code:
             assert (code, out) == (1, ""), change
