@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lm_eval_bh.analysis.show.figure_page import figure_page
 from lm_eval_bh.analysis.show.pareto_figure import DISTINCT, EXPERTS, Point, draw_pareto
-from lm_eval_bh.files import replacing, write_text
+from lm_eval_bh.files import write_text
 
 FILE, TABLE, FIGURE = "league.json", "league.csv", "league.png"
 PAGE, MARKDOWN = "league.html", "league.md"
@@ -222,20 +221,10 @@ def write_league(league: Mapping[str, Any], folder: Path) -> list[Path]:
     folder : Path
         Where to write.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    figure = _figure(league)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
-    encoded = base64.b64encode(drawn.getvalue()).decode("ascii")
-    with replacing(folder / FIGURE) as temporary:
-        figure.savefig(temporary, format="png", dpi=160)
-    loader = PackageLoader("lm_eval_bh.analysis.show", "templates")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("league.html.j2").render(
+    page = figure_page(
+        "league.html.j2",
+        _figure(league),
+        folder / FIGURE,
         league=league,
         titles=titles_of(league),
         parts=[
@@ -245,9 +234,6 @@ def write_league(league: Mapping[str, Any], folder: Path) -> list[Path]:
         one="document" if league["unit"] == "documents" else "group",
         best=BEST,
         failed=failures(league),
-        figure=f"data:image/svg+xml;base64,{encoded}",
-        css=Markup(loader.get_source(environment, "report.css")[0]),
-        version=version("lm-eval-bh"),
     )
     return [
         write_text(folder / TABLE, _csv(league)),

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lm_eval_bh.analysis.show.figure_page import figure_page
 from lm_eval_bh.analysis.show.pareto_figure import DISTINCT, EXPERTS, Point, draw_pareto
-from lm_eval_bh.files import replacing, write_text
+from lm_eval_bh.files import write_text
 
 PAGE, FIGURE = "tune.html", "tune.png"
 BEATEN = 3  # of what the winner was chosen over, by name
@@ -27,20 +25,10 @@ def write_tuning_page(account: Mapping[str, Any], folder: Path) -> list[Path]:
     folder : Path
         Where to write ``tune.html`` and ``tune.png``.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    figure = _figure(account)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
-    encoded = base64.b64encode(drawn.getvalue()).decode("ascii")
-    with replacing(folder / FIGURE) as temporary:
-        figure.savefig(temporary, format="png", dpi=160)
-    loader = PackageLoader("lm_eval_bh.analysis.show", "templates")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("tune.html.j2").render(
+    page = figure_page(
+        "tune.html.j2",
+        _figure(account),
+        folder / FIGURE,
         account=account,
         goal=goal_of(account),
         verdict=verdict_of(account),
@@ -56,9 +44,6 @@ def write_tuning_page(account: Mapping[str, Any], folder: Path) -> list[Path]:
             if row["failed"]
         ],
         parameters=_parameters(account["winner"]),
-        figure=f"data:image/svg+xml;base64,{encoded}",
-        css=Markup(loader.get_source(environment, "report.css")[0]),
-        version=version("lm-eval-bh"),
     )
     return [write_text(folder / PAGE, page), folder / FIGURE]
 
