@@ -47,11 +47,11 @@ class ChangedLayers(Measurement):
 
     def counts(self, native_k: int) -> Sequence[int]:
         """Return the numbers of experts to try."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has to define counts.")
 
     def difference(self, native: Tensor, changed: Tensor, ids: Tensor) -> Tensor:
         """Return the sum over tokens of what log-probabilities ``[..., words]`` differ by."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has to define difference.")
 
     def result(self) -> Array:
         """Return the means over tokens, float64 ``[layers, counts]``."""

@@ -32,7 +32,7 @@ class OfWeights(Measurement):
 
     def row(self, router: Router, experts: Any) -> Tensor:
         """Return a layer's row."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has to define row.")
 
     def result(self) -> Array:
         """Return the rows, float64."""

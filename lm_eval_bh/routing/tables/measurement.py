@@ -69,7 +69,7 @@ class Measurement:
 
     def result(self) -> Array:
         """Return the table, float64 ``[layers, ...]``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has to define result.")
 
 
 def experts_beside(model: nn.Module, router: nn.Module) -> Any:
