@@ -204,6 +204,8 @@ def _settings(root: Path) -> None:
 @pytest.fixture
 def unchanged(ground, monkeypatch):
     """Run the test inside of the ground, and fail if it has written into it."""
+    import matplotlib.font_manager  # noqa: F401  whose first import writes a cache of its own
+
     monkeypatch.chdir(ground)
     monkeypatch.setenv("XDG_CACHE_HOME", str(ground / "cache"))
     before = _state(ground)
