@@ -50,9 +50,9 @@ def pick(method: Method, router: RouterOutput) -> Picked:
             return Picked(experts, weights, counts)
         return Picked(experts, method.weigh(weights, router, experts), counts)
     counts, experts, weights = _decided(method, router)
-    used = torch.arange(k, device=counts.device) < counts.unsqueeze(-1)
-    experts = torch.where(used, experts, method.num_experts)
-    weights = method.weigh(torch.where(used, weights, 0.0), router, experts)
+    unused = torch.arange(k, device=counts.device) >= counts.unsqueeze(-1)
+    experts = experts.masked_fill(unused, method.num_experts)
+    weights = method.weigh(weights.masked_fill(unused, 0.0), router, experts)
     return Picked(experts, weights, counts)
 
 

@@ -44,7 +44,6 @@ class RouterHook:
                 said = said._replace(recorded=self.patch.routes.recorded(*where))
             if self.method.bounds.device != said.logits.device:
                 self.method.to(said.logits.device)
-            now = current_pass(self.patch)
             if self.method.joint:
                 steps = now.steps(said.logits.device)
                 if steps is not None and len(steps.of) == len(said.logits):

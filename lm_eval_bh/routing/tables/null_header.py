@@ -157,10 +157,6 @@ def _is_count(value: Any, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _is_width(value: Any) -> bool:
-    return isinstance(value, float) and 0 < value < math.inf
-
-
 def _is_health(value: Any) -> bool:
     names = {"layer", "ks_distance", "floor_share", "ceiling_share", "tokens"}
     return isinstance(value, list) and all(
