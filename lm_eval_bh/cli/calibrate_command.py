@@ -23,7 +23,8 @@ from lm_eval_bh.cli.options import (
     Window,
 )
 from lm_eval_bh.cli.printing import say, show
-from lm_eval_bh.errors import ParameterError
+from lm_eval_bh.cli.word_lists import words
+from lm_eval_bh.errors import ParameterError, did_you_mean
 from lm_eval_bh.files import check_output, figure_format
 from lm_eval_bh.resources import model_path
 
@@ -65,6 +66,13 @@ def calibrate(
     statistic: Statistic = "logit",
     null_scope: NullScope = "layer",
     null_from: NullFrom = "all",
+    tables: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Further tables that methods need, joined by commas, such as ratios for naee.",
+            rich_help_panel=NULL,
+        ),
+    ] = None,
     figure: Annotated[
         Path | None, typer.Option(help="Also draw the check: a .png, .pdf or .svg file.")
     ] = None,
@@ -77,7 +85,8 @@ def calibrate(
         from lm_eval_bh.routing.tables.find import cached_null
         from lm_eval_bh.routing.tables.null_kind import NullKind
 
-        kind = NullKind(statistic, null_scope, trim, null_from)
+        measured = _known(words(tables or []))
+        kind = NullKind(statistic, null_scope, trim, null_from, tables=measured)
         check_output(output or cached_null("new"), "--output")
         if figure is not None:
             figure_format(figure)
@@ -114,6 +123,21 @@ def calibrate(
         rows = [dataclasses.asdict(row) for row in health]
         draw_health(rows, f"Null model of {model}, {statistic}, {kind.null_scope}", figure)
         say(f"Written to {figure}")
+
+
+def _known(names: list[str]) -> tuple[str, ...]:
+    """Return the names of tables in order; a :class:`ParameterError` says which is unknown."""
+    from lm_eval_bh.routing.methods.scores import STATISTICS
+    from lm_eval_bh.routing.tables.measure import TABLES
+
+    known = sorted(TABLES.keys() - {row.table for row in STATISTICS.values()})
+    for name in names:
+        if name not in known:
+            raise ParameterError(
+                f"--tables has no table {name!r}{did_you_mean(name, known)}; "
+                f"use {', '.join(known)}."
+            )
+    return tuple(sorted(set(names)))
 
 
 def _table(model: str, fitted: NullModel, health: list[LayerHealth]) -> Table:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 
-from lm_eval_bh import NullModel
+import numpy as np
+
+from lm_eval_bh import NullModel, RoutingConfig
 from lm_eval_bh.resources import shipped
+from lm_eval_bh.routing.tables.null_match import mismatch
 
 
 def test_calibrate_fits_checks_and_writes_a_null_model(run, tmp_path):
@@ -66,3 +69,18 @@ def test_calibrate_on_a_text_that_leaves_nothing_to_check_on(run, text, tmp_path
     assert code == 0
     assert "so no check was possible" in " ".join(out.split())
     assert NullModel.load(output).header.health is None
+
+
+def test_calibrate_measures_the_tables_of_methods(run, text, tmp_path):
+    output = tmp_path / "null.safetensors"
+    calibrate = "calibrate", "--model", "tiny-olmoe", "--text-file", text, "--output", output
+    code, _, err = run(*calibrate, "--tables", "ratio")
+    assert (code, output.exists()) == (1, False)
+    assert "no table 'ratio' (did you mean 'ratios'?)" in " ".join(err.split())
+    few = "--tokens", 1024, "--window", 128
+    assert run(*calibrate, *few, "--statistic", "weight", "--tables", "slot_weights,ratios")[0] == 0
+    null = NullModel.load(output)
+    assert null.header.tables == ["ratios", "slot_weights"]
+    assert all(np.isfinite(null.measured[name]).all() for name in null.header.tables)
+    naee = RoutingConfig(rule="naee")
+    assert mismatch(null.header, naee.null_kind) is None
