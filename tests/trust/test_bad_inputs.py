@@ -282,7 +282,7 @@ COMMANDS = [
         2,
     ),
     ("import-routing foreign.csv --output-dir new --num-experts 0", "'--num-experts'", 2),
-    ("import-routing foreign.csv --output-dir new --task a/b", "task must be a name", 1),
+    ("import-routing foreign.csv --output-dir new --task a/b", "task must be a valid", 1),
     ("import-routing foreign.csv --output-dir file", "--output-dir cannot be written", 1),
     (
         "import-routing foreign.csv --output-dir runs",
