@@ -90,7 +90,7 @@ def format_of(file: Path) -> str:
                 return "megatron"
             if is_vllm(content):
                 return "vllm"
-    raise ParameterError(f"No engine is known to write {file}: add --format {' or '.join(READERS)}.")
+    raise ParameterError(f"It is unknown what wrote {file}: add --format {' or '.join(READERS)}.")
 
 
 def _lines(file: Path) -> Iterator[object]:

@@ -257,5 +257,5 @@ def test_a_policy_of_another_model_is_refused_before_weights_load(vllm, tmp_path
     policy = policies_of(folder)["static"]
     dataclasses.replace(policy, fingerprint="0" * 64).save(tmp_path / "other.safetensors")
     monkeypatch.setenv("LM_EVAL_BH_POLICY", str(tmp_path / "other.safetensors"))
-    with pytest.raises(PolicyError, match="whose routers are not those of"):
+    with pytest.raises(PolicyError, match="whose routers differ from those of"):
         vllm.LLM(model=str(folder), dtype="float32", max_model_len=80, skip_tokenizer_init=True)

@@ -479,7 +479,7 @@ def test_k_per_layer_of_another_length_is_refused(tiny):
 
 def test_a_null_of_all_experts_is_none_of_the_unselected(made, tiny):
     null = made("weight", "model", "all")
-    with pytest.raises(NullModelError, match="is of null_from=all, not null_from=unselected"):
+    with pytest.raises(NullModelError, match="has null_from=all, not null_from=unselected"):
         BHRoutingIntegration(
             tiny, statistic="weight", null_scope="model", null_from="unselected", null_model=null
         )

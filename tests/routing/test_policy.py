@@ -74,7 +74,7 @@ def test_a_policy_of_other_routers_is_refused(made, tiny):
     policy = made(alpha=0.4).policy()
     with torch.no_grad():
         find_routers(tiny)[1].module.weight[0, 0] += 1
-    with pytest.raises(PolicyError, match="whose routers are not those of"):
+    with pytest.raises(PolicyError, match="whose routers differ from those of"):
         BHRoutingIntegration(tiny, policy=policy)
 
 

@@ -284,8 +284,8 @@ class TestInAModel:
     @pytest.mark.parametrize(
         ("options", "sentence"),
         [
-            ({"statistic": "contribution"}, "is of statistic=logit, not statistic=contribution"),
-            ({"null_scope": "expert"}, "is of null_scope=layer, not null_scope=expert"),
+            ({"statistic": "contribution"}, "has statistic=logit, not statistic=contribution"),
+            ({"null_scope": "expert"}, "has null_scope=layer, not null_scope=expert"),
             ({"trim": 4}, "was fitted with trim=0, not trim=4"),
         ],
     )

@@ -794,7 +794,7 @@ CALLS = [
     (lambda: fit({0: DRAWS[:0]}), "0 samples"),
     (lambda: fit({0: ZEROS}), "equal 0"),
     (lambda: fit({0: DRAWS * torch.nan}), "NaN or infinite"),
-    (lambda: fit({0: DRAWS, 1: DRAWS[:, :4]}), "as many experts in every layer"),
+    (lambda: fit({0: DRAWS, 1: DRAWS[:, :4]}), "the same number of experts in every layer"),
     (lambda: fit({0: DRAWS}, trim=4), "trim must be an integer from 0 to 3"),
     (lambda: fit({0: DRAWS}, points=10**12), "points=1000000000000 is out of range"),
     (lambda: fit({0: DRAWS}, points=0), "points=0 is out of range"),
@@ -814,8 +814,8 @@ CALLS = [
     (lambda: lm_eval_bh.Policy.load("changed_policy.safetensors"), "its checksum differs"),
     (lambda: lm_eval_bh.Policy.load("policy.safetensors").save(None), "A path must be"),
     # Models.
-    (lambda: lm_eval_bh.BHRoutingIntegration(None), "is no loaded model"),
-    (lambda: lm_eval_bh.BHRoutingIntegration("tiny-olmoe"), "is no loaded model"),
+    (lambda: lm_eval_bh.BHRoutingIntegration(None), "is not a loaded model"),
+    (lambda: lm_eval_bh.BHRoutingIntegration("tiny-olmoe"), "is not a loaded model"),
     (lambda: integrate(null_model=3), "A path must be text or a Path"),
     (lambda: integrate(kde="pipe"), "no file"),
     (lambda: integrate(kde="nowhere"), "nowhere"),
@@ -827,7 +827,7 @@ CALLS = [
     (lambda: integrate(experts="fast"), "experts"),
     (lambda: integrate(policy=3), "A path must be text or a Path"),
     (lambda: integrate(policy="policy.safetensors"), "make one for"),
-    (lambda: integrate(policy="policy.safetensors", alpha=0.4), "leave out parameters"),
+    (lambda: integrate(policy="policy.safetensors", alpha=0.4), "leave out the others"),
     # Tables and sweeps.
     (lambda: load_experiments("nowhere"), "There is no folder nowhere"),
     (lambda: load_experiments("folder"), "There is no results_*.json"),

@@ -90,5 +90,5 @@ def test_what_somebody_adds_to_the_metadata_is_refused(null, tmp_path):
         metadata = file.metadata()
     metadata["sha255"] = metadata.pop("sha256")
     save_file(load_file(path), path, metadata=metadata)
-    with pytest.raises(NullModelError, match="more than was written"):
+    with pytest.raises(NullModelError, match="more keys than were written"):
         NullModel.load(path)
