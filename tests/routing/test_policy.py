@@ -80,7 +80,7 @@ def test_a_policy_of_other_routers_is_refused(made, tiny):
 
 def test_nothing_is_given_beside_it(made, tiny):
     policy = made(alpha=0.4).policy()
-    with pytest.raises(ParameterError, match="decides everything"):
+    with pytest.raises(ParameterError, match="holds all"):
         BHRoutingIntegration(tiny, policy=policy, max_k=4)
 
 

@@ -85,7 +85,7 @@ DAMAGES = {
     "summary edited": (lambda f: edit(f / SUMMARY, k_or_max_k=9), "its summary was changed"),
     "summary of another": (
         lambda f: shutil.copy(f / "logs" / f"{BASELINE}.json", f / SUMMARY),
-        f"its summary is that of {BASELINE}",
+        f"its summary belongs to {BASELINE}",
     ),
     "summary empty": (lambda f: (f / SUMMARY).write_text(""), "could not be read"),
     "summary {}": (lambda f: (f / SUMMARY).write_text("{}"), "no schema version"),
@@ -166,7 +166,7 @@ def test_a_sweep_of_the_first_release_goes_on(folder):
     assert planned(folder)[0] == {ADAPTIVE: "its results are missing"}
     (folder / "sweep.json").unlink()
     again, _ = planned(folder)
-    assert set(again.values()) == {"nothing says which settings it ran with"}
+    assert set(again.values()) == {"the settings of its run are unknown"}
 
 
 def test_the_settings_have_a_version_and_a_newer_one_is_refused(folder):

@@ -275,7 +275,7 @@ def test_ray_gives_the_same_table_beside_busy_programs_and_though_a_worker_is_ki
             busy.kill()
     assert killed
     assert niceness == {psutil.Process().nice()}
-    told = [line for line in lines if "workers are alive. Waiting for " in line]
+    told = [line for line in lines if "workers are running. Waiting for " in line]
     assert told
     assert re.match(
         r"\d of \d workers are alive. Waiting for 8experts_\w+_demo_lambada, \d+ s", told[0]
