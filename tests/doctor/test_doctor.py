@@ -234,7 +234,7 @@ def test_models_that_get_nothing(other, tmp_path):
     for file in other.glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:100])
     cut = by_subject(check_model(str(other)))["null model"]
-    assert (cut.state, "not known before" in cut.found) == ("note", True)
+    assert (cut.state, "unknown before" in cut.found) == ("note", True)
     for file in other.glob("model*"):
         file.unlink()
     bare = by_subject(check_model(str(other)))["null model"]

@@ -106,8 +106,8 @@ def test_scores_that_are_missing_or_not_finite_are_a_difference(
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("generated", [1, 2, 3], "the greedy continuation is another"),
-        ("generated", [], "the greedy continuation is another"),
+        ("generated", [1, 2, 3], "the greedy continuation differs"),
+        ("generated", [], "the greedy continuation differs"),
         ("counts", [], "numbers of experts differ"),
     ],
 )
@@ -178,7 +178,7 @@ def test_an_engine_that_hangs_is_ended_with_its_helpers(policies, documents, tmp
     engine.write_text(f"#!/bin/sh\n(sleep 3; touch {tmp_path}/alive) &\nsleep 60\n")
     engine.chmod(0o755)
     started = time.monotonic()
-    with pytest.raises(ModelError, match=r"ended because .* after 1 seconds: .*--timeout"):
+    with pytest.raises(ModelError, match=r"stopped because .* after 1 seconds: .*--timeout"):
         run(policies, documents, engine, timeout=1)
     assert time.monotonic() - started < 30
     time.sleep(3)

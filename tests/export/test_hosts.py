@@ -459,10 +459,10 @@ def _plain(name):
 @pytest.mark.parametrize(
     ("parameters", "sentence"),
     [
-        ({"rule": "random_k"}, "the nearest that can be exported is rule=topk"),
-        ({"rule": "replay", "routes": "x"}, "export the policy that the log was made with"),
+        ({"rule": "random_k"}, "the nearest rule that can be exported is rule=topk"),
+        ({"rule": "replay", "routes": "x"}, "export the policy with which the log was made"),
         ({"rule": "topk", "mode": "analyze"}, "only counts"),
-        ({"rule": "oracle"}, "the nearest that can be exported is rule=min_w"),
+        ({"rule": "oracle"}, "the nearest rule that can be exported is rule=min_w"),
         ({"rule": "topk", "affine": True}, "make a policy without it"),
     ],
 )

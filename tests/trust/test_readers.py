@@ -224,7 +224,7 @@ def test_a_pipe_and_a_folder_are_not_waited_for(folder):
     loaded = load_experiments([folder])
     ((path, sentence),) = loaded.problems
     assert path.name == "results_pipe.json"
-    assert "it is no file" in sentence
+    assert "it is not a file" in sentence
 
 
 # What a sweep had finished

@@ -97,7 +97,7 @@ def _loaded(tokenizer: Path) -> Any:
 
     try:
         if tokenizer.exists() and not tokenizer.is_file():  # a pipe would be waited for
-            raise OSError("it is no file")
+            raise OSError("it is not a file")
         loaded = Tokenizer.from_file(str(tokenizer))
     except Exception as error:  # the library raises nothing more specific
         raise DataError(

@@ -100,7 +100,7 @@ DAMAGES = {
     "names a file outside": (lambda f: resealed(f, files={"../x": "0"}), "is missing"),
     "other settings": (
         lambda f: resealed(f, settings={"pretrained": "tiny-olmoe", "limit": 9}),
-        "it ran with another limit",
+        "it ran with a different limit",
     ),
 }
 
@@ -149,7 +149,7 @@ def test_results_of_other_settings_are_not_done_though_the_settings_were_deleted
     assert planned(folder) == ({}, [])
     again, missing = planned(folder, limit=4)
     assert missing == [BASELINE, ADAPTIVE]
-    assert set(again.values()) == {"it ran with another limit"}
+    assert set(again.values()) == {"it ran with a different limit"}
     # What only names experiments may change.
     assert planned(folder, alphas=[0.4, 0.5])[1] == ["8experts_bh_a050_demo_lambada"]
 
