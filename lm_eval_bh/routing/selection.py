@@ -126,8 +126,7 @@ def select_experts(
             )
         if null_model.header.statistic == "predicted" and hidden_states is None:
             raise ParameterError(
-                "statistic=predicted needs the router's hidden states: "
-                "give hidden_states."
+                "statistic=predicted needs the router's hidden states: give hidden_states."
             )
     method = fitted_method(config, null_model, layer, num_experts).to(router_logits.device)
     slots = method.asks(config.max_k)

@@ -152,8 +152,7 @@ class _Survey:
             notes.count(
                 int(zeros.all(1).sum()) if zeros.shape[1] > 1 else 0,
                 "tokens",
-                "have expert 0 alone in every layer, as in an empty buffer: they "
-                "are kept.",
+                "have expert 0 alone in every layer, as in an empty buffer: they are kept.",
             )
         else:
             experts[zeros] = UNUSED

@@ -320,8 +320,7 @@ def _integers(record: dict[str, Any], name: str, where: str, depth: int = 1) -> 
     except ValueError as error:
         what = "a list" if depth == 1 else f"an array of {depth} dimensions"
         raise DataError(
-            f"{where} is damaged: its {name} must be {what} of integers ({error}); record it "
-            "again."
+            f"{where} is damaged: its {name} must be {what} of integers ({error}); record it again."
         ) from error
     return found
 

@@ -97,7 +97,7 @@ class AdaptiveMoe:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False, so that transformers renames weights as for the family."""
+        """Return False: transformers renames weights as for the family."""
         return False
 
     @classmethod

@@ -53,9 +53,7 @@ def tune(
         If the target is out of range or unreachable.
     """
     if sum(goal is not None for goal in (target_experts, target_distinct, max_loss)) != 1:
-        raise ParameterError(
-            "Give one goal, target_experts, target_distinct or max_loss."
-        )
+        raise ParameterError("Give one goal, target_experts, target_distinct or max_loss.")
     if preset not in PRESETS:
         raise ParameterError(f"preset must be {' or '.join(PRESETS)}: found {preset!r}.")
     cost = EXPERTS if target_distinct is None else DISTINCT

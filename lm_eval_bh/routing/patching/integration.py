@@ -98,15 +98,12 @@ class BHRoutingIntegration:
         self.config = one_configuration(alpha, config, given)
         if policy is not None:
             if self.config != RoutingConfig() or null_model != "auto":
-                raise ParameterError(
-                    "A policy holds all routing parameters: leave out the others."
-                )
+                raise ParameterError("A policy holds all routing parameters: leave out the others.")
             self.config, null_model = policy.config, policy.null_model or "auto"
         check_implementation(experts_implementation)
         if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
             raise ModelError(
-                "The model is compiled and would not call the hooks: "
-                "patch it before torch.compile."
+                "The model is compiled and would not call the hooks: patch it before torch.compile."
             )
         self.model = model
         self.experts_implementation = experts_implementation

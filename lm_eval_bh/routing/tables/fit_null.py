@@ -56,8 +56,7 @@ def statistic_of(
         return softmax_scores(router_logits, statistic, found.log())
     if hidden_states is None:
         raise ParameterError(
-            "statistic=predicted needs the router's hidden states: "
-            "give hidden_states."
+            "statistic=predicted needs the router's hidden states: give hidden_states."
         )
     dtype = torch.promote_types(router_logits.dtype, torch.float32)
     norms = log_predicted_norms(found.to(dtype), hidden_states)
