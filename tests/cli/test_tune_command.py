@@ -99,7 +99,7 @@ def account_of(perplexity, kl, **task):
         ((-2, -1), (-0.2, -0.1), None),
         ((-2, -1), (0.1, 0.2), "is farther from"),
         ((-2, -1), (-0.1, 0.2), "is not shown to be nearer to"),
-        ((-2, 1), (-0.2, -0.1), "nearer to the model, and not better"),
+        ((-2, 1), (-0.2, -0.1), "nearer to the model, but not better"),
         ((-2, 1), (-0.2, 0.1), None),
     ],
 )

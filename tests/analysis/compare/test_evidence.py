@@ -100,7 +100,7 @@ def test_a_task_s_own_aggregation_is_honoured_or_named(tmp_path):
         "its own way (its documents give -0.25, results.json has 0.7) in B"
         in (rows.loc["8192", "sentence"])
     )
-    assert "does not count" in rows.loc["16384", "reason"]
+    assert "do not count" in rows.loc["16384", "reason"]
     assert rows["p_value"].notna().tolist() == [True, False, False]
     assert [sentence for _, sentence in found.notes] == [
         "niah 4096: 20 of 40 documents, for the task leaves out the others."
@@ -161,12 +161,12 @@ NO_HASHES = {"doc_hash": None, "prompt_hash": None, "target_hash": None}
         ({}, {"doc_hash": "other"}, "the documents differ", None),
         (NO_HASHES, NO_HASHES | {"doc": {"text": "other"}}, "the documents differ", None),
         (NO_HASHES, {"doc": {"text": "other"}}, "the documents differ", None),
-        (NO_HASHES | {"doc": None}, {}, "do not say which documents", None),
-        (NO_HASHES | {"doc": None}, NO_HASHES | {"doc": None}, "do not say which", None),
+        (NO_HASHES | {"doc": None}, {}, "do not identify their documents", None),
+        (NO_HASHES | {"doc": None}, NO_HASHES | {"doc": None}, "do not identify", None),
         ({}, {"prompt_hash": "other"}, None, "the prompts differ"),
         (NO_HASHES, NO_HASHES | {"arguments": [["other"]]}, None, "the prompts differ"),
-        (NO_HASHES | {"arguments": None}, {}, None, "do not say what the prompts were"),
-        ({"prompt_hash": None, "arguments": None}, {}, None, "do not say what the prompts were"),
+        (NO_HASHES | {"arguments": None}, {}, None, "do not contain the prompts"),
+        ({"prompt_hash": None, "arguments": None}, {}, None, "do not contain the prompts"),
     ],
 )
 def test_missing_evidence_is_not_agreement(a, b, reason, note, tmp_path):
@@ -288,7 +288,7 @@ def drop_hashes(number, line):
     [
         (lambda side: {"doc": {"q": "same"}, "arguments": []}, None),
         (lambda side: {"doc": {"q": side}, "arguments": []}, "the documents differ"),
-        (lambda side: {}, "do not say which documents"),
+        (lambda side: {}, "do not identify their documents"),
     ],
 )
 def test_aggregate_without_hashes(doc, reason, write):
