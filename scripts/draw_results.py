@@ -1,7 +1,7 @@
 """Draws the figures of docs/results from the CSV files of that folder.
 
-``python scripts/draw_results.py`` writes them into docs/images. No number stands here: whoever
-changes a CSV file draws its figure again.
+``python scripts/draw_results.py`` writes them into docs/images. This script holds no results: after
+a change of a CSV file, draw its figure again.
 """
 
 from __future__ import annotations
