@@ -1,4 +1,4 @@
-"""README is short, and the reference says of every parameter what the code does."""
+"""README is short, and the reference describes every parameter as the code does."""
 
 from __future__ import annotations
 

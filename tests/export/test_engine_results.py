@@ -1,4 +1,4 @@
-"""What an engine returns is believed where it is whole: NaN, gaps and debris never agree."""
+"""Only complete results of an engine count: NaN, gaps and debris never agree."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAN, INFINITY = math.nan, math.inf
 
 @pytest.fixture(scope="module")
 def returned(tmp_path_factory, policies, documents):
-    """Return what the real engine returned for the policy and for the stock model, as files."""
+    """Return the real engine's results for the policy and the stock model, as files."""
     folder = tmp_path_factory.mktemp("returned")
     engine = folder / "python"
     engine.write_text(
@@ -47,7 +47,7 @@ def run(policies, documents, python, **arguments):
 
 
 def engine_that_returns(content, returned, folder):
-    """Write an engine that returns ``content`` for the policy, and the truth for the stock."""
+    """Write an engine that returns ``content`` for the policy, and true stock scores."""
     (folder / "content").write_bytes(content)
     engine = folder / "python"
     engine.write_text(

@@ -1,4 +1,4 @@
-"""llama.cpp is told what it can do; everything else is refused with the reason."""
+"""llama.cpp gets the options that it supports; everything else is refused with a reason."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ DECIDED = ("benefit", "bh", "static", "top2")
 
 
 def made(family, folder):
-    """Write a random model whose routers have logits that differ, and biases that reorder them."""
+    """Write a random model with distinct router logits, and biases that reorder them."""
     if family == "tiny-glm":
         write_for_vllm(Checkpoint.find(str(tiny_glm())), folder)
         return folder
@@ -146,7 +146,7 @@ def vllm():
 
 @pytest.mark.parametrize("family", NAMED)
 def test_every_policy_scores_as_hf_bh(family, vllm, tmp_path, monkeypatch):
-    """The first one is named at start, the others take its place in the running engine."""
+    """The first is given at start, and the others replace it in the running engine."""
     folder = made(family, tmp_path / "model")
     policies = policies_of(folder)
     draw = torch.Generator().manual_seed(8)

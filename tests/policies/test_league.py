@@ -1,4 +1,4 @@
-"""A league: what is asked, what a row says, what failure is, and what a file must hold."""
+"""A league: its families, its rows, failures, and the checks of its file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIZES["decode_batch"] = 4
 
 @pytest.fixture
 def broken():
-    """Add a method that declares itself properly, and cannot decide."""
+    """Add a method with a valid declaration that cannot decide."""
 
     class Broken(MinW):
         name, label, source = "broken", "broken", "this test"
@@ -79,7 +79,7 @@ def test_an_unknown_name_is_one_sentence(names, sentence):
 
 @pytest.fixture(scope="module")
 def held(tmp_path_factory, tiny_model_folder, tokenizer, splits):
-    """Return a small league, the folder of its journal, and what starts it anew."""
+    """Return a small league, the folder of its journal, and a function to start it again."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()

@@ -434,7 +434,7 @@ def test_the_held_out_unselected_are_uniform_under_their_null(tiny_model, tokeni
 
 
 def test_benefits_are_no_norms(made):
-    """The statistics are different ideas, not one number under two names."""
+    """The statistics differ, rather than being one number under two names."""
     benefits, norms = made("benefit").factors, made("contribution").factors
     correlation = [spearmanr(a, b).statistic for a, b in zip(benefits, norms, strict=True)]
     assert max(correlation) < 0.99

@@ -1,4 +1,4 @@
-"""A grid is read off one pass, and says what each configuration alone would say."""
+"""A grid from one pass equals each configuration alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A policy routes bit by bit as the configuration it came from, and only the model it is for."""
+"""A policy routes bit for bit like its configuration, and only the model it was made for."""
 
 from __future__ import annotations
 

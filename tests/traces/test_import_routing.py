@@ -1,7 +1,7 @@
-"""Traces of other engines: small ones of every format come back as they were, and serve patterns.
+"""Traces of other engines: small ones of every format are read exactly, and give patterns.
 
-The formats are written as the sources named in the readers say; vLLM, SGLang and Megatron-LM
-themselves need GPUs.
+The formats follow the sources named in the readers; vLLM, SGLang and Megatron-LM themselves need
+GPUs.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def test_vllm_as_its_server_answers(run, texts, tmp_path):
 
 
 def test_vllm_with_lists_of_prompt_and_answer(run, texts, tmp_path):
-    """As vLLM 0.21 answers: -1 where the prompt's cache did, several answers to a prompt."""
+    """As in vLLM 0.21: -1 after a cache hit, several answers to a prompt."""
     ids, experts = texts[2]
     response = {
         "prompt_token_ids": ids[:4],
@@ -118,7 +118,7 @@ def test_vllm_arrays_saved_from_python(run, texts, tmp_path):
 
 
 def test_a_repeated_expert_counts_once(run, tmp_path):
-    """Engines that cannot leave a slot empty fill it with an expert that is there already."""
+    """Engines that cannot leave a slot empty repeat an expert."""
     experts = np.array([[[5, 3, 5, 5]], [[1, 1, 1, 2]]], dtype=np.int16)
     (tmp_path / "t.npy").write_bytes(npy(experts))
     table, _ = imported(run, tmp_path / "t.npy", tmp_path / "out")
@@ -126,7 +126,7 @@ def test_a_repeated_expert_counts_once(run, tmp_path):
 
 
 def sglang(texts, **more):
-    """Return a record: a dense layer, two physical experts a logical one, and a decoding pass."""
+    """Return a record: a dense layer, two physical experts per logical one, and a decoding pass."""
     ids = [token for of_text, _ in texts for token in of_text]
     logical = np.concatenate([experts for _, experts in texts]).swapaxes(0, 1)
     to_logical = np.tile(np.arange(2 * EXPERTS) // 2, (LAYERS + 1, 1))
@@ -168,7 +168,7 @@ def test_sglang(run, texts, tmp_path):
 
 
 def test_megatron(run, texts, tmp_path):
-    """One document a pass: two micro-batches in the first step, two in the second."""
+    """One document per pass: two micro-batches in the first step, two in the second."""
     lines = []
     for step in (0, 1):
         for layer in range(LAYERS):

@@ -1,9 +1,9 @@
 """A table of bad inputs: each ends with one sentence and an exit code, and changes no file.
 
-A row is a command line, part of the sentence that it must print, and the exit code: 1 for what is
-wrong, 2 for a command line that is, 3 for files that were left out. ``{ground}`` is the folder of
-``conftest.py``, which is the working directory too. Rows of :data:`MODEL_ARGS` are what
-``lm_eval --model hf-bh --model_args`` is given, and rows of :data:`CALLS` are calls from Python.
+A row is a command line, part of the message that it must print, and the exit code: 1 for errors, 2
+for invalid command lines, 3 for files that were left out. ``{ground}`` is the folder of
+``conftest.py``, which is also the working directory. Rows of :data:`MODEL_ARGS` are arguments of
+``lm_eval --model hf-bh --model_args``, and rows of :data:`CALLS` are calls from Python.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is compared is confirmed first: a mean by results.json, documents by what samples say."""
+"""Comparisons need evidence: a mean confirmed by results.json, documents by samples."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def lines_of(scores, **more):
 
 
 def ruler(right):
-    """RULER: a document counts for the length that it is of, and has -1 for all others."""
+    """RULER: a document counts for its own length, and has -1 for all others."""
     short = [{"4096": float(i < right), "8192": -1.0, "16384": -1.0} for i in range(20)]
     return short + [{"4096": -1.0, "8192": float(i % 2), "16384": -1.0} for i in range(20)]
 
@@ -182,7 +182,7 @@ def test_missing_evidence_is_not_agreement(a, b, reason, note, tmp_path):
 
 
 def two_filters(order):
-    """Return samples as lm-eval wrote them before it named the filter: a line for each."""
+    """Return samples of earlier releases of lm-eval: one line per filter, without its name."""
     plain = {"filter": None, "metrics": None}
     strict = lines_of([{"exact_match": float(i % 2)} for i in range(12)], **plain)
     flexible = lines_of([{"exact_match": 1.0} for _ in range(12)], **plain)

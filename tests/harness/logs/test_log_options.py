@@ -1,4 +1,4 @@
-"""What may be logged where, refused before a model is looked for."""
+"""Log options, which are checked before a model is looked up."""
 
 from __future__ import annotations
 

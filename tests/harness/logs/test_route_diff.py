@@ -1,4 +1,4 @@
-"""What route-diff says of two logs is what a slow plain recomputation finds in their Parquet."""
+"""route-diff agrees with a slow plain recomputation from the Parquet files of two logs."""
 
 from __future__ import annotations
 

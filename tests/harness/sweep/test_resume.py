@@ -1,4 +1,4 @@
-"""What a sweep takes for done: what is there as it was written, under the settings of now."""
+"""Experiments count as done if their files are unchanged and the settings are current."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BASELINE, ADAPTIVE = "8experts_topk_baseline_demo_lambada", "8experts_bh_a040_de
 
 
 def planned(folder, **change):
-    """Return why which experiments would run again, and which would run at all."""
+    """Return the experiments that would run again with reasons, and all that would run."""
     todo = runner.plan(SweepConfig(**SETTINGS | change), folder)
     again = {experiment.name: why for experiment, why in todo.again.items()}
     return again, [experiment.name for experiment in todo.missing]
@@ -57,7 +57,7 @@ def edit(file, *removed, **change):
 
 
 def resealed(folder, **change):
-    """Write a summary that somebody has edited with care, digest and all."""
+    """Write a carefully edited summary with a matching digest."""
     from lm_eval_bh.harness.sweep.done import _seal
 
     file = folder / "logs" / f"{ADAPTIVE}.json"
@@ -155,7 +155,7 @@ def test_results_of_other_settings_are_not_done_though_the_settings_were_deleted
 
 
 def test_a_sweep_of_the_first_release_goes_on(folder):
-    """It wrote no version, no digests, and did not know some of today's settings."""
+    """It wrote no version and no digests, and lacked some of today's settings."""
     edit(folder / "sweep.json", "schema_version", "log_samples", "rules", "seed")
     for name in (BASELINE, ADAPTIVE):
         edit(folder / "logs" / f"{name}.json", "settings", "files", "digest")

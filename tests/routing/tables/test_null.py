@@ -455,7 +455,7 @@ class TestCheck:
 
 
 class TestDegenerate:
-    """What would select all experts or none is refused, or warned of, when it is loaded."""
+    """A null model that would select all experts or none is refused or warned about on loading."""
 
     X = np.linspace(-1.0, 1.0, 5)
 
