@@ -1,14 +1,14 @@
-"""Fine-tune a mixture-of-experts model while its experts are chosen adaptively.
+"""Fine-tune a mixture-of-experts model with adaptive expert selection.
 
     python examples/train.py --steps 300 --alpha 0.4 --output runs/trained
     python examples/train.py --steps 300 --policy policy.safetensors   # the routing of the file
     python examples/train.py --steps 300 --lora-rank 8                 # only adapters are trained
 
-The model is trained by transformers' Trainer, patched. Training moves router logits away from the
-null model that p-values are taken from, so this is fitted anew on the training text every
-``--recalibrate-every`` steps, and once more at the end; where a target is solved for, it is solved
-anew too. Perplexity and experts a token are those of held-out text, before and after, under the
-model's own top-k and under the rule. What is written runs again as
+The patched model is trained by transformers' Trainer. Training moves router logits away from the
+null model behind the p-values, so the null model is fitted again on the training text every
+``--recalibrate-every`` steps, and once more at the end; a target is then also solved again.
+Perplexity and experts per token are measured on held-out text, before and after, under the model's
+own top-k and under the rule. The result can be evaluated by
 
     lm_eval --model hf-bh --model_args pretrained=OUTPUT,policy=OUTPUT/policy.safetensors ...
 
@@ -43,14 +43,14 @@ from lm_eval_bh.routing.tables.texts import text_batches, wikitext_texts
 
 @dataclass(frozen=True)
 class Measured:
-    """Held-out perplexity a token, and experts a token and layer."""
+    """Held-out perplexity per token, and experts per token and layer."""
 
     perplexity: float
     experts: float
 
 
 def measure(model: nn.Module, routing: BHRoutingIntegration, windows: Sequence[Tensor]) -> Measured:
-    """Run a model over windows of token ids, int64 [rows, length], routed as it says."""
+    """Run a model with a routing over windows of token ids, int64 [rows, length]."""
     model.eval()
     loss, tokens = 0.0, 0
     with routing, torch.no_grad():
@@ -65,16 +65,16 @@ def measure(model: nn.Module, routing: BHRoutingIntegration, windows: Sequence[T
 
 
 class Recalibrate(TrainerCallback):
-    """Keeps a model patched while it is trained, and its null model fitted to its routers.
+    """Keeps a model patched during training, and its null model fitted to its routers.
 
     Parameters
     ----------
     routing : BHRoutingIntegration
-        What is in the model when training begins.
+        The integration at the start of training.
     refit : callable
-        Returns an integration of the model as it is then, unpatched, with a null model of its own.
+        Returns an unpatched integration of the current model, with a new null model.
     every : int
-        How many steps lie between; 0 for never.
+        Steps between fits; 0 for never.
     """
 
     def __init__(
@@ -89,21 +89,21 @@ class Recalibrate(TrainerCallback):
         self.routing.patch_model()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Fit anew between two steps, where no pass is under way."""
+        """Fit again between two steps, when no pass is running."""
         if self.every and state.global_step % self.every == 0:
             self.routing.unpatch_model()
             self.routing = self.refit().patch_model()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave the model as it was, and a null model that fits it."""
+        """Unpatch the model, and fit a final null model."""
         self.routing.unpatch_model()
         self.routing = self.refit()
 
 
 def with_adapters(model: nn.Module, rank: int) -> nn.Module:
-    """Return the model with LoRA adapters on its attention, which alone are trained.
+    """Return the model with LoRA adapters on its attention; only these are trained.
 
-    Routers and experts stay as they are; what routers are given does not.
+    Routers and experts stay unchanged, but the routers' input changes.
     """
     import peft
 

@@ -1,4 +1,4 @@
-"""The errors of this package: each message is one sentence, what is wrong and how to mend it."""
+"""The errors of this package: messages say in one sentence what is wrong and how to fix it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ParameterError(BHError, ValueError):
 
 
 class UnreachableError(ParameterError):
-    """No parameter of a selection rule gives the mean number of experts that was asked for."""
+    """No parameter of a selection rule gives the target mean number of experts."""
 
 
 class NullModelError(BHError, ValueError):
@@ -34,7 +34,7 @@ class ModelError(BHError, RuntimeError):
 
 
 class RoutingError(BHError, RuntimeError):
-    """Routing cannot go on, for example because router logits are not finite."""
+    """Routing cannot continue, for example because router logits are not finite."""
 
 
 class DataError(BHError, RuntimeError):
@@ -42,7 +42,7 @@ class DataError(BHError, RuntimeError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a hint such as ``" (did you mean 'alpha'?)"``, or ``""`` if nothing is near."""
+    """Return a hint such as ``" (did you mean 'alpha'?)"``, or ``""`` if no name is close."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

@@ -41,7 +41,7 @@ def experiment_name(rule: str, max_k: int, alpha: float | None, task: str) -> st
 
 
 def shortened(name: str) -> str:
-    """Return a name that a file can have: itself, or its beginning and a digest of it all."""
+    """Return a valid file name: the name itself, or its beginning and a digest."""
     whole = name.encode()
     if len(whole) <= LONGEST_NAME:
         return name
@@ -50,7 +50,7 @@ def shortened(name: str) -> str:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a name is that of a file or folder, and leads nowhere else."""
+    """Return whether a name is a plain file or folder name, without a path."""
     return (
         name not in ("", ".", "..")
         and not {"/", "\\", "\0"} & set(name)

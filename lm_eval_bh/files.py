@@ -1,4 +1,4 @@
-"""Writes files so that a reader never meets half of one, and checks before the work that it can."""
+"""Writes files completely or not at all, and checks beforehand that they can be written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEMPORARY = ".tmp"
 
 
 def as_path(value: Any) -> Path:
-    """Return a path that was given as text or as a Path.
+    """Return a path given as text or as a Path.
 
     Raises
     ------
@@ -29,12 +29,12 @@ def as_path(value: Any) -> Path:
 
 
 def figure_format(path: Path | str) -> str:
-    """Return the format that a figure's file name asks for: png, pdf or svg.
+    """Return the format of a figure by its file name: png, pdf or svg.
 
     Raises
     ------
     ParameterError
-        If it asks for any other.
+        If the name has another ending.
     """
     suffix = Path(path).suffix.lower().removeprefix(".")
     if suffix not in FIGURES:
@@ -49,8 +49,8 @@ def figure_format(path: Path | str) -> str:
 def replacing(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``, renamed to it if the block succeeds.
 
-    The folder is made if it is missing. After an exception the temporary file is gone and whatever
-    ``path`` held before is untouched.
+    The folder is made if missing. After an exception the temporary file is removed and ``path`` is
+    unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,14 +59,14 @@ def replacing(path: Path | str) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        as_new(temporary)  # mkstemp makes files that only their owner can read
+        as_new(temporary)  # mkstemp makes files readable only by their owner
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def unwritable(folder: Path) -> str | None:
-    """Make a folder, and say in a few words why no file can be made in it; None if one can."""
+    """Make a folder, and return why no file can be created in it, or None if one can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -76,14 +76,14 @@ def unwritable(folder: Path) -> str | None:
 
 
 def as_new(path: Path) -> None:
-    """Give a file the permissions of any new file."""
+    """Give a file the default permissions of new files."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
 
 
 def write_text(path: Path, content: str) -> Path:
-    """Write a text as UTF-8 with Unix line ends, whole or not at all, and return its path."""
+    """Write UTF-8 text with Unix line ends, completely or not at all; return the path."""
     with replacing(path) as temporary:
         temporary.write_text(content, encoding="utf-8", newline="\n")
     return path
@@ -91,7 +91,7 @@ def write_text(path: Path, content: str) -> Path:
 
 @contextmanager
 def replacing_all(paths: Iterable[Path]) -> Iterator[list[Path]]:
-    """Yield a temporary path for each of ``paths``: all are renamed, or, after an exception, none.
+    """Yield a temporary path for each of ``paths``; all are renamed, or none after an error.
 
     Nothing is renamed before everything is written, so that files that belong together change
     together.
@@ -104,8 +104,8 @@ def replacing_all(paths: Iterable[Path]) -> Iterator[list[Path]]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``, renamed to it if the block succeeds.
 
-    A folder that ``path`` was before is removed then. After an exception the temporary folder is
-    gone and ``path`` is untouched.
+    An existing folder at ``path`` is then removed. After an exception the temporary folder is
+    removed and ``path`` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(TEMPORARY, f".{path.name}.", path.parent) as home:
@@ -118,16 +118,16 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def check_output(path: Path, option: str, *, folder: bool = False) -> None:
-    """Find out before the work whether a file, or files in a folder, can be written.
+    """Check in advance that a file, or files in a folder, can be written.
 
-    Nothing is left behind: no file, and no folder that was missing.
+    Nothing is left behind: no file and no new folder.
 
     Parameters
     ----------
     path : Path
-        What :func:`replacing` will be given, or with ``folder`` the folder to write into.
+        Path for :func:`replacing`, or with ``folder`` the folder to write into.
     option : str
-        What it was given with; the message names it.
+        Command-line option of the path, for the message.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""The rows of a full routing log: which experts served each token that a model was fed.
+"""The rows of a full routing log: the experts of each token that a model read.
 
-``route-diff`` compares two logs, ``rule=replay`` serves one again. Both mean the same by a token:
-it and all tokens before it in its row, which decide its routing. Its place alone says nothing.
+``route-diff`` compares two logs; ``rule=replay`` serves one again. Both identify a token by itself
+and all tokens before it in its row, which decide its routing, not by its position alone.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from lm_eval_bh.schema import MANIFEST, TOKENS, UNUSED, read_manifest
 
 Ints = NDArray[np.int64]
 
-NO_ID = -1  # of a token whose id an imported trace does not tell
+NO_ID = -1  # of a token whose id is missing in an imported trace
 _KEYS = ("doc_id", "request", "repeat", "layer", "position")
 
 
 class LoggedRow(NamedTuple):
-    """One row that the model was fed: a request, a window of a long one, or a generation.
+    """One row that the model read: a request, a window of a long one, or a generation.
 
     Attributes
     ----------
     task : str
-        Its task.
+        Name of the task.
     document, request, repeat : int
-        The document, which of its requests, and which repetition of that.
+        Numbers of the document, of its request, and of the repetition.
     position : int
-        In the request, of the first token.
+        Position of the first token in the request.
     tokens : slice
-        Its tokens, among those of the log.
+        Its tokens within the log.
     """
 
     task: str
@@ -58,19 +58,19 @@ class LoggedRows:
     Attributes
     ----------
     folder : Path
-        Where it lies.
+        Folder of the log.
     rows : list of LoggedRow
-        In the order of their tokens.
+        Rows in the order of their tokens.
     layers : int64 [layers]
         Numbers of the layers, ascending.
     token_ids : int64 [tokens]
-        :data:`NO_ID` where the log does not tell.
+        Token ids; :data:`NO_ID` if missing.
     experts : int16 [tokens, layers, k]
-        The best first, padded with -1.
+        Experts, the best first, padded with -1.
     weights : float32 [tokens, layers, k] or None
-        0 where unused; None where the log has none.
+        Weights, 0 where unused; None if the log has none.
     loss : float32 [tokens]
-        Nats; NaN where a token has none.
+        Loss in nats; NaN for tokens without a loss.
     """
 
     folder: Path
@@ -97,7 +97,7 @@ def read_logged_rows(path: Path | str) -> LoggedRows:
     Raises
     ------
     DataError
-        If there is none, or more than one; if it is damaged, or does not tell token ids.
+        If there is no log, or more than one; if it is damaged, or lacks token ids.
     """
     folder = find_log(path)
     try:
@@ -110,8 +110,8 @@ def read_logged_rows(path: Path | str) -> LoggedRows:
         ) from error
     if (found.token_ids == NO_ID).any():
         raise DataError(
-            f"The log {folder} does not tell its tokens' ids, so nobody knows which token a row is "
-            "of: import a trace that has token ids."
+            f"The log {folder} has no token ids, so its rows cannot be assigned to "
+            "tokens: import a trace with token ids."
         )
     return found
 
@@ -145,14 +145,14 @@ def find_log(path: Path | str) -> Path:
 
 
 def _columns(folder: Path) -> dict[str, Any]:
-    """Return the columns of a log, one entry a token and layer; lists padded to ``[rows, k]``."""
+    """Return the columns of a log, one entry per token and layer; lists padded to ``[rows, k]``."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     names = [n for n in read_manifest(folder)["files"] if n.startswith(f"{TOKENS}/")]
     table = pa.concat_tables([pq.read_table(folder / name) for name in names]).combine_chunks()
     if not table.num_rows:
-        raise ValueError("it has no token")
+        raise ValueError("it has no tokens")
 
     def column(name: str) -> pa.Array:
         one = table.column(name)
@@ -184,22 +184,22 @@ def _columns(folder: Path) -> dict[str, Any]:
 
 
 def _rows(folder: Path, columns: dict[str, Any]) -> LoggedRows:
-    """Put a log in order: text by text, in each layer as it was written, token by token."""
+    """Sort a log by text and layer, keeping the written order of tokens."""
     texts = np.stack([columns[n] for n in ("task", "doc_id", "request", "repeat")])
     named, text = np.unique(texts, axis=1, return_inverse=True)
     layers, layer = np.unique(columns["layer"], return_inverse=True)
     text = text.reshape(-1)
-    order = np.lexsort((layer, text))  # stable: as they were written otherwise
-    # Layers of one pass are of the same tokens, so each text is a block [layers, tokens].
+    order = np.lexsort((layer, text))  # stable: keeps the written order
+    # All layers of a pass have the same tokens, so each text is a block [layers, tokens].
     sizes = np.bincount(text, minlength=named.shape[1])
     per_layer = np.bincount(text * len(layers) + layer, minlength=named.shape[1] * len(layers))
     lengths, left = np.divmod(sizes, len(layers))
     if left.any() or (per_layer.reshape(-1, len(layers)) != lengths[:, None]).any():
-        raise ValueError("a text has not the same tokens in every layer")
+        raise ValueError("a text differs in its tokens between layers")
     starts = np.cumsum(sizes) - sizes
     of_text = np.repeat(np.arange(len(sizes)), lengths)
     place = np.arange(len(of_text)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    # [tokens, layers]: where each token's rows stand
+    # [tokens, layers]: the rows of each token
     at = order[
         (starts[of_text] + place)[:, None] + np.arange(len(layers)) * lengths[of_text][:, None]
     ]
@@ -223,9 +223,9 @@ def _rows(folder: Path, columns: dict[str, Any]) -> LoggedRows:
 def _cut(
     columns: dict[str, Any], named: Ints, of_text: Ints, position: Ints, loss: NDArray[np.float32]
 ) -> Iterator[LoggedRow]:
-    """Yield the rows that texts were fed in: windows of a long one are rows of their own.
+    """Yield the rows of texts as they were fed: each window of a long text is a row.
 
-    The first token of a row has no loss, where its text has any.
+    The first token of a row has no loss, unless the whole text has none.
     """
     known = ~np.isnan(loss)
     scored = np.zeros(named.shape[1], dtype=bool)

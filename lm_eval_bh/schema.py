@@ -1,4 +1,4 @@
-"""The files that experiments leave behind: their names, their fields, their version.
+"""The files that experiments write: their names, fields and versions.
 
 Every module that writes or reads such a file uses this one, which needs neither torch nor lm-eval.
 
@@ -57,55 +57,55 @@ class LayerSummary(TypedDict):
 
 
 class StepSummary(TypedDict, total=False):
-    """What the steps of a decode batch read, where ``decode_batch`` was given."""
+    """The steps of decode batches, if ``decode_batch`` was given."""
 
-    decode_batch: int  # rows that are decoded together; the last group of a task may have fewer
-    distinct_experts: float | None  # mean number of different experts a routed layer and step
-    layer_distinct_experts: list[float | None]  # of each routed layer
-    steps_by_rows: dict[str, int]  # how many rows a step really had -> number of steps
+    decode_batch: int  # rows decoded together; the last group of a task may have fewer
+    distinct_experts: float | None  # mean number of distinct experts per routed layer and step
+    layer_distinct_experts: list[float | None]  # the same for each routed layer
+    steps_by_rows: dict[str, int]  # actual rows of a step -> number of steps
 
 
 class TaskSummary(StepSummary):
-    """What routing selected for the requests of one task, or of all."""
+    """The selections for the requests of one task, or of all."""
 
-    tokens: int  # credited: a row shared by two requests counts for both; padding never counts
-    seconds: float  # forward passes only, the device synchronised, shared among tasks by tokens
+    tokens: int  # assigned to requests: a row shared by two counts twice; padding never counts
+    seconds: float  # forward passes only, the device synchronised, divided among tasks by tokens
     mean_experts_per_token: float | None
     std_experts_per_token: float | None
     layers: list[LayerSummary]
 
 
-class _RunCounters(TypedDict, total=False):  # no table needs it
-    computed_tokens: int  # rows really computed, each once; padding excluded
+class _RunCounters(TypedDict, total=False):  # not needed by tables
+    computed_tokens: int  # computed tokens, each counted once; padding excluded
     padding_tokens: int
     expert_rows_computed: int | None  # one expert applied to one token, probes included; None if
-    # transformers' own code computed the experts, which does not count
+    # transformers' own code, which does not count, computed the experts
 
 
 class RoutingSummary(TaskSummary, _RunCounters):
-    """The summary of a run: over all tasks, and for each."""
+    """The summary of a run, over all tasks and per task."""
 
-    cached_requests: int  # answered from --use_cache: they left no trace here
+    cached_requests: int  # answered from --use_cache, so not counted here
     tasks: dict[str, TaskSummary]
 
 
 class _RuleForPeople(TypedDict, total=False):
     source: str
     random: bool
-    alpha: str  # what alpha means
+    alpha: str  # meaning of alpha
 
 
 class RuleInfo(_RuleForPeople):
-    """``results["config"]["bh"]["rule"]``: all that a reader must know of a selection rule."""
+    """``results["config"]["bh"]["rule"]``: the description of a selection rule."""
 
     name: str
-    label: str  # for tables and figures; in "top-k" the k stands for the number of experts
-    fixed_count: bool  # every token gets max_k experts, whatever its logits
+    label: str  # for tables and figures; the k of "top-k" is replaced by the number of experts
+    fixed_count: bool  # every token gets max_k experts
     tests: bool  # a multiple-testing procedure
 
 
 class RoutingInfo(TypedDict):
-    """What tables take from ``config`` of a :class:`RunInfo`, beside what has a default."""
+    """The required part of ``config`` of a :class:`RunInfo` that tables use."""
 
     rule: str
     alpha: float | None
@@ -115,8 +115,8 @@ class RoutingInfo(TypedDict):
 
 
 class _NotAlwaysWritten(TypedDict, total=False):
-    rule: RuleInfo  # the first release did not write it
-    documents: dict[str, str]  # a digest of each task's, whatever their order
+    rule: RuleInfo  # missing in the first release
+    documents: dict[str, str]  # task -> digest of its documents, independent of their order
 
 
 class RunInfo(_NotAlwaysWritten):
@@ -124,15 +124,15 @@ class RunInfo(_NotAlwaysWritten):
 
     schema_version: int
     run_id: str
-    config: dict[str, Any]  # the parameters of routing, by name
-    experts: str  # the experts= that was asked for
+    config: dict[str, Any]  # the routing parameters, by name
+    experts: str  # the experts= argument
     log_routing: str
     log_dir: str | None
     routed_layers: list[int]
     num_layers: int
     num_experts: int
     native_top_k: int
-    # What FLOPs are counted from.
+    # Values for counting FLOPs.
     model_config: dict[str, float | bool | str | list[Any] | dict[str, Any] | None]
     null_model: dict[str, Any] | None
     summary: RoutingSummary | None  # None with log_routing=off
@@ -147,10 +147,10 @@ class ImportedRunInfo(RunInfo):
 class ExportedPolicy(TypedDict):
     """``adaptive_routing.policy`` of an exported model's ``config.json``."""
 
-    digest: str  # of all that decides experts
-    model: str  # the model that was exported, by its hub name or path
+    digest: str  # of everything that decides experts
+    model: str  # the exported model, by its hub name or path
     fingerprint: str  # of its routers
-    config: dict[str, Any]  # the parameters of routing, by name
+    config: dict[str, Any]  # the routing parameters, by name
     rule: RuleInfo
     routed_layers: list[int]
     num_layers: int
@@ -167,7 +167,7 @@ class LayerStats(TypedDict):
     floor_hits: int
 
 
-class _LayerForPeople(TypedDict, total=False):  # no table needs it
+class _LayerForPeople(TypedDict, total=False):  # not needed by tables
     router_logits_shape: list[int]  # [tokens, experts]
     expert_weights: list[list[float]]  # [tokens][max_k], 0 where unused
     expert_counts: list[int]
@@ -183,18 +183,18 @@ class SampleLayer(_LayerForPeople):
 
 
 class _SampleOfThisRelease(TypedDict, total=False):
-    doc_hash: str  # as in lm-eval's samples, which have it beside the document's id in the task
+    doc_hash: str  # as in lm-eval's samples, which also have the document's id in the task
 
 
 class Sample(_SampleOfThisRelease):
     """One request of one document."""
 
-    sample_id: int  # the document's place among those evaluated: its id unless --samples chose
-    request: int  # which of the document's requests, 0 where it has one
-    repeat: int  # which repetition of it, 0 where it has one
+    sample_id: int  # the document's place among those evaluated; its id unless --samples was used
+    request: int  # number of the request within the document, from 0
+    repeat: int  # number of the repetition, from 0
     num_tokens: int
     token_ids: list[int]
-    loss: float | None  # nats a scored token; None for generated text
+    loss: float | None  # nats per scored token; None for generated text
     layers: list[SampleLayer]
 
 
@@ -212,7 +212,7 @@ class InternalRouting(TypedDict):
 
 
 class Manifest(TypedDict):
-    """``routing.json``: what a finished run wrote."""
+    """``routing.json``: the files of a finished run."""
 
     schema_version: int
     run_id: str
@@ -221,9 +221,9 @@ class Manifest(TypedDict):
 
 
 class _SummaryOfThisRelease(TypedDict, total=False):
-    settings: dict[str, Any]  # of the sweep, as far as they decide the experiment's results
+    settings: dict[str, Any]  # of the sweep, those that affect the experiment's results
     files: dict[str, str]  # relative to the sweep's folder -> SHA-256
-    digest: str  # SHA-256 of all the rest
+    digest: str  # SHA-256 of everything else
 
 
 class ExperimentSummary(_SummaryOfThisRelease):
@@ -237,23 +237,23 @@ class ExperimentSummary(_SummaryOfThisRelease):
     alpha: float | None
     num_experts: int
     dataset: str
-    metrics: dict[str, float | str | None]  # the one text is perplexity_of: of what it is
+    metrics: dict[str, float | str | None]  # the only text is perplexity_of
     summary: dict[str, float | int | None]  # total_samples, total_tokens, elapsed_time_seconds
 
 
 class SpeedWorkload(TypedDict):
-    """What is fed to every configuration of a speed phase, the same tokens to each."""
+    """The input of a speed phase, equal for every configuration."""
 
     name: str  # prefill, decode 1 or decode 8
-    task: str  # whose text it is
+    task: str  # task of its text
     batch_size: int
     passes: int  # forward passes of one measurement
-    tokens: int  # in all of them; none is padding
+    tokens: int  # in all passes, without padding
     dense_flops: int  # without the experts
 
 
 class SpeedRouting(TypedDict):
-    """What a :class:`RunInfo` says of the routing itself."""
+    """The routing part of a :class:`RunInfo`."""
 
     schema_version: int
     rule: RuleInfo
@@ -266,35 +266,35 @@ class SpeedRouting(TypedDict):
 
 
 class SpeedConfiguration(TypedDict):
-    """One of the configurations that ran in turn."""
+    """One of the compared configurations."""
 
     name: str
-    routing: dict[str, Any] | None  # RunInfo without its run; None: the model as it is
+    routing: dict[str, Any] | None  # RunInfo without its run; None: the unchanged model
 
 
 class SpeedWork(TypedDict):
-    """What one configuration computes in one workload."""
+    """The work of one configuration in one workload."""
 
     expert_rows: int | None  # one expert applied to one token, as selected
-    expert_rows_computed: int | None  # None where transformers' own code computes them
-    experts_touched: int | None  # pairs of a pass and an expert of a layer whose weights are read
-    floor_seconds: float | None  # that no implementation can beat on this machine
+    expert_rows_computed: int | None  # None if transformers' own code computes them
+    experts_touched: int | None  # number of (pass, layer, expert) whose weights are read
+    floor_seconds: float | None  # lower bound on this machine
 
 
 class SpeedRound(TypedDict):
     """One round: every configuration once."""
 
-    order: list[int]  # of the configurations
+    order: list[int]  # indices of configurations
     seconds: list[list[float]]  # [configuration][workload]
 
 
 class SpeedFile(TypedDict):
-    """``bh_speed*.json``: what was measured, how and where; all else follows from it."""
+    """``bh_speed*.json``: measurements and their conditions, from which everything else follows."""
 
     schema_version: int
     created: str  # ISO 8601, UTC
-    model: str  # as it was given
-    asked: dict[str, Any]  # the settings of the phase: equal for the same phase again
+    model: str  # as given
+    asked: dict[str, Any]  # settings of the phase; equal for a repeated phase
     device: str
     processor: str
     threads: int
@@ -303,8 +303,8 @@ class SpeedFile(TypedDict):
     load_after: list[float]
     versions: dict[str, str]
     matmul_flops_per_second: float
-    bytes_per_second: float  # of the faster of copying and reading
-    native: int  # which of the configurations is the model as it is
+    bytes_per_second: float  # by copying or reading, whichever is faster
+    native: int  # index of the unchanged model
     workloads: list[SpeedWorkload]
     configurations: list[SpeedConfiguration]
     work: list[list[SpeedWork]]  # [configuration][workload]
@@ -326,12 +326,12 @@ def token_schema(with_logits: bool, num_experts: int, with_steps: bool = False) 
         pa.field("count", pa.int16()),
         pa.field("experts", pa.list_(pa.int16())),
         pa.field("weights", pa.list_(pa.float32())),  # null in an imported trace without weights
-        # Nats, of this token given those before it in its row; null for the first of a row (of a
-        # window, where a document is longer than the context), for generations and their prompts,
-        # and in imported traces. Earlier logs lack the column.
+        # Nats, for this token given the previous ones in its row; null for the first of a row (of a
+        # window, if a document is longer than the context), for generations and their prompts, and
+        # in imported traces. Earlier logs lack the column.
         pa.field("loss", pa.float32()),
     ]
-    if with_steps:  # tokens of one number were decoded together; -1 for those of none
+    if with_steps:  # equal numbers were decoded together; -1 for tokens in no step
         fields.append(pa.field("step", pa.int64()))
     if with_logits:
         fields.append(pa.field("logits", pa.list_(pa.float16(), num_experts)))
@@ -344,7 +344,7 @@ def read_run_info(results: dict[str, Any], name: str) -> RunInfo | None:
     Raises
     ------
     DataError
-        If its schema is newer than this release, or a field is missing or of another type.
+        If its schema is newer than this release, or a field is missing or has another type.
     """
     info = results["config"].get("bh")
     if info is None:
@@ -352,7 +352,7 @@ def read_run_info(results: dict[str, Any], name: str) -> RunInfo | None:
     checked = cast(RunInfo, _of_kind(info, RunInfo, name, "config.bh"))
     _expect(mismatch(checked["config"], RoutingInfo, "config.bh.config"), name)
     if not is_file_name(checked["run_id"]):
-        raise DataError(f"{name} is damaged: its run id is no file name; run the evaluation again.")
+        raise DataError(f"{name} is damaged: its run id is not a file name; evaluate again.")
     return checked
 
 
@@ -368,13 +368,13 @@ def read_internal_routing(path: Path) -> InternalRouting:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a run's log folder and check that its files are there.
+    """Read the manifest of a run's log folder and check that its files exist.
 
     Raises
     ------
     DataError
-        If there is none, because the run is going on or was killed, if it is damaged or of another
-        run, or if a file is missing.
+        If there is none, because the run still goes on or was killed, if it is damaged or belongs
+        to another run, or if a file is missing.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -406,7 +406,7 @@ def read_summary(path: Path) -> ExperimentSummary:
 
 
 def read_speed(path: Path) -> SpeedFile:
-    """Read what a speed phase has measured.
+    """Read the file of a speed phase.
 
     Raises
     ------
@@ -418,12 +418,12 @@ def read_speed(path: Path) -> SpeedFile:
     tables: list[list[Any]] = [found["work"], *(list(one["seconds"]) for one in found["rounds"])]
     shapes = {(len(table), *map(len, table)) for table in tables}
     if not found["rounds"] or shapes != {(configurations, *[workloads] * configurations)}:
-        _expect("its tables are not of its configurations and workloads", str(path))
+        _expect("its tables do not match its configurations and workloads", str(path))
     seconds = [s for one in found["rounds"] for row in one["seconds"] for s in row]
     if not all(0 < s < float("inf") for s in seconds):
         _expect("a time must be a positive number of seconds", str(path))
     if not 0 <= found["native"] < configurations:
-        _expect("it lacks the model as it is", str(path))
+        _expect("it lacks the unchanged model", str(path))
     for one in found["configurations"]:
         if one["routing"] is not None:
             check_version(one["routing"], str(path))
@@ -441,11 +441,11 @@ def read_json(path: Path) -> dict[str, Any]:
         If the file cannot be read or is not a JSON object.
     """
     if path.exists() and not path.is_file():
-        raise DataError(f"{path} could not be read: it is no file; remove it.")
+        raise DataError(f"{path} could not be read: it is not a file; remove it.")
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
-        if "\\ud" in text or "\\uD" in text:  # half a character could not be written again
+        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair could not be written again
             json.dumps(content, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} could not be read: {error}; fix or remove the file.") from error

@@ -1,4 +1,4 @@
-"""Compares JSON content with the TypedDict that describes it: the one check of all readers."""
+"""Compares JSON content with the TypedDict that describes it, for all readers."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _TYPES[float] = {int, float}
 
 
 def mismatch(value: Any, kind: Any, place: str) -> str | None:
-    """Return how a value differs from a type, or None where it is of that type.
+    """Return how a value differs from a type, or None if it matches.
 
     Parameters
     ----------
     value
         As :func:`json.loads` returns it.
     kind
-        ``int``, ``float`` (which an integer is too), ``str``, ``bool``, ``None``, ``Any``,
+        ``int``, ``float`` (which accepts integers), ``str``, ``bool``, ``None``, ``Any``,
         ``list[...]``, ``dict[str, ...]``, a union of them, or a TypedDict. Keys that a TypedDict
-        does not name may have any value. Integers beyond 64 bits are of no type.
+        does not name may have any value. Integers beyond 64 bits match no type.
     place : str
-        What to call the value, such as ``config.bh``.
+        Name of the value, such as ``config.bh``.
 
     Examples
     --------
@@ -74,7 +74,7 @@ def _of_union(value: Any, kinds: tuple[Any, ...], place: str) -> str | None:
         return None
     for kind, reason in zip(kinds, found, strict=True):
         if isinstance(value, _container(kind)):
-            return reason  # of the right sort, with something wrong inside
+            return reason  # the right kind, with something wrong inside
     return _wrong(value, kinds, place)
 
 
@@ -84,7 +84,7 @@ def _fields(kind: Any) -> Mapping[str, Any]:
 
 
 def _container(kind: Any) -> Any:
-    """Return list or dict for what is made of parts, and for other types what nothing is."""
+    """Return list or dict for containers, and for other types a type without values."""
     if typing.is_typeddict(kind):
         return dict
     return origin if (origin := typing.get_origin(kind)) in (list, dict) else ()
@@ -97,7 +97,7 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def _all_of(values: list[Any], kind: Any) -> bool:
-    """Return whether all are of one plain type, at the speed of C; False where it is not sure."""
+    """Return whether all have one plain type, at C speed; False if uncertain."""
     found = set(map(type, values))
     if found == {int} and kind in (int, float):
         return bool(min(values) >= -LARGEST and max(values) <= LARGEST)
@@ -110,7 +110,7 @@ def _wrong(value: Any, kinds: tuple[Any, ...], place: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value for a message, short whatever it is."""
+    """Return a short text of any value for a message."""
     if isinstance(value, (list, dict)):
         return _NAMES[type(value)]
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST:

@@ -1,9 +1,9 @@
-"""Looks up known vulnerabilities of what is installed, where the advisories can be reached.
+"""Looks up known vulnerabilities of installed packages, if advisories can be reached.
 
 .venv/bin/python scripts/audit.py
 
-Installs pip-audit beside .venv, in an environment of its own. Without a network, or where the index
-in use has no advisories, it says that it was skipped and exits with 0; with a vulnerability, 1.
+Installs pip-audit beside .venv, in a separate environment. Without a network, or if the index in
+use has no advisories, it reports that it was skipped and exits with 0; with a vulnerability, 1.
 """
 
 from __future__ import annotations

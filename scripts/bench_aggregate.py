@@ -1,8 +1,8 @@
 """Time and memory of aggregating a full sweep, and of reading a long token log.
 
 The runs are synthetic, in the formats and at the size of OLMoE-1B-7B: 20 configurations x 3 tasks,
-60 experiments, each with the harness's samples of its documents. One configuration has an internal
-routing log, the only file that tells how many tokens were scored.
+60 experiments, each with lm-eval's samples of its documents. One configuration has an internal
+routing log, the only file with the number of scored tokens.
 
 python scripts/bench_aggregate.py                               # about two minutes, 2 GB of disk
 python scripts/bench_aggregate.py --documents 20 --rows 100000  # seconds
@@ -53,7 +53,7 @@ MODEL_CONFIG = {
 }
 TOKENS_A_DOCUMENT = 60
 
-# Measured apart, so that the peak is of reading alone.
+# Measured separately, so that the peak belongs to reading only.
 READ = """
 import json, resource, sys, time
 import numpy as np, pyarrow.dataset as ds
@@ -93,14 +93,14 @@ print(json.dumps({"seconds": steps, "peak_mb": peak / 1024, "experiments": len(l
 
 
 class Runs:
-    """Writes made-up runs of a full sweep, an experiment a results file.
+    """Writes synthetic runs of a full sweep, with one results file per experiment.
 
     Parameters
     ----------
     folder : Path
-        To write to.
+        Output folder.
     documents : int
-        Of each task.
+        Number of documents per task.
     """
 
     def __init__(self, folder: Path, documents: int) -> None:
@@ -158,7 +158,7 @@ class Runs:
 
     @staticmethod
     def excess(rule: str, mean: float) -> float:
-        """Return how much is lost, in nats a token: fewer experts than trained with, or more."""
+        """Return the loss in nats per token of fewer experts than in training, or more."""
         if rule == "topk":
             return 0.048 * math.log2(mean / NATIVE) ** 2.9 if mean > NATIVE else 0.0
         return 0.05 * abs(math.log2(mean / NATIVE)) ** 1.7 + 0.02
@@ -254,7 +254,7 @@ class Runs:
         }
 
     def log(self, run_id: str, name: str, task: str, losses: np.ndarray) -> None:
-        """Write an internal routing log, and the manifest that says it is whole."""
+        """Write an internal routing log, and the manifest that marks it as complete."""
         rng = np.random.default_rng(self.written)
         samples = []
         for number, length in enumerate(self.lengths.tolist()):
@@ -283,7 +283,7 @@ class Runs:
 
 
 def write_tokens(folder: Path, rows: int, chunk: int = 250_000) -> int:
-    """Write a token log of so many rows, and return its size in bytes."""
+    """Write a token log with a number of rows, and return its size in bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -336,7 +336,7 @@ def main(
     keep: Annotated[Path | None, typer.Option(help="New folder to keep the runs in.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
-    """Make up the runs, then measure in processes of their own."""
+    """Write the synthetic runs, then measure in separate processes."""
     with tempfile.TemporaryDirectory() as scratch:
         runs = keep or Path(scratch) / "runs"
         Runs(runs, documents).write()

@@ -1,11 +1,11 @@
-"""Measure what a grid costs: `lm-eval-bh analyze` with 16 configurations against one.
+"""Measure the cost of a grid: `lm-eval-bh tune --preview` with 16 configurations against one.
 
     python scripts/bench_analyze.py
 
 Ratios of times in one run, the sides interleaved, on tiny-olmoe and on one layer at OLMoE's true
-size with random weights. "None" is the same forward pass without hooks. No data sets are needed:
-the tokens are drawn at random. It runs on the CPU and measures processor time, so that other work
-on the machine counts little.
+size with random weights. "None" is the same forward pass without hooks. No data sets are needed,
+since tokens are random. It runs on the CPU and measures processor time, so that other work on the
+machine has little influence.
 """
 
 from __future__ import annotations

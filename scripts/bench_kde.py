@@ -30,14 +30,14 @@ QUICK_POINTS = 200
 
 
 def router_like_logits(count: int, seed: int) -> np.ndarray:
-    """Return float64 [count]: a normal bulk, and the heavier right tail of called-for experts."""
+    """Return float64 [count]: a normal bulk, and the heavier right tail of relevant experts."""
     rng = np.random.default_rng(seed)
     called = rng.random(count) < 0.1
     return np.where(called, 1.0 + rng.gamma(2.0, 0.6, count), rng.normal(-0.4, 0.8, count))
 
 
 def timed(work: Callable[[], Any]) -> tuple[np.ndarray, Any]:
-    """Return ([seconds on the clock, seconds of processor time], result)."""
+    """Return ([wall-clock seconds, CPU seconds], result)."""
     start = time.perf_counter(), time.process_time()
     result = work()
     return np.subtract((time.perf_counter(), time.process_time()), start), result

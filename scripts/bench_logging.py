@@ -1,11 +1,11 @@
-"""Time what routing logs cost: whole scoring runs with log_routing off, summary and full, in turn.
+"""Time the cost of routing logs: whole scoring runs with log_routing off, summary and full.
 
     python scripts/bench_logging.py --output bench_logging.json
 
-Two models: tiny-olmoe, which costs little itself, so that logging shows most, and one layer of
-random weights at the true size of OLMoE-1B-7B. The text is WikiText-2's test split from the Hugging
-Face cache. Ratios are medians over repeats in which the levels take turns, so that a busy machine
-slows all of them alike. Peak memory is that of new processes that log n and 4 n documents in full.
+Two models: tiny-olmoe, which is so cheap that logging is most visible, and one layer of random
+weights at the true size of OLMoE-1B-7B. The text is WikiText-2's test split from the Hugging Face
+cache. Ratios are medians over repeats in which the levels take turns, so that a busy machine slows
+all of them alike. Peak memory is that of new processes that log n and 4 n documents in full.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LEVELS = ("off", "summary", "full")
 
 
 def documents(number: int) -> list[Instance]:
-    """Return the first documents of WikiText-2's test split, as lm-eval asks for them."""
+    """Return the first documents of WikiText-2's test split, as lm-eval requests them."""
     manager = TaskManager(include_path=str(shipped("tasks")), include_defaults=False)
     task = manager.load(["bh_wikitext"])["tasks"]["bh_wikitext"]
     task.build_all_requests(limit=number, rank=0, world_size=1)
@@ -122,7 +122,7 @@ def peak_memory(number: int) -> float:
 
 
 def log_everything(number: int) -> None:
-    """Log every token of so many documents, and print this process's peak memory in MiB."""
+    """Log every token of some documents, and print this process's peak memory in MiB."""
     lm, instances = tiny(8), documents(number)
     with tempfile.TemporaryDirectory() as folder:
         lm.start_log(LogOptions("full", folder))

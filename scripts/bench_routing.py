@@ -1,4 +1,4 @@
-"""What fewer experts save: stock transformers, static top-k, the prototype's way and ours.
+"""Savings of fewer experts: stock transformers, static top-k, the prototype, this package.
 
 python scripts/bench_routing.py                           # tiny-olmoe, and OLMoE's true size
 python scripts/bench_routing.py --quick                   # two repeats
@@ -13,12 +13,11 @@ python scripts/bench_routing.py --small --quick           # seconds: only to see
 
 Every number of a table comes from one run: in each repeat every row runs once, in turn, and the
 median over the repeats counts, so that a machine that slows down slows all rows down. The stack has
-random weights at OLMoE's true dimensions: its quality means nothing, its time does. Counts vary
-from token to token: the null model is fitted on the stack's own logits made narrower, and alpha
-solved so that the mean count is the one wanted. Decoding is a sequence of single tokens, each with
-its own count.
+random weights at OLMoE's true dimensions: its quality is meaningless, its time is not. Counts vary
+between tokens: the null model is fitted to the stack's own logits made narrower, and alpha is
+solved for the target mean count. Decoding is a sequence of single tokens, each with its own count.
 
-What a method costs is the time of the routers of a whole pass, with its hooks less without, as a
+The cost of a method is the time of the routers of a whole pass with its hooks minus without, as a
 share of the time of one MoE layer with the model's own top-8, all measured in turn in one run.
 """
 
@@ -70,7 +69,7 @@ STOCK = ("eager", "grouped_mm", "batched_mm")
 BATCH, PROMPT, STEPS = 32, 1024, 16
 LAYERS = 16  # of OLMoE-1B-7B
 HOOK_LIMIT = 0.01  # of the time of the MoE layer
-# Every method by itself, and what costs more: a p-value of each expert, factors and a gain.
+# Every method, and more expensive variants: p-values per expert, factors and a gain.
 HOOKS: dict[str, dict[str, Any]] = {
     **{
         name: {"rule": name}
@@ -90,7 +89,7 @@ console = Console(width=200)
 
 @dataclass(frozen=True)
 class Workload:
-    """What is fed in one measurement: ``calls`` forward passes over ``shape`` tokens each."""
+    """The input of one measurement: ``calls`` forward passes over ``shape`` tokens each."""
 
     name: str
     shape: tuple[int, int]
@@ -106,7 +105,7 @@ WORKLOADS = (
 
 @dataclass
 class Part:
-    """A part of a model, and how to call it on what a workload feeds."""
+    """A part of a model, and how to call it on a workload's input."""
 
     name: str
     model: nn.Module
@@ -136,7 +135,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Row:
-    """A way to route and compute: a context in which the part is called."""
+    """One way of routing and computing: a context for calling the part."""
 
     name: str
     wanted_k: float
@@ -145,7 +144,7 @@ class Row:
 
 
 class Routers(OlmoePreTrainedModel):
-    """The routers of a forward pass and nothing else, so that what a pass costs is shared out."""
+    """Only the routers of a forward pass, so that costs per pass are divided among them."""
 
     def __init__(self, router: nn.Module, config: OlmoeConfig) -> None:
         super().__init__(OlmoeConfig(**config.to_dict(), experts_implementation="eager"))
@@ -193,7 +192,7 @@ def compiled(context: AbstractContextManager[Any]) -> Iterator[None]:
 def prototype(
     model: Any, implementation: str, null: NullModel, alpha: float, max_k: int
 ) -> Iterator[None]:
-    """Interpolate p-values in numpy; compute ``max_k`` slots, the unused with a weight of zero."""
+    """Interpolate p-values in NumPy; compute ``max_k`` slots, unused ones with weight zero."""
 
     def hook(layer: int) -> Callable[..., Any]:
         x, cdf = null.cdf(layer)
@@ -264,7 +263,7 @@ class Bench:
     def solve(
         self, part: Part, inputs: list[Tensor]
     ) -> tuple[NullModel, dict[float, tuple[float, float]]]:
-        """Return a null model and, for each mean count wanted, (alpha, mean count got)."""
+        """Return a null model and, for each target mean count, (alpha, actual mean count)."""
         logits = self.logits(part, inputs)
         null = NullModel.fit(
             {
@@ -313,7 +312,7 @@ class Bench:
             return self.clock(part, inputs)
 
     def possible(self, part: Part, inputs: list[Tensor]) -> list[str]:
-        """Return the stock implementations that do not copy more weights than there is room."""
+        """Return the stock implementations whose copies of weights fit into memory."""
         config: Any = part.model.config
         tokens = inputs[0].shape[0] * inputs[0].shape[1]
         copied = tokens * 8 * 3 * config.hidden_size * config.intermediate_size
@@ -324,7 +323,7 @@ class Bench:
         ]
 
     def best(self, part: Part, inputs: list[Tensor]) -> str:
-        """Return the stock implementation that is the fastest at top-8."""
+        """Return the fastest stock implementation at top-8."""
         return min(
             self.possible(part, inputs),
             key=lambda name: self.trial(part, inputs, stock(part.model, name, 8)),
@@ -439,7 +438,7 @@ class Bench:
     def floor(
         self, part: Part, inputs: list[Tensor], null: NullModel, alpha: float | None, k: float
     ) -> float:
-        """Return the seconds no implementation can beat on this work: arithmetic, or memory."""
+        """Return the lower bound of seconds for this work: arithmetic, or memory."""
         touched: list[int] = []
         changes: dict[str, Any] = (
             {"min_k": int(k), "max_k": int(k)}
@@ -483,7 +482,7 @@ class Bench:
 
 
 def calibrated(logits: Tensor, model: nn.Module) -> dict[NullKind, NullModel]:
-    """Return what the methods of HOOKS need, the same in every layer."""
+    """Return the null models for the methods of HOOKS, equal in every layer."""
     layers, hidden = len(routers_of(model)), routers_of(model)[0].weight.shape[1]
     experts, narrow = logits.shape[-1], logits / NARROWER
     found = {}
@@ -512,7 +511,7 @@ def calibrated(logits: Tensor, model: nn.Module) -> dict[NullKind, NullModel]:
 
 
 def parts_of(name: str, model: Any, only_model: bool) -> list[Part]:
-    """Return the router, the MoE layer and the whole of a model, with what they are fed."""
+    """Return the router, the MoE layer and the whole of a model, with their inputs."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
     ids = {
@@ -590,7 +589,7 @@ def true_size(
 
 
 def show(bench: Bench) -> None:
-    """Print one table: rows are ways, columns parts and workloads, entries ms and distance."""
+    """Print one table of milliseconds and multiples of the floor, by row, part and workload."""
     columns = list(dict.fromkeys((r.part, r.workload) for r in bench.results))
     table = Table(
         "row",
@@ -618,7 +617,7 @@ def show(bench: Bench) -> None:
 
 
 def checks(bench: Bench) -> list[dict[str, Any]]:
-    """Return the numbers to reach, each as a ratio of two rows of this run."""
+    """Return the targets, each as a ratio of two rows of this run."""
     found: list[dict[str, Any]] = []
 
     def add(what: str, ratio: float, interval: list[float], limit: float | None) -> None:
@@ -666,7 +665,7 @@ def checks(bench: Bench) -> list[dict[str, Any]]:
 
 
 def show_hooks(bench: Bench) -> None:
-    """Print what each method takes: microseconds of router and hook, and the hook's share."""
+    """Print the microseconds of router and hook for each method, and the hook's share."""
     names = list(dict.fromkeys(r.row for r in bench.hooks))
     table = Table(
         "router with the hook of",
@@ -699,7 +698,7 @@ def show_checks(found: list[dict[str, Any]]) -> None:
 
 
 def profile(bench: Bench, part: Part, k: float = 4.5) -> None:
-    """Print what the time of ours, and of the best static stock rows, goes to."""
+    """Print a profile of this package's rows, and of the best static stock rows."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 

@@ -1,18 +1,18 @@
-"""What distinct experts cost: a layer's time over how many a step reads and a token takes.
+"""Cost of distinct experts: a layer's time by experts read per step and used per token.
 
 python scripts/bench_steps.py                             # one layer at OLMoE's true size
 python scripts/bench_steps.py --rows 8 --rounds 15
 python scripts/bench_steps.py --device cuda --dtype bfloat16
 python scripts/bench_steps.py --small --rounds 2          # seconds: only to see that it works
 
-A step of ``--rows`` tokens runs through one layer whose weights are random: its quality means
-nothing, its time does. Which experts serve is drawn, so that a step reads exactly as many different
-ones as a row says, and each token takes as many as it says. All rows run in turn in shuffled
-rounds; ratios to the first row (every expert read, 8 a token) are medians over the rounds, with the
-95 % interval of a bootstrap over them. A line is fitted to the times: what an expert read costs,
-and what an expert applied to a token costs.
+A step of ``--rows`` tokens runs through one layer whose weights are random: its quality is
+meaningless, its time is not. Experts are drawn so that a step reads exactly the number of distinct
+experts of a row, and each token uses its number. All rows run in turn in shuffled rounds; ratios to
+the first row (every expert read, 8 per token) are medians over the rounds, with 95 % bootstrap
+intervals over rounds. A linear fit gives the cost of an expert read, and of an expert applied to a
+token.
 
-Then each method of a step decides for such a step, and its time stands beside that of the layer.
+Then each method of a step decides for such a step, and its time is compared with the layer's.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from lm_eval_bh.routing.patching.hook import RouterHook
 from lm_eval_bh.routing.patching.patch import Patch
 from lm_eval_bh.routing.tables.null_kind import NullKind
 
-# Experts that a step reads, and that a token takes.
+# Experts read per step, and used per token.
 CELLS = (
     *((64, k) for k in (8, 4, 2)),
     *((40, k) for k in (6, 4, 2)),
     *((24, k) for k in (8, 4, 1)),
     *((16, k) for k in (4, 1)),
 )
-LIMIT = 0.03  # of the layer's time that a decision may take
+LIMIT = 0.03  # largest share of the layer's time for a decision
 STEP: dict[str, dict[str, Any]] = {
     "batch_min_w": {"statistic": "benefit", "mass": 0.2},
     "batch_mass": {"step_budget": 40},
@@ -57,11 +57,11 @@ STEP: dict[str, dict[str, Any]] = {
 def experts_of_step(
     rows: int, distinct: int, k: int, experts: int, generator: torch.Generator
 ) -> Tensor:
-    """Return int64 ``[rows, k]``: each token's experts, all of ``distinct`` read by one of them."""
+    """Return int64 ``[rows, k]``: each token's experts, which together read all of ``distinct``."""
     pool = torch.randperm(experts, generator=generator)[:distinct]
     drawn = torch.stack([torch.randperm(distinct, generator=generator)[:k] for _ in range(rows)])
     missing = sorted(set(range(distinct)) - set(drawn.flatten().tolist()))
-    for place, expert in enumerate(missing):  # in turn, into a slot whose expert others have too
+    for place, expert in enumerate(missing):  # in turn, into a slot whose expert occurs elsewhere
         for row in range(rows):
             at = (place + row) % rows
             counts = torch.bincount(drawn.flatten(), minlength=distinct)
@@ -76,7 +76,7 @@ def experts_of_step(
 def interleaved(
     calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Return the seconds of each call in each round, the order of every round drawn anew."""
+    """Return the seconds of each call in each round, with a random order per round."""
     order = np.random.default_rng(0)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):  # the first one warms up
@@ -111,7 +111,7 @@ def main(
     small: Annotated[bool, typer.Option(help="A small layer, to see that it works.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also write a JSON file.")] = None,
 ) -> None:
-    """Measure what the experts that a step reads cost."""
+    """Measure the cost of the experts that a step reads."""
     torch.manual_seed(0)
     hidden, width = (64, 32) if small else (2048, 1024)
     config = OlmoeConfig(
@@ -154,7 +154,7 @@ def main(
 
 
 def _null_of(gate: Any, hidden: int) -> NullModel:
-    """Return tables of the router's own logits, with factors that are drawn."""
+    """Return tables of the router's own logits, with random factors."""
     logits = gate(torch.randn(2000, hidden, device=gate.weight.device, dtype=gate.weight.dtype))[0]
     scores = torch.log_softmax(logits.detach().float().cpu(), -1)
     factors = np.random.default_rng(0).uniform(0.5, 1.5, (1, logits.shape[-1]))
@@ -162,13 +162,13 @@ def _null_of(gate: Any, hidden: int) -> NullModel:
 
 
 def _decisions(model: OlmoeModel, states: Tensor, null: NullModel) -> dict[str, Callable[[], Any]]:
-    """Return for each method of a step what its hook adds to the router."""
+    """Return a call of each step method's hook."""
     gate = model.layers[0].mlp.gate
     output = gate(states)
     calls: dict[str, Callable[[], Any]] = {}
     for name, method in METHODS.items():
         if not method.joint or method.tests:
-            continue  # a test needs a null model of its own statistic, and takes as long
+            continue  # a test needs its own null model, and takes as long
         config = RoutingConfig(rule=name, **STEP.get(name, {}))
         routing = BHRoutingIntegration(model, config, null_model=null, collect_stats=False)
         hook = RouterHook(Patch(config, [], None), 0, routing.routers[0], routing.method(0))
@@ -177,7 +177,7 @@ def _decisions(model: OlmoeModel, states: Tensor, null: NullModel) -> dict[str, 
 
 
 def _layer_table(seconds: dict[str, list[float]], first: str, rows: int) -> dict[str, Any]:
-    """Return each cell's ratio to the first, and the line through their times."""
+    """Return each cell's ratio to the first, and the linear fit of their times."""
     cells = {name: ratio(found, seconds[first]) for name, found in seconds.items()}
     sizes = np.array([[1, int(d), rows * int(k)] for d, k in (name.split("/") for name in seconds)])
     times = np.array([np.median(found) for found in seconds.values()])

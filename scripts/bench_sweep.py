@@ -1,13 +1,13 @@
-"""How much faster one loaded model is: lm-eval-bh sweep against a loop over the lm_eval command.
+"""Speedup by one loaded model: lm-eval-bh sweep against a loop over the lm_eval command.
 
 python scripts/bench_sweep.py                    # the quick preset
 python scripts/bench_sweep.py --grid full        # the 60 experiments on tiny-olmoe, --limit 4
 python scripts/bench_sweep.py --grid full --loop-sample 6   # only every tenth in the loop
 
-Both run the same experiments, one after the other, each as whole processes with all their start-up
-time, and must give the same results: every metric of the harness is compared. With --loop-sample
-the loop runs that many experiments, spread evenly over the grid, and its time is scaled to all of
-them; the output says so.
+Both run the same experiments in turn, as whole processes with all their start-up time, and must
+give the same results: every metric of the harness is compared. With --loop-sample the loop runs
+that many experiments, spread evenly over the grid, and its time is scaled to all of them, which the
+output states.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ console = Console(width=110)
 
 
 def results(folder: Path) -> dict[str, float]:
-    """Return every number that lm-eval reports of the one run in a folder, and the mean experts."""
+    """Return every number of lm-eval's results of the run in a folder, and the mean experts."""
     (file,) = folder.glob("*/results_*.json")
     content = json.loads(file.read_text())
     found = {
@@ -84,12 +84,12 @@ def main(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
-    """Time both ways over the same experiments, and compare their results."""
+    """Time both on the same experiments, and compare their results."""
     documents = limit or (50 if grid == "quick" else 4)
     settings = PRESETS["quick" if grid == "quick" else "seeds"] | {
         "pretrained": "tiny-olmoe",
         "tasks": ["bh_demo"],
-        "policies": [],  # which the loop does not know
+        "policies": [],  # not supported by the loop
         "limit": documents,
     }
     config = SweepConfig(**settings)

@@ -1,7 +1,7 @@
-"""Draws the figures of README and the explanations, of tiny-olmoe on the demo articles.
+"""Draws the figures of README and the explanations, for tiny-olmoe on the demo articles.
 
-``python scripts/draw_figures.py`` writes them into docs/images, where pages find them on the site
-and in the repository. They are drawn on white, so that they can be read on a dark page.
+``python scripts/draw_figures.py`` writes them into docs/images, for the site and the repository.
+They have a white background, so that they are readable on a dark page.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FAINT_BAR = "#C9D6DF"
 
 
 class Measured:
-    """The router logits of the demo articles, and the null model that ships."""
+    """The router logits of the demo articles, and the shipped null model."""
 
     def __init__(self) -> None:
         articles = shipped("tasks") / "demo" / "wikitext.jsonl"
@@ -52,7 +52,7 @@ class Measured:
         self.null = NullModel.load(shipped("kde_models") / "tiny-olmoe.safetensors")
 
     def counts(self, rule: str = "bh", **options: Any) -> torch.Tensor:
-        """Return how many experts each token of each layer gets."""
+        """Return the number of experts of each token and layer."""
         null = self.null if METHODS[rule].tests else None
         found = [
             select_experts(logits, null, layer=layer, rule=rule, **options).counts
@@ -88,7 +88,7 @@ def two_tokens(measured: Measured) -> Figure:
 
 
 def null_of_a_layer(measured: Measured) -> Figure:
-    """Draw the null distribution over the logits, and the p-values that it gives."""
+    """Draw the null distribution over the logits, and the resulting p-values."""
     logits = measured.logits[LAYER].flatten().numpy()
     x, cdf = measured.null.cdf(LAYER)
     figure = Figure(figsize=(8, 3.1), layout="constrained")
@@ -114,7 +114,7 @@ def null_of_a_layer(measured: Measured) -> Figure:
 
 
 def numbers_of_experts(measured: Measured) -> Figure:
-    """Draw how many experts tokens get at four levels."""
+    """Draw the numbers of experts per token at four levels."""
     figure = Figure(figsize=(8, 2.9), layout="constrained")
     axes = figure.subplots()
     levels = (0.3, 0.4, 0.5, 0.6)
@@ -152,7 +152,7 @@ def means_of_rules(measured: Measured) -> Figure:
 
 
 def factors_of_experts(measured: Measured) -> Figure:
-    """Draw what the weight is multiplied by: norms, and effects on the loss."""
+    """Draw the factors of the weight: norms, and effects on the loss."""
     figure = Figure(figsize=(8, 3.1), layout="constrained")
     panels = {"contribution": "Mean output norm", "benefit": "Effect on the loss (RMS)"}
     for axes, (statistic, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
@@ -184,9 +184,7 @@ def routing(measured: Measured) -> Figure:
     router = softmax_output(measured.logits[LAYER], 64, policy.native_top_k)
     picked = pick(method, router)
     best = method.score(router).exp().topk(2).values
-    legible = (picked.counts == 4) & (
-        best[:, 0] < 2 * best[:, 1]
-    )  # the first is not all to be seen
+    legible = (picked.counts == 4) & (best[:, 0] < 2 * best[:, 1])  # the first is partly hidden
     token = int(legible.nonzero()[0])
     experts = picked.indices[token, :4].numpy()
     scores = method.score(router)[token].exp().numpy()

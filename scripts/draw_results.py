@@ -1,14 +1,15 @@
-"""Draws the figures of docs/results from the numbers in the tables of those pages.
+"""Draws the figures of docs/results from the CSV files of that folder.
 
-``python scripts/draw_results.py`` writes them into docs/images. No number stands here: whoever
-changes a table draws its figure again.
+``python scripts/draw_results.py`` writes them into docs/images. This script holds no results: after
+a change of a CSV file, draw its figure again.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -16,106 +17,145 @@ from lm_eval_bh.analysis.show.plots.style import ALPHA, BASELINE_LINE, NEUTRAL, 
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, IMAGES = ROOT / "docs" / "results", ROOT / "docs" / "images"
+WORKLOADS = {
+    "prefill 1,024": "prefill, 1,024 tokens",
+    "batch 32": "batch of 32",
+    "decode 1": "decode, one token",
+}
 
 
-def tables(page: str) -> list[list[list[str]]]:
-    """Return the cells of each table of a page of results, the head first."""
-    found: list[list[list[str]]] = []
-    inside = False
-    for line in (RESULTS / page).read_text(encoding="utf-8").splitlines():
-        if not line.startswith("|"):
-            inside = False
-            continue
-        if not inside:
-            found.append([])
-        inside = True
-        if not set(line) <= set("|-: "):
-            found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
-    return found
+def numbers(name: str) -> pd.DataFrame:
+    """Return the table of a CSV file of results."""
+    return pd.read_csv(RESULTS / f"{name}.csv")
+
+
+def errors(rows: pd.DataFrame, middle: str) -> list[Any]:
+    """Return the lengths of error bars around a column, from the columns ``low`` and ``high``."""
+    return [rows[middle] - rows["low"], rows["high"] - rows[middle]]
 
 
 def false_rejections() -> Figure:
     """Draw the share of tokens with a false rejection beside alpha, where all are null."""
-    shares = [table for table in tables("false_rejections.md") if table[0][1] == "bh"]
-    levels = re.findall(r"^alpha = ([\d.]+);", (RESULTS / "false_rejections.md").read_text(), re.M)
-    rules = ("bh", "storey", "by")
+    table = numbers("false_rejections")
     figure = Figure(figsize=(8, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(levels), sharey=True)
-    for axes, level, (head, *rows) in zip(panels, levels, shares, strict=True):
-        for place, rule in enumerate(rules):
-            values = [float(row[head.index(rule)]) for row in rows]
-            heights = [len(rows) - 1 - row for row in range(len(rows))]
-            axes.plot(values, heights, "os^"[place], color=PALETTE[(0, 4, 2)[place]], label=rule)
-        axes.axvline(float(level), color=NEUTRAL, linestyle=BASELINE_LINE, label=ALPHA)
-        axes.set(title=f"{ALPHA} = {level}", xlabel="tokens with a rejection (share)")
+    panels = figure.subplots(1, table["alpha"].nunique(), sharey=True)
+    for axes, (alpha, rows) in zip(panels, table.groupby("alpha"), strict=True):
+        heights = list(range(len(rows)))[::-1]
+        for place, rule in enumerate(("bh", "storey", "by")):
+            colour = PALETTE[(0, 4, 2)[place]]
+            axes.plot(rows[rule], heights, "os^"[place], color=colour, label=rule)
+        axes.axvline(float(alpha), color=NEUTRAL, linestyle=BASELINE_LINE, label=ALPHA)
+        axes.set(title=f"{ALPHA} = {alpha:g}", xlabel="tokens with a rejection (share)")
         axes.set_xlim(0, None)
-        axes.set_yticks(heights, [row[0] for row in rows])
+        axes.set_yticks(heights, rows["statistics"])
     panels[0].set_ylabel("correlation of the 64 statistics")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4)
-    return figure
+    return with_legend(figure, panels[0], 4)
 
 
 def speed() -> Figure:
     """Draw the time of one MoE layer, against top-8 and against static top-k at the same mean."""
-    beside_top, beside_static = tables("speed.md")[:2]
+    table = numbers("speed")
+    table[["of", "workload", "k"]] = table["ratio_of"].str.extract(r"^(.*?), (.*), k (.*)$")
+    table["k"] = table["k"].astype(float)
     figure = Figure(figsize=(8, 3.3), layout="constrained")
     panels = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    titles = ("Time, as a share of top-8's", "... of static top-k's, same mean")
-    for axes, (head, *rows), title in zip(panels, (beside_top, beside_static), titles, strict=True):
-        for column, name in enumerate(head[1:]):
-            ends = [
-                [float(n) for n in re.findall(r"[\d.]+", row[1 + column].strip("*"))]
-                for row in rows
-            ]
-            at = [float(row[0]) + 0.09 * (column - 1) for row in rows]
-            middle = [value for value, _, _ in ends]
-            errors = [[v - low for v, low, _ in ends], [high - v for v, _, high in ends]]
-            axes.errorbar(at, middle, errors, fmt="os^"[column], color=PALETTE[column], label=name)
+    titles = {"top-8": "Time, as a share of top-8's", "static": "... of static top-k's, same mean"}
+    for axes, (control, title) in zip(panels, titles.items(), strict=True):
+        compared = table[table["of"] == f"MoE layer / best stock {control}"]
+        for place, (workload, label) in enumerate(WORKLOADS.items()):
+            rows = compared[compared["workload"] == workload]
+            at = rows["k"] + 0.09 * (place - 1)
+            how = {"fmt": "os^"[place], "color": PALETTE[place], "label": label}
+            axes.errorbar(at, rows["ratio"], errors(rows, "ratio"), **how)
         axes.axhline(1, color=NEUTRAL, linestyle=BASELINE_LINE)
         axes.set(title=title, xlabel="mean experts per token")
-        axes.set_xticks(means := [float(row[0]) for row in rows], [f"{mean:g}" for mean in means])
+        axes.set_xticks(means := sorted(compared["k"].unique()), [f"{mean:g}" for mean in means])
     panels[0].plot([0, 8], [0, 1], color="#9A9A9A", linewidth=1, label="in proportion to experts")
     panels[0].set(xlim=(1.5, 8.5), ylim=(0, 1.4))
     panels[1].set(xlim=(1.5, 6.5), ylim=(0.8, 1.2))
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4)
-    return figure
+    return with_legend(figure, panels[0], 4)
 
 
 def batches() -> Figure:
-    """Draw the loss over the distinct experts of a step, a line a method."""
+    """Draw the loss over the distinct experts of a step, one line per method."""
     methods = {
         "static top-k": "static top",
-        "XShare": "`xshare`",
-        "OEA": "`oea`",
-        "fixed budget, benefit": "`batch_mass`, benefit",
-        "batch_min_w": "**`batch_min_w`, benefit, power 2",
+        "XShare": "xshare",
+        "OEA": "oea",
+        "fixed budget, benefit": "batch_mass, benefit",
+        "batch_min_w": "batch_min_w, benefit, power 2",
     }
+    table = numbers("batches")
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
-    for axes, title, (_, *rows) in zip(
-        panels, ("tiny-olmoe", "tiny-glm"), tables("batches.md")[:2], strict=True
-    ):
+    for axes, (model, rows) in zip(panels, table.groupby("model", sort=False), strict=True):
         for place, (label, begins) in enumerate(methods.items()):
-            of_method = [row for row in rows if row[0].startswith(begins)]
-            axes.plot(
-                [float(row[1]) for row in of_method],
-                [float(row[3]) for row in of_method],
-                marker="osD^v"[place],
-                color=PALETTE[place],
-                label=label,
-            )
-        axes.set(title=title, xlabel="distinct experts per layer and step", yscale="log")
+            of = rows[rows["method"].str.startswith(begins)].sort_values("distinct_experts")
+            how = {"marker": "osD^v"[place], "color": PALETTE[place], "label": label}
+            axes.plot(of["distinct_experts"], 100 * of["loss"], **how)
+        axes.set(title=model, xlabel="distinct experts per layer and step", yscale="log")
         axes.set_yticks(ticks := [0.5, 1, 2, 5, 10, 20, 50, 100, 200], [f"{t:g}" for t in ticks])
         axes.minorticks_off()
     panels[0].set_ylabel("loss against static top-8 (%)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=5)
+    return with_legend(figure, panels[0], 5)
+
+
+def vllm() -> Figure:
+    """Draw how many times as fast as the stock top-8 each policy is in vLLM."""
+    table = numbers("vllm_speed").dropna(subset=["low"])
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    colours = {name: PALETTE[place] for place, name in enumerate(table["policy"].unique())}
+    for axes, (model, of_model) in zip(panels, table.groupby("model", sort=False), strict=True):
+        workloads = list(of_model["workload"].unique())
+        for place, (policy, rows) in enumerate(of_model.groupby("policy", sort=False)):
+            at = [row + 0.2 * (place - 1) for row in range(len(workloads))]
+            how = {"fmt": "os^"[place], "color": colours[policy], "label": policy}
+            axes.errorbar(at, rows["times_as_fast"], errors(rows, "times_as_fast"), **how)
+        axes.axhline(1, color=NEUTRAL, linestyle=BASELINE_LINE)
+        axes.set(title=model, ylim=(0.4, 2.6))
+        axes.set_xticks(range(len(workloads)), workloads, rotation=30)
+    panels[0].set_ylabel("times as fast as stock top-8")
+    entries = {}
+    for axes in panels:
+        entries |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4)
     return figure
 
 
-FIGURES = {"false_rejections": false_rejections, "speed": speed, "batches": batches}
+def reports() -> Figure:
+    """Draw how many kinds of reported faults were found here, by area and release."""
+    table = numbers("reports")
+    counts = table.groupby(["area", "release"]).size().unstack(fill_value=0)
+    counts = counts.loc[counts.sum(axis=1).sort_values().index]
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    axes = figure.subplots()
+    left = counts.iloc[:, 0] * 0
+    for place, release in enumerate(counts):
+        how = {"color": PALETTE[place], "hatch": ("", "//")[place], "edgecolor": "white"}
+        label = f"found in release {release}"
+        axes.barh(counts.index, counts[release], left=left, label=label, **how)
+        left = left + counts[release]
+    axes.set(xlabel="kinds of faults reported elsewhere")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def with_legend(figure: Figure, axes: Any, columns: int) -> Figure:
+    """Add the legend of some axes above the panels of a figure."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+    return figure
+
+
+FIGURES = {
+    "false_rejections": false_rejections,
+    "speed": speed,
+    "batches": batches,
+    "vllm": vllm,
+    "reports": reports,
+}
 
 
 def main() -> None:

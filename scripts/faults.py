@@ -1,19 +1,19 @@
-"""What a sweep loses when it is disturbed: kills, signals, full disks, damaged files, lost workers.
+"""Disturbs sweeps and counts losses: kills, signals, full disks, damaged files, lost workers.
 
 python scripts/faults.py                          # everything; about 25 minutes on two cores
 python scripts/faults.py --kills 2 --only kill    # the faults whose name holds a word
 
-Every trial disturbs a sweep of tiny-olmoe in a folder of its own, runs the same command again
+Every trial disturbs a sweep of tiny-olmoe in its own folder, runs the same command again
 undisturbed, and aggregates. A trial counts as
 
 lost        if the final tables differ from those of an undisturbed sweep in anything but times and
-            ids, or if an experiment that was finished and left alone ran again;
-silent      if a command that failed said nothing, or one that ended well gave another table and
-            said nothing of it;
+            ids, or if an undamaged finished experiment ran again;
+silent      if a failed command printed no message, or a successful one gave a different table
+            without a message;
 traceback   if any command printed one.
 
-Moments are random, one in each of equal parts of the time that an undisturbed sweep takes, so that
-start-up is among them. What this machine cannot do (a small file system, libfaketime) is skipped
+Moments are random, one in each of equal parts of an undisturbed sweep's time, so that start-up is
+among them. Faults that this machine cannot produce (a small file system, libfaketime) are skipped
 and named. The exit code is 1 if any trial counts.
 """
 
@@ -74,7 +74,7 @@ def interrupt(bench: Bench) -> Iterator[Trial]:
 
 
 def kill_twice(bench: Bench) -> Iterator[Trial]:
-    """Kill a sweep, and the one that goes on with it."""
+    """Kill a sweep, and the one that resumes it."""
     for first, second in zip(bench.moments(few(bench)), bench.moments(few(bench)), strict=True):
         trial = bench.trial()
         for moment in (first, second):
@@ -86,10 +86,10 @@ def kill_twice(bench: Bench) -> Iterator[Trial]:
 
 
 def small_files(bench: Bench) -> Iterator[Trial]:
-    """No file can grow beyond a size, as on a full disk."""
+    """Limit the size of files, as on a full disk."""
     for _ in range(few(bench)):
         trial = bench.trial()
-        size = int(10 ** bench.rng.uniform(3.9, 4.7))  # what the command says goes to a file too
+        size = int(10 ** bench.rng.uniform(3.9, 4.7))  # the command's output goes to a file too
         limits = (size, resource.RLIM_INFINITY)
         trial.run(
             trial.sweep, lambda limits=limits: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -117,7 +117,7 @@ def small_disk(bench: Bench) -> Iterator[Trial]:
 
 
 def read_only(bench: Bench) -> Iterator[Trial]:
-    """Forbid to write to the folder: from the start, or from a moment on."""
+    """Make the folder read-only, from the start or from a random moment."""
     for moment in (0.0, *itertools.islice(bench.moments(few(bench)), 1, None)):
         trial = bench.trial()
         trial.folder.mkdir()
@@ -135,13 +135,13 @@ def read_only(bench: Bench) -> Iterator[Trial]:
 
 
 def without_privilege() -> None:
-    """Give up what lets root write to folders that nobody may write to (CAP_DAC_OVERRIDE)."""
+    """Drop the capability with which root writes to read-only folders (CAP_DAC_OVERRIDE)."""
     if os.geteuid() == 0 and ctypes.CDLL(None, use_errno=True).prctl(24, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "the capability cannot be dropped")
 
 
 def two_sweeps(bench: Bench) -> Iterator[Trial]:
-    """Start two different sweeps on one folder: one has it, the other is refused."""
+    """Start two different sweeps on one folder: one gets it, the other is refused."""
     for moment in bench.moments(few(bench)):
         first = bench.trial()
         second = Trial(first.folder, bench.rng, OTHER_LIMIT)
@@ -170,7 +170,7 @@ def twins(bench: Bench) -> Iterator[Trial]:
 
 
 def ray_workers(driver: Running) -> list[psutil.Process]:
-    """Return the processes of a sweep's own Ray cluster that evaluate now."""
+    """Return the evaluating processes of a sweep's Ray cluster."""
     found = []
     for process in psutil.Process(driver.process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -208,9 +208,9 @@ KINDS = ("runs/*/*/results_*", "runs/*/*/samples_*", "runs/*/routing/*/*", "logs
 
 
 def damaged(bench: Bench, change: Callable[[Trial, Path], Path]) -> Iterator[Trial]:
-    """Damage a random file of a finished sweep; aggregate as it is, then go on.
+    """Damage a random file of a finished sweep, aggregate, then resume.
 
-    ``change`` returns what it has damaged. No other experiment may run again.
+    ``change`` returns the damaged file. No other experiment may run again.
     """
     for kind in itertools.islice(itertools.cycle(KINDS), few(bench) + 1):
         trial = bench.trial(copy=True)
@@ -251,7 +251,7 @@ def deleted_folder(bench: Bench) -> Iterator[Trial]:
 
 
 def clock_set_back(bench: Bench) -> Iterator[Trial]:
-    """Kill a sweep, which then goes on two days earlier."""
+    """Kill a sweep, and resume it two days earlier."""
     library = next((str(file) for file in FAKETIME if file.exists()), None)
     if library is None:
         raise Skipped("there is no libfaketime")
@@ -269,7 +269,7 @@ def clock_set_back(bench: Bench) -> Iterator[Trial]:
 
 
 def few(bench: Bench) -> int:
-    """Return how often a fault is tried that is not kill -9."""
+    """Return the number of trials of faults other than kill -9."""
     return max(1, bench.kills // 5)
 
 
@@ -299,7 +299,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of moments and choices.")] = 0,
     keep: Annotated[Path | None, typer.Option(help="Folder to keep what was made.")] = None,
 ) -> None:
-    """Disturb sweeps, and print what was tried and what came of it."""
+    """Disturb sweeps, and print the trials and their outcomes."""
     chosen = {
         name: fault
         for name, fault in FAULTS.items()

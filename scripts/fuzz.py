@@ -1,11 +1,11 @@
-"""Fuzzes every reader for as long as is asked: damaged files are read, or refused by a sentence.
+"""Fuzzes every reader for a given time: damaged files are read, or refused with a message.
 
 python scripts/fuzz.py --minutes 5
 python scripts/fuzz.py --minutes 1 --only "samples or headers"
 
-Runs the tests of tests/trust/test_fuzzing.py, which the suite draws 150 examples for, round after
-round with another seed and many more examples. A round that fails ends it: the example stands in
-its output, and the exit code is 1.
+Runs the tests of tests/trust/test_fuzzing.py, for which the suite draws 150 examples, in rounds
+with new seeds and many more examples. A failing round ends it: the example is in its output, and
+the exit code is 1.
 """
 
 from __future__ import annotations

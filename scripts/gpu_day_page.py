@@ -1,4 +1,4 @@
-"""Puts what scripts/gpu_day.sh has left in a folder into gpu_day.json and gpu_day.md.
+"""Summarises a folder of scripts/gpu_day.sh in gpu_day.json and gpu_day.md.
 
 python scripts/gpu_day_page.py runs/gpu_day --device cuda
 """
@@ -22,11 +22,11 @@ from lm_eval_bh.analysis.table.speed_phase import conditions
 from lm_eval_bh.files import write_text
 from lm_eval_bh.schema import read_speed
 
-TAIL = 15  # lines of a log that failed
+TAIL = 15  # lines shown of a failed step's log
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
-    """Return the steps in their order: exit code None where one was left out."""
+    """Return the steps in order, with exit code None for skipped ones."""
     found = []
     for line in (folder / "steps.tsv").read_text(encoding="utf-8").splitlines():
         name, code, seconds, command = line.split("\t")
@@ -45,7 +45,7 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def commit() -> str:
-    """Return the commit of the checkout, and whether anything was changed since."""
+    """Return the commit of the checkout, and whether the checkout has changes."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
@@ -61,7 +61,7 @@ def table(title: list[str], rows: list[list[Any]]) -> list[str]:
 
 
 def of_benchmark(numbers: dict[str, Any]) -> list[str]:
-    """Return the medians of bench_routing.py, and its numbers to reach."""
+    """Return the medians of bench_routing.py, and its targets."""
     lines = [
         f"{numbers['dtype']} on {numbers['device']}, {numbers['threads']} threads; matrix product "
         f"{numbers['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s.",

@@ -1,24 +1,24 @@
-"""Print how often each rule rejects anything when every null hypothesis is true.
+"""Print how often each rule rejects any hypothesis if all are null.
 
     python scripts/simulate_null.py
 
 Under the global null every rejection is false, so the expected share of false rejections among the
 rejections is the probability of rejecting at all: it should be at most alpha. The statistics of one
 token are drawn from a normal distribution with the given correlations; the null distribution is the
-true one. BH promises nothing if some correlations are negative; if one shift moves all logits of a
-token, rejections come in crowds, which the last column shows.
+true one. BH guarantees nothing if some correlations are negative; if a common shift moves all
+logits of a token, rejections come in crowds, which the last column shows.
 
-The second table is of null models that are fitted on such statistics, of other tokens, with `trim`:
-here the excluded statistics are null too, so the fitted tails are too light and the level is lost.
+The second table has null models fitted to such statistics of other tokens with `trim`: here the
+excluded statistics are null too, so the fitted tails are too light and the level is exceeded.
 
-The last table is of `family=all`: all decisions on a calibration text are tested at once, which
-leaves a cut-off, and that is applied to other tokens. Some experts of each token are needed:
-their statistics are larger by a shift. The share of false rejections among all on the other tokens
-should be at most alpha times the share of experts that are not needed. `null_from=unselected`
-fits the null to the experts below each token's top 8, as for a model with that native top-k.
+The last table has `family=all`: all decisions on a calibration text are tested at once, which gives
+a cut-off for other tokens. Some experts of each token are needed: their statistics are larger by a
+shift. The share of false rejections among all on the other tokens should be at most alpha times the
+share of experts that are not needed. `null_from=unselected` fits the null to the experts below each
+token's top 8, as for a model with that native top-k.
 
-The correlations named tiny-olmoe are those of its router logits on the demo texts that ship, layer
-by layer; only the dependence is the model's, the marginal distributions are normal.
+The correlations named tiny-olmoe are those of its router logits on the shipped demo texts, layer by
+layer; only the dependence is the model's, the marginal distributions are normal.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from lm_eval_bh.routing.tables.calibration import collect_router_logits
 from lm_eval_bh.routing.tables.texts import text_batches
 
 EXPERTS, TOP_K = 64, 8
-REPEATS = 20  # of a family, which takes all tokens together
+REPEATS = 20  # of a family, which covers all tokens
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -56,7 +56,7 @@ def equal(rho: float) -> Matrix:
 
 
 def camps(rho: float) -> Matrix:
-    """Return two halves of the experts, correlated by rho inside, and by -rho with each other."""
+    """Return two halves of the experts, with correlation rho within, and -rho between them."""
     sign = np.where(np.arange(EXPERTS) % 2, -1.0, 1.0)
     matrix = rho * np.outer(sign, sign)
     np.fill_diagonal(matrix, 1.0)
@@ -78,14 +78,14 @@ def of_tiny_olmoe() -> dict[str, Matrix]:
 
 
 def normal(correlation: Matrix, tokens: int, rng: np.random.Generator) -> Matrix:
-    """Return normal statistics [tokens, experts] with this correlation."""
+    """Return normal statistics [tokens, experts] with these correlations."""
     values, vectors = np.linalg.eigh(correlation)
     root = vectors * np.sqrt(values.clip(0))
     return np.asarray(rng.standard_normal((tokens, EXPERTS)) @ root.T)
 
 
 def draw(correlation: Matrix, tokens: int, rng: np.random.Generator) -> torch.Tensor:
-    """Return their p-values under the true null distribution."""
+    """Return p-values of such statistics under the true null distribution."""
     return torch.from_numpy(ndtr(-normal(correlation, tokens, rng)))
 
 
@@ -110,14 +110,14 @@ def print_trimmed(levels: Sequence[float], tokens: int, seed: int) -> dict[str, 
 
 
 def called_for(fewest: int, most: int, tokens: int, rng: np.random.Generator) -> Matrix:
-    """Return which experts are needed: bool [tokens, experts], a random number a token."""
+    """Return which experts are needed: bool [tokens, experts], a random number per token."""
     counts = rng.integers(fewest, most + 1, (tokens, 1))
     return rng.permuted(np.tile(np.arange(EXPERTS), (tokens, 1)), axis=1) < counts
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table of one family: how statistics are drawn, and what null is assumed."""
+    """One row of the table of families: distribution of the statistics, and assumed null."""
 
     name: str
     correlation: Matrix
@@ -128,7 +128,7 @@ class Family:
     def shares(
         self, levels: Sequence[float], fitted: bool, tokens: int, rng: np.random.Generator
     ) -> list[float]:
-        """Return the share of false rejections at each level, on tokens not calibrated on."""
+        """Return the share of false rejections at each level, on other tokens."""
         parts = []
         for _ in range(2):
             called = called_for(self.fewest, self.most, tokens, rng)

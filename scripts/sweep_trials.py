@@ -1,4 +1,4 @@
-"""Trials of disturbed sweeps, for faults.py: what is run, what was said, what was lost."""
+"""Trials of disturbed sweeps for faults.py: commands, messages and losses."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ OWN = ("run_id", "baseline_run_id", "file", "seconds", "evaluation_tokens_per_se
 TABLES = ("results", "layers", "comparisons")
 PATIENCE = 300  # seconds until a command counts as hanging
 
-# What says how a command ended; a signal may still come while Python shuts down.
+# Messages at the end of a command; a signal may still come while Python shuts down.
 SENTENCE = re.compile("^(lm-eval-bh: |left out: |4 of 4 experiments are done)", re.MULTILINE)
 
 Tables = dict[str, pd.DataFrame]
 
 
 class Skipped(Exception):  # noqa: N818  no error
-    """Raised where this machine cannot be disturbed so."""
+    """Raised if this machine cannot produce a fault."""
 
 
 class Ended(NamedTuple):
@@ -48,7 +48,7 @@ class Running(NamedTuple):
     started: float
 
     def wait_until(self, moment: float) -> None:
-        """Wait until so many seconds after the start, or until the end."""
+        """Wait until a number of seconds after the start, or until the end."""
         left = self.started + moment - time.monotonic()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(max(left, 0))
@@ -56,7 +56,7 @@ class Running(NamedTuple):
 
 @dataclass
 class Trial:
-    """One disturbance of one sweep, and what came of it."""
+    """One disturbance of one sweep, and its outcome."""
 
     folder: Path
     rng: random.Random
@@ -95,7 +95,7 @@ class Trial:
         return Running(process, Path(output), time.monotonic())
 
     def end(self, running: Running) -> Ended:
-        """Wait for the end; a failure has to be a sentence, unless it was a kill."""
+        """Wait for the end; a failure must print a sentence, unless it was a kill."""
         try:
             code = running.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
@@ -112,12 +112,12 @@ class Trial:
         return self.end(self.start(command, prepare, **env))
 
     def finished(self) -> dict[str, bytes]:
-        """Return the summaries of the experiments that are finished."""
+        """Return the summaries of the finished experiments."""
         files = self.folder.glob("logs/*.json")
         return {f.name: f.read_bytes() for f in files if "internal_routing" not in f.name}
 
     def aggregate(self) -> tuple[Ended, Tables]:
-        """Return what the command says, and the tables it has written."""
+        """Return the command's output, and the tables that it wrote."""
         for table in TABLES:
             (self.folder / f"bh_routing_{table}.csv").unlink(missing_ok=True)
         ended = self.run(["aggregate", str(self.folder), "--no-figure", "--resamples=99"])
@@ -154,7 +154,7 @@ def same(tables: Tables, reference: Tables) -> bool:
 
 
 class Bench:
-    """Undisturbed sweeps to compare with, and to copy for trials."""
+    """Undisturbed sweeps, for comparison and as copies for trials."""
 
     def __init__(self, root: Path, seed: int, kills: int) -> None:
         self.root, self.kills = root, kills

@@ -1,4 +1,4 @@
-"""Writes the documentation's table of model families, from the tiny models that the tests run."""
+"""Writes the documentation's table of model families, from the tests' tiny models."""
 
 from __future__ import annotations
 

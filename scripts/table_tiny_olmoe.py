@@ -2,8 +2,8 @@
 
     python scripts/table_tiny_olmoe.py --limit 200
 
-The tasks' data sets come from the Hugging Face cache or hub. Beside every BH row stand static top-k
-rows, since a rule that adapts has to be compared with a fixed number of experts of the same mean.
+The tasks' data sets come from the Hugging Face cache or hub. The table also has static top-k rows,
+since an adaptive rule has to be compared with a fixed number of experts of the same mean.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Takes the documentation's pictures of pages and of the nine panels, in headless Chromium.
 
 ``python scripts/take_screenshots.py`` runs the commands that the pages show, on tiny-olmoe and the
-demo articles, opens what they wrote, and keeps PNGs of few colours in docs/images. With ``--keep
+demo articles, opens their output, and writes PNGs of few colours to docs/images. With ``--keep
 FOLDER`` the runs stay in the folder, and later calls take pictures of these runs.
 """
 

@@ -1,4 +1,4 @@
-r"""Train tiny-olmoe and tiny-glm, the small but real models that ship, on WikiText-2.
+r"""Train tiny-olmoe and tiny-glm, the small but real shipped models, on WikiText-2.
 
 Their architectures are those of OLMoE (a softmax router, ``norm_topk_prob=False``) and of GLM-4.5
 (sigmoid scores, a correction bias on the choice, rescaled weights times 1.8, one shared expert),
@@ -12,16 +12,16 @@ Mixture-of-Experts Language Models"), a GLM's without gradients, by its correcti
     python scripts/train_subject.py --output tiny-glm --family glm4_moe \
         --tokenizer lm_eval_bh/models/tiny-olmoe
 
-Other subjects of the same recipe, which do not ship, tell whether a result is an accident of one:
+Other subjects of the recipe, which are not shipped, show whether a result holds beyond one model:
 
     python scripts/train_subject.py --output another --seed 7
     python scripts/train_subject.py --output renormalised --experts 32 --top-k 4 --norm-topk-prob
 
 The text is WikiText-2's training split. Its full word-level form writes rare words as ``<unk>``,
-which the raw text one evaluates on never contains. So the articles that the raw training split
-holds are taken raw, and in the others every ``<unk>`` is replaced, anew in every epoch, by a rare
-word drawn from those raw articles: the model learns where rare words stand without ever learning
-the token.
+which never occurs in the raw text used for evaluation. So articles that are in the raw training
+split are used raw, and in the others every ``<unk>`` is replaced, again in every epoch, by a rare
+word from those raw articles: the model learns where rare words occur without ever learning the
+token.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ DATASET = "EleutherAI/wikitext_document_level"
 EOS, PAD = "<|endoftext|>", "<|padding|>"
 UNK = "<unk>"
 Z_LOSS = 1e-3
-BIAS_STEP = 3e-3  # a tenth of it in the last fifth of the training, where loads should settle
+BIAS_STEP = 3e-3  # a tenth of it in the last fifth of training, so that loads settle
 
 
 class Family(StrEnum):
@@ -90,7 +90,7 @@ def load_articles() -> tuple[list[str], list[str], list[str]]:
 
 
 def epoch_texts(articles: list[str], rare_words: list[str], rng: random.Random) -> list[str]:
-    """Shuffle the articles, put a rare word in place of each ``<unk>``, undo the tokenisation."""
+    """Shuffle the articles, replace each ``<unk>`` by a rare word, undo the tokenisation."""
     texts = []
     for page in rng.sample(articles, len(articles)):
         parts = page.split(UNK)
@@ -154,11 +154,11 @@ def batches(
 
 
 class GroupedExperts(torch.autograd.Function):
-    """The experts' forward and backward, one matrix product an expert on rows sorted by expert.
+    """The experts' forward and backward, one matrix product per expert on sorted rows.
 
     Same mathematics as the stock implementations, made for training on a CPU. They differentiate
     row gathering with an accumulating ``index_put``, the largest single cost there; since every
-    token has exactly K rows, both directions are a gather and a sum over K. And each expert's rows
+    token has exactly K rows, here both directions are a gather and a sum over K. Each expert's rows
     are padded with zero rows to a multiple of 64, because oneDNN compiles a kernel for every new
     bfloat16 shape.
     """
@@ -234,7 +234,7 @@ def grouped_experts(
 
 
 class Loads:
-    """How many tokens each expert has served, ``[layers, experts]``, as the routers chose them."""
+    """The number of tokens routed to each expert, ``[layers, experts]``."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.gates = [block.mlp.gate for block in model.model.layers]
@@ -252,7 +252,7 @@ class Loads:
 
     @torch.no_grad()
     def move_biases(self, loads: torch.Tensor, step: float) -> None:
-        """Make experts below the mean load likelier to be chosen, those above it less likely."""
+        """Make experts below the mean load likelier to be chosen, and others less likely."""
         for gate, load in zip(self.gates, loads, strict=True):
             gate.e_score_correction_bias += step * (load.mean() - load).sign()
 
@@ -267,11 +267,11 @@ def olmoe(*, experts: int, intermediate: int, **settings: Any) -> OlmoeForCausal
 
 
 def glm4_moe(*, experts: int, intermediate: int, **settings: Any) -> Glm4MoeForCausalLM:
-    """Return a GLM-4.5 with random weights, all of whose layers are sparse."""
+    """Return a GLM-4.5 with random weights, in which all layers are sparse."""
     config = Glm4MoeConfig(
         n_routed_experts=experts,
         moe_intermediate_size=intermediate,
-        intermediate_size=intermediate,  # of dense layers, which it has none of
+        intermediate_size=intermediate,  # of dense layers, of which it has none
         first_k_dense_replace=0,
         n_shared_experts=1,
         norm_topk_prob=True,
@@ -412,7 +412,7 @@ def main(
     else:
         model = glm4_moe(**settings)
         for block in model.model.layers:
-            # bfloat16 has no numbers between scores that differ by less than a step of the bias.
+            # bfloat16 cannot resolve scores that differ by less than a step of the bias.
             gate = block.mlp.gate
             gate.forward = torch.autocast(device, enabled=False)(gate.forward)
     model = model.to(device).train()
@@ -485,7 +485,7 @@ def main(
     for parameter in model.parameters():  # a correction bias is a buffer, and stays in float32
         parameter.data = parameter.data.to(torch.bfloat16)
     model.save_pretrained(output)
-    # Half the bytes on disk; but at this size float32 is what CPUs compute fastest.
+    # Half the bytes on disk; at this size CPUs compute fastest in float32.
     saved_config = json.loads((output / "config.json").read_text())
     saved_config["dtype"] = "float32"
     (output / "config.json").write_text(json.dumps(saved_config, indent=2) + "\n")

@@ -43,7 +43,7 @@ def started_browser(tmp_path_factory) -> Iterator[Any]:
 
 @pytest.fixture
 def browser(started_browser) -> Any:
-    """Return a headless Chromium with a desktop's window, whatever the test before has left."""
+    """Return a headless Chromium with a desktop's window, reset for each test."""
     resize(started_browser, 1280)
     started_browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     for kind in ("browser", "performance"):
@@ -58,7 +58,7 @@ def resize(browser: Any, width: int) -> None:
 
 
 def assert_fits(page: Any, width: int, scheme: str) -> None:
-    """Fail unless a page is as wide as its window, and light or dark as the system is."""
+    """Fail unless a page fits its window's width, and is light or dark like the system."""
     resize(page, width)
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", media)

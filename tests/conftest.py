@@ -1,4 +1,4 @@
-"""What all tests share: an offline Hugging Face cache of their own, and where shared files are.
+"""Shared by all tests: their own offline Hugging Face cache, and the place of shared files.
 
 The environment is set when this file is imported, since ``huggingface_hub`` and ``datasets`` read
 it once, on their first import; subprocesses inherit it.
@@ -25,7 +25,7 @@ settings.register_profile("lm-eval-bh", deadline=None)
 settings.load_profile("lm-eval-bh")
 
 ROOT = Path(__file__).resolve().parents[1]
-# The files that take longest, the longest first: what a worker begins last, the others wait for.
+# The slowest files, the slowest first: all workers wait for whatever starts last.
 SLOWEST = (
     "docs/test_pages.py",
     "harness/sweep/test_sweep.py",
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _scratch_hf_home() -> Path:
-    """Make a cache that links to the shared data sets: nothing is ever written beside these."""
+    """Make a cache with links to the shared data sets, whose folders are never written to."""
     home = Path(tempfile.mkdtemp(prefix="lm-eval-bh-tests-"))
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     (home / "datasets").mkdir()
@@ -68,7 +68,7 @@ HF_ENV = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    # Results of map() stay in memory instead of going beside the data set, through the link.
+    # Results of map() stay in memory instead of being written through the link.
     "HF_DATASETS_IN_MEMORY_MAX_SIZE": "1000000000",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -79,7 +79,7 @@ os.environ.update(HF_ENV)
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Return the folder of shared files, or skip: it is no part of the project."""
+    """Return the folder of shared files, or skip: it is not part of the project."""
     if not SHARED.is_dir():
         pytest.skip(f"needs the shared folder, which is not at {SHARED} (set LM_EVAL_BH_SHARED)")
     return SHARED
@@ -95,7 +95,7 @@ def hf_env() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def tiny_model_folder() -> Path:
-    """Return the folder of the demo model that ships."""
+    """Return the folder of the shipped demo model."""
     from lm_eval_bh.resources import tiny_olmoe
 
     return tiny_olmoe()

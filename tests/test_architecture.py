@@ -1,4 +1,4 @@
-"""The plan of the house: which room may import which, without circles, and how large it may be.
+"""The plan of the package: allowed imports without cycles, and size limits.
 
 Imports are read from the source, those inside functions and under ``TYPE_CHECKING`` too.
 """
@@ -128,7 +128,7 @@ def test_analysis_needs_no_torch(name):
     [name for name in MODULES if ".export.portable." in name or name.endswith(".engine_scores")],
 )
 def test_what_other_environments_run_needs_nothing_of_ours(name):
-    """But for its neighbours in an exported folder."""
+    """Except its neighbours in an exported folder."""
     ours = {other for other in imported(name) if other.split(".")[0] == PACKAGE.name}
     assert {other for other in ours if ".export.portable." not in other} == set()
 
@@ -137,7 +137,7 @@ def test_what_other_environments_run_needs_nothing_of_ours(name):
     "file", sorted(set(METHODS.glob("*.py")) - {METHODS / "__init__.py"}), ids=lambda f: f.stem
 )
 def test_methods_need_torch_and_their_neighbours_alone(file):
-    """They are copied, flat, to where nothing of ours is; transformers follows relative imports."""
+    """They are copied to a folder without this package; transformers follows relative imports."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1, ast.unparse(node)
@@ -157,7 +157,7 @@ def lines_of(*files: Path) -> int:
 
 
 def test_a_method_is_one_short_file():
-    """What all methods share, such as base.py, is no method."""
+    """Modules that all methods share, such as base.py, are not methods."""
     methods = importlib.import_module("lm_eval_bh.routing.methods").METHODS.values()
     own = [method for method in methods if method.__module__.startswith(PACKAGE.name)]
     names = [method.__module__ for method in own]
@@ -184,7 +184,7 @@ def test_no_two_modules_have_one_name():
 
 
 def test_what_the_documentation_imports_is_there():
-    """Of all pages, those too whose blocks cannot run."""
+    """On all pages, including those whose blocks cannot run."""
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     lines = re.findall(r"^ *from (lm_eval_bh[\w.]*) import ([\w, ]+)", text, re.M)

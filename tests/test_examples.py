@@ -1,4 +1,4 @@
-"""The example of training: what it measures is what its output gives when loaded again."""
+"""The training example: its measurements equal those of its loaded output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def train(monkeypatch):
 
 @pytest.fixture
 def texts(tmp_path):
-    """Two text files of the articles that ship: to train on, and held out."""
+    """Two text files of the shipped articles: for training, and held out."""
     lines = (shipped("tasks") / "demo" / "wikitext.jsonl").read_text(encoding="utf-8").splitlines()
     pages = [json.loads(line)["page"] for line in lines]
     files = {"train_text": tmp_path / "train.txt", "held_out_text": tmp_path / "held_out.txt"}
@@ -83,7 +83,7 @@ def test_a_trained_model_and_its_policy_give_again_what_was_measured(run, train,
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_null_model_is_refitted_on_its_schedule(run, train, monkeypatch):
-    """Every third step, on routers that have moved since, and at the end."""
+    """Every third step, on routers that have changed, and at the end."""
     seen = []
     calibrate = train.calibrate
 

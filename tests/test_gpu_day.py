@@ -1,4 +1,4 @@
-"""scripts/gpu_day.sh: on little and on a CPU, so that it is known to work when a card is there."""
+"""scripts/gpu_day.sh: on little data and a CPU, so that it works when a GPU is available."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wheel and the sdist hold what they must, install, are found by lm-eval, and uninstall."""
+"""The wheel and the sdist are complete, install, are found by lm-eval, and uninstall."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_stock_command_finds_every_task(installed):
 
 
 def test_startup_says_nothing_when_the_package_is_gone(fresh, wheel):
-    """As after somebody deleted the folders by hand."""
+    """As after deleting the folders by hand."""
     fresh.install(wheel)
     kept = (fresh.site / "lm_eval_bh.pth").read_text()
     fresh.pip("uninstall", "--quiet", "--yes", "lm-eval-bh")
@@ -285,7 +285,7 @@ def test_no_newer_torch_is_asked_for():
 
 
 def stated_licence(name: str) -> str:
-    """Return all that an installed package says of its licence."""
+    """Return everything in an installed package about its licence."""
     told = metadata(name)
     classifiers = [c for c in told.get_all("Classifier") or [] if c.startswith("License")]
     return " ".join([told.get("License-Expression") or "", told.get("License") or "", *classifiers])

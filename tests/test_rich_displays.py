@@ -1,4 +1,4 @@
-"""What notebooks show of the objects of the package; the view has tests of its own."""
+"""Displays of the package's objects in notebooks; the view has its own tests."""
 
 from __future__ import annotations
 

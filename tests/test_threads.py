@@ -1,4 +1,4 @@
-"""Small models take one thread, and a process that is short of cores says so."""
+"""Small models use one thread, and a process without enough cores warns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A method is one file: two that this test writes go from hf-bh to a folder without the package."""
+"""A method is one file: two test methods work in hf-bh and in a folder without the package."""
 
 import importlib
 import subprocess
@@ -73,7 +73,7 @@ with torch.no_grad():
 
 @pytest.fixture
 def toys(tmp_path, monkeypatch):
-    """Add files to the folder of methods, as it looks from inside, for the length of a test."""
+    """Add files to the folder of methods for the duration of a test."""
     folder = tmp_path / "methods"
     folder.mkdir()
     known = dict(METHODS)

@@ -1,4 +1,4 @@
-"""The recipe of the models that ship: its fast experts are the stock ones, its biases balance."""
+"""The recipe of the shipped models: its fast experts equal the stock ones, its biases balance."""
 
 from __future__ import annotations
 

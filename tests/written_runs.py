@@ -104,7 +104,7 @@ def internal_routing(run_id: str, name: str, task: str, selected: np.ndarray, lo
 
 
 def rule_info(name: str) -> RuleInfo:
-    """Return what a results file of this release says of a rule."""
+    """Return a rule's description in results files of this release."""
     fixed_count = name in ("topk", "random_k")
     labels = {"topk": "top-k", "top_p": "top-p", "min_p": "min-p", "random_k": "random-k"}
     labels |= {"bh": "BH", "by": "BY"} | {n: n.title() for n in ("holm", "hochberg", "bonferroni")}
@@ -120,7 +120,7 @@ def rule_info(name: str) -> RuleInfo:
 
 
 class Writer:
-    """Writes runs as lm-eval and hf-bh do: every document is scored on all of its tokens."""
+    """Writes runs as lm-eval and hf-bh do: every document is scored on all its tokens."""
 
     layers, experts, native = LAYERS, EXPERTS, NATIVE
     lengths = LENGTHS

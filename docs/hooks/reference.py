@@ -44,7 +44,7 @@ def first(help: str) -> str:
 
 
 def file_formats() -> str:
-    """Return the page of files: every typed dictionary of schema.py, with the comments beside."""
+    """Return the page of files: every typed dictionary of schema.py with its comments."""
     source = ROOT / "lm_eval_bh" / "schema.py"
     module = ast.parse(source.read_text(encoding="utf-8"))
     comments = comments_by_line(source)
@@ -54,7 +54,7 @@ def file_formats() -> str:
     parts += [summary.split("\n\n")[0], ""]
     parts += [f"- {item}" for item in definitions(files)]
     for name, node in classes.items():
-        if name.startswith("_"):  # the fields of one that inherits it
+        if name.startswith("_"):  # its fields appear in classes that inherit it
             continue
         parts += ["", f"## {name}", "", readable(ast.get_docstring(node) or ""), ""]
         parts += ["| field | type | what |", "|---|---|---|"]
@@ -83,7 +83,7 @@ def file_formats() -> str:
 
 
 def comments_by_line(source: Path) -> dict[int, str]:
-    """Return what comments say of each line of code: at its end and going on below, or above."""
+    """Return the comment of each line of code: at its end, continued below, or above."""
     found: dict[int, str] = {}
     above, owner = "", None
     for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
@@ -111,7 +111,7 @@ def readable(text: str) -> str:
 
 
 def ancestors(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> list[ast.ClassDef]:
-    """Return the classes whose fields it has too, the nearest first."""
+    """Return the classes from which it inherits fields, the nearest first."""
     bases = [classes[base.id] for base in node.bases if getattr(base, "id", "") in classes]
     return [found for base in bases for found in (base, *ancestors(base, classes))]
 
@@ -127,7 +127,7 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the generated pages, and those that lie beside the site's folder."""
+    """Add the generated pages, and those outside of the site's folder."""
     example = (ROOT / "examples" / "olmoe_1b_7b.md").read_text(encoding="utf-8")
     training = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     pages = {

@@ -1,4 +1,4 @@
-"""The documented import of the tables; they are made in :mod:`~lm_eval_bh.analysis.table`."""
+"""The documented import of the tables; they live in :mod:`~lm_eval_bh.analysis.table`."""
 
 from lm_eval_bh.analysis.read.loaded import Loaded
 from lm_eval_bh.analysis.table.experiments import load_experiments

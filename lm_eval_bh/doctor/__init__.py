@@ -1,1 +1,1 @@
-"""What an installation, a machine and a model are like, and what to do about it."""
+"""Examines an installation, a machine and a model, and suggests remedies."""

@@ -1,4 +1,4 @@
-"""Whether packages that come beside torch, with vLLM for example, were built for this torch."""
+"""Checks that companions of torch, which vLLM installs for example, fit this torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 
 def check_companions() -> Iterator[Finding]:
-    """Yield those that cannot be loaded: transformers cannot be either while they are there.
+    """Yield companions that cannot be loaded, which also breaks transformers.
 
-    Models of text need none of them.
+    Text models need none of them.
     """
     for name in COMPANIONS:
         if find_spec(name) is None:
@@ -29,5 +29,5 @@ def check_companions() -> Iterator[Finding]:
                 name,
                 f"{importlib.metadata.version(name)} does not fit torch {torch}: {reason}",
                 PROBLEM,
-                f"pip uninstall {name}, which no model of text needs",
+                f"pip uninstall {name}, which text models do not need",
             )

@@ -1,4 +1,4 @@
-"""One thing that was looked at."""
+"""A finding of the doctor."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ OK, NOTE, PROBLEM = "ok", "note", "problem"
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found.
+    """One examined subject and its state.
 
     Attributes
     ----------
     subject, found : str
-        What was looked at, and what it is like.
+        The subject, and what was found.
     state : str
-        "ok", "note" (works, and is good to know) or "problem" (something will not work).
+        "ok", "note" (works, but worth knowing) or "problem" (something will not work).
     remedy : str
-        What to do; empty where nothing is to be done.
+        What to do; empty if nothing.
     """
 
     subject: str

@@ -1,4 +1,4 @@
-"""Whether the stock lm_eval finds the model and the tasks, asked of a process of its own."""
+"""Checks in a separate process that the stock lm_eval finds the model and the tasks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lm_eval_bh.harness.plugin.registration import MODEL_NAME
 from lm_eval_bh.resources import shipped
 
 SECONDS = 120
-# As lm_eval's command line does; nothing here imports this package.
+# Like lm_eval's command line; nothing here imports this package.
 ASK = f"""
 import json
 import lm_eval.models
@@ -33,7 +33,7 @@ REINSTALL = "reinstall lm-eval-bh, or run lm-eval-bh lm-eval, which takes the sa
 def check_harness() -> Iterator[Finding]:
     """Yield whether a new process of lm-eval knows ``hf-bh``, and the tasks of this package."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    with tempfile.TemporaryDirectory() as folder:  # no checkout is found from there
+    with tempfile.TemporaryDirectory() as folder:  # so that no checkout is found
         try:
             done = subprocess.run(
                 [sys.executable, "-c", ASK],

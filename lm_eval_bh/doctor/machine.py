@@ -1,4 +1,4 @@
-"""What this machine has: devices, the hub, caches."""
+"""Examines this machine: devices, the hub, caches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lm_eval_bh.doctor.finding import NOTE, PROBLEM, Finding
 from lm_eval_bh.resources import cache_folder
 
 REACH_SECONDS = 3.0
-LITTLE = 5e9  # bytes that are left on a disk
+LITTLE = 5e9  # free bytes on a disk
 
 
 def check_devices() -> Iterator[Finding]:
@@ -51,7 +51,7 @@ def check_devices() -> Iterator[Finding]:
 
 
 def check_hub() -> Iterator[Finding]:
-    """Yield whether the hub serves models and data sets."""
+    """Yield whether the hub is reachable."""
     from huggingface_hub import constants, get_session
 
     offline = [
@@ -69,7 +69,7 @@ def check_hub() -> Iterator[Finding]:
         return
     try:
         get_session().head(constants.ENDPOINT, timeout=REACH_SECONDS)
-    except Exception as error:  # of whatever library it uses for requests
+    except Exception as error:  # errors of its HTTP library
         yield Finding(
             "hub",
             f"{constants.ENDPOINT} does not answer ({type(error).__name__})",
@@ -81,7 +81,7 @@ def check_hub() -> Iterator[Finding]:
 
 
 def check_caches() -> Iterator[Finding]:
-    """Yield the caches with their sizes, and what is left on their disks."""
+    """Yield the caches with their sizes, and the free space of their disks."""
     import datasets
     from huggingface_hub import constants
 
@@ -104,14 +104,14 @@ def _check_folder(name: str, folder: Path) -> Finding:
         files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
         size = sum(path.stat().st_size for path in files)
         found = f"{len(files)} files, {_size(size)}"
-    text = f"{folder}: {found}, {_size(free)} left on the disk"
+    text = f"{folder}: {found}, {_size(free)} free on the disk"
     if free < LITTLE:
         return Finding(name, text, NOTE, "free some space before a large model loads")
     return Finding(name, text)
 
 
 def _can_be_made(folder: Path) -> bool:
-    """Return whether a folder can be made in another: permissions do not tell, of /proc for one."""
+    """Return whether a folder can be made in another: permissions alone do not tell."""
     try:
         with tempfile.TemporaryDirectory(dir=folder):
             return True

@@ -1,4 +1,4 @@
-"""What hf-bh would do with a model, found out without loading more of it than its routers."""
+"""Predicts what hf-bh would do with a model, loading only its routers."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def check_model(pretrained: str, policy: Path | None = None) -> Iterator[Finding]:
-    """Yield what a model is, and which null model and policy hf-bh would use.
+    """Yield a description of a model, and the null model and policy that hf-bh would use.
 
     Parameters
     ----------
     pretrained : str
         Hub name or folder; what is not on this machine is not downloaded.
     policy : Path, optional
-        A policy to hold against it.
+        A policy to compare with it.
     """
     name = model_path(pretrained)
     try:
@@ -45,9 +45,9 @@ def check_model(pretrained: str, policy: Path | None = None) -> Iterator[Finding
         reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
         yield Finding(
             "model",
-            f"{pretrained} is not on this machine, or no model of transformers: {reason}",
+            f"{pretrained} is not on this machine, or not a transformers model: {reason}",
             PROBLEM,
-            f"download it, or check the name; {TINY_OLMOE} ships",
+            f"download it, or check the name; {TINY_OLMOE} is shipped",
         )
         return
     except BHError as error:
@@ -105,7 +105,7 @@ def _weights(name: str, routers: list[Router]) -> Iterator[Tensor]:
     Raises
     ------
     ModelError
-        If the files are not there, or call it by another name than transformers.
+        If the files are missing, or name it differently from transformers.
     """
     files: dict[str, str] = {}
     index = _file(name, INDEX)
@@ -116,12 +116,12 @@ def _weights(name: str, routers: list[Router]) -> Iterator[Tensor]:
         key = f"{router.name}.{inner}"
         path = _file(name, files.get(key, WEIGHTS))
         if path is None:
-            raise ModelError(f"not known: the weights of {name} are not on this machine")
+            raise ModelError(f"unknown: the weights of {name} are not on this machine")
         try:
             with safe_open(path, framework="pt") as weights:
                 yield weights.get_tensor(key)
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"not known before {name} is loaded ({error})") from error
+            raise ModelError(f"unknown before {name} is loaded ({error})") from error
 
 
 def _file(name: str, file: str) -> Path | None:

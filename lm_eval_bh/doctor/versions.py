@@ -1,4 +1,4 @@
-"""Whether the packages are those that were tested."""
+"""Compares installed packages with the tested ones."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ CONSTRAINTS = "constraints.txt"
 
 
 def check_versions() -> Iterator[Finding]:
-    """Yield what differs from the versions that the tests ran with, and how many do not."""
+    """Yield packages that differ from the tested versions, and the number that do not."""
     try:
         own = importlib.metadata.version(PACKAGE)
         required = [Requirement(line) for line in importlib.metadata.requires(PACKAGE) or ()]
     except importlib.metadata.PackageNotFoundError:
         yield Finding(
             PACKAGE,
-            "imported, but not installed: the stock lm_eval does not know it",
+            "imported, but not installed: the stock lm_eval does not find it",
             PROBLEM,
             "pip install -e . in its folder",
         )
@@ -44,7 +44,7 @@ def check_versions() -> Iterator[Finding]:
 
 
 def _tested() -> dict[str, str]:
-    """Return name -> version that the tests ran with on this Python; empty where it is unknown."""
+    """Return name -> tested version for this Python; empty if unknown."""
     checkout = PACKAGE_FOLDER.parent / CONSTRAINTS
     if checkout.is_file():
         text = checkout.read_text(encoding="utf-8")
@@ -61,7 +61,7 @@ def _tested() -> dict[str, str]:
 
 
 def _check(requirement: Requirement, tested: str | None) -> Finding | None:
-    """Return how an installed package differs from the tested one; None where it does not."""
+    """Return how an installed package differs from the tested one; None if it does not."""
     name = requirement.name
     try:
         found = Version(importlib.metadata.version(name))

@@ -1,1 +1,1 @@
-"""Takes a policy to engines that do not know this package, and checks it there."""
+"""Exports policies to engines without this package, and verifies them there."""

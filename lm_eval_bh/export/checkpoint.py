@@ -1,4 +1,4 @@
-"""A model's files as they lie in its folder or in the hub's cache; nothing is loaded whole."""
+"""Reads a model's files in its folder or the hub's cache, without loading all of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*"]
 EMBEDDINGS = "model.embed_tokens.weight"
 CLASSES = {"AutoModel": MODEL_MAPPING, "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING}
-_ROUTER = re.compile(r"(?:^|[._])(?:gate|router)\.")  # in the names of checkpoints
+_ROUTER = re.compile(r"(?:^|[._])(?:gate|router)\.")  # in tensor names of checkpoints
 
 
 class _OfSomeModels(TypedDict, total=False):
@@ -50,12 +50,12 @@ class _Index(TypedDict):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The files of a mixture-of-experts model of a family that can be exported.
+    """The files of a mixture-of-experts model that can be exported.
 
     Attributes
     ----------
     folder : Path
-        Where they lie.
+        Folder of the files.
     config : dict
         Its ``config.json``.
     places : dict of str to str
@@ -81,12 +81,12 @@ class Checkpoint:
         pretrained, revision : str
             Folder or hub name, and commit.
         download : bool
-            Whether what is not on this machine is fetched.
+            Whether to download missing files.
 
         Raises
         ------
         ModelError
-            If it is not there, is damaged, or is of a family that cannot be exported.
+            If the model is missing or damaged, or its family cannot be exported.
         """
         folder = Path(pretrained)
         try:
@@ -123,14 +123,14 @@ class Checkpoint:
         except (AttributeError, ImportError, KeyError, ModelError, TypeError, ValueError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
             raise ModelError(
-                f"Models of the type {config['model_type']!r} cannot be exported: give a "
+                f"Models of type {config['model_type']!r} cannot be exported: give a "
                 f"mixture-of-experts model of a family that works ({reason})."
             ) from error
         return found
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:
-        """The model without its weights."""
+        """The model without weights."""
         config = CONFIG_MAPPING[self.config["model_type"]].from_dict(self.config)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ModelError("transformers has no AutoModelForCausalLM of it")
@@ -140,32 +140,32 @@ class Checkpoint:
 
     @cached_property
     def routers(self) -> list[Router]:
-        """Its routers; their weights are not there."""
+        """The routers, without weights."""
         return find_routers(self.skeleton)
 
     @property
     def classes(self) -> dict[str, str]:
-        """The names of its classes, by those of transformers' that load them."""
+        """Names of the model's classes, by the auto classes that load them."""
         config, known = type(self.skeleton.config), cast(dict[str, dict[type, type]], CLASSES)
         return {auto: some[config].__name__ for auto, some in known.items() if config in some}
 
     @property
     def normalizes(self) -> bool:
-        """Whether its routers rescale the weights of the selected experts to one."""
+        """Whether routers rescale the weights of the selected experts to one."""
         return self.routers[0].normalizes
 
     @property
     def tied(self) -> bool:
-        """Whether the head shares the embeddings, and has no weights of its own."""
+        """Whether the head shares the embeddings' weights."""
         return bool(self.config.get("tie_word_embeddings", False))
 
     @cached_property
     def router_names(self) -> list[str]:
-        """The names of the routers' weights, by layer."""
+        """Names of the routers' weights, by layer."""
         return [self._weight_of(router) for router in self.routers]
 
     def _weight_of(self, router: Router) -> str:
-        """Return the name of a router's projection, which may be another than in the model."""
+        """Return the name of a router's projection, which may differ from the model's."""
         [(own, weight)] = [
             (name, p) for name, p in router.module.named_parameters() if is_projection(p)
         ]
@@ -206,14 +206,14 @@ class Checkpoint:
         return found
 
     def check(self, policy: Policy, name: str) -> None:
-        """Raise a :class:`~lm_eval_bh.errors.PolicyError` if a policy is for other routers."""
+        """Raise a :class:`~lm_eval_bh.errors.PolicyError` if a policy fits other routers."""
         policy.check(router_fingerprint(map(self.tensor, self.router_names)), name)
 
 
 def _read(path: Path, kind: Any) -> dict[str, Any]:
-    """Read a JSON file; raise ValueError if it is not what a TypedDict describes."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path.name} is no file")
+    """Read a JSON file; raise ValueError if it does not match a TypedDict."""
+    if path.exists() and not path.is_file():  # a pipe would block
+        raise ValueError(f"{path.name} is not a file")
     content: Any = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     if reason := mismatch(content, kind, path.name):
         raise ValueError(reason)
@@ -222,11 +222,11 @@ def _read(path: Path, kind: Any) -> dict[str, Any]:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"it holds {constant}, which is no JSON")
+    raise ValueError(f"it holds {constant}, which is not JSON")
 
 
 def _places(folder: Path) -> dict[str, str]:
-    """Return the file of every tensor, as transformers looks for them."""
+    """Return the file of every tensor, as found by transformers."""
     if (folder / WEIGHTS).is_file():
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             return dict.fromkeys(file.keys(), WEIGHTS)

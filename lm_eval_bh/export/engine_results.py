@@ -1,4 +1,4 @@
-"""Runs the script of an engine in its own environment, and believes no file before checking it."""
+"""Runs the script of an engine in its own environment, and checks the file it returns."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from typing import Any, TypedDict
 from lm_eval_bh.errors import ModelError
 from lm_eval_bh.validation import mismatch, shown
 
-# The last lines of what a failing engine says are read, however much it says.
+# Only the last bytes of a failing engine's messages are read.
 MOST_SAID = 65_536  # bytes
 
 
 class EngineScores(TypedDict):
-    """What :mod:`~lm_eval_bh.export.engine_scores` writes, for documents in the order given."""
+    """Result of :mod:`~lm_eval_bh.export.engine_scores`, for documents in the given order."""
 
-    log_probs: list[list[float | None]]  # of every token but a document's first
-    counts: list[list[int]] | None  # experts of each token, a list for each router's call
+    log_probs: list[list[float | None]]  # of every token except a document's first
+    counts: list[list[int]] | None  # experts per token, one list per call of a router
     seconds: float
     generated: list[int]
     engine: str
 
 
 def run_script(command: Sequence[str], folder: Path, seconds: float) -> tuple[int, str]:
-    """Run a command to its end, and return its exit code and the last line that it complained with.
+    """Run a command, and return its exit code and the last line of its error output.
 
     Parameters
     ----------
     command : sequence of str
-        The program first.
+        The program and its arguments.
     folder : Path
-        Where its messages are kept: a pipe would wait for helpers that outlive the program.
+        Folder for its messages: a pipe would wait for helpers that outlive the program.
     seconds : float
-        After these the program is killed with all helpers that it has started.
+        Time after which the program and its helpers are killed.
 
     Raises
     ------
@@ -54,11 +54,11 @@ def run_script(command: Sequence[str], folder: Path, seconds: float) -> tuple[in
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=file,
-            start_new_session=True,  # so that its helpers can be killed with it
+            start_new_session=True,  # so that its helpers can be killed too
         )
     try:
         code = process.wait(seconds)
-    except BaseException:  # Ctrl-C too, which does not reach another session
+    except BaseException:  # also Ctrl-C, which does not reach another session
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         raise
@@ -71,15 +71,15 @@ def run_script(command: Sequence[str], folder: Path, seconds: float) -> tuple[in
 
 
 def read_scores(path: Path, documents: Sequence[Sequence[int]], engine: str) -> EngineScores:
-    """Read what an engine wrote.
+    """Read the scores that an engine wrote.
 
-    Scores may be missing, at the end of a document or within; they are counted where they are
-    compared. More than there are tokens would belong to other documents.
+    Scores may be missing at the end of a document or within it; the comparison counts them. More
+    scores than tokens would belong to other documents.
 
     Raises
     ------
     ModelError
-        If there is no such file, or it is not what :class:`EngineScores` describes.
+        If there is no such file, or it does not match :class:`EngineScores`.
     """
     try:
         if not path.is_file():
@@ -91,7 +91,7 @@ def read_scores(path: Path, documents: Sequence[Sequence[int]], engine: str) -> 
     if wrong:
         raise ModelError(
             f"The engine {engine} did not return the scores of these documents ({wrong}): "
-            "run verify again, and where it stays so report which release of the engine this is."
+            "run verify again, and if it fails again, report the engine's release."
         )
     scores: EngineScores = found
     return scores

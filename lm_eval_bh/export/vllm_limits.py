@@ -1,4 +1,4 @@
-"""What vLLM is asked to do that no policy was compared under: refused before weights load."""
+"""Refuses vLLM settings under which no policy was verified, before weights load."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 from lm_eval_bh.errors import PolicyError
 from lm_eval_bh.export.vllm_names import FORCE_VARIABLE
 
-TESTED = ("0.32",)  # where tests ran
-READ = ("0.33",)  # where the interface was read, and is the same
+TESTED = ("0.32",)  # releases in which tests ran
+READ = ("0.33",)  # releases whose interface was read and is the same
 
 
 def check_engine(vllm_config: Any, version: str) -> list[str]:
-    """Return what was refused but for ``LM_EVAL_BH_FORCE=1``.
+    """Return the doubts that ``LM_EVAL_BH_FORCE=1`` overrides.
 
     Parameters
     ----------
     vllm_config : VllmConfig
-        How the model is served.
+        Configuration of the engine.
     version : str
-        Of vLLM.
+        Release of vLLM.
 
     Raises
     ------
     PolicyError
-        If policies are not known to hold so.
+        If policies were not verified with these settings.
     """
     doubts = list(_doubts(vllm_config, version))
     if doubts and os.environ.get(FORCE_VARIABLE) != "1":

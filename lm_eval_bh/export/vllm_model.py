@@ -31,12 +31,12 @@ _ROUTER = re.compile(
     r"(?:^|\.)layers\.(\d+)\.(?:mlp|block_sparse_moe|feed_forward)\.(?:gate|router)\.weight$"
 )
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_TABLE = re.compile(r"(?:^|\.)layers\.(\d+)\.[\w.]+\.selection\.(\w+)$")  # of an exported folder
+_TABLE = re.compile(r"(?:^|\.)layers\.(\d+)\.[\w.]+\.selection\.(\w+)$")  # in an exported folder
 
 
 @functools.cache
 def routed(own: type) -> type:
-    """Return a model class of vLLM whose routers ask a policy; all else is its own."""
+    """Return a model class of vLLM routed by a policy and otherwise unchanged."""
     body = {"__module__": own.__module__, "__doc__": own.__doc__}
     return types.new_class(
         own.__name__, (RoutedModel, own), exec_body=lambda names: names.update(body)
@@ -44,16 +44,16 @@ def routed(own: type) -> type:
 
 
 class RoutedModel:
-    """What stands before a model class of vLLM among the base classes, and routes it.
+    """Routes a model class of vLLM; precedes it among the base classes.
 
-    The policy is that of the exported folder that is loaded, or a file that the environment or
-    ``hf_overrides`` names.
+    The policy is that of the loaded exported folder, or a file named by the environment or by
+    ``hf_overrides``.
 
     Raises
     ------
     PolicyError
-        If the file is damaged, for other routers, or cannot be expressed; if vLLM is asked for what
-        no policy was compared under.
+        If the file is damaged, was made for other routers, or cannot be run; or if vLLM has
+        settings under which no policy was verified.
     """
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **arguments: Any) -> None:
@@ -79,15 +79,15 @@ class RoutedModel:
         self._say(policy_file(of_model.hf_config), doubts)
 
     def _placed(self, vllm_config: Any) -> dict[int, Route]:
-        """Return the routes of this stage of a pipeline, by the place of the layer in a policy."""
+        """Return the routes of this pipeline stage by the layers' places in a policy."""
         whole = vllm_config.parallel_config.pipeline_parallel_size == 1
         all_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
         decided = self._policy.num_layers if self._policy else len(self._exported["layers"])  # type: ignore[index]
         if decided != (len(self._layers) if whole else all_layers):
             raise PolicyError(
-                f"The policy decides {decided} layers, and {self._name} has {all_layers}, "
+                f"The policy has {decided} layers, and {self._name} has {all_layers}, "
                 f"{len(self._layers)} of them with experts here: give a policy of this model, and "
-                "no pipeline where some layers have no experts."
+                "use no pipeline if some layers have no experts."
             )
         return dict(enumerate(self.routes)) if whole else self._layers
 
@@ -113,11 +113,11 @@ class RoutedModel:
 
     @property
     def routes(self) -> list[Route]:
-        """The routes of the layers, in their order."""
+        """The routes of the layers, in order."""
         return list(self._layers.values())
 
     def decide_by(self, policy: Policy | None) -> None:
-        """Let a policy decide in all layers, or for None the engine's own top-k."""
+        """Use a policy in all layers, or for None the engine's own top-k."""
         if policy is None:
             for route in self.routes:
                 route.decide_by(None)
@@ -126,7 +126,7 @@ class RoutedModel:
         given = (policy.num_experts, policy.native_top_k)
         if given != (first.num_experts, first.native_k):
             raise PolicyError(
-                f"The policy is for {given[1]} of {given[0]} experts, and {self._name} takes "
+                f"The policy is for {given[1]} of {given[0]} experts, but {self._name} uses "
                 f"{first.native_k} of {first.num_experts}: make one for {self._name}."
             )
         methods = layer_methods(policy, softmax=first.softmax)
@@ -134,7 +134,7 @@ class RoutedModel:
             route.decide_by(methods[place])
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the weights; the policy must be for their routers."""
+        """Load the weights, and check that the policy was made for them."""
         seen: dict[int, Tensor] = {}
         loaded: set[str] = super().load_weights(self._watched(weights, seen))  # type: ignore[misc]
         if self._policy is not None and not self._checked and seen:
@@ -145,7 +145,7 @@ class RoutedModel:
     def _watched(
         self, weights: Iterable[tuple[str, Tensor]], seen: dict[int, Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Pass weights on, keep those of routers, and take the tables of an exported folder."""
+        """Pass on weights, keep those of routers, and load the tables of an exported folder."""
         for name, tensor in weights:
             if table := _TABLE.search(name):
                 if route := self._layers.get(int(table[1])):
@@ -157,7 +157,7 @@ class RoutedModel:
 
 
 def _bound(model: Any, routes: list[Route], rescales: bool) -> dict[int, Route]:
-    """Return the route of every layer that has one, by number; raise if a layer has none."""
+    """Return the routes by layer number; raise if a layer with experts has none."""
     by_router = {id(route.router): route for route in routes}
     found = {}
     for runner in model.modules():
@@ -167,30 +167,30 @@ def _bound(model: Any, routes: list[Route], rescales: bool) -> dict[int, Route]:
         if number is None or route is None or runner.routed_experts.quant_method.is_monolithic:
             raise PolicyError(
                 f"The layer {runner.layer_name} of {type(model).__name__} routes inside a kernel, "
-                "where no policy reaches: serve the model without one."
+                "where a policy has no effect: serve the model without one."
             )
         route.bind(runner, rescales=rescales)
         found[int(number[1])] = route
     if not found:
         raise PolicyError(
-            f"{type(model).__name__} has no experts that vLLM routes, so there is nothing for a "
-            "policy to decide: serve it without one, or in vLLM's own code (--model-impl vllm)."
+            f"{type(model).__name__} has no experts that vLLM routes, so a policy has no effect: "
+            "serve it without one, or in vLLM's own code (--model-impl vllm)."
         )
     return dict(sorted(found.items()))
 
 
 def _checked(policy: Policy, of_model: Any) -> bool:
-    """Whether a model's files lie here and are those that the policy is for."""
+    """Return whether a model's files are local and match the policy."""
     try:
         checkpoint = Checkpoint.find(of_model.model, of_model.revision, download=False)
-    except ModelError:  # then the weights are looked at while they are loaded
+    except ModelError:  # then weights are checked while loading
         return False
     checkpoint.check(policy, of_model.model)
     return True
 
 
 def _exported(of_model: Any) -> dict[str, Any] | None:
-    """Return what an exported folder says of its routing, or None if the model is none."""
+    """Return the routing of an exported folder, or None for other models."""
     found: dict[str, Any] | None = getattr(of_model.hf_config, EXPORTED, None)
     if found is not None and found["format_version"] != FORMAT_VERSION:
         raise PolicyError(

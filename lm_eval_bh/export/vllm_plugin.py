@@ -1,4 +1,4 @@
-"""What vLLM calls in each of its processes: where a policy is named, vLLM's own model asks it."""
+"""The plugin that vLLM loads in each process: applies a named policy to vLLM's models."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lm_eval_bh.export.vllm_names import EXPORTED, PREFIX, policy_file
 
 
 def register() -> None:
-    """Let policies into vLLM's models; nothing heavy is imported, and no model changes without one.
+    """Enable policies in vLLM's models; without a policy, nothing changes.
 
-    The environment variable ``LM_EVAL_BH_POLICY`` names a policy file for the model that is served,
-    and so does ``hf_overrides={"lm_eval_bh_policy": FILE}``. An exported folder needs neither.
+    The environment variable ``LM_EVAL_BH_POLICY`` names a policy file for the served model, as does
+    ``hf_overrides={"lm_eval_bh_policy": FILE}``. An exported folder needs neither.
     """
     from vllm import ModelRegistry
 
@@ -31,9 +31,9 @@ def register() -> None:
 
 
 def _routes(model_config: Any, own: type) -> bool:
-    """Whether a model is to be routed: the draft of speculative decoding is none of these."""
+    """Return whether to route a model, which excludes drafts of speculative decoding."""
     if model_config.runner_type == "draft":
         return False
-    if hasattr(model_config.hf_config, EXPORTED):  # in transformers its own code routes
+    if hasattr(model_config.hf_config, EXPORTED):  # in transformers the folder's own code routes
         return not own.__module__.startswith("vllm.model_executor.models.transformers")
     return bool(policy_file(model_config.hf_config))

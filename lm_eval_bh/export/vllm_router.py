@@ -1,4 +1,4 @@
-"""One layer's router in vLLM: the engine's own ranks and weighs, a method decides."""
+"""One layer's router in vLLM: the engine ranks and weighs experts, a method decides."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lm_eval_bh.routing.methods.pick import pick, repeated
 from lm_eval_bh.routing.methods.reading import choice_scores
 from lm_eval_bh.routing.methods.router import RouterOutput, softmax_output
 
-# What a router of vLLM may be made with that leaves no ranking of experts for a method to look at.
+# Arguments of vLLM's routers that leave a method no ranking of experts to use.
 FOREIGN = ("custom_routing_function", "hash_indices_table", "zero_expert_type", "eplb_state")
 _by_name: dict[str, Route] = {}
 
@@ -26,33 +26,33 @@ _by_name: dict[str, Route] = {}
 class Route:
     """The routing function of one layer, which vLLM's :class:`CustomRoutingRouter` calls.
 
-    Correction bias, groups and scaling stay those of the router that vLLM makes for the family:
-    it is asked for as many experts as the method has to see.
+    Correction bias, groups and scaling stay those of vLLM's router for the family, which returns as
+    many experts as the method needs.
 
     Parameters
     ----------
     create : callable
         vLLM's ``create_fused_moe_router``.
     arguments : keyword arguments
-        What vLLM makes the layer's router of.
+        vLLM's arguments for the layer's router.
 
     Attributes
     ----------
     router : CustomRoutingRouter
-        What vLLM's layer gets in place of its own.
+        The router that vLLM's layer gets.
     method : Method or None
-        What decides; None leaves the engine's own top-k.
+        The method; None leaves the engine's own top-k.
     native_k, num_experts : int
-        How many experts the model takes, and of how many.
+        The model's top-k, and its experts per layer.
     scale : float
-        What vLLM multiplies the experts' sum by, and transformers their weights.
+        Factor by which vLLM multiplies the experts' sum, and transformers their weights.
     watch : callable or None
-        Is given the weights and experts ``[tokens, slots]`` of every pass.
+        Called with the weights and experts ``[tokens, slots]`` of every pass.
 
     Raises
     ------
     PolicyError
-        If the layer routes by something that is no ranking of its experts.
+        If the layer does not route by a ranking of its experts.
     """
 
     def __init__(self, create: Callable[..., Any], arguments: dict[str, Any]) -> None:
@@ -60,8 +60,8 @@ class Route:
         foreign += ["num_fused_shared_experts"] * bool(arguments.get("num_fused_shared_experts"))
         if foreign:
             raise PolicyError(
-                f"This model's routers are made with {foreign[0]}, which no policy was compared "
-                "with: serve it without a policy, or give a model whose routers rank experts."
+                f"This model's routers use {foreign[0]}, with which no policy was compared: "
+                "serve it without a policy, or give a model whose routers rank experts."
             )
         self._own = create(**arguments)
         self.native_k: int = arguments["top_k"]
@@ -85,19 +85,19 @@ class Route:
 
     @property
     def softmax(self) -> bool:
-        """Whether the weights are a softmax of the logits, rescaled or not, as hf-bh has it."""
+        """Whether the weights are a softmax of the logits, rescaled or not, as in hf-bh."""
         return self._plain and self.scale == 1.0
 
     def bind(self, runner: Any, *, rescales: bool) -> None:
-        """Take one layer for one's own, before its weights are loaded.
+        """Attach to one layer, before its weights are loaded.
 
         Parameters
         ----------
         runner : MoERunner
-            The layer's.
+            The layer's runner.
         rescales : bool
-            Whether the model's configuration says that weights are rescaled: vLLM's OLMoE does not
-            ask it.
+            Whether the model's configuration says that weights are rescaled, which vLLM's OLMoE
+            ignores.
         """
         self.scale = float(getattr(runner, "routed_scaling_factor", 1.0))
         self._rescales = self._rescales or rescales
@@ -106,7 +106,7 @@ class Route:
         self._runner = runner
 
     def decide_by(self, method: Method | None) -> None:
-        """Let a method decide from now on, or the engine's own top-k."""
+        """Use a method from now on, or the engine's own top-k."""
         self.method = method if method is None else method.to(self._runner.moe_config.device)
         slots = self.native_k if method is None else method.max_k
         self.router.top_k = self._runner.moe_config.experts_per_token = slots
@@ -116,7 +116,7 @@ class Route:
         self, hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
     ) -> tuple[Tensor, Tensor]:
         """Return weights, float32, and experts, int32, of ``[tokens, topk]``."""
-        if torch.compiler.is_compiling():  # no graph may keep what another policy decided
+        if torch.compiler.is_compiling():  # no graph may keep another policy's decisions
             return _route(hidden_states, gating_output, self._name, topk)  # type: ignore[no-any-return]
         weights, indices = self.decided(hidden_states, gating_output)
         if self.watch is not None:
@@ -124,7 +124,7 @@ class Route:
         return weights, indices
 
     def decided(self, hidden_states: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the method decides, unused slots filled with an expert of weight 0."""
+        """Return the method's decisions, with unused slots filled by an expert of weight 0."""
         if self.method is None:
             self._own.top_k = self.native_k
             weights, indices = self._own._compute_routing(hidden_states, logits, None)
@@ -134,7 +134,7 @@ class Route:
         return weights.contiguous(), picked.indices.int().contiguous()
 
     def said(self, hidden_states: Tensor, logits: Tensor) -> RouterOutput:
-        """Return what the router says of ``[tokens]``, as hf-bh's hook would read it."""
+        """Return the router's output for ``[tokens]``, as read by hf-bh's hook."""
         assert self.method is not None
         slots = self.method.asks(self.native_k)
         step = decode_step(len(logits), logits.device) if self.method.joint else None
@@ -172,16 +172,16 @@ def _route(hidden_states: Tensor, logits: Tensor, layer: str, slots: int) -> tup
 
 @_route.register_fake
 def _(hidden_states: Tensor, logits: Tensor, layer: str, slots: int) -> tuple[Tensor, Tensor]:
-    weights = logits.new_empty((logits.shape[0], slots), dtype=torch.float32)  # len() would fix it
+    weights = logits.new_empty((logits.shape[0], slots), dtype=torch.float32)  # len() is fixed
     return weights, weights.new_empty(weights.shape, dtype=torch.int32)
 
 
 @contextmanager
 def routes_made() -> Iterator[list[Route]]:
-    """Let every layer that vLLM makes meanwhile be routed by a :class:`Route` of the list.
+    """Route every layer that vLLM creates within the context by a :class:`Route`.
 
-    vLLM takes a router only when a layer is made, which its models do by themselves; its factory
-    of routers is called in one place.
+    vLLM takes a router only when a layer is made, which its models do themselves; its factory of
+    routers is called in one place.
     """
     original, made = fused_moe.create_fused_moe_router, list[Route]()
 

@@ -1,4 +1,4 @@
-"""Which tokens of a forward pass of vLLM are decided together: those that are decoded."""
+"""Finds the tokens that vLLM decodes together in a forward pass."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 
 
 def decode_step(tokens: int, device: torch.device) -> Tensor | None:
-    """Return ``RouterOutput.step`` of the pass that runs now.
+    """Return ``RouterOutput.step`` of the current pass.
 
-    Tokens of requests that add one token are one step, 0. Those of a longer piece of a prompt are
-    decided alone, -1, and so is what fills the batch up. None where the pass tells nothing, as
-    while memory is measured.
+    Tokens of requests that add one token form one step, 0. Tokens of longer parts of a prompt, and
+    those that fill up the batch, have -1 and are decided alone. None if the pass has no metadata,
+    as while memory is profiled.
 
     Parameters
     ----------
     tokens : int
-        Of the pass, padding too.
+        Number of tokens of the pass, including padding.
     device : torch.device
-        Where the result is wanted: int64 ``[tokens]``.
+        Device of the result: int64 ``[tokens]``.
     """
     if not is_forward_context_available():
         return None

@@ -1,1 +1,1 @@
-"""Where lm-eval meets routing: the hf-bh model, its logs, the plugin hooks."""
+"""Connects lm-eval with routing: the hf-bh model, its logs, the plugin hooks."""

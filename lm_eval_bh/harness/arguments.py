@@ -1,4 +1,4 @@
-"""From ``--model_args`` to a routing configuration, contradictions named."""
+"""Turns ``--model_args`` into a routing configuration, and names contradictions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lm_eval_bh.routing.parameters import ALIASES, canonical
 
 DEFAULT_ALPHA = 0.4
 
-# Every argument of hf-bh that decides about routing: a null model matters, but is no number.
+# Every routing argument of hf-bh: the null model matters too, but is not a parameter.
 ROUTING_ARGUMENTS = frozenset(PARAMETERS) | {"null_model"}
 ROUTING_NAMES = ROUTING_ARGUMENTS | {
     alias for alias, name in ALIASES.items() if name in ROUTING_ARGUMENTS
@@ -21,18 +21,18 @@ ROUTING_NAMES = ROUTING_ARGUMENTS | {
 
 
 def routing_config(arguments: Mapping[str, Any]) -> RoutingConfig:
-    """Return the configuration that the arguments of ``hf-bh`` ask for.
+    """Return the routing configuration for the arguments of ``hf-bh``.
 
     Parameters
     ----------
     arguments : mapping
-        Parameters of :class:`~lm_eval_bh.routing.config.RoutingConfig` by name or alias, None for
-        what was not given; and ``null_model``, which is only looked at: whether one was given.
+        Parameters of :class:`~lm_eval_bh.routing.config.RoutingConfig` by name or alias, None if
+        not given; and ``null_model``, of which only the presence matters.
 
     Raises
     ------
     ParameterError
-        If a value is out of range, or has no meaning beside another.
+        If a value is out of range, or contradicts another.
     """
     given = {name: value for name, value in canonical(arguments).items() if value is not None}
     for target in ("target_experts", "target_distinct"):
@@ -44,7 +44,7 @@ def routing_config(arguments: Mapping[str, Any]) -> RoutingConfig:
     null_model = given.pop("null_model", None)
     method = METHODS.get(str(given.get("rule")))
     own = ALPHA if method is None else method.declared.get("alpha", ALPHA)
-    usual = own.default == ALPHA.default  # else the method has one of its own
+    usual = own.default == ALPHA.default  # otherwise the method has its own
     config = RoutingConfig.named(({"alpha": DEFAULT_ALPHA} if usual else {}) | given)
     meaningless = {}
     if not config.adaptive or config.method.recorded:
@@ -54,7 +54,7 @@ def routing_config(arguments: Mapping[str, Any]) -> RoutingConfig:
     for name, value in meaningless.items():
         if value is not None:
             raise ParameterError(
-                f"{name}={value!r} has no meaning with rule={config.rule}, which tests nothing: "
+                f"{name}={value!r} has no meaning with rule={config.rule}, which is not a test: "
                 "leave it out."
             )
     if not config.adaptive and given.get("min_k", config.max_k) != config.max_k:
@@ -66,10 +66,10 @@ def routing_config(arguments: Mapping[str, Any]) -> RoutingConfig:
 
 
 def arguments_of(rule: str, common: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a rule takes of arguments that several rules were given together.
+    """Return the arguments that a rule takes, among those given for several rules.
 
-    A rule without test takes no null model, static top-k stays plain, and only a rule that draws
-    takes a seed.
+    A rule other than a test takes no null model, static top-k takes nothing else, and only a random
+    rule takes a seed.
 
     Parameters
     ----------

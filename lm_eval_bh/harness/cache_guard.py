@@ -1,7 +1,7 @@
-"""Keeps lm-eval's request cache from answering for another routing.
+"""Keeps lm-eval's request cache from answering for a different routing.
 
-``--use_cache`` looks answers up by the request alone. A cache that was filled at another alpha
-would answer for this one without a word, so the cache is marked with the routing that filled it.
+``--use_cache`` looks answers up by the request alone. A cache filled at another alpha would answer
+silently for this one, so the cache is marked with the routing that filled it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MARK = "lm_eval_bh routing"
 
 
 class CountingCache(SqliteDict):
-    """A cache that says of every request that it answers it."""
+    """A cache that reports every request that it answers."""
 
     on_hit: Callable[[], None]
 
@@ -31,14 +31,14 @@ class CountingCache(SqliteDict):
 
 
 def guard(cache: Any, routing: dict[str, Any], on_hit: Callable[[], None]) -> None:
-    """Mark a new cache with the routing, refuse one of another routing, and count its answers.
+    """Mark a new cache with the routing, refuse another routing's, and count its answers.
 
     Parameters
     ----------
     cache : SqliteDict
         lm-eval's cache.
     routing : dict
-        Everything the answers depend on, as plain values.
+        Everything that answers depend on, as plain values.
     on_hit : callable
         Called for every request that the cache answers.
 
@@ -57,7 +57,7 @@ def guard(cache: Any, routing: dict[str, Any], on_hit: Callable[[], None]) -> No
             "give --use_cache another path."
         )
     cache.on_hit = on_hit
-    cache.__class__ = CountingCache  # lm-eval holds the very object, so it cannot be wrapped
+    cache.__class__ = CountingCache  # lm-eval holds this object, so it cannot be wrapped
 
 
 def _difference(found: str | None, routing: dict[str, Any]) -> str:

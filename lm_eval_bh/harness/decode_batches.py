@@ -1,4 +1,4 @@
-"""Which rows of an evaluation are decoded together, whatever the batch size of its passes."""
+"""Chooses which rows are decoded together, independently of the batch size."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 def decode_batches(
     rows: Sequence[tuple[str, Hashable]], decode_batch: int, seed: int
 ) -> list[list[int]]:
-    """Put requests together whose rows are decoded side by side.
+    """Group requests whose rows are decoded side by side.
 
-    The order is drawn, so that documents of one length or one subject do not come together; it
-    depends on the requests and the seed, and on nothing else.
+    The order is random, so that documents of similar length or subject do not end up together; it
+    depends only on the requests and the seed.
 
     Parameters
     ----------
     rows : sequence of (str, hashable)
-        For each request its task, and what names its row; requests of equal ones share the row.
+        For each request its task and a key of its row; requests with equal keys share a row.
     decode_batch : int
-        How many rows a batch has; the last one of a task may have fewer.
+        Rows per batch; the last one of a task may have fewer.
     seed : int
-        Of the order.
+        Seed of the order.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Loads the texts of the ``bh_demo_*`` tasks, which ship with the package."""
+"""Loads the texts of the ``bh_demo_*`` tasks, which are shipped with the package."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def load_demo(bh_demo_text: str, **_: Any) -> DatasetDict:
     Parameters
     ----------
     bh_demo_text
-        ``wikitext``, ``lambada`` or ``hellaswag``: the data set whose format the text has.
+        ``wikitext``, ``lambada`` or ``hellaswag``: the data set whose format the text follows.
     **_
-        All that lm-eval knows of the run (the task's metadata, the model's arguments); not used.
+        Metadata of the task and arguments of the model, from lm-eval; unused.
 
     Raises
     ------
@@ -44,7 +44,7 @@ def load_demo(bh_demo_text: str, **_: Any) -> DatasetDict:
 
 
 def demo_documents(count: int) -> list[str]:
-    """Return the first documents of all demo texts in turn; fewer where there are fewer."""
+    """Return the first documents of all demo texts in turn, fewer if there are fewer."""
     texts = [load_demo(name)["test"] for name in FIELDS]
     longest = max(map(len, texts))
     found = [_whole(rows[row]) for row in range(longest) for rows in texts if row < len(rows)]
@@ -52,7 +52,7 @@ def demo_documents(count: int) -> list[str]:
 
 
 def _whole(row: dict[str, Any]) -> str:
-    if "endings" in row:  # HellaSwag's, with the right one
+    if "endings" in row:  # HellaSwag: with the correct ending
         return f"{row['ctx_a']} {row['ctx_b']} {row['endings'][int(row['label'])]}"
     return str(row.get("page") or row["text"])
 

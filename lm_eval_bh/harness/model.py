@@ -54,27 +54,27 @@ from lm_eval_bh.routing.policy import Policy, beside_policy
 
 
 class BHLM(HFLM):
-    """A Hugging Face mixture-of-experts model whose routers ask a multiple-testing question.
+    """A Hugging Face mixture-of-experts model routed by a method of this package.
 
-    Everything that ``--model hf`` takes is taken too; see HFLM.
+    It takes all arguments of ``--model hf`` too; see HFLM.
 
     Parameters
     ----------
     pretrained : str
-        A hub name, a folder, or a model that ships: ``tiny-olmoe`` or ``tiny-glm``.
+        A hub name, a folder, or a shipped model: ``tiny-olmoe`` or ``tiny-glm``.
     policy : path
-        A policy file, in place of all parameters of routing.
+        A policy file, in place of all routing parameters.
     null_model : str
         ``auto``, or the path of a null model; ``kde=`` is an alias.
     experts_implementation : str
-        What computes the experts, see
+        The experts implementation, see
         :class:`~lm_eval_bh.routing.patching.integration.BHRoutingIntegration`; ``experts=`` is an
         alias.
     log_routing, log_dir, log_samples, log_logits
         See :class:`~lm_eval_bh.harness.logs.log_options.LogOptions`.
     **kwargs
-        The parameters of :class:`~lm_eval_bh.routing.config.RoutingConfig`, where ``alpha`` is 0.4
-        unless given; all else is HFLM's.
+        Parameters of :class:`~lm_eval_bh.routing.config.RoutingConfig`, where ``alpha`` is 0.4 by
+        default; all others are HFLM's.
 
     Raises
     ------
@@ -85,7 +85,7 @@ class BHLM(HFLM):
     ModelError
         If the model cannot be loaded or has no routers.
     NullModelError
-        If no null model serves it.
+        If no null model fits it.
     """
 
     @accepts(ALIASES)
@@ -119,8 +119,8 @@ class BHLM(HFLM):
         )
         if options.details and kwargs.get("tp_plan"):
             raise ParameterError(
-                f"log_routing={log_routing} does not work with tp_plan, whose processes do not "
-                "know of each other here: use log_routing=summary."
+                f"log_routing={log_routing} does not work with tp_plan, whose processes cannot "
+                "coordinate here: use log_routing=summary."
             )
         if options.log_dir is not None:
             check_writable(Path(options.log_dir))
@@ -142,10 +142,10 @@ class BHLM(HFLM):
             raise ModelError(
                 f"The model {name!r} could not be loaded ({reason}): "
                 "check its name and the network, "
-                f"or use pretrained={TINY_OLMOE}, which ships and needs none."
+                f"or use pretrained={TINY_OLMOE}, which needs no download."
             ) from error
         if hasattr(self, "accelerator"):
-            # HFLM takes its rank from the accelerator only where there are several CUDA devices.
+            # HFLM takes its rank from the accelerator only with several CUDA devices.
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
             self._device = self.accelerator.device
@@ -166,21 +166,21 @@ class BHLM(HFLM):
         announce_evaluations()
 
     def reroute(self, config: RoutingConfig | Policy, options: LogOptions) -> None:
-        """Route another way, and begin the logs of another evaluation.
+        """Change the routing, and start the logs of another evaluation.
 
-        Weights are not loaded again, nor is a null model that serves.
+        Weights are not loaded again, nor is a null model that still fits.
 
         Parameters
         ----------
         config : RoutingConfig or Policy
-            How the experts are selected from now on.
+            The new routing.
         options : LogOptions
-            What is logged from now on.
+            The new log options.
 
         Raises
         ------
         BHError
-            If it does not fit the model; then the old routing stays in force.
+            If the routing does not fit the model; then the old one stays in force.
         DataError
             If the logs cannot be written.
         """
@@ -211,7 +211,7 @@ class BHLM(HFLM):
         self.start_log(options)
 
     def start_log(self, options: LogOptions) -> None:
-        """Begin the logs of another evaluation; all processes must do so at once.
+        """Start the logs of another evaluation; all processes must do so together.
 
         Raises
         ------
@@ -224,9 +224,9 @@ class BHLM(HFLM):
         self.log = RunLog(self.integration, options, new_run_id(self.world_size), self.rank)
 
     def begin_evaluation(self) -> None:
-        """Begin the logs of another evaluation; lm-eval's evaluator calls it on every process.
+        """Start the logs of another evaluation; lm-eval's evaluator calls it on every process.
 
-        Whatever an earlier evaluation has logged stays with that one, finished or not.
+        The logs of an earlier evaluation stay separate, finished or not.
         """
         self.start_log(self.log.options)
 
@@ -251,13 +251,13 @@ class BHLM(HFLM):
                     f"{name} is given twice, as {arg_dict[name]} in --model_args and as {value} by "
                     f"--{name}: leave it out of --model_args."
                 )
-        # lm-eval names the results folder after it.
+        # lm-eval names the results folder after this.
         arg_dict.setdefault("pretrained", DEFAULT_MODEL)
         return super().create_from_arg_obj(arg_dict, additional_config)  # type: ignore[no-any-return]
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         check_model_config(self.config, self.routing_config)  # before any weights are read
-        if self._quantization is not None:  # HFLM knows that of the model's own files alone
+        if self._quantization is not None:  # HFLM only knows quantization from the model's files
             kwargs["quantization_config"] = self._quantization
         super()._create_model(*args, **kwargs)
 
@@ -284,13 +284,13 @@ class BHLM(HFLM):
         return result
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generate text, see HFLM; requests of other generation options after one another."""
+        """Generate text, see HFLM; requests are grouped by generation options."""
         groups: dict[str, list[int]] = defaultdict(list)
         for position, request in enumerate(requests):
             groups[repr(request.args[1])].append(position)
         result = [""] * len(requests)
         with self._serving(requests) as served:
-            for positions in groups.values():  # HFLM would mix up their order
+            for positions in groups.values():  # HFLM would change their order
                 served.expect_prompts(positions)
                 some = [requests[p] for p in positions]
                 rows = self.routing_config.decode_batch
@@ -303,19 +303,19 @@ class BHLM(HFLM):
     @contextmanager
     def _serving(self, requests: list[Instance]) -> Iterator[ServedRequests]:
         self._own_routing()
-        # Requests by hand, without lm-eval's evaluator, go on with a log until it has ended.
+        # Requests without lm-eval's evaluator continue a log until it has ended.
         if self.log.ended and self.world_size == 1:
             self.begin_evaluation()
         with self.log.serving(requests) as served:
             yield served
 
     def _own_routing(self) -> None:
-        """Make sure that the model, which others may hold too, is routed as this object says.
+        """Make sure that the model is still routed by this object.
 
         Raises
         ------
         ModelError
-            If another integration has patched it since.
+            If another integration has patched the model since.
         """
         if self.integration.patched:
             return
@@ -323,15 +323,15 @@ class BHLM(HFLM):
             self.integration.patch_model()
         except ModelError as error:
             raise ModelError(
-                "The model is no longer routed by this hf-bh object: another one has patched it "
-                "since. Call lm_eval_bh.unpatch(model), or evaluate the other object."
+                "The model is no longer routed by this hf-bh object, since another one has patched "
+                "it. Call lm_eval_bh.unpatch(model), or evaluate the other object."
             ) from error
 
     def barrier(self) -> None:
-        """Wait for all processes, and bring their counters to the first one.
+        """Wait for all processes, and send their counters to the first one.
 
-        lm-eval calls it on every process after every kind of request, even where a cache has
-        answered them all.
+        lm-eval calls it on every process after every kind of request, even if a cache has answered
+        them all.
         """
         super().barrier()
         self.log.collect(self.gather_object(self.log.state(), dst=0))
@@ -346,8 +346,8 @@ class BHLM(HFLM):
             if decode_batch is None:
                 result = super()._loglikelihood_tokens(requests, disable_tqdm, **kwargs)
                 return result
-            # One pass a group, whatever --batch_size says: a token's experts and what its step
-            # reads depend on which rows are decoded beside it.
+            # One pass per group, whatever --batch_size: a token's experts, and those that its step
+            # reads, depend on the rows decoded with it.
             result = [(0.0, False)] * len(requests)
             groups = decode_batches(
                 self.log.served.row_names(requests, self.logits_cache),
@@ -365,7 +365,7 @@ class BHLM(HFLM):
 
     @contextmanager
     def _passes_of(self, rows: int) -> Iterator[None]:
-        """Let HFLM make passes of this many rows inside."""
+        """Let HFLM make passes with this many rows."""
         before = vars(self)["batch_size_per_gpu"]
         self.batch_size_per_gpu = rows
         try:
@@ -376,16 +376,17 @@ class BHLM(HFLM):
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
         if self.routing_config.method.recorded:
             raise ParameterError(
-                "batch_size=auto tries tokens that no log has: give a number with rule=replay."
+                "batch_size=auto probes with tokens that no log has: give a number with "
+                "rule=replay."
             )
-        with self.log.recorder.expecting(ExpectedRows()):  # probes are nobody's
+        with self.log.recorder.expecting(ExpectedRows()):  # probes have no owner
             return int(super()._detect_batch_size(*args, **kwargs))
 
     def _warm_up(self, inps: Tensor) -> None:
-        """Run a row through the model before the first pass that is measured.
+        """Run a row through the model before the first measured pass.
 
-        The first pass on a device and in a type pays for libraries, kernels and memory, up to 14
-        times what the others take: whichever came first would look that slow.
+        The first pass on a device and in a dtype also loads libraries, kernels and memory, and
+        takes up to 14 times as long: whichever experiment came first would look slow.
         """
         key = inps.device, self.model.dtype
         if key not in self._warm and not self.routing_config.method.recorded:
@@ -397,7 +398,7 @@ class BHLM(HFLM):
         if not (args or kwargs):
             self._warm_up(inps)
         with self.log.recorder.forward(inps) as (real, decoded):
-            if self.peft:  # prompt tuning adds tokens of its own
+            if self.peft:  # prompt tuning adds virtual tokens
                 real = None
             with nullcontext() if real is None else self.integration.real_tokens(real, decoded):
                 logits: Tensor = super()._model_call(inps, *args, **kwargs)
@@ -407,7 +408,7 @@ class BHLM(HFLM):
     def tok_batch_encode(
         self, strings: list[str], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Tokenise a batch of prompts, see HFLM; remembers them for the generation that follows."""
+        """Tokenise a batch of prompts, see HFLM; remembers them for the next generation."""
         self.log.served.note_batch(strings)
         return super().tok_batch_encode(strings, *args, **kwargs)  # type: ignore[no-any-return]
 
@@ -415,7 +416,7 @@ class BHLM(HFLM):
         self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any
     ) -> Tensor:
         owners, mask = self.log.served.take_batch(), kwargs.get("attention_mask")
-        if mask is None:  # not lm-eval's call: it belongs to no request
+        if mask is None:  # not lm-eval's call, so no request's
             owners, mask = [], context
         self._warm_up(context)
         eos = kwargs.get("eos_token_id", self.model.generation_config.eos_token_id)
@@ -431,7 +432,7 @@ class BHLM(HFLM):
         return output
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Take lm-eval's request cache, unless it was filled under another routing."""
+        """Take lm-eval's request cache, unless another routing filled it."""
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is not None:
             null = self.integration.null_model
@@ -451,10 +452,10 @@ class BHLM(HFLM):
         self.log.cached_requests += 1
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what HFLM tells about the model and, under ``bh``, the routing and its summary.
+        """Return HFLM's model information and, under ``bh``, the routing and its summary.
 
-        lm-eval calls this once, on the first process, after the evaluation, and writes it into
-        ``results["config"]``; so it is also where the logs are finished.
+        lm-eval calls this once, on the first process, after the evaluation, and writes the result
+        into ``results["config"]``; so this also finishes the logs.
         """
         self.log.finish()
         info: dict[str, Any] = super().get_model_info()

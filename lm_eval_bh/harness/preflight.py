@@ -1,4 +1,4 @@
-"""What can be known of a run before any weights load: names, values, files, the model's config."""
+"""Checks before weights load: names, values, files, the model's config."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lm_eval_bh.routing.patching.experts_switch import check_implementation
 from lm_eval_bh.routing.placement import placement
 from lm_eval_bh.routing.tables.null_model import NullModel
 
-WEIGHTS_INDEX = "model.safetensors.index.json"  # of a model whose weights are several files
-# What HFLM hands on to from_pretrained; any other name it does not know is a misspelling.
+WEIGHTS_INDEX = "model.safetensors.index.json"  # for weights in several files
+# Arguments that HFLM passes to from_pretrained; any other unknown name is a misspelling.
 FROM_PRETRAINED = frozenset(
     {
         "attn_implementation",
@@ -57,7 +57,7 @@ OWN_NAMES = frozenset(
 
 
 def check_names(given: Iterable[str]) -> None:
-    """Raise a :class:`ParameterError` for a name that neither hf-bh nor HFLM takes."""
+    """Raise a :class:`ParameterError` for a name that is unknown to hf-bh and HFLM."""
     from lm_eval.models.huggingface import HFLM
 
     known = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
@@ -71,19 +71,19 @@ def check_names(given: Iterable[str]) -> None:
 
 
 def check_routes(config: RoutingConfig) -> None:
-    """Raise if a configuration replays a log that is not there.
+    """Raise if a configuration replays a missing log.
 
     Raises
     ------
     DataError
-        If there is none in the folder, or more than one.
+        If the folder has no log, or more than one.
     """
     if config.method.recorded and config.routes is not None:
         find_log(config.routes)
 
 
 def say_download(pretrained: object) -> None:
-    """Say on stderr how large hf-bh's own choice of a model is, if it is not on this machine."""
+    """State the size of hf-bh's default model on stderr, if it has to be downloaded."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     if pretrained != DEFAULT_MODEL or constants.HF_HUB_OFFLINE:
@@ -97,7 +97,7 @@ def say_download(pretrained: object) -> None:
 
 
 def given_null_model(null_model: str | None) -> str | NullModel:
-    """Return the null model of a path, loaded if it is a file; "auto" and folders as they are.
+    """Load the null model if its path is a file; return "auto" and folders unchanged.
 
     Raises
     ------
@@ -130,14 +130,14 @@ def check_model_config(config: Any, routing: RoutingConfig) -> None:
 def check_run(
     pretrained: str, arguments: Mapping[str, Any], routings: Iterable[RoutingConfig]
 ) -> None:
-    """Raise what a run with these model arguments would raise before its weights load.
+    """Raise the errors of a run with these model arguments, before weights load.
 
-    A model that is not on this machine is not asked for.
+    A model that is not on this machine is not downloaded.
 
     Raises
     ------
     ParameterError, NullModelError
-        If an argument is unknown or cannot serve, or a configuration does not fit the model.
+        If an argument is unknown or unusable, or a configuration does not fit the model.
     """
     from transformers import AutoConfig
 
@@ -152,7 +152,7 @@ def check_run(
             revision=arguments.get("revision", "main"),
             local_files_only=True,
         )
-    except (OSError, ValueError):  # elsewhere, or the run says why
+    except (OSError, ValueError):  # not on this machine, or the run says why
         return
     for routing in routings:
         check_model_config(config, routing)

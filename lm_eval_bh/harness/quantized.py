@@ -1,7 +1,7 @@
-"""``load_in_8bit``, ``load_in_4bit`` and ``bnb_4bit_*``, as transformers 5 takes them.
+"""``load_in_8bit``, ``load_in_4bit`` and ``bnb_4bit_*``, as transformers 5 expects them.
 
-transformers takes one ``quantization_config`` since these arguments were dropped, and HFLM hands on
-none but that of a model's own files.
+Transformers dropped these arguments for a single ``quantization_config``, and HFLM only passes on
+the one in a model's own files.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ DETAILS = (
 
 
 def take_quantization(arguments: dict[str, Any]) -> Any:
-    """Remove what is about quantization from arguments, and return the configuration or None.
+    """Remove quantization arguments, and return the configuration or None.
 
     Parameters
     ----------
     arguments : dict
-        Of the model; ``quantization_config`` may be a dictionary or an object of transformers.
+        The model's; ``quantization_config`` may be a dictionary or an object of transformers.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def take_quantization(arguments: dict[str, Any]) -> Any:
         raise ParameterError(f"bnb_4bit_quant_type must be {' or '.join(KINDS)}, not {kind!r:.80}.")
     if isinstance(given, (str, int, float, list)):
         raise ParameterError(
-            f"quantization_config={given!r:.80} is no configuration: in --model_args use "
+            f"quantization_config={given!r:.80} is not a configuration: in --model_args use "
             "load_in_8bit=True or load_in_4bit=True."
         )
     try:

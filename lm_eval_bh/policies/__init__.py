@@ -1,1 +1,1 @@
-"""What a selection rule would do with a model: grids in one pass, calibration of a named model."""
+"""Policies of a model: previews in one pass, calibration, searches and leagues."""

@@ -1,4 +1,4 @@
-"""What policies are compared at equal amounts of: experts a token, or distinct ones a step."""
+"""Costs at which policies are compared: experts per token, or distinct experts per step."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cost:
-    """A cost of policies.
+    """A cost at which policies are compared.
 
     Attributes
     ----------
     measured : str
-        Where a measured row, or a :class:`~lm_eval_bh.routing.solution.Solution`, has it.
+        Its field in a measured row or :class:`~lm_eval_bh.routing.solution.Solution`.
     target : str
-        The parameter of routing that a method's own is solved for it by.
+        The routing parameter with its target, for which a method's own parameter is solved.
     words : str
-        What it is, in the plural.
+        Its name, in the plural.
     """
 
     measured: str
@@ -25,7 +25,7 @@ class Cost:
     words: str
 
     def of(self, row: Any) -> float:
-        """Return it of a row that was measured."""
+        """Return the cost of a measured row."""
         found = getattr(row, self.measured)
         assert found is not None
         return float(found)

@@ -1,4 +1,4 @@
-"""What a method costs beside the experts: the time of a decision, and the bytes of its tables."""
+"""Costs of a method besides experts: the time of a decision, and the bytes of its tables."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ REPEATS = 7
 
 
 def decision_seconds(routing: BHRoutingIntegration, documents: Documents) -> float:
-    """Return how long a method decides about one token in one layer, in seconds.
+    """Return the seconds that a method takes to decide about one token in one layer.
 
-    The median of several times over the longest window, all tokens at once, as in prefill; of
-    documents that are groups over one of them, the tokens at one position a step.
+    The median of several times over the longest window, with all tokens at once, as in prefill; for
+    documents that are groups, over one group, with the tokens at one position as a step.
 
     Parameters
     ----------
     routing : BHRoutingIntegration
-        Not patched.
+        The integration, not patched.
     documents : Documents
-        Whose first window or group is decided about.
+        Documents, of which the first window or group is used.
     """
     methods = {layer: routing.method(layer) for layer in routing.layers}
     heard: dict[int, RouterOutput] = {}
@@ -51,7 +51,7 @@ def decision_seconds(routing: BHRoutingIntegration, documents: Documents) -> flo
         method.to(device)
     times = []
     with torch.inference_mode():
-        for _ in range(1 + REPEATS):  # the first one warms up
+        for _ in range(1 + REPEATS):  # the first run warms up
             start = time.perf_counter()
             for layer, method in methods.items():
                 pick(method, heard[layer])
@@ -62,7 +62,7 @@ def decision_seconds(routing: BHRoutingIntegration, documents: Documents) -> flo
 
 
 def table_bytes(routing: BHRoutingIntegration) -> int:
-    """Return how many bytes a method keeps beside its bounds, in all layers."""
+    """Return the bytes of a method's tables in all layers."""
     return sum(
         buffer.numel() * buffer.element_size()
         for layer in routing.layers

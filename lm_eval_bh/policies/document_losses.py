@@ -1,4 +1,4 @@
-"""What a model loses on documents, each by itself: what paired comparisons are made of."""
+"""A model's loss on each document, from which paired comparisons are made."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from lm_eval_bh.errors import DataError
 
 IGNORED = -100  # target of a padded position
-FEWEST_GROUPS = 5  # that intervals are drawn from
-FEWEST, SHORTEST = 10, 256  # documents, and tokens of one where there are more, of a bounded text
+FEWEST_GROUPS = 5  # minimum for intervals
+FEWEST, SHORTEST = 10, 256  # documents, and tokens per document, at least kept of a bounded text
 
 Floats = NDArray[np.float64]
 T = TypeVar("T")
@@ -24,17 +24,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents cut into windows of token ids, long ones first: batches hold little padding.
+    """Documents cut into windows of token ids, long ones first, so batches hold little padding.
 
     Attributes
     ----------
     tokens : float64 ``[documents]``
-        How many tokens of each are scored.
+        Number of scored tokens per document.
     batches : list of list of (document, token ids)
         Windows of up to ``length + 1`` ids, the first of which is context only.
     decode_batch : int or None
-        Where a document is a group of so many windows that are decoded together, see
-        :meth:`grouped`.
+        Number of windows that are decoded together and count as one document, see :meth:`grouped`;
+        None if documents are single.
     """
 
     tokens: Floats
@@ -52,10 +52,10 @@ class Documents:
         tokens_per_document: int | None = None,
         most_tokens: int | None = None,
     ) -> Documents:
-        """Tokenize documents, each behind the beginning-of-sequence or end-of-sequence token.
+        """Tokenize documents, each after a beginning-of-sequence or end-of-sequence token.
 
-        With ``most_tokens`` all of them together have no more: the first documents, and of each no
-        more than what bounds the sum.
+        ``most_tokens`` limits their total: only the first documents are taken, and of each only as
+        many tokens as the limit allows.
 
         Raises
         ------
@@ -87,10 +87,10 @@ class Documents:
         return cls(np.array(tokens, dtype=float), _cut(windows, batch))
 
     def side_by_side(self, rows: int, seed: int = 0) -> Documents:
-        """Return the same windows in batches of ``rows``, those of one length in a drawn order.
+        """Return the same windows in batches of ``rows``, with equal lengths in random order.
 
-        So windows of one document, which follow each other, do not come together; and steps are
-        full, as one of fewer rows reads fewer experts.
+        Windows of one document, which follow each other, are thereby separated. All steps are
+        full, as a step with fewer rows reads fewer experts.
         """
         windows = [window for batch in self.batches for window in batch]
         windows = [windows[i] for i in np.random.default_rng(seed).permutation(len(windows))]
@@ -98,11 +98,11 @@ class Documents:
         return replace(self, batches=_cut(windows, rows))
 
     def grouped(self, rows: int, seed: int = 0) -> Documents:
-        """Return groups of exactly ``rows`` windows, each as one document: what is resampled.
+        """Return groups of exactly ``rows`` windows, each as one document for resampling.
 
-        What a token is served by depends on the windows that are decoded beside it, so documents of
-        one group are not independent; groups are. The windows come in the order of
-        :meth:`side_by_side`, and those that fill no group are left out.
+        A token's experts depend on the windows decoded with it, so documents of one group are not
+        independent, whereas groups are. The windows come in the order of :meth:`side_by_side`;
+        those that fill no group are left out.
 
         Raises
         ------
@@ -113,8 +113,8 @@ class Documents:
         if len(groups) < FEWEST_GROUPS:
             windows = sum(map(len, self.batches))
             raise DataError(
-                f"The text has {windows} windows, which are {len(groups)} groups of {rows} that "
-                f"are decoded together, and intervals need at least {FEWEST_GROUPS}: use a smaller "
+                f"The text has {windows} windows, which make {len(groups)} groups of {rows} "
+                f"decoded together, and intervals need at least {FEWEST_GROUPS}: use a smaller "
                 "--length, more text, more tokens of it, or a smaller --decode-batch."
             )
         tokens = [sum(len(ids) - 1 for _, ids in group) for group in groups]
@@ -122,13 +122,13 @@ class Documents:
         return Documents(np.array(tokens, dtype=float), batches, rows)
 
     def first(self, most_tokens: int) -> Documents:
-        """Return the first groups that have no more tokens, at least one."""
+        """Return the first groups within a number of tokens, at least one."""
         kept = max(1, int((self.tokens.cumsum() <= most_tokens).sum()))
         return replace(self, tokens=self.tokens[:kept], batches=self.batches[:kept])
 
     @property
     def unit(self) -> str:
-        """What is resampled, in the plural."""
+        """The unit of resampling, in the plural."""
         if self.decode_batch is None:
             return "documents"
         return f"groups of {self.decode_batch} windows"
@@ -152,7 +152,7 @@ def _cut(windows: list[T], size: int) -> list[list[T]]:
 
 
 def _share(sizes: Sequence[int], total: int) -> int:
-    """Return how many tokens of each document, so that all together have at most ``total``."""
+    """Return the limit of tokens per document, so that all have at most ``total`` together."""
     left = total
     for rank, size in enumerate(sorted(sizes)):
         if size * (len(sizes) - rank) > left:

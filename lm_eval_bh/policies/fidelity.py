@@ -1,4 +1,4 @@
-"""How far a routed model's next-token distributions are from the model's own, by document."""
+"""Distances of a routed model's next-token distributions from the model's own."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lm_eval_bh.policies.document_losses import Documents, Floats
 
-MOST_BYTES = 2**30  # of the model's own distributions that are kept between measurements
-WORST = 0.1  # share of the documents
+MOST_BYTES = 2**30  # of the model's own distributions kept between measurements
+WORST = 0.1  # share of documents
 
 Batch = list[tuple[int, list[int]]]
 Group = list[tuple[Batch, list[Tensor]]]
@@ -22,7 +22,7 @@ Group = list[tuple[Batch, list[Tensor]]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured of each document, float64 ``[documents]``.
+    """Measurements of each document, float64 ``[documents]``.
 
     Attributes
     ----------
@@ -31,7 +31,7 @@ class Outcome:
     divergences : ndarray
         Sum over its tokens of KL(own distribution || routed distribution), in nats.
     changed : ndarray
-        How many tokens have another most probable next token than in the model as it is.
+        Number of tokens whose most probable next token differs from the unchanged model's.
     """
 
     losses: Floats
@@ -41,16 +41,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How far a policy is from the model as it is.
+    """The distance of a policy from the unchanged model.
 
     Attributes
     ----------
     kl : float
-        Mean divergence of a token, in nats.
+        Mean divergence per token, in nats.
     changed : float
-        Share of tokens whose most probable next token is another one.
+        Share of tokens whose most probable next token differs.
     worst : float
-        Mean divergence of a token in the tenth of the documents where it is largest.
+        Mean divergence per token in the tenth of documents where it is largest.
     """
 
     kl: float
@@ -59,7 +59,7 @@ class Fidelity:
 
     @classmethod
     def of(cls, divergences: Floats, changed: Floats, tokens: Floats) -> Fidelity:
-        """Return it of sums and token counts, float64 ``[documents]`` each."""
+        """Compute it from sums and token counts, float64 ``[documents]`` each."""
         worst = np.argsort(-divergences / tokens, kind="stable")
         worst = worst[: max(1, round(WORST * len(tokens)))]
         total = tokens.sum()
@@ -71,16 +71,16 @@ class Fidelity:
 
 
 class OwnOutputs:
-    """The next-token distributions of a model as it is, kept where they fit into memory.
+    """The unchanged model's next-token distributions, kept if they fit into memory.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Not patched whenever :meth:`groups` goes on.
+        The model, not patched whenever :meth:`groups` continues.
     documents : Documents
-        What it runs over.
+        The documents.
     most_bytes : int
-        How much is held at a time; what fits altogether is computed once.
+        Limit of memory; if everything fits, it is computed once.
     """
 
     def __init__(self, model: nn.Module, documents: Documents, most_bytes: int = MOST_BYTES):
@@ -108,12 +108,12 @@ class OwnOutputs:
             yield group
 
     def outcome(self, routing: AbstractContextManager[Any]) -> Outcome:
-        """Run the model routed otherwise, and compare what it says with what it says as it is.
+        """Run the model with a routing, and compare its output with the unchanged model's.
 
         Parameters
         ----------
         routing : context manager
-            Inside, the model is routed otherwise.
+            The routing is applied within this context.
         """
         sums = np.zeros((3, len(self.documents.tokens)))
         for group in self.groups():
@@ -126,7 +126,7 @@ class OwnOutputs:
 
 
 def _log_probabilities(model: nn.Module, batch: Batch) -> list[Tensor]:
-    """Return of each window the log-probabilities of its next tokens, float32 [tokens, words]."""
+    """Return each window's log-probabilities of next tokens, float32 [tokens, words]."""
     device = next(model.parameters()).device
     sizes = [len(ids) - 1 for _, ids in batch]
     inputs = [torch.tensor(ids[:-1]) for _, ids in batch]
@@ -137,9 +137,9 @@ def _log_probabilities(model: nn.Module, batch: Batch) -> list[Tensor]:
 
 
 def _compared(p: Tensor, q: Tensor, ids: list[int]) -> tuple[float, float, float]:
-    """Return the loss, the divergence and how many first choices differ, of one window."""
+    """Return a window's loss, divergence, and number of changed first choices."""
     targets = torch.tensor(ids[1:], device=q.device)
     loss = -q.gather(-1, targets[:, None]).double().sum()
-    divergence = (p.exp() * (p - q)).sum(-1).double().clamp(min=0).sum()  # rounding, below 0
+    divergence = (p.exp() * (p - q)).sum(-1).double().clamp(min=0).sum()  # not below 0
     changed = (p.argmax(-1) != q.argmax(-1)).sum()
     return float(loss), float(divergence), float(changed)

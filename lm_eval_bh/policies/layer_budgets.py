@@ -1,7 +1,7 @@
-"""Shares a budget of experts out over the layers by how much each layer's loss depends on them.
+"""Divides a budget of experts among layers by the loss's sensitivity to each layer.
 
-A layer's sensitivity is what the loss rises by when that layer alone takes fewer experts than the
-model does. Sensitivities are taken to add up; then dynamic programming finds the best budgets.
+A layer's sensitivity is the increase of the loss when only that layer takes fewer experts than the
+model does. Sensitivities are assumed to add up; dynamic programming then finds the best budgets.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 def layer_sensitivities(
     model: nn.Module, layers: int, native: int, loss: Callable[[], float], progress: bool = True
 ) -> Floats:
-    """Measure what the loss rises by where one layer takes fewer experts: nats a token.
+    """Measure the increase of loss if one layer takes fewer experts, in nats per token.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Not patched.
+        The model, not patched.
     layers, native : int
-        Its routers, and its own top-k.
+        The number of its routers, and its own top-k.
     loss : callable
-        Runs the model and returns its loss in nats a token.
+        Runs the model and returns its loss in nats per token.
     progress : bool
         Whether to show a progress bar, which is quiet when not in a terminal.
 
     Returns
     -------
     float64 ``[layers, native]``
-        At ``[layer, k - 1]`` with ``k`` experts in that layer; 0 in the last column.
+        ``[layer, k - 1]`` is for ``k`` experts in that layer; the last column is 0.
     """
     found = np.zeros((layers, native))
     usual = loss()
@@ -50,7 +50,7 @@ def layer_sensitivities(
 
 
 def allocate(sensitivities: Floats, budget: int) -> list[int]:
-    """Return the numbers of experts of the layers, ``budget`` in all, with the least loss.
+    """Return the layers' numbers of experts, ``budget`` in total, with the smallest loss.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Is a policy better than another at the same cost? Paired by document, or group of them."""
+"""Compares policies at the same cost, paired by documents or groups of documents."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ LEVEL = 0.05  # intervals hold 95 %
 
 @dataclass(frozen=True)
 class Difference:
-    """Two perplexities of the same documents, and the interval of their difference.
+    """Two perplexities of the same documents, and their difference with its interval.
 
     Attributes
     ----------
     perplexity, control : float
-        Of a policy, and of what it is compared with; per token.
+        Perplexities per token of a policy and of its control.
     difference, low, high : float
         The policy's minus the control's, with a 95 % percentile interval over documents.
     relative, relative_low, relative_high : float
-        The same as a share of the control's perplexity.
+        The same, relative to the control's perplexity.
     """
 
     perplexity: float
@@ -38,21 +38,21 @@ class Difference:
 
 
 class Ladder:
-    """Documents' losses of a static policy at several means, between which it is interpolated.
+    """Documents' losses of a static policy at several means, with interpolation.
 
-    A mean between two rungs is what mixing the two over the tokens, or steps, would give.
+    Between two rungs, the policy is a mixture of both over tokens or steps.
 
     Parameters
     ----------
     rungs : mapping of mean number of experts, or distinct ones, to float64 ``[documents]``
-        Losses in nats; at least one.
+        Losses in nats; at least one rung.
     """
 
     def __init__(self, rungs: Mapping[float, Floats]) -> None:
         self.rungs = dict(sorted(rungs.items()))
 
     def at(self, mean: float) -> Floats:
-        """Return the losses at a mean, beyond the rungs continued in a straight line."""
+        """Return the losses at a mean, extrapolated linearly beyond the rungs."""
         means = list(self.rungs)
         if len(means) == 1:
             return self.rungs[means[0]]
@@ -63,20 +63,20 @@ class Ladder:
         return found
 
     def within(self, mean: float) -> Floats:
-        """Return the losses at a mean, beyond the rungs those of the nearest one."""
+        """Return the losses at a mean, or beyond the rungs those of the nearest."""
         means = list(self.rungs)
         return self.at(min(max(mean, means[0]), means[-1]))
 
 
 class PairedBootstrap:
-    """Draws the same documents again and again, for every comparison the same draws.
+    """Resamples documents, with the same draws for every comparison.
 
     Parameters
     ----------
     tokens : float64 ``[documents]``
         Scored tokens of each document.
     resamples, seed : int
-        How many draws, and from where.
+        Number of draws, and their seed.
 
     References
     ----------
@@ -106,7 +106,7 @@ class PairedBootstrap:
         )
 
     def difference_of_means(self, ours: Floats, theirs: Floats) -> tuple[float, float, float]:
-        """Compare two sums over the same tokens, a token: the difference, and its interval."""
+        """Compare two sums over the same tokens: the difference per token, and its interval."""
         means = (self._draws @ (ours - theirs)) / (self._draws @ self.tokens)
         low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
         return float((ours - theirs).sum() / self.tokens.sum()), float(low), float(high)

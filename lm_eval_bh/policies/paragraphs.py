@@ -1,4 +1,4 @@
-"""Text files as documents: the paragraphs of a file, each one once where they must be unseen."""
+"""Paragraphs of text files as documents, without repetitions where they must be unseen."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from pathlib import Path
 
 from lm_eval_bh.errors import DataError
 
-_BETWEEN = re.compile(r"\n\s*\n")  # a line of spaces is an empty one
+_BETWEEN = re.compile(r"\n\s*\n")  # a line of spaces counts as empty
 
 
 def read_paragraphs(path: Path) -> list[str]:
-    """Return the paragraphs of a text file, which are documents.
+    """Return the paragraphs of a text file, which are its documents.
 
     Raises
     ------
     DataError
-        If it is no file, which would be read for ever or waited for, or is not UTF-8.
+        If it is not a regular file, which might never end, or is not UTF-8.
     """
     try:
         if path.exists() and not path.is_file():
             raise DataError(
-                f"The text {str(path)!r} could not be read (it is no file); give a UTF-8 text file."
+                f"The text {str(path)!r} could not be read (it is not a file); give a UTF-8 text "
+                "file."
             )
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -40,9 +41,9 @@ def split_paragraphs(text: str) -> list[str]:
 
 
 def unseen(*parts: Sequence[str]) -> tuple[list[list[str]], int]:
-    """Return parts of a text without what was in them or in an earlier one already, and how many.
+    """Return texts without paragraphs that occurred before, and the number left out.
 
-    What differs only in spaces or capitals is the same.
+    Paragraphs that differ only in spaces or capitals count as equal.
     """
     seen: set[str] = set()
     kept: list[list[str]] = []

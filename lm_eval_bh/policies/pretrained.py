@@ -1,4 +1,4 @@
-"""Calibrates or analyzes a model that is named rather than loaded: what ``lm-eval-bh`` does."""
+"""Calibrates or previews a model given by name, for the command line."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def calibrate_pretrained(
     dtype: str = "auto",
     device: str | None = None,
 ) -> tuple[NullModel, list[LayerHealth], Path]:
-    """Load a model, fit a null model to its routers, check it on held-out text, and save it.
+    """Load a model, fit a null model to its routers, check it on held-out text, save it.
 
     Parameters
     ----------
     pretrained, name : str
-        Hub name or folder of the model, and what the header calls it.
+        Hub name or folder of the model, and its name in the header.
     text : Path or None
         A text file whose paragraphs are documents; None takes WikiText-2's training text.
     output : Path or None
@@ -58,18 +58,18 @@ def calibrate_pretrained(
     tokens, length, batch, kind, kernel
         See ``calibrate_and_check``.
     dtype, device : str
-        How the model is loaded; device None takes cuda where there is one.
+        Dtype and device of the model; None takes CUDA if available.
 
     Returns
     -------
     (NullModel, list of LayerHealth, Path)
-        The null model, its health on the held-out text (empty where the text leaves none), and
-        where it was written.
+        The null model, its health on the held-out text (empty if no text is left), and the path of
+        its file.
 
     Raises
     ------
     ParameterError, DataError, ModelError, NullModelError
-        If an argument, the text, the model or its logits cannot serve.
+        If an argument, the text, the model or its logits are unsuitable.
     """
     texts = wikitext_train_texts() if text is None else read_paragraphs(text)
     model, tokenizer = load_pretrained(pretrained, name, dtype, device, length)
@@ -108,7 +108,7 @@ def analyze_pretrained(
     dtype: str = "auto",
     device: str | None = None,
 ) -> tuple[list[GridRow], int]:
-    """Load a model, run it once over text, and say what every configuration would select.
+    """Load a model, run it once over text, and preview every configuration.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def analyze_pretrained(
     text : Path or None
         A text file whose paragraphs are documents; None takes WikiText-2's test text.
     tokens, length, batch : int
-        How much of the text, in windows of what length, and so many at a time.
+        Number of tokens, window length, and windows per batch.
 
     Returns
     -------
@@ -131,13 +131,13 @@ def analyze_pretrained(
     Raises
     ------
     ParameterError, DataError, ModelError, NullModelError
-        If an argument, the text, the model or the null model cannot serve.
+        If an argument, the text, the model or the null model is unsuitable.
     """
     texts = wikitext_texts("test") if text is None else read_paragraphs(text)
     model, tokenizer = load_pretrained(pretrained, name, dtype, device, length)
     routers = find_routers(model)
     kinds = {config.null_kind for config in configs if config.needs_null}
-    nulls = {  # first what a test needs: other rules take any null model with output norms
+    nulls = {  # tests first: other rules take any null model with output norms
         kind: resolve_null(null_model, model, routers, tokenizer, kind)
         for kind in sorted(kinds, key=lambda kind: kind.null_scope is None)
     }
@@ -154,7 +154,7 @@ def load_pretrained(
     Raises
     ------
     ParameterError, ModelError
-        If the device, the dtype or the window length cannot be had, or it cannot be loaded.
+        If the device, dtype or window length is impossible, or the model cannot be loaded.
     """
     place = placement(device, dtype)
     try:
@@ -168,7 +168,7 @@ def load_pretrained(
         reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
         raise ModelError(
             f"The model {name!r} could not be loaded ({reason}); check its name and the network, "
-            f"or use {TINY_OLMOE}, which ships and needs none."
+            f"or use {TINY_OLMOE}, which needs no download."
         ) from error
     model = model.to(place["device"])
     use_threads_that_pay(model)

@@ -1,7 +1,7 @@
-"""What every configuration of a grid would select, from one forward pass of the unchanged model.
+"""Previews the selections of a grid of configurations from one unchanged forward pass.
 
-Configurations share what they can: the sort of a layer's statistics is made once for all rules with
-the same null model, the rejections once for all bounds of the same rule and level.
+Configurations share work: scores of a layer are sorted once for all rules with the same null model,
+and rejections are computed once for all bounds with the same rule and level.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from lm_eval_bh.routing.tables.null_model import NullModel
 
 @dataclass(frozen=True)
 class GridRow:
-    """What one configuration would select, over tokens and layers.
+    """The selections of one configuration, over tokens and layers.
 
     Attributes
     ----------
     config : RoutingConfig
         The configuration.
     mean_experts : float
-        Mean number of experts a token in the configuration's layers, as all that follows.
+        Mean experts per token in the configuration's layers, like all following values.
     floor_share, ceiling_share : float
-        Shares of tokens with ``min_k`` and with ``max_k`` experts; where these are equal all are at
-        the ceiling and none at the floor.
+        Shares of tokens with ``min_k`` and with ``max_k`` experts; if these are equal, all tokens
+        count as at the ceiling and none as at the floor.
     overlap : float
-        Mean Jaccard overlap with the experts that the model itself takes.
+        Mean Jaccard overlap with the experts that the unchanged model selects.
     retained_mass : float
         Mean share of a token's softmax weight that the selected experts hold.
     layer_means : tuple of float
@@ -62,7 +62,7 @@ def analyze_grid(
     nulls: Mapping[NullKind, NullModel],
     progress: bool = True,
 ) -> list[GridRow]:
-    """Run the unchanged model once, and say what every configuration would have selected.
+    """Run the unchanged model once, and preview the selections of every configuration.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def analyze_grid(
     ParameterError
         If a configuration does not fit the model.
     ModelError, DataError
-        If the model or the text cannot serve.
+        If the model or the text is unsuitable.
     """
     if not all(router.softmax for router in routers):
         raise ParameterError(
@@ -99,8 +99,8 @@ def analyze_grid(
         if config.solves:
             asked = "family=all" if config.target_experts is None else "target_experts"
             raise ParameterError(
-                f"{asked} needs the rule at work, which a pass of "
-                "the unchanged model is not: give levels."
+                f"{asked} needs passes with the rule applied, but this is one pass of "
+                "the unchanged model: give levels."
             )
     layers = [_LayerGrid(layer, router, configs, nulls) for layer, router in enumerate(routers)]
     listen(
@@ -121,7 +121,7 @@ def _row(config: RoutingConfig, histogram: Tensor, sums: Tensor) -> GridRow:
     chosen = config.select_layers(len(histogram))
     tokens = histogram[chosen].sum(-1, keepdim=True)
     shares = histogram[chosen] / tokens
-    # No matrix product, whose last bit depends on how many layers there are.
+    # No matrix product, whose last bit depends on the number of layers.
     means = (shares * torch.arange(shares.shape[-1], dtype=torch.float64)).sum(-1)
     floor = float(shares[:, config.min_k].mean()) if config.min_k < config.max_k else 0.0
     overlap, mass = (sums[chosen] / tokens).mean(0).tolist()
@@ -142,9 +142,9 @@ class _LayerGrid:
     Attributes
     ----------
     histogram : Tensor
-        int64 ``[configs, experts + 1]``, how many tokens would get 0, 1, ... experts.
+        int64 ``[configs, experts + 1]``, numbers of tokens with 0, 1, ... experts.
     sums : Tensor
-        float64 ``[configs, 2]``, of the overlap and of the mass.
+        float64 ``[configs, 2]``, sums of overlap and mass.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class _LayerGrid:
         self._layer, self._configs = layer, configs
         self._nulls = [nulls[config.null_kind] if config.needs_null else None for config in configs]
         experts = router.num_experts
-        # One method for all levels: what it scores is the same.
+        # One method for all levels, since scores do not depend on the level.
         made: dict[object, Method] = {}
         for config, null in zip(configs, self._nulls, strict=True):
             if _scored(config) not in made:
@@ -171,7 +171,7 @@ class _LayerGrid:
         }
 
     def add(self, said: RouterOutput) -> None:
-        """Count what each configuration selects."""
+        """Count the selections of each configuration."""
         device = said.logits.device
         self.histogram, self.sums = self.histogram.to(device), self.sums.to(device)
         views: dict[object, _View] = {}
@@ -202,7 +202,7 @@ class _View:
         top_k = said.native_k
         weights = torch.softmax(said.logits.float(), dim=-1)
         native = said.logits.topk(top_k, dim=-1).indices
-        if method.follows_router and not method.first_only:  # the order of equal logits is its own
+        if method.follows_router and not method.first_only:  # the router's order of equal logits
             order = said.logits.argsort(dim=-1, descending=True, stable=True)
         taken = torch.arange(1, order.shape[-1] + 1, device=order.device)
         own = torch.zeros_like(weights, dtype=torch.int64).scatter_(-1, native, 1)
@@ -211,19 +211,19 @@ class _View:
         self._overlap = common / (taken + top_k - common)
 
     def sums(self, count: Tensor) -> Tensor:
-        """Return the sums of overlap and mass, where tokens have so many experts: float64 [2]."""
+        """Return the sums of overlap and mass for these numbers of experts: float64 [2]."""
         last = (count - 1).unsqueeze(-1)
         both = [values.gather(-1, last).sum() for values in (self._overlap, self._mass)]
         return torch.stack(both).double()
 
 
 def _scored(config: RoutingConfig) -> tuple[object, ...]:
-    """Return what a method depends on, but for its level."""
+    """Return everything that a method depends on except its level."""
     return config.rule, config.null_kind, config.seed, config.min_k, config.max_k
 
 
 def _viewed(config: RoutingConfig) -> tuple[object, ...]:
-    """Return what the ranking of a token's experts depends on."""
+    """Return everything that the ranking of a token's experts depends on."""
     method = config.method
     own = (config.rule, config.seed, config.max_k) if method.random else ()
     return config.null_kind, method.tests, method.first_only and config.max_k, *own

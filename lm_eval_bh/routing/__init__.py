@@ -1,1 +1,1 @@
-"""Routing: selection rules, null models, and the hooks that put them into a model. Torch only."""
+"""Selection rules, null models, and the hooks that put them into a model. Torch only."""

@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 from lm_eval_bh.routing.methods import Method
 
-LOG_ODDS = 20.0  # alpha is looked for between 2e-9 and 1 - 2e-9
+LOG_ODDS = 20.0  # alpha is sought between 2e-9 and 1 - 2e-9
 HALVINGS = 24
 
 Mean = Callable[[float], float]
 
 
 def bisect(mean: Mean, target: float, method: type[Method]) -> float:
-    """Return the parameter of a method whose mean comes nearest to the target.
+    """Return the parameter of a method whose mean is nearest to the target.
 
     The mean rises with the level of a test and falls with that of ``min_p`` and ``min_w``.
     """
@@ -36,7 +36,7 @@ def parameter_at(position: float, method: type[Method]) -> float:
 
 
 def _unbounded(method: type[Method]) -> bool:
-    """Whether the parameter may be larger than 1."""
+    """Return whether the parameter may exceed 1."""
     try:
         method.declared["alpha"].checked("alpha", 2.0)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What routes: a method by its name, its own parameters, and those that all methods have."""
+"""A routing configuration: a method, its own parameters, and the general ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lm_eval_bh.routing.parameters import canonical, checked
 from lm_eval_bh.routing.tables.null_kind import NullKind
 from lm_eval_bh.schema import RuleInfo
 
-# The parameters that every file of release 0.2 holds, in its order; files keep holding them.
+# The parameters of release 0.2's files, in their order; files keep holding them.
 IN_FILES = (
     *("alpha", "rule", "min_k", "max_k", "temperature", "renormalize", "mode", "layers"),
     *("statistic", "null_scope", "null_from", "family", "k_per_layer", "mass", "trim", "seed"),
@@ -31,25 +31,25 @@ IN_FILES = (
 
 
 class RoutingConfig:
-    """How the experts of a token are selected; every value is checked when the object is made.
+    """How the experts of a token are selected; every value is checked on construction.
 
-    Everything that takes parameters of routing (the integration, ``hf-bh``, sweeps, the command
-    line) takes these, by these names or by their
-    :data:`~lm_eval_bh.routing.parameters.ALIASES`, see :meth:`named`. They are attributes; one that
-    another method declares has its default.
+    Everything that takes routing parameters (the integration, ``hf-bh``, sweeps, the command line)
+    takes these, by these names or by their :data:`~lm_eval_bh.routing.parameters.ALIASES`, see
+    :meth:`named`. They are attributes; a parameter that only another method declares has its
+    default.
 
     Parameters
     ----------
     **given : Any
-        Of :data:`~lm_eval_bh.routing.declared.GENERAL`, and what the method declares:
-        ``METHODS[rule].declared``. ``alpha`` may
-        be given to methods without it, which do not look at it.
+        Parameters in :data:`~lm_eval_bh.routing.declared.GENERAL`, and those that the method
+        declares: ``METHODS[rule].declared``. ``alpha`` may be given to methods without it, which
+        ignore it.
 
     Raises
     ------
     ParameterError
-        If a value is out of range or of the wrong type, unknown to the method, or has no meaning
-        beside another one.
+        If a value is out of range, of the wrong type, or unknown to the method, or if two values
+        contradict each other.
     """
 
     _values: dict[str, Any]
@@ -75,7 +75,7 @@ class RoutingConfig:
 
     @staticmethod
     def _refuse(name: str, value: Any, rule: str, known: Mapping[str, Parameter]) -> None:
-        """Raise for a parameter that the method does not know, unless it says nothing."""
+        """Raise for a parameter that the method does not know, unless it is None or the default."""
         if name not in PARAMETERS:
             raise ParameterError(unknown_name(name))
         if checked(PARAMETERS[name], name, value) != PARAMETERS[name].default:
@@ -90,7 +90,7 @@ class RoutingConfig:
             if self.renormalize != "auto" and value not in (None, False):
                 raise ParameterError(
                     f"renormalize={self.renormalize} contradicts {name}={value}, which rescales "
-                    "weights its own way (mass: 0 not at all, 1 to the native sum): give one of "
+                    "weights in its own way (mass: 0 not at all, 1 to the native sum): give one of "
                     "them."
                 )
         if self.family == "all" and self.budget == "layer":
@@ -110,7 +110,7 @@ class RoutingConfig:
         if self._values.get("step_budget", self.min_k) < self.min_k:
             raise ParameterError(
                 f"step_budget={self.step_budget} is less than min_k={self.min_k}: a step has to "
-                "load what every token gets; raise step_budget or lower min_k."
+                "load min_k experts per token; raise step_budget or lower min_k."
             )
         target, distinct = self.target_experts, self.target_distinct
         if target is None and self.budget == "layer":
@@ -119,8 +119,8 @@ class RoutingConfig:
             )
         if distinct is not None and (target is not None or distinct <= self.min_k):
             raise ParameterError(
-                f"target_distinct={distinct} must be more than min_k={self.min_k}, and stand "
-                "without target_experts: give one target."
+                f"target_distinct={distinct} must be more than min_k={self.min_k}, and cannot be "
+                "combined with target_experts: give one target."
             )
         if target is not None and not self.min_k < target < self.max_k:
             raise ParameterError(
@@ -130,12 +130,12 @@ class RoutingConfig:
 
     @classmethod
     def named(cls, given: Mapping[str, Any]) -> RoutingConfig:
-        """Return the configuration of some parameters, by their names or aliases.
+        """Make a configuration from parameters under their names or aliases.
 
         Raises
         ------
         ParameterError
-            If one is unknown, given twice, or out of range.
+            If a parameter is unknown, given twice, or out of range.
         """
         return cls(**canonical(given))
 
@@ -148,7 +148,7 @@ class RoutingConfig:
         return PARAMETERS[name].default
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"A RoutingConfig does not change: use replaced({name}=...).")
+        raise AttributeError(f"A RoutingConfig cannot be changed: use replaced({name}=...).")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RoutingConfig) and self._values == other._values
@@ -160,14 +160,14 @@ class RoutingConfig:
         return f"RoutingConfig({', '.join(f'{n}={v!r}' for n, v in self._values.items())})"
 
     def replaced(self, **changes: Any) -> RoutingConfig:
-        """Return a configuration with other values for some parameters."""
+        """Return a copy with other values for some parameters."""
         return RoutingConfig(**(self._values | changes))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values, as they are written to results and policies.
+        """Return plain values, as written to results and policies.
 
-        All parameters of :data:`IN_FILES`; of those declared since what is not the default, and
-        what a method of a step has itself.
+        All parameters of :data:`IN_FILES`; those declared since only where they differ from the
+        default, and the own parameters of a method of a step.
         """
         method = METHODS[self.rule]
         step = {*method.declared} - {*SCORED, *IN_FILES} if method.joint else set()
@@ -176,7 +176,7 @@ class RoutingConfig:
 
     @property
     def method(self) -> type[Method]:
-        """The method that routes: over a family of all decisions a test is one fixed threshold."""
+        """The method that routes: with ``family=all`` a test becomes one fixed threshold."""
         return METHODS["p_value" if self.family == "all" else self.rule]
 
     @property
@@ -186,12 +186,12 @@ class RoutingConfig:
 
     @property
     def scored_by(self) -> str:
-        """The statistic that is scored on softmax routers."""
+        """The statistic that the method scores on softmax routers."""
         return self.method.scored_by(self._values)
 
     @property
     def null_kind(self) -> NullKind:
-        """What null model it needs; what may be anything is None."""
+        """The null model that it needs; None where anything will do."""
         return NullKind(
             self.scored_by,
             self.null_scope if self.tests else None,
@@ -203,12 +203,12 @@ class RoutingConfig:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The names of all that has to be calibrated, such as null or benefits."""
+        """The names of everything to calibrate, such as null or benefits."""
         return self.method.needs(self._values)
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """The names of the tables beside the null distribution and the factors of a statistic."""
+        """The names of tables other than the null distribution and a statistic's factors."""
         beside = ("null", STATISTICS[self.scored_by].table)
         return tuple(sorted(name for name in self.needs if name not in beside))
 
@@ -219,7 +219,7 @@ class RoutingConfig:
 
     @property
     def solves(self) -> bool:
-        """Whether a parameter has to be solved on calibration text."""
+        """Whether a parameter is solved on calibration text."""
         targets = self.target_experts, self.target_distinct
         return targets != (None, None) or self.family == "all"
 
@@ -230,7 +230,7 @@ class RoutingConfig:
 
     @property
     def fixed_count(self) -> bool:
-        """Whether every token gets ``max_k`` experts: by its rule, or as the bounds are equal."""
+        """Whether every token gets ``max_k`` experts: because of its rule or of equal bounds."""
         return not self.adaptive or self.min_k == self.max_k
 
     @property
@@ -239,19 +239,19 @@ class RoutingConfig:
         return [int(k) for k in (self.k_per_layer or "").split("-") if k]
 
     def for_layer(self, layer: int, num_layers: int) -> RoutingConfig:
-        """Return the configuration of one of the routed layers, with its own number of experts."""
+        """Return the configuration of one routed layer, with its own number of experts."""
         if self.k_per_layer is None:
             return self
         k = self.counts_per_layer[self.select_layers(num_layers).index(layer)]
         return self.replaced(k_per_layer=None, max_k=k)
 
     def settings(self, layer: int, num_experts: int, softmax: bool = True) -> dict[str, Any]:
-        """Return what makes its method: plain values, see :class:`Method`."""
+        """Return the method's settings as plain values, see :class:`Method`."""
         facts = {"layer": layer, "num_experts": num_experts, "softmax": softmax}
         return self._values | {name: getattr(self, name) for name in self.method.declared} | facts
 
     def check_experts(self, num_experts: int) -> None:
-        """Raise :class:`ParameterError` if a layer has too few experts for what is asked of it."""
+        """Raise :class:`ParameterError` if a layer has too few experts for the configuration."""
         for name in ("max_k", "k2", "step_budget", "k0", "target_distinct"):
             found = self._values.get(name) or 0
             if found > num_experts:
@@ -261,7 +261,7 @@ class RoutingConfig:
                 )
 
     def select_layers(self, num_layers: int) -> list[int]:
-        """Return the sorted positions, among ``num_layers`` MoE layers, that ``layers`` names."""
+        """Return the sorted positions of the layers chosen among ``num_layers`` MoE layers."""
         chosen = chosen_layers(self.layers, num_layers)
         if self.k_per_layer is not None and len(chosen) != len(self.counts_per_layer):
             raise ParameterError(
@@ -272,14 +272,14 @@ class RoutingConfig:
 
 
 def rule_info(rule: str) -> RuleInfo:
-    """Return what results say about a rule."""
+    """Return the description of a rule that results hold."""
     return cast(RuleInfo, METHODS[rule].describe())
 
 
 def one_configuration(
     alpha: float | RoutingConfig | None, config: RoutingConfig | None, given: Mapping[str, Any]
 ) -> RoutingConfig:
-    """Return the configuration of a caller who gives a whole one, or its parameters.
+    """Return the configuration given whole, or make one from its parameters.
 
     Raises
     ------
@@ -294,7 +294,7 @@ def one_configuration(
         return RoutingConfig.named(given)
     if RoutingConfig.named(given) != RoutingConfig():
         raise ParameterError(
-            "A configuration and parameters beside it were given: "
+            "Both a configuration and single parameters were given: "
             "put the parameters into the RoutingConfig."
         )
     return config

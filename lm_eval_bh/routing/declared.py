@@ -1,4 +1,4 @@
-"""All parameters of routing: the general ones, and what each method declares itself."""
+"""All routing parameters: the general ones, and those that methods declare."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GENERAL: dict[str, Parameter] = {
     "temperature": Parameter(
         1.0,
         "divides the router logits in the softmax of the weights; never touches p-values",
-        # Below, the logits of a token overflow, and its weights are NaN.
+        # Below, a token's logits overflow and its weights become NaN.
         *number("a positive number, at least 1e-30", lambda value: value >= 1e-30),
     ),
     **GAINS,
@@ -56,7 +56,7 @@ GENERAL: dict[str, Parameter] = {
         *choice(["all", "decode"]),
     ),
 }
-# What a solver finds alpha for, where a method has one.
+# The targets for which a solver finds alpha, where a method has one.
 SOLVED: dict[str, Parameter] = {
     "target_experts": Parameter(
         None,
@@ -87,7 +87,7 @@ ALPHA = Parameter(
 
 
 class Parameters(Mapping[str, Parameter]):
-    """All parameters of routing by name: the general ones and what each method declares."""
+    """All routing parameters by name: the general ones and those of each method."""
 
     def _all(self) -> dict[str, Parameter]:
         found = {"alpha": ALPHA} | GENERAL
@@ -117,13 +117,13 @@ def known_to(method: type[Method]) -> dict[str, Parameter]:
 
 
 def unknown_name(name: str) -> str:
-    """Return the sentence about a parameter that does not exist."""
+    """Return the message for a parameter that does not exist."""
     return (
-        f"{name!r} is not a parameter of routing{did_you_mean(name, PARAMETERS)}: "
+        f"{name!r} is not a routing parameter{did_you_mean(name, PARAMETERS)}: "
         f"use one of {', '.join(PARAMETERS)}."
     )
 
 
 def serves(name: str, rule: str) -> bool:
-    """Return whether a parameter is known to a rule; one that is not of routing has its meaning."""
+    """Return whether a rule takes a parameter; True for those that are not about routing."""
     return name not in PARAMETERS or name == "alpha" or name in known_to(METHODS[rule])

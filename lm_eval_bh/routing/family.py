@@ -1,4 +1,4 @@
-"""Benjamini-Hochberg over one family of all decisions on a text, which leaves one fixed cut-off."""
+"""Benjamini-Hochberg over one family of all decisions on a text: a fixed cut-off."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def family_cutoff(p_values: Tensor, alpha: float) -> float:
-    """Return the largest p-value that Benjamini-Hochberg rejects in one family, 0 if it is none.
+    """Return the largest p-value that Benjamini-Hochberg rejects in one family, 0 if none.
 
     Parameters
     ----------
@@ -23,9 +23,9 @@ def family_cutoff(p_values: Tensor, alpha: float) -> float:
 
 
 def family_level(p_values: Tensor, cutoff: float) -> float:
-    """Return the least level at which Benjamini-Hochberg rejects all p-values up to a cut-off.
+    """Return the smallest level at which Benjamini-Hochberg rejects p-values up to a cut-off.
 
-    1 where no level below does.
+    1 if no smaller level does.
     """
     rejected = int(torch.searchsorted(p_values, cutoff, right=True))
     if rejected == 0:

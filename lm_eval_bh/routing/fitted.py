@@ -1,4 +1,4 @@
-"""A configuration's method, fitted to a layer by what was calibrated for it."""
+"""Fits a configuration's method to a layer, with the layer's calibrated tables."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ def fitted_method(
     softmax: bool = True,
     parent: nn.Module | None = None,
 ) -> Method:
-    """Return the method of a layer.
+    """Return a configuration's method, fitted to a layer.
 
     Parameters
     ----------
     config : RoutingConfig
-        The method and its parameters, of this layer.
+        The method and its parameters in this layer.
     null_model : NullModel or None
-        What was calibrated.
+        Everything that was calibrated.
     layer, num_experts : int
-        The layer, and how many experts it has.
+        The layer and its number of experts.
     alpha : float, optional
         The method's parameter in this layer, in place of the configuration's.
     softmax : bool
         Whether the weights of the router are a softmax of its logits.
     parent : nn.Module, optional
-        What holds the layer's experts, for a method that runs them.
+        The module with the layer's experts, for a method that runs them.
 
     Raises
     ------
     ParameterError
-        If the method needs a null model, or experts to run, and there is none.
+        If the method needs a null model, or experts to run, and has none.
     """
     method = config.method(config.settings(layer, num_experts, softmax))
     chooses = method.folds or not (method.fixed and method.follows_router)
     if null_model is None and chooses and config.method.needs(method.settings):
         raise ParameterError(
-            f"rule={config.rule!r} needs a null model: use null_model= with one, or rule='topk'."
+            f"rule={config.rule!r} needs a null model: give null_model=, or use rule='topk'."
         )
     if method.runs_experts:
         experts = getattr(parent, "experts", None)
         if not hasattr(experts, "down_proj"):
             raise ParameterError(
-                f"rule={config.rule} runs experts before it decides, and has none here that can be "
+                f"rule={config.rule} runs experts before it decides, but here experts cannot be "
                 "run one by one: use it with hf-bh, on a model whose layers hold their experts."
             )
         method.run_experts = partial(slot_outputs, experts)

@@ -1,4 +1,4 @@
-"""Which layers are routed: ``all``, ``last4``, ``first2``, ``0-7``, ``3``, or several by ``+``."""
+"""Choices of layers: ``all``, ``last4``, ``first2``, ``0-7``, ``3``, or several by ``+``."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ _LAYERS = r"(all|(first|last)[1-9]\d{0,8}|\d{1,9}(-\d{1,9})?)"
 
 
 def check_layers(value: Any) -> str:
-    """Return a choice of layers as text; ValueError if it is none."""
+    """Return a choice of layers as text; ValueError if it is invalid."""
     if isinstance(value, bool) or not re.fullmatch(rf"{_LAYERS}(\+{_LAYERS})*", str(value)):
         raise ValueError
     return str(value)
 
 
 def chosen_layers(layers: str, num_layers: int) -> list[int]:
-    """Return the sorted positions, among ``num_layers`` MoE layers, that a choice names.
+    """Return the sorted positions of a choice among ``num_layers`` MoE layers.
 
     Raises
     ------
     ParameterError
-        If it reaches beyond the last layer.
+        If the choice reaches beyond the last layer.
     """
     chosen: set[int] = set()
     for part in layers.split("+"):

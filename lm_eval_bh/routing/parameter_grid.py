@@ -1,4 +1,4 @@
-"""Every combination of some parameters, each with what has a meaning for its rule."""
+"""All combinations of some parameters, each with those that its rule takes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lm_eval_bh.routing.parameters import canonical
 def grid_of(
     rules: Iterable[str], alphas: Iterable[float], max_ks: Iterable[int], **others: Any
 ) -> list[RoutingConfig]:
-    """Return every combination, each with what has a meaning for its rule.
+    """Return all combinations, each with the parameters that its rule takes.
 
-    Rules without a parameter take neither alpha nor ``others``.
+    Rules without alpha take neither alpha nor ``others``.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Names of parameters: aliases, unknown ones, and one sentence for a value that is not allowed."""
+"""Parameter names: aliases, unknown names, and messages for invalid values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 from lm_eval_bh.errors import ParameterError, did_you_mean
 from lm_eval_bh.routing.methods.declare import Parameter, integer
 
-# Earlier or shorter names, and what they stand for.
+# Earlier or shorter names, and the current ones.
 ALIASES = {
     "null": "null_scope",
     "kde": "null_model",
@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 
 def checked(parameter: Parameter, name: str, value: Any) -> Any:
-    """Return the value as it is kept.
+    """Return the value to store.
 
     Raises
     ------
@@ -41,7 +41,7 @@ def checked_integer(name: str, value: Any, must: str, least: int, most: int = 2*
     Raises
     ------
     ParameterError
-        If it is anything else; the sentence says what it ``must`` be.
+        If it is anything else; the message says what it ``must`` be.
     """
     found: int = checked(Parameter(None, "", *integer(must, least, most)), name, value)
     return found
@@ -65,12 +65,12 @@ def canonical(given: Mapping[str, Any], aliases: Mapping[str, str] = ALIASES) ->
 
 
 def accepts(aliases: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a function take its keyword arguments under their aliases too, and refuse unknown ones.
+    """Let a function accept aliases of its keyword arguments, and refuse unknown ones.
 
     Raises
     ------
     ParameterError
-        From the function, if it has no parameter of a name.
+        When the function is called with an unknown name.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:

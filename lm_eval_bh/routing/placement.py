@@ -1,4 +1,4 @@
-"""Where a model runs and how precisely, checked before its weights load."""
+"""The device and dtype of a model, checked before its weights load."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import torch
 from lm_eval_bh.errors import ParameterError, did_you_mean
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-LM_EVAL_DEFAULT = "cuda:0"  # of lm_eval's own --device
-# Devices that lm-eval takes by their type alone; of the others it takes type and index.
+LM_EVAL_DEFAULT = "cuda:0"  # default of lm_eval's --device
+# Devices that lm-eval takes without an index; others need type and index.
 WITHOUT_INDEX = ("cpu", "cuda", "mps")
 KINDS = (*WITHOUT_INDEX, "npu", "xpu", "hpu")
 
 
 def placement(device: Any = None, dtype: Any = "auto", unset: str | None = None) -> dict[str, Any]:
-    """Return device and dtype as lm-eval and transformers take them.
+    """Return device and dtype as lm-eval and transformers expect them.
 
-    lm-eval runs on the CPU, without an error, if it does not know the device that it is given.
+    For an unknown device, lm-eval would silently run on the CPU.
 
     Parameters
     ----------
     device : str or None
-        Such as ``cpu``, ``cuda`` or ``cuda:1``; None: CUDA if this machine has it, else the CPU.
+        Such as ``cpu``, ``cuda`` or ``cuda:1``; None takes CUDA if available, else the CPU.
     dtype : str, torch.dtype or None
-        "auto", the name of a floating-point type that models compute in, or such a type.
+        "auto", or a floating-point type in which models compute, or its name.
     unset : str or None
-        A device that means None on a machine without CUDA: what the caller passes if nobody named
-        one.
+        A device that counts as None on a machine without CUDA: the caller's default when the user
+        named none.
 
     Returns
     -------
@@ -38,7 +38,7 @@ def placement(device: Any = None, dtype: Any = "auto", unset: str | None = None)
     Raises
     ------
     ParameterError
-        If this machine has no such device, or models cannot compute in the type.
+        If the machine lacks the device, or models cannot compute in the type.
     """
     unnamed = device == unset and not torch.cuda.is_available()
     return {"device": _usable_device(None if unnamed else device), "dtype": _usable_dtype(dtype)}

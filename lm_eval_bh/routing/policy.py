@@ -1,6 +1,6 @@
-"""A policy: everything that decides experts, and nothing else, in one file.
+"""A policy: everything that decides experts, in one file.
 
-The file is safetensors with a JSON header, as null models are: loading it executes nothing. Its
+The file is safetensors with a JSON header, like null models: loading it executes nothing. Its
 tensors are those of the null model, if the rule needs one.
 """
 
@@ -30,11 +30,11 @@ from lm_eval_bh.validation import mismatch
 
 METADATA_KEY = "lm_eval_bh_policy"
 FORMAT_VERSION = 1
-MOST = 2**16  # whatever a damaged file says: layers are counted one by one
+MOST = 2**16  # limit for damaged files: layers are counted one by one
 
 
 class _Header(TypedDict):
-    """What a file says of a policy's origin."""
+    """The origin of a policy, as a file states it."""
 
     fingerprint: str
     model: str | None
@@ -44,26 +44,26 @@ class _Header(TypedDict):
 
 @dataclass(frozen=True, eq=False)
 class Policy:
-    """How the experts of one model are decided.
+    """How the experts of one model are selected.
 
     Attributes
     ----------
     config : RoutingConfig
         Rule, bounds and parameters.
     solution : Solution or None
-        What was solved on calibration text: the rule's parameter in every layer.
+        The rule's parameter in every layer, if solved on calibration text.
     null_model : NullModel or None
-        What p-values and factors of weights are taken from.
+        The source of p-values and factors of weights.
     fingerprint : str
-        Of the routers it is for.
+        Fingerprint of the routers that it was made for.
     num_layers, num_experts, native_top_k : int
-        MoE layers of the model, experts of a layer, and how many the model itself takes.
+        MoE layers of the model, experts per layer, and the model's own top-k.
     model, revision : str or None
-        The model it was made for: hub name or path, and commit.
+        The model: hub name or path, and commit.
     provenance : mapping
-        How it was found and what it measured, as plain values.
+        How the policy was found and what was measured, as plain values.
     affine : ndarray or None
-        What layers' outputs are scaled and shifted by, float64 ``[layers, 2, hidden]``.
+        Scales and shifts of the layers' outputs, float64 ``[layers, 2, hidden]``.
     """
 
     config: RoutingConfig
@@ -80,7 +80,7 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.config.needs_null and self.null_model is None:
-            raise PolicyError("A policy whose rule needs a null model must have it.")
+            raise PolicyError("A policy whose rule needs a null model must have one.")
         if self.config.solves and self.solution is None:
             raise PolicyError("A policy whose parameter was solved must have the solution.")
         shape = None if self.affine is None else self.affine.shape[:2]
@@ -95,16 +95,16 @@ class Policy:
         self.config.select_layers(self.num_layers)
 
     def check(self, fingerprint: str, model_name: str, hint: str = "") -> None:
-        """Raise a :class:`PolicyError` if it is for other routers; the hint ends its sentence."""
+        """Raise a :class:`PolicyError` if it was made for other routers; the hint ends its text."""
         if fingerprint != self.fingerprint:
             raise PolicyError(
-                f"The policy was made for {self.model or 'an unnamed model'}, whose routers are "
-                f"not those of {model_name} (fingerprint {self.fingerprint[:12]} there and "
+                f"The policy was made for {self.model or 'an unnamed model'}, whose routers differ "
+                f"from those of {model_name} (fingerprint {self.fingerprint[:12]} there and "
                 f"{fingerprint[:12]} here): make one for {model_name}{hint}."
             )
 
     def digest(self) -> str:
-        """Return a SHA-256, in hex, of what decides experts."""
+        """Return a SHA-256, in hex, of everything that decides experts."""
         found = hashlib.sha256(json.dumps(self._decides(), sort_keys=True).encode())
         if self.null_model is not None:
             found.update(self.null_model.digest().encode())
@@ -113,12 +113,12 @@ class Policy:
         return found.hexdigest()
 
     def save(self, path: Path | str) -> None:
-        """Write it as one safetensors file; ``path`` never holds half of it.
+        """Write the policy as one safetensors file, completely or not at all.
 
         Raises
         ------
         PolicyError
-            If it cannot be written.
+            If the file cannot be written.
         """
         null, path = self.null_model, as_path(path)
         tensors = {}
@@ -145,12 +145,12 @@ class Policy:
 
     @classmethod
     def load(cls, path: Path | str) -> Policy:
-        """Read what :meth:`save` wrote; nothing in the file is executed.
+        """Read a saved policy; nothing in the file is executed.
 
         Parameters
         ----------
         path : path
-            Of the file, or the name of a policy that ships, such as ``tiny-olmoe``.
+            Path of the file, or the name of a shipped policy, such as ``tiny-olmoe``.
 
         Raises
         ------
@@ -218,7 +218,7 @@ class Policy:
         return found
 
     def describe(self) -> dict[str, Any]:
-        """Return what people want to know of it, as plain values."""
+        """Return a summary for people, as plain values."""
         return self._decides() | {
             "model": self.model,
             "revision": self.revision,
@@ -238,29 +238,29 @@ class Policy:
 
 
 def described(config: RoutingConfig, solution: Solution | None) -> dict[str, Any]:
-    """Return a configuration as plain values, with what was solved.
+    """Return a configuration as plain values, with solved values.
 
-    Where alpha was solved it stands in ``alpha``, or with ``budget="layer"`` the mean over the
-    layers does; ``solved`` holds every layer's, and how well the target was met.
+    A solved alpha is in ``alpha``, or with ``budget="layer"`` the mean over the layers; ``solved``
+    holds every layer's alpha, and how well the target was met.
     """
     content = config.as_dict()
     if config.method.recorded:
-        return content | {"alpha": None}  # nothing is compared
+        return content | {"alpha": None}  # alpha is not used
     if solution is None:
         return content
-    level = solution.level  # of a family of all decisions, whose cut-offs alphas then are
+    level = solution.level  # with family=all, where alphas are cut-offs
     mean = sum(solution.alphas.values()) / len(solution.alphas) if level is None else level
     return content | {"alpha": mean, "solved": solution.as_dict()}
 
 
-# How rows are decoded together is the evaluation's to say; a policy says what it was made for.
+# The evaluation chooses decode batches; a policy only states those it was made for.
 BESIDE_A_POLICY = ("decode_batch", "batch_seed")
 
 
 def beside_policy(policy: Policy, arguments: Mapping[str, Any]) -> Policy:
-    """Return a policy with what an evaluation says of decode batches.
+    """Return a policy with an evaluation's decode batches.
 
-    A :class:`ParameterError` says if anything is given that the policy decides.
+    Raises :class:`ParameterError` for an argument that the policy decides.
     """
     check_alone({n: v for n, v in arguments.items() if n not in BESIDE_A_POLICY})
     given = {n: v for n, v in arguments.items() if n in BESIDE_A_POLICY and v is not None}
@@ -268,10 +268,10 @@ def beside_policy(policy: Policy, arguments: Mapping[str, Any]) -> Policy:
 
 
 def check_alone(arguments: Mapping[str, Any]) -> None:
-    """Raise a :class:`ParameterError` if a policy is given together with what it decides."""
+    """Raise a :class:`ParameterError` if arguments are given that the policy decides."""
     for name, value in arguments.items():
         if value is not None:
             raise ParameterError(
-                f"{name}={value!r} contradicts policy=, which decides everything about routing: "
+                f"{name}={value!r} contradicts policy=, which holds all routing parameters: "
                 "leave it out, or the policy."
             )

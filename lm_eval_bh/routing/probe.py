@@ -1,8 +1,8 @@
-"""Finds out what a router does with its scores, by asking it.
+"""Finds out by experiment how a router turns scores into experts and weights.
 
-A twin of the router, with the same code and settings but random weights and biases of its own, is
-run on random hidden states: neither its class matters nor what weights it was trained to, and
-neither the router nor its hooks notice. Routers of one make are asked once.
+A twin of the router, with the same code and settings but with random weights and biases, is run on
+random hidden states: the result depends on neither its class nor its trained weights, and the
+router and its hooks are not touched. Routers with equal settings are probed once.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ SPREAD = 1.5  # standard deviation of router logits
 
 @dataclass(frozen=True)
 class Order:
-    """What a router's experts are ranked by, so that the first k are those it takes itself at k.
+    """How a router ranks its experts: for each k, the first k are those that it selects.
 
     Attributes
     ----------
     score : str
         A key of :data:`~lm_eval_bh.routing.methods.reading.SCORES`.
     bias : str or None
-        Path, from the router, of the bias that is added to the score; with ``beside`` the name of
-        an attribute of the router's parent.
+        Path, from the router, of the bias added to the score; with ``beside``, the name of an
+        attribute of the router's parent.
     beside : bool
-        Whether the bias belongs to the router's parent, which hands it over.
+        Whether the bias belongs to the router's parent, which passes it.
     in_slots : bool
-        Whether the router returns its experts in this order, so that nothing has to be sorted.
+        Whether the router returns its experts in this order, without sorting.
     """
 
     score: str
@@ -51,22 +51,22 @@ class Order:
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What a router does.
+    """The behaviour of a router.
 
     Attributes
     ----------
     softmax : bool
-        Whether its weights are the softmax over all experts of its logits, of the largest of them,
-        rescaled to sum to one or not.
+        Whether its weights are the softmax over all experts of its logits, taken at the largest
+        ones, rescaled to sum to one or not.
     normalizes : bool
-        Whether the weights of a token's experts always have the same sum.
+        Whether a token's weights always have the same sum.
     slots : int
-        How many experts a token gets.
+        Number of experts per token.
     obeys : bool
-        Whether it selects as many experts as its attribute ``top_k`` says, and gives them weights
-        of the same sum if that is fixed.
+        Whether it selects as many experts as its attribute ``top_k`` says, with weights of the same
+        sum if that is fixed.
     order : Order or None
-        How it ranks its experts; None where that could not be found out.
+        How it ranks its experts; None if that could not be determined.
     """
 
     softmax: bool
@@ -77,7 +77,7 @@ class Behaviour:
 
     @property
     def scores(self) -> str:
-        """What logits become before any bias; empty where that is not known."""
+        """How logits become scores before any bias; empty if unknown."""
         if self.softmax:
             return "softmax"
         return "" if self.order is None or self.order.score == "logit" else self.order.score
@@ -87,21 +87,21 @@ _known: dict[object, Behaviour] = {}
 
 
 def probe(module: nn.Module, parent: nn.Module | None, num_experts: int, top_k: int) -> Behaviour:
-    """Return what a router does.
+    """Return the behaviour of a router.
 
     Parameters
     ----------
     module : nn.Module
-        The router; neither run nor changed.
+        The router, which is neither run nor changed.
     parent : nn.Module or None
-        The module it is part of, which may hand a bias over to it.
+        Its parent module, which may pass a bias to it.
     num_experts, top_k : int
-        How many experts it scores, and selects on its own.
+        How many experts it scores, and how many it selects.
 
     Raises
     ------
     ModelError
-        If it does not run on hidden states, or returns no (logits, weights, indices).
+        If it does not run on hidden states, or does not return (logits, weights, indices).
     """
     key = _make(module), _beside(module, parent), num_experts, top_k
     if key not in _known:
@@ -122,17 +122,17 @@ class _Probe:
         }
 
     def behaviour(self, top_k: int) -> Behaviour:
-        # torch's unsorted top-k is sorted all the same where k is at most a 64th of the experts.
+        # torch's unsorted top-k is sorted anyway if k is at most a 64th of the experts.
         asked = min(max(top_k, 2, self.num_experts // 64 + 1), self.num_experts)
         logits, weights, indices = self.ask(asked)
         obeys = hasattr(self.module, "top_k") and all(
             self.ask(k)[1].shape[-1] == k for k in {asked, 1}
         )
-        # All experts sum to one even where nothing is rescaled.
+        # All experts sum to one even without rescaling.
         half = max(1, min(asked, self.num_experts // 2))
         sums = self.ask(half)[1].sum(-1)
         normalizes = bool(sums.std() < 1e-3 * sums.mean())
-        if obeys and normalizes:  # the block around it may reckon with the sum it has at top_k
+        if obeys and normalizes:  # the block around it may rely on the sum at top_k
             obeys = torch.allclose(sums, self.ask(max(1, half // 2))[1].sum(-1), rtol=1e-3)
         return Behaviour(
             softmax=_is_softmax(logits, weights, indices),
@@ -143,7 +143,7 @@ class _Probe:
         )
 
     def ask(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (logits, weights, indices) of the router with ``k`` experts a token."""
+        """Return (logits, weights, indices) of the router with ``k`` experts per token."""
         name = type(self.module).__name__
         if hasattr(self.twin, "top_k"):
             self.twin.top_k = k  # type: ignore[assignment]
@@ -167,7 +167,7 @@ class _Probe:
         return logits.float(), weights.float(), indices
 
     def _order(self, logits: Tensor, indices: Tensor) -> Order | None:
-        """Return the score whose largest are what the router takes, for every number of experts."""
+        """Return the score whose largest values the router selects, for every k."""
         slots = indices.shape[-1]
         asked = {k: self.ask(k)[2] for k in range(1, slots)}
         taken = {k: _mask(own, logits) for k, own in asked.items() if own.shape[-1] == k}
@@ -195,7 +195,7 @@ class _Probe:
                 yield score, name, beside, function(logits) + value.flatten()
 
     def _tensor(self, value: Tensor) -> Tensor:
-        """Return a random tensor in place of one of the router's, of the same shape."""
+        """Return a random tensor to replace one of the router's, of the same shape."""
         if not value.is_floating_point():
             return value
         scale = BIAS
@@ -205,10 +205,10 @@ class _Probe:
 
 
 def _twin(module: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Return a module with the same code and settings, tensors of its own and no hooks."""
+    """Return a module with the same code and settings, its own tensors and no hooks."""
     twin = copy.copy(module)
     state = twin.__dict__
-    state.pop("forward", None)  # what accelerate put in its place
+    state.pop("forward", None)  # replaced by accelerate
     for name, value in list(state.items()):
         if name.endswith("_hooks") and isinstance(value, dict):
             state[name] = OrderedDict()
@@ -228,7 +228,7 @@ def _twin(module: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
 
 
 def _make(module: nn.Module) -> object:
-    """Return what two routers have in common that do the same."""
+    """Return a key that is equal for routers that behave alike."""
     settings = tuple(
         sorted((k, v) for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)))
     )
@@ -245,7 +245,7 @@ def _is_matrix(tensor: Tensor) -> bool:
 
 
 def _beside(module: nn.Module, parent: nn.Module | None) -> tuple[str, ...]:
-    """Return the tensors of the parent that the router's forward takes by their own names."""
+    """Return the parent's tensors that are parameters of the router's forward."""
     names = list(inspect.signature(type(module).forward).parameters)[2:]
     return tuple(name for name in names if isinstance(getattr(parent, name, None), Tensor))
 
@@ -269,12 +269,12 @@ def _is_triple(output: Any, num_experts: int) -> bool:
 
 
 def _mask(indices: Tensor, logits: Tensor) -> Tensor:
-    """Return which experts stand in ``[tokens, slots]``: bool ``[tokens, experts]``."""
+    """Return which experts occur in ``[tokens, slots]``: bool ``[tokens, experts]``."""
     return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, indices.long(), True)
 
 
 def _is_softmax(logits: Tensor, weights: Tensor, indices: Tensor) -> bool:
-    """Whether these are the largest softmax weights, as they are or rescaled to sum to one."""
+    """Return whether these are the largest softmax weights, rescaled or not."""
     scores = torch.softmax(logits, dim=-1)
     top = scores.topk(indices.shape[-1], dim=-1)
     if not torch.equal(_mask(top.indices, logits), _mask(indices, logits)):

@@ -1,4 +1,4 @@
-"""What a method's counts are made from at any level, so that many levels share one pass."""
+"""Ranked scores, from which counts at many levels follow with one pass."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lm_eval_bh.routing.tables.null_model import NullModel
 def ranked_scores(
     method: Method, null_model: NullModel | None, layer: int, router: RouterOutput
 ) -> tuple[Tensor, Tensor]:
-    """Return what ``method.count(ranked, level)`` takes, and the experts in that order.
+    """Return the first argument of ``method.count``, and the experts in that order.
 
-    For tests these are negated p-values, which are compared with negated critical values: cheaper
-    than the thresholds of many levels, and the same decisions.
+    For tests these are negated p-values, to compare with negated critical values: cheaper than the
+    thresholds of many levels, and with the same decisions.
 
     Parameters
     ----------
     method : Method
-        Fitted to the layer, at any level.
+        The method, fitted to the layer at any level.
     null_model : NullModel or None
-        What p-values are taken from.
+        The source of p-values.
     layer : int
         The layer.
     router : RouterOutput
-        What its router says.
+        The output of its router.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What notebooks show of routing: small tables of HTML."""
+"""Small HTML tables about routing for notebooks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lm_eval_bh.routing.routers import transformers_model
 
-SHOWN = 12  # tokens of a selection
+SHOWN = 12  # tokens shown of a selection
 
 
 def html_table(names: Sequence[str], rows: Iterable[Sequence[Any]], caption: str) -> str:
-    """Return a table; everything in it is escaped."""
+    """Return an HTML table with escaped content."""
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows
@@ -51,7 +51,7 @@ def selection_html(indices: Tensor, weights: Tensor, counts: Tensor) -> str:
 
 
 def integration_html(integration: Any) -> str:
-    """Return the settings of a ``BHRoutingIntegration``, with what it has counted."""
+    """Return the settings of a ``BHRoutingIntegration``, with its statistics."""
     stats = {} if integration.counters is None else integration.get_routing_stats()
     known = {name: f"{value:.3g}" for name, value in stats.items() if value is not None}
     settings = integration.describe() | {"patched": integration.patched} | known

@@ -1,4 +1,4 @@
-"""What a router says, as methods look at it: its own triple, ranked its own way."""
+"""Reads a router's result as the input of methods."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lm_eval_bh.routing.routers import Router
 
 
 class RouterReader:
-    """Makes a :class:`RouterOutput` of what a router has returned.
+    """Makes a :class:`RouterOutput` from a router's result.
 
     Parameters
     ----------
     router : Router
         The router.
     slots : int
-        How many experts it has to rank. Where it was asked for fewer it is asked once more, if it
-        ranks as many as it is told; a softmax is computed here.
+        How many experts it has to rank. A router that returned fewer is run once more, if its
+        number of experts is adjustable; a softmax is computed here.
     in_order : bool
-        Whether the first slots have to be the router's first experts; by default they do.
+        Whether the first slots have to be the router's first experts.
     """
 
     def __init__(self, router: Router, slots: int, *, in_order: bool = True) -> None:
@@ -35,17 +35,17 @@ class RouterReader:
         self._parent = router.parent if beside else None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> RouterOutput:
-        """Return what the router says of ``[tokens]``.
+        """Return the router's output for ``[tokens]``.
 
         Parameters
         ----------
         module, args, output
-            As a forward hook of the router has them.
+            The arguments of a forward hook of the router.
 
         Raises
         ------
         ModelError
-            If the router returns something else than (logits, weights, indices).
+            If the router does not return (logits, weights, indices).
         """
         if not (isinstance(output, tuple) and len(output) == 3):
             raise ModelError(
@@ -58,7 +58,7 @@ class RouterReader:
         return self._reading(output, args[0], self._bias(module))
 
     def _asked_again(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Run the router once more, without its hooks, for as many experts as are needed."""
+        """Run the router again, without its hooks, for the number of experts needed."""
         before = module.top_k
         module.top_k = self._reading.slots  # type: ignore[assignment]
         try:
@@ -77,7 +77,7 @@ class RouterReader:
 
 
 def reading_of(router: Router, slots: int, *, in_order: bool = True) -> Reading:
-    """Return how a router is read, see :class:`RouterReader`."""
+    """Return the reading of a router, see :class:`RouterReader`."""
     order = router.order
     in_slots = order is None or order.in_slots or not in_order
     return Reading(

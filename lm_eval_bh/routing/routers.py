@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lm_eval_bh.errors import ModelError
 from lm_eval_bh.routing.probe import Behaviour, Order, probe
 
-# What a patched router has selected on its own; see lm_eval_bh/routing/patching/unpatch.py.
+# Top-k of a router before it was patched; see lm_eval_bh/routing/patching/unpatch.py.
 OWN_TOP_K = "_own_top_k_before_bh"
 
 
@@ -24,17 +24,17 @@ class Router:
     Attributes
     ----------
     name : str
-        Its name among the model's modules, e.g. ``model.layers.3.mlp.gate``.
+        Name among the model's modules, e.g. ``model.layers.3.mlp.gate``.
     module : nn.Module
         Its forward returns (router logits, weights, indices).
     num_experts, top_k : int
-        How many experts it scores and how many it selects on its own.
+        How many experts it scores, and how many it selects.
     behaviour : Behaviour
-        What it does with its scores.
+        How it turns scores into experts and weights.
     parent : nn.Module or None
-        The module it is part of.
+        Its parent module.
     copies : tuple of nn.Module
-        Copies of it, by PEFT's ``modules_to_save``, that are not active now.
+        Inactive copies of it, made by PEFT's ``modules_to_save``.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Router:
     def weight(self) -> Tensor:
         """The projection from hidden states to router logits, ``[experts, hidden]``.
 
-        It is read from where accelerate keeps it, if that is not where it computes.
+        It is read from where accelerate stores it, if that differs from where it computes.
         """
         return router_weight(self.module)
 
     @property
     def softmax(self) -> bool:
-        """Whether its weights are the softmax over all experts of its logits, or in proportion."""
+        """Whether its weights are, or are proportional to, a softmax of all its logits."""
         return self.behaviour.softmax
 
     @property
@@ -81,17 +81,17 @@ def router_weight(module: nn.Module) -> Tensor:
 def find_routers(model: nn.Module) -> list[Router]:
     """Return every MoE router of a transformers model, in the order of its layers.
 
-    The router's class is the one from which transformers itself records ``router_logits``. Of the
-    copies that PEFT makes of a router for ``modules_to_save``, the active one is returned.
+    A router has the class from which transformers itself records ``router_logits``. Of the copies
+    of a router that PEFT makes for ``modules_to_save``, the active one is returned.
 
     Raises
     ------
     ModelError
-        If the model has none, or only ones that return no (logits, weights, indices).
+        If the model has no routers, or they do not return (logits, weights, indices).
     """
     if not isinstance(model, nn.Module):
         raise ModelError(
-            f"{model!r:.60} is no loaded model: load one, for example with "
+            f"{model!r:.60} is not a loaded model: load one, for example with "
             "AutoModelForCausalLM.from_pretrained."
         )
     classes = tuple({recorder.target_class for recorder in _recorders(model)})
@@ -119,7 +119,7 @@ def transformers_model(model: nn.Module) -> PreTrainedModel:
     Raises
     ------
     ModelError
-        If there is none.
+        If there is no such model inside.
     """
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -193,12 +193,12 @@ def _describe(
 
 
 def is_projection(parameter: Tensor) -> bool:
-    """Whether it is a router's one matrix, and none of its biases and scales."""
+    """Return whether a tensor is a router's matrix, not a bias or scale."""
     return parameter.ndim == 2 and min(parameter.shape) > 1
 
 
 def _projection(module: nn.Module) -> tuple[nn.Module, str]:
-    """Return where the router's projection is: the module that holds it, and its name there."""
+    """Return the module that holds the router's projection, and its name there."""
     matrices = [
         (inner, name)
         for inner in module.modules()
@@ -207,8 +207,8 @@ def _projection(module: nn.Module) -> tuple[nn.Module, str]:
     ]
     if len(matrices) != 1:
         raise ModelError(
-            f"A router of class {type(module).__name__} has {len(matrices)} weight matrices, and "
-            "one that projects hidden states to router logits was looked for: routers of this "
+            f"A router of class {type(module).__name__} has {len(matrices)} weight matrices, not "
+            "one that projects hidden states to router logits: routers of this "
             "family are not supported."
         )
     return matrices[0]

@@ -1,7 +1,7 @@
-"""Safetensors files with a checksum of every one of their bytes.
+"""Safetensors files with a checksum of all their bytes.
 
-The checksum stands in the file's own metadata: it is the SHA-256 of the file with zeros in its
-place.
+The checksum is in the file's own metadata: it is the SHA-256 of the file with zeros in place of the
+checksum.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ _BLANK = "0" * 64
 
 
 def write_sealed(tensors: dict[str, Any], path: Path | str, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with a checksum; ``path`` never holds half of it.
+    """Write a safetensors file with a checksum, completely or not at all.
 
     Raises
     ------
     OSError, SafetensorError
-        If it cannot be written.
+        If the file cannot be written.
     """
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={**metadata, CHECKSUM: _BLANK})
         content = temporary.read_bytes()
         place = _field(_BLANK)
-        assert content.count(place) == 1  # inside of other values quotes are escaped
+        assert content.count(place) == 1  # within other values, quotes are escaped
         seal = _field(hashlib.sha256(content).hexdigest())
         temporary.write_bytes(content.replace(place, seal, 1))
 
 
 def broken_seal(path: Path, metadata: Mapping[str, str], key: str) -> str | None:
-    """Say in a few words why a file is not as it was written, or return None.
+    """Return in a few words why a file differs from what was written, or None.
 
-    A file of the first release has no checksum, and passes.
+    Files of the first release have no checksum, and pass.
 
     Parameters
     ----------
@@ -48,10 +48,10 @@ def broken_seal(path: Path, metadata: Mapping[str, str], key: str) -> str | None
     metadata : mapping
         Its metadata.
     key : str
-        The one key that they have beside the checksum.
+        The only key besides the checksum.
     """
     if metadata.keys() - {key, CHECKSUM}:
-        return "its metadata have more than was written"
+        return "its metadata have more keys than were written"
     if CHECKSUM not in metadata:
         return None
     content = path.read_bytes().replace(_field(metadata[CHECKSUM]), _field(_BLANK), 1)
@@ -61,5 +61,5 @@ def broken_seal(path: Path, metadata: Mapping[str, str], key: str) -> str | None
 
 
 def _field(checksum: str) -> bytes:
-    """Return how the checksum stands in the file."""
+    """Return the checksum as written in the file."""
     return f'"{CHECKSUM}":"{checksum}"'.encode()

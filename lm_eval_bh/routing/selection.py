@@ -1,4 +1,4 @@
-"""Which experts serve a token, for a caller who has router logits and no model."""
+"""Selects experts from router logits, without a model."""
 
 from __future__ import annotations
 
@@ -46,33 +46,33 @@ def select_experts(
     hidden_states: Tensor | None = None,
     step: Tensor | Sequence[int] | None = None,
 ) -> Selection:
-    """Select the experts of every token by a rule that looks at its router logits.
+    """Select the experts of every token by a rule, from router logits.
 
     Parameters
     ----------
     router_logits : Tensor or array
         float ``[tokens, experts]``.
     null_model : NullModel, path or None
-        Null distribution of the layer's logits; rules that test nothing do without. What the
-        score is, and whether each expert has a distribution of its own, is the null model's.
-        ``null=`` is its earlier name.
+        Null distribution of the layer's logits; rules other than tests do not need one. The null
+        model determines the score, and whether each expert has its own distribution. ``null=`` is
+        the argument's earlier name.
     layer : int
         The layer of ``null_model`` that the logits come from.
     alpha : float
-        The rule's parameter, in (0, 1); for a test its level. That bounds the expected share of
-        false rejections if the logits of the null hypotheses follow F and are independent or
-        positively dependent, which nobody has shown for the logits of one token.
+        The rule's parameter, in (0, 1); for a test its level. The level bounds the expected share
+        of false rejections if the logits of the null hypotheses follow F and are independent or
+        positively dependent, which has not been shown for the logits of one token.
     rule, min_k, max_k, temperature, seed, mass
         See :class:`~lm_eval_bh.routing.config.RoutingConfig`.
     renormalize : bool or "auto"
-        Whether the selected weights are rescaled to sum to one; "auto" is False here, as OLMoE's
-        ``norm_topk_prob`` is.
+        Whether to rescale the selected weights to sum to one; "auto" is False here, like OLMoE's
+        ``norm_topk_prob``.
     hidden_states : Tensor, optional
-        float ``[tokens, hidden]``, what the router was given; for a null model of the statistic
+        float ``[tokens, hidden]``, the router's input; for a null model of the statistic
         "predicted".
     step : Tensor or sequence of int, optional
-        Which tokens are decoded together, ``[tokens]``, for methods of a step: those of one number;
-        -1 takes the model's own top-k. By default all are.
+        ``[tokens]``, for methods of a step: tokens with the same number are decided together; -1
+        takes the model's own top-k. By default all tokens form one step.
 
     Returns
     -------
@@ -82,7 +82,7 @@ def select_experts(
     Raises
     ------
     ParameterError
-        If a parameter is out of range, or the null model is of other routers.
+        If a parameter is out of range, or the null model belongs to other routers.
     RoutingError
         If a logit is NaN or infinite.
 
@@ -121,13 +121,12 @@ def select_experts(
         null_model.cdf(layer)  # raises if there is no such layer
         if null_model.header.num_experts not in (None, num_experts):
             raise ParameterError(
-                f"The null model is of {null_model.header.num_experts} experts a layer, and the "
-                f"router logits are of {num_experts}: give the null model of this router."
+                f"The null model has {null_model.header.num_experts} experts per layer, but the "
+                f"router logits have {num_experts}: give the null model of this router."
             )
         if null_model.header.statistic == "predicted" and hidden_states is None:
             raise ParameterError(
-                "statistic=predicted needs the hidden states that the router was given: "
-                "give hidden_states."
+                "statistic=predicted needs the router's hidden states: give hidden_states."
             )
     method = fitted_method(config, null_model, layer, num_experts).to(router_logits.device)
     slots = method.asks(config.max_k)
@@ -156,7 +155,7 @@ def _numbered(step: Tensor | Sequence[int] | None, router_logits: Tensor) -> Ten
 
 
 def _config(null_model: NullModel | None, **given: Any) -> RoutingConfig:
-    """Return the configuration; a null model says what is tested."""
+    """Return the configuration; a null model determines what is tested."""
     if null_model is not None:
         method = METHODS.get(given["rule"])
         if method is None or "statistic" in method.declared:
@@ -188,12 +187,12 @@ def reject(
     Raises
     ------
     ParameterError
-        If the rule is not a test, alpha is not a level, or a p-value is none.
+        If the rule is not a test, alpha is not a level, or a p-value is invalid.
     """
     config = RoutingConfig(alpha=alpha, rule=rule)
     p_values = numbers_of(p_values, "p_values")
     if p_values.ndim < 1 or not ((p_values >= 0) & (p_values <= 1)).all():
-        raise ParameterError("p_values must be numbers from 0 to 1: some are not.")
+        raise ParameterError("p_values must be numbers from 0 to 1.")
     n = p_values.shape[-1]
     test = METHODS[rule](config.settings(0, n))
     if not isinstance(test, StepUp):

@@ -1,4 +1,4 @@
-"""The parameters that were solved on calibration text, one a layer."""
+"""Parameters solved on calibration text, one per layer."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ class Solution:
     Attributes
     ----------
     target_experts, budget
-        What was asked for.
+        The target.
     alphas : dict of layer to float
         The rule's parameter in every routed layer.
     mean_experts : float
-        The mean over tokens and layers on the calibration text, with the rule at work.
+        The mean over tokens and layers on the calibration text, with the rule applied.
     layer_means : dict of layer to float
         The means of the layers.
     tokens : int
-        How many tokens of the text.
+        Number of tokens of the text.
     text : str
-        What text.
+        Name of the text.
     target_distinct, distinct_experts : float or None
-        For a method of a step: what was asked for, and the mean number of distinct experts of a
-        layer and step on the calibration text; ``layer_means`` are those of the layers then.
+        For a method of a step: the target, and the measured mean of distinct experts per layer and
+        step on the calibration text; ``layer_means`` then holds those of the layers.
     level : float or None
         For a family of all decisions: the level at which the procedure, over all decisions on the
-        text with the unchanged model, has the cut-off that ``alphas`` holds.
+        text with the unchanged model, has the cut-off in ``alphas``.
     """
 
     target_experts: float | None
@@ -47,7 +47,7 @@ class Solution:
 
     @property
     def miss(self) -> float:
-        """By what share of itself the target is missed; in the worst layer if each has its own."""
+        """Relative error against the target; of the worst layer if each has its own."""
         if self.target_distinct is not None:
             return abs((self.distinct_experts or 0.0) / self.target_distinct - 1)
         if self.target_experts is None:
@@ -58,14 +58,14 @@ class Solution:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Solution:
-        """Return what :meth:`as_dict` gave."""
+        """Rebuild a solution from :meth:`as_dict`."""
         found = dict(content)
         for name in ("alphas", "layer_means"):
             found[name] = {int(layer): float(value) for layer, value in found[name].items()}
         return cls(**found)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON, whose keys are text."""
+        """Return plain values for JSON, with text keys."""
         content = dataclasses.asdict(self)
         if self.target_distinct is None:  # as earlier releases wrote it
             del content["target_distinct"], content["distinct_experts"]

@@ -1,4 +1,4 @@
-"""How many distinct experts a step reads, as a function of the parameter of a method."""
+"""The number of distinct experts per step as a function of a method's parameter."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lm_eval_bh.routing.methods.steps import Steps, distinct_experts
 
 
 class Ranking(NamedTuple):
-    """What a method that decides for each token by itself looks at.
+    """The input of a method that decides each token independently.
 
     Attributes
     ----------
     scores, experts : Tensor
         float ``[tokens, candidates]``, the best first, and int64 ``[tokens, max_k]``, in the order
-        in which they serve.
+        of use.
     step : Tensor
         int64 ``[tokens]``, the tokens that are decoded together.
     """
@@ -33,34 +33,34 @@ class Ranking(NamedTuple):
 
 
 def rankings(parts: Sequence[Ranking]) -> Ranking:
-    """Return the rankings of several passes as of one, their steps numbered on."""
+    """Join the rankings of several passes, with steps numbered consecutively."""
     scores, experts = (torch.cat([part[place] for part in parts]) for place in (0, 1))
     return Ranking(scores, experts, _numbered_on([part.step for part in parts]))
 
 
 def whole_steps(batches: Sequence[Tensor], rows: int, length: int) -> list[Tensor]:
-    """Return a text in batches of exactly ``rows``: a step of fewer reads fewer experts.
+    """Return a text in batches of exactly ``rows``: smaller steps read fewer experts.
 
-    Rows have up to ``length`` tokens, fewer where there is less text.
+    Rows have up to ``length`` tokens, fewer if there is less text.
 
     Raises
     ------
     DataError
-        If there is not one token for each row.
+        If there are fewer tokens than rows.
     """
     ids = torch.cat([batch.flatten() for batch in batches])
     length = min(length, len(ids) // rows)
     if not length:
         raise DataError(
-            f"The calibration text has {len(ids)} tokens, too few for {rows} rows that are "
-            "decoded together: use more text or a smaller decode_batch."
+            f"The calibration text has {len(ids)} tokens, too few for {rows} rows decoded "
+            "together: use more text or a smaller decode_batch."
         )
     whole = len(ids) // (rows * length)
     return list(ids[: whole * rows * length].view(whole, rows, length).unbind())
 
 
 def on_cpu(said: RouterOutput, with_hidden_states: bool) -> RouterOutput:
-    """Return what a router has said, kept on the CPU; hidden states only where they are needed."""
+    """Return a router's output on the CPU, with hidden states only if needed."""
     hidden = said.hidden_states if with_hidden_states else None
     return said._replace(
         logits=said.logits.cpu(),
@@ -72,7 +72,7 @@ def on_cpu(said: RouterOutput, with_hidden_states: bool) -> RouterOutput:
 
 
 def joined(parts: Sequence[RouterOutput]) -> RouterOutput:
-    """Return what a router has said of several passes as of one, their steps numbered on."""
+    """Join a router's outputs of several passes, with steps numbered consecutively."""
     logits, weights, indices = (
         torch.cat([getattr(part, name) for part in parts])
         for name in ("logits", "weights", "indices")
@@ -96,7 +96,7 @@ def _numbered_on(steps: Sequence[Tensor]) -> Tensor:
 
 
 def mean_distinct(method: Method, heard: RouterOutput | Ranking) -> Callable[[float], float]:
-    """Return the function from the parameter to the mean number of distinct experts a step."""
+    """Return the mean number of distinct experts per step as a function of the parameter."""
     assert heard.step is not None
     steps = Steps(heard.step, int(heard.step.max()) + 1)
 
@@ -109,7 +109,7 @@ def mean_distinct(method: Method, heard: RouterOutput | Ranking) -> Callable[[fl
 
 @torch.no_grad()
 def served(method: Method, heard: RouterOutput | Ranking, alpha: float) -> Tensor:
-    """Return the experts that serve the tokens with another parameter, int64 ``[tokens, max_k]``.
+    """Return the tokens' experts with another parameter, int64 ``[tokens, max_k]``.
 
     Unused slots hold ``num_experts``.
     """

@@ -1,4 +1,4 @@
-"""Solves a rule's parameter on calibration text: for a mean number of experts, or a family."""
+"""Solves a rule's parameter on calibration text, for a mean number of experts or a family."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from lm_eval_bh.routing.tables.texts import WIKITEXT, text_batches, wikitext_tex
 
 logger = logging.getLogger(__name__)
 
-INSTEAD = "give alpha in place of target_experts, or from Python texts= to solve it on"
+INSTEAD = "give alpha in place of target_experts, or in Python texts= to solve it on"
 TOKENS, LENGTH, BATCH = 16384, 512, 8
-TOLERANCE = 0.02  # share of the target that the mean may miss it by
-AIM = 0.01  # and what ends the search
+TOLERANCE = 0.02  # largest relative error of the mean
+AIM = 0.01  # relative error that ends the search
 ROUNDS = 8
-# What a layer's method looks at: ranked scores; and for a step their experts, or all.
+# Input of a layer's method: ranked scores; for a step also their experts, or all.
 Heard = Tensor | Ranking | RouterOutput
 
 
 class Routed(Protocol):
-    """What a target is solved for: a model that can be run with the rule at work and without."""
+    """The model to solve for, which can run with and without the rule."""
 
     model: nn.Module
     routers: list[Router]
@@ -59,7 +59,7 @@ class Routed(Protocol):
         """The layers that the rule applies to."""
 
     def method(self, layer: int) -> Method:
-        """Return the method of a layer, fitted to it."""
+        """Return a layer's fitted method."""
 
     def __enter__(self) -> Any: ...
 
@@ -73,19 +73,19 @@ def solve(
 
     The target is a mean number of experts per token, or of distinct experts per layer and step.
 
-    The rule is solved on the logits of the unchanged model; but experts that are left out below
-    change the logits above, so the model is run with what was solved, and it is solved again on the
-    logits it gives then, until the mean that really comes out meets the target. What cannot be
-    reached on one round's logits may be on the next's: there the nearest parameter is taken.
+    The rule is first solved on the logits of the unchanged model; but leaving out experts in lower
+    layers changes the logits above. The model is therefore run with the solution, and solved again
+    on the new logits, until the measured mean meets the target. A target that one round's logits
+    cannot reach may be reachable in the next, so the nearest parameter is taken.
 
     Parameters
     ----------
     integration : Routed
-        Not patched; its configuration names the target.
+        The integration, not patched; its configuration names the target.
     tokenizer : optional
-        Of the model; by default the one that belongs to it is loaded.
+        The model's tokenizer; loaded by default.
     texts : sequence of str, optional
-        The first 16,384 tokens of these documents are used; default WikiText-2's training text.
+        The first 16,384 tokens of these documents are used; by default WikiText-2's training text.
 
     Raises
     ------
@@ -158,9 +158,9 @@ def calibration_batches(
     texts: Sequence[str] | None = None,
     decode_batch: int | None = None,
 ) -> list[Tensor]:
-    """Return the text that parameters are solved on, as token ids; see :func:`solve`.
+    """Return the text to solve on as token ids; see :func:`solve`.
 
-    With ``decode_batch`` in whole batches of so many rows.
+    With ``decode_batch``, in whole batches of that many rows.
     """
     found = text_batches(
         tokenizer or tokenizer_of(model),
@@ -179,7 +179,7 @@ def _p_values(integration: Routed, batches: Sequence[Tensor]) -> Tensor:
     parts: list[Tensor] = []
 
     def hear(layer: int, method: Method, said: RouterOutput) -> None:
-        found = null_model.p_values_of(layer, Method.score(method, said))  # of all experts
+        found = null_model.p_values_of(layer, Method.score(method, said))  # for all experts
         parts.append(found.flatten().cpu())
 
     _listen(integration, batches, hear)
@@ -187,7 +187,7 @@ def _p_values(integration: Routed, batches: Sequence[Tensor]) -> Tensor:
 
 
 def _collect(integration: Routed, batches: Sequence[Tensor]) -> dict[int, Heard]:
-    """Run the model as it is now, and return what the rule looks at in every routed layer."""
+    """Run the model as it is now, and return the rule's input in every routed layer."""
     parts: dict[int, list[Any]] = {layer: [] for layer in integration.layers}
     joint, by_step = integration.config.method.joint, integration.config.target_distinct
 
@@ -226,7 +226,7 @@ def _listen(
     batches: Sequence[Tensor],
     hear: Callable[[int, Method, RouterOutput], None],
 ) -> None:
-    """Run the model as it is now, and hand on what the routers of the routed layers say."""
+    """Run the model as it is now, and pass on the output of the routed layers' routers."""
     methods: dict[int, Method] = {}
 
     def note(layer: int, said: RouterOutput) -> None:
@@ -243,7 +243,7 @@ def _listen(
 def _give_up(
     integration: Routed, scores: Mapping[int, Heard], best: Solution, rounds: int
 ) -> NoReturn:
-    """Say of the first budget that is not met whether any parameter could have met it."""
+    """Raise for the first unmet budget, saying whether any parameter could meet it."""
     target, rule = _target(integration.config) or 0.0, integration.config.rule
     name = "target_experts" if best.target_distinct is None else "target_distinct"
     for layers, mean in _budgets(integration, scores).items():
@@ -256,18 +256,18 @@ def _give_up(
         if not low <= target <= high:
             raise UnreachableError(
                 f"{name}={target} cannot be reached with rule={rule}{where}: with the rule "
-                f"at work on the calibration text its mean lies between {low:.3g} and {high:.3g} "
+                f"applied, the mean on the calibration text lies between {low:.3g} and {high:.3g} "
                 "experts for every alpha; give another target or rule."
             )
         raise ParameterError(
-            f"{name}={target} was not met: rule={rule} came no nearer than a mean of "
+            f"{name}={target} was not met: rule={rule} came no closer than a mean of "
             f"{met:.3g}{where} in {rounds} rounds; give another target or rule."
         )
     raise AssertionError("a solution that misses its target misses one of its budgets")
 
 
 def _solve_on(integration: Routed, scores: Mapping[int, Heard]) -> dict[int, float]:
-    """Return every layer's parameter, solved on logits as they are, or the one that is nearest."""
+    """Return every layer's parameter, solved on given logits, or the nearest one."""
     target = float(_target(integration.config) or 0)
     alphas: dict[int, float] = {}
     for layers, mean in _budgets(integration, scores).items():
@@ -288,7 +288,7 @@ def _budgets(integration: Routed, scores: Mapping[int, Heard]) -> dict[tuple[int
 
 
 def _mean(integration: Routed, layer: int, ranked: Heard) -> Mean:
-    """Return the function from the parameter to a layer's mean number of experts."""
+    """Return a layer's mean number of experts as a function of the parameter."""
     method = integration.method(layer).cpu()
     if not isinstance(ranked, Tensor):
         return mean_distinct(method, ranked)

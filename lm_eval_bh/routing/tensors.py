@@ -1,4 +1,4 @@
-"""What users may give in place of a tensor."""
+"""Converts what users may give in place of a tensor."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lm_eval_bh.errors import ParameterError
 
 
 def numbers_of(values: Any, name: str) -> torch.Tensor:
-    """Return a tensor of what may be one, an array, or nested lists of numbers.
+    """Return a tensor from a tensor, an array, or nested lists of numbers.
 
     Raises
     ------
     ParameterError
-        If it is anything else, or lists are of different lengths.
+        If it is anything else, or lists differ in length.
     """
     try:
         return torch.as_tensor(values)

@@ -1,4 +1,4 @@
-"""The configurations that run against each other, each ready to be put into the model."""
+"""The configurations to compare, each ready to be applied to the model."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ OF_A_CONFIGURATION = ROUTING_ARGUMENTS | {"policy", "experts_implementation"}
 
 @dataclass(frozen=True)
 class Contestant:
-    """A configuration: its name, and what puts it into the model; None for the model as it is."""
+    """A configuration: its name and its integration; None for the unchanged model."""
 
     name: str
     integration: BHRoutingIntegration | None
 
     @contextmanager
     def at_work(self) -> Iterator[BHRoutingIntegration | None]:
-        """Route this way while the block lasts."""
+        """Apply the configuration within the block."""
         with nullcontext() if self.integration is None else self.integration as routing:
             yield routing
 
     def describe(self) -> SpeedConfiguration:
-        """Return what readers of the file must know."""
+        """Return a description for readers of the file."""
         routing = None if self.integration is None else described_routing(self.integration)
         return {"name": self.name, "routing": None if routing is None else dict(routing)}
 
 
 def arguments_of_one(text: str) -> dict[str, Any]:
-    """Return the arguments that a word of the command line stands for: a policy, or model_args.
+    """Parse a word of the command line: a policy, or model_args.
 
     Raises
     ------
     ParameterError
-        If it says nothing, or sets what must be the same for all.
+        If it is empty, or sets something that must be equal for all.
     """
     if "=" not in text or Path(text).is_file():
         return {"policy": text}
@@ -63,18 +63,18 @@ def arguments_of_one(text: str) -> dict[str, Any]:
 
 
 def name_of(arguments: Mapping[str, Any]) -> str:
-    """Return a name for the routing arguments of a configuration, whatever their order."""
+    """Return a name for a configuration's routing arguments, independent of their order."""
     given = sorted((n, v) for n, v in arguments.items() if n in OF_A_CONFIGURATION)
     return ",".join(f"{name}={value}" for name, value in given)
 
 
 def check_configurations(configurations: Sequence[Mapping[str, Any]]) -> list[RoutingConfig]:
-    """Return how each selects experts; raise what making the contestants would before weights load.
+    """Return the routing configurations, with all errors that can occur before weights load.
 
     Raises
     ------
     ParameterError, NullModelError, PolicyError
-        If there is none, one is named twice, or an argument cannot serve.
+        If there is none, one is named twice, or an argument is unusable.
     """
     if not configurations:
         raise ParameterError(
@@ -106,14 +106,14 @@ def _loaded(arguments: Mapping[str, Any]) -> tuple[Policy | None, dict[str, Any]
 
 
 def contestants(lm: Any, configurations: Iterable[Mapping[str, Any]]) -> list[Contestant]:
-    """Return the model as it is, and each configuration, in an order that is always the same.
+    """Return the unchanged model and each configuration, in a fixed order.
 
     Parameters
     ----------
     lm : HFLM
-        Its model must not be patched: null models may be calibrated on it, and targets solved.
+        An unpatched model, on which null models may be calibrated and targets solved.
     configurations : iterable of mapping
-        The arguments of ``hf-bh`` for each; those that are not of routing are not looked at.
+        The arguments of ``hf-bh`` for each; only routing arguments are used.
     """
     found = [Contestant(NATIVE, None)]
     for arguments in sorted(configurations, key=name_of):

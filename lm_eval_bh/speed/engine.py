@@ -1,4 +1,4 @@
-"""How fast vLLM is under each policy: one engine, whose layers are given one policy after another.
+"""Measures vLLM's speed under each policy: one engine, whose layers switch policies.
 
 Runs where vLLM and this package are both installed; see ``lm_eval_bh/export/vllm_model.py``.
 """
@@ -46,17 +46,17 @@ def measure_vllm(
     Parameters
     ----------
     folder : Path
-        The model, as vLLM takes it.
+        The model's folder for vLLM.
     documents : sequence of token ids
-        What prompts are cut from.
+        Texts from which prompts are cut.
     policies, files : mapping
-        By name: what is measured, and where one of them lies, which vLLM is started with.
+        By name: the policies, and files of those that vLLM can start with.
     prompt, steps : int
-        Tokens of a prompt, and tokens that are then decoded: each policy's own greedy text.
+        Tokens per prompt, and tokens decoded after it: each policy's own greedy text.
     rounds, seed : int
-        Of all of them, in an order drawn for each round.
+        Number of rounds, each in a random order, and their seed.
     dtype : str
-        Of the weights.
+        Dtype of the weights.
     options : mapping, optional
         Further arguments of ``vllm.LLM``.
 
@@ -64,9 +64,9 @@ def measure_vllm(
     -------
     dict
         ``configurations``, ``workloads`` (name, batch_size, passes, tokens), ``seconds`` and
-        ``cpu_seconds`` (of all cores) ``[round][configuration][workload]``, and ``work``: of each
+        ``cpu_seconds`` (of all cores) ``[round][configuration][workload]``, and ``work``: for each
         configuration and workload the experts per token, the rows per token that vLLM computes,
-        and the distinct experts of a pass and layer.
+        and the distinct experts per pass and layer.
 
     Raises
     ------
@@ -76,8 +76,8 @@ def measure_vllm(
     ids = [token for document in documents for token in document]
     if len(ids) < prompt * max(BATCHES):
         raise ParameterError(
-            f"The texts have {len(ids):,} tokens, and {max(BATCHES)} prompts of {prompt} are "
-            "needed: give a smaller --prompt."
+            f"The texts have {len(ids):,} tokens, and {max(BATCHES)} prompts of {prompt} tokens "
+            "are needed: give a smaller --prompt."
         )
     rows = [ids[n * prompt : (n + 1) * prompt] for n in range(max(BATCHES))]
     load = os.getloadavg()
@@ -122,7 +122,7 @@ def measure_vllm(
 
 
 def _engine(folder: Path, policy: Path, length: int, dtype: str, options: Mapping[str, Any]) -> Any:
-    os.environ |= {  # in this process, where its layers can be reached
+    os.environ |= {  # in this process, so that its layers are accessible
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "LM_EVAL_BH_POLICY": str(policy.resolve()),
     }
@@ -144,7 +144,7 @@ def _engine(folder: Path, policy: Path, length: int, dtype: str, options: Mappin
 
 @contextmanager
 def _deciding(engine: Any, policy: Policy | None) -> Iterator[list[Any]]:
-    """Let a policy decide, or the engine's own top-k, and yield the routes of the layers."""
+    """Apply a policy, or the engine's own top-k, and yield the routes of the layers."""
 
     def decide(model: Any) -> list[Any]:
         model.decide_by(policy)
@@ -157,9 +157,9 @@ def _deciding(engine: Any, policy: Policy | None) -> Iterator[list[Any]]:
 def _run(
     engine: Any, rows: Sequence[Sequence[int]], steps: int
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return how long it takes until every prompt has its first token, and the steps after it.
+    """Return the time until every prompt has its first token, and of the steps after it.
 
-    Each as seconds on the wall, and as seconds of this process on all its cores.
+    Each as wall-clock seconds, and as CPU seconds of this process.
     """
     from vllm import SamplingParams
 
@@ -184,7 +184,7 @@ def _run(
 def _counted(
     engine: Any, routes: Sequence[Any], rows: Sequence[Sequence[int]], steps: int = 4
 ) -> list[dict[str, float]]:
-    """Return what is chosen in a prefill and in some steps of decoding."""
+    """Return the selections in a prefill and in some decoding steps."""
     seen: list[tuple[int, int, int, int]] = []
 
     def watch(weights: Tensor, indices: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Counts what the experts of a model are given, whichever routing is at work."""
+"""Counts the work of a model's experts under any routing."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 
 class ExpertWork:
-    """Counts expert rows, and experts whose weights a pass must read, while it is entered.
+    """Counts expert rows, and experts whose weights a pass reads, within the context.
 
     Parameters
     ----------
     model : nn.Module
-        Whose experts are stacked in one module a layer, as transformers has them.
+        A model whose experts are stacked in one module per layer, as in transformers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -25,16 +25,16 @@ class ExpertWork:
 
     @property
     def rows(self) -> int | None:
-        """One expert applied to one token; None for a model without such modules."""
+        """Number of rows: one expert applied to one token. None without such modules."""
         return self._rows if self._modules else None
 
     @property
     def touched(self) -> int | None:
-        """Pairs of a pass and an expert of a layer with at least one token; None likewise."""
+        """Number of (pass, layer, expert) with at least one token. None without such modules."""
         return self._touched if self._modules else None
 
     def reset(self) -> None:
-        """Count from here on."""
+        """Reset the counts."""
         self._rows = self._touched = 0
 
     def __enter__(self) -> ExpertWork:

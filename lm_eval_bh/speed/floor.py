@@ -1,4 +1,4 @@
-"""The time that no implementation can beat: arithmetic, or reading the weights that are needed."""
+"""The lower bound of time: arithmetic, or reading the necessary weights."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ REPEATS = 7
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device can do at best.
+    """The peak rates of a device.
 
     Attributes
     ----------
     matmul_rate : float
-        FLOP a second, of a large matrix product.
+        FLOP per second, in a large matrix product.
     copy_rate, read_rate : float
-        Bytes a second, of a copy (both ways counted) and of reading alone.
+        Bytes per second, in a copy (both ways counted) and in reading.
     """
 
     matmul_rate: float
@@ -31,11 +31,11 @@ class Machine:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second: weights are only read, so copying is too slow a yardstick for them."""
+        """Bytes per second: weights are only read, so copying alone would underestimate it."""
         return max(self.copy_rate, self.read_rate)
 
     def floor(self, flops: float, bytes_read: float) -> float:
-        """Return the seconds that this work takes at least."""
+        """Return the lower bound of seconds for this work."""
         return max(flops / self.matmul_rate, bytes_read / self.bandwidth)
 
 
@@ -50,7 +50,7 @@ def measure_machine(
     Parameters
     ----------
     elements : int
-        Of the float32 array that is copied and read; it must not fit into a cache.
+        Size of the float32 array to copy and read, which must not fit into a cache.
     """
     a = torch.randn(1024, 2048, device=device).to(dtype)
     b = torch.randn(2048, 4096, device=device).to(dtype)
@@ -76,7 +76,7 @@ def measure_machine(
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
+    """Wait until a device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -88,9 +88,9 @@ class Weights:
     Attributes
     ----------
     dense_bytes : int
-        Of the parameters that every token needs: all but the experts and the embeddings.
+        Bytes of the parameters that every token needs: all except experts and embeddings.
     expert_bytes, expert_elements : int
-        Of one expert of one layer, whose every element is a multiply-add for a token.
+        Bytes and elements of one expert; each element is a multiply-add per token.
     """
 
     dense_bytes: int
@@ -99,7 +99,7 @@ class Weights:
 
 
 def weights_of(model: nn.Module, num_experts: int) -> Weights | None:
-    """Return the sizes; None for a family whose experts are not stacked in one module a layer."""
+    """Return the sizes; None for a family without one module of stacked experts per layer."""
     experts = [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
     if not experts:
         return None

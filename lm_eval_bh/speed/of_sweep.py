@@ -19,22 +19,22 @@ from lm_eval_bh.speed.phase import (
 if TYPE_CHECKING:
     from lm_eval_bh.harness.sweep.evaluator import Evaluator
 
-# Of the presets that measure speed unless they are told not to.
+# Presets that measure speed by default.
 OF_PRESET = {"quick": QUICK, "full": SpeedSettings(), "seeds": SpeedSettings()}
-UNKNOWN_BATCH_SIZE = 8  # where the evaluation finds out its own
+UNKNOWN_BATCH_SIZE = 8  # if the evaluation chooses its own
 
 
 class SweepSpeed:
-    """What the speed phase of a sweep has to do.
+    """The speed phase of a sweep.
 
     Parameters
     ----------
     config : SweepConfig
         The settings of the sweep.
     folder : Path
-        Of the sweep, where the file goes.
+        Folder of the sweep, and of the file.
     settings : SpeedSettings
-        How much is measured.
+        Settings of the speed phase.
     """
 
     def __init__(self, config: SweepConfig, folder: Path, settings: SpeedSettings) -> None:
@@ -50,7 +50,7 @@ class SweepSpeed:
 
     @property
     def done(self) -> bool:
-        """Whether the file holds it already."""
+        """Whether the file already holds this phase."""
         asked = asked_of(
             self.config.pretrained,
             self.config.tasks,

@@ -1,4 +1,4 @@
-"""The whole phase: what is fed, who runs when, what each computes, and the file of it."""
+"""The whole speed phase: its input, its rounds, the work of each configuration, its file."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ from lm_eval_bh.speed.rounds import run_rounds
 from lm_eval_bh.speed.task_text import decode_rows, prefill_batches, rows_of
 from lm_eval_bh.speed.workloads import Decode, Prefill, Workload, dense_flops
 
-FEWEST_ROUNDS = 7  # from which an interval says anything
+FEWEST_ROUNDS = 7  # minimum for a meaningful interval
 DECODED = (1, 8)  # batch sizes of decoding
 PACKAGES = ("torch", "transformers", "lm_eval", "lm-eval-bh")
 
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """How much is measured.
+    """Settings of a speed phase.
 
     Attributes
     ----------
     rounds : int
-        In each of which every configuration runs once; the median counts.
+        Number of rounds, in each of which every configuration runs once; the median counts.
     batches, documents : int
-        Batches of a prefill, and the documents of a task that they are made of.
+        Batches of a prefill, and the documents of a task to make them from.
     prompt, steps : int
-        Tokens in the cache before decoding, and tokens decoded.
+        Tokens in the cache before decoding, and decoded tokens.
     seed : int
-        Of the order within the rounds.
+        Seed of the order within rounds.
     array : int
-        Elements of the array that shows how fast memory is.
+        Elements of the array that measures memory bandwidth.
 
     Raises
     ------
     ParameterError
-        If there are too few.
+        If a number is too small.
     """
 
     rounds: int = 9
@@ -79,7 +79,7 @@ QUICK = SpeedSettings(rounds=7, batches=1, documents=16, prompt=16, steps=6, arr
 
 
 def speed_file(folder: Path) -> Path:
-    """Return where the phase of a folder is kept."""
+    """Return the file of a folder's speed phase."""
     return folder / f"{SPEED}.json"
 
 
@@ -90,7 +90,7 @@ def asked_of(
     batch_size: int,
     settings: SpeedSettings,
 ) -> dict[str, Any]:
-    """Return what tells one phase from another, as plain values."""
+    """Return everything that distinguishes phases, as plain values."""
     return {
         "model": model,
         "tasks": sorted(tasks),
@@ -101,7 +101,7 @@ def asked_of(
 
 
 def is_measured(file: Path, asked: Mapping[str, Any]) -> bool:
-    """Whether a file holds what is asked for; one that is damaged does not."""
+    """Return whether a file holds a phase; a damaged file does not."""
     if not file.is_file():
         return False
     try:
@@ -120,20 +120,20 @@ def measure(
     batch_size: int = 8,
     settings: SpeedSettings | None = None,
 ) -> SpeedFile:
-    """Measure configurations against each other and against the model as it is.
+    """Compare configurations with each other and with the unchanged model.
 
     Parameters
     ----------
     lm : BHLM
-        Loaded, on one process. Its own routing is out of the model meanwhile.
+        The loaded model, on one process. Its own routing is removed during the phase.
     model : str
-        What the model was given as.
+        Name or path of the model as given.
     tasks : mapping of str to Task
-        Loaded tasks of lm-eval, whose text is fed.
+        Loaded tasks of lm-eval, which provide the text.
     configurations : sequence of mapping
         Arguments of ``hf-bh``, see :func:`~lm_eval_bh.speed.contestants.contestants`.
     batch_size : int
-        Of the prefill: the evaluation's.
+        Batch size of the prefill: the evaluation's.
 
     Raises
     ------
@@ -157,7 +157,7 @@ def measure(
     for name, task in sorted(tasks.items()):
         with quiet(logging.ERROR):
             rows = rows_of(lm, task, settings.documents)
-        # Decoding first: reading its prompt warms up what a configuration needs on the device.
+        # Decoding first: reading its prompt warms up the configuration.
         workloads += [Decode(name, decode_rows(rows, n, length), settings.prompt) for n in DECODED]
         workloads.append(Prefill(name, prefill_batches(rows, batch_size, settings.batches)))
     with _unpatched(lm):
@@ -218,7 +218,7 @@ def measure(
 
 
 def write(found: SpeedFile, file: Path) -> Path:
-    """Write what was measured, whole or not at all."""
+    """Write the results, completely or not at all."""
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return file
@@ -226,7 +226,7 @@ def write(found: SpeedFile, file: Path) -> Path:
 
 @contextmanager
 def _unpatched(lm: Any) -> Iterator[None]:
-    """Take the routing of the model's own integration out while the block lasts."""
+    """Remove the routing of the model's own integration within the block."""
     patched = lm.integration.patched
     lm.integration.unpatch_model()
     try:
@@ -241,7 +241,7 @@ def _experts(found: Sequence[Contestant], network: Any) -> int:
 
 
 def _work(one: Contestant, network: Any, workloads: Sequence[Workload]) -> list[SpeedWork]:
-    """Run every workload once, and count what its experts are given and compute."""
+    """Run every workload once, and count the work of its experts."""
     found: list[SpeedWork] = []
     with one.at_work() as routing, ExpertWork(network) as counted:
         for workload in workloads:

@@ -1,4 +1,4 @@
-"""Who runs when: every contestant once a round, in an order drawn for that round."""
+"""Rounds: every contestant runs once per round, in a random order."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lm_eval_bh.schema import SpeedRound
 
 
 def orders(number: int, rounds: int, seed: int) -> Iterator[list[int]]:
-    """Yield for each round the places of the contestants in the order in which they run.
+    """Yield the order of contestants in each round.
 
     Parameters
     ----------
     number : int
-        Of contestants, which come in an order that does not depend on how they were given: the same
-        set always gets the same rounds.
+        Number of contestants, whose order does not depend on how they were given: equal sets get
+        equal rounds.
     """
     generator = random.Random(seed)
     for _ in range(rounds):
@@ -31,12 +31,12 @@ def run_rounds(
     turn: Callable[[int], Sequence[float]],
     each_round: Callable[[], None] = lambda: None,
 ) -> list[SpeedRound]:
-    """Give every contestant its turn in every round.
+    """Run every contestant once in every round.
 
     Parameters
     ----------
     turn : callable
-        Takes the place of a contestant and returns the seconds of each of its workloads.
+        Takes the index of a contestant and returns the seconds of its workloads.
     each_round : callable
         Called after each round.
     """

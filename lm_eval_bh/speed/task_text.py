@@ -1,4 +1,4 @@
-"""The tokens that a speed phase feeds: the text of a task, in batches without padding."""
+"""The tokens of a speed phase: the text of a task, in batches without padding."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lm_eval_bh.errors import DataError
 
 
 def rows_of(lm: Any, task: Any, documents: int) -> list[list[int]]:
-    """Return the rows of token ids that lm-eval would feed for the first documents of a task.
+    """Return the rows of token ids that lm-eval would feed for a task's first documents.
 
     Parameters
     ----------
     lm : HFLM
-        Whose tokenizer and longest window count.
+        Provides the tokenizer and the longest window.
     task : lm_eval.api.task.Task
-        Loaded.
+        The loaded task.
     documents : int
-        How many at most.
+        Maximum number of documents.
 
     Raises
     ------
@@ -30,7 +30,7 @@ def rows_of(lm: Any, task: Any, documents: int) -> list[list[int]]:
         If the task has no text.
     """
     task.build_all_requests(limit=documents, rank=0, world_size=1)
-    # A context is asked about with several continuations, but read once.
+    # A context with several continuations is used once.
     texts = dict.fromkeys(
         "".join(part for part in instance.args if isinstance(part, str))
         for instance in task.instances
@@ -47,13 +47,13 @@ def rows_of(lm: Any, task: Any, documents: int) -> list[list[int]]:
 def prefill_batches(rows: Sequence[Sequence[int]], size: int, number: int) -> list[Tensor]:
     """Return batches of rows of about the same length, as an evaluation makes them.
 
-    The rows are sorted by length and cut into batches; of these, ``number`` spread evenly are
-    taken, each cut to its shortest row, so that there is no padding that some way might skip.
+    The rows are sorted by length and cut into batches; ``number`` evenly spread batches are taken,
+    each cut to its shortest row, so that there is no padding for some method to skip.
 
     Parameters
     ----------
     size : int
-        Rows of a batch; the rows are used again where they are fewer.
+        Rows per batch; rows are repeated if there are too few.
 
     Returns
     -------

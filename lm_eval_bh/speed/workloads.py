@@ -1,4 +1,4 @@
-"""What is measured: reading whole texts (prefill), and writing token by token (decode)."""
+"""The workloads: reading whole texts (prefill), and writing token by token (decode)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Workload(ABC):
     Attributes
     ----------
     name, task : str
-        What it is called, and whose text it is.
+        Its name, and the task of its text.
     batch_size, passes, tokens : int
-        Rows of a batch; forward passes of a measurement, and the tokens in all of them.
+        Rows per batch; forward passes of a measurement, and their total tokens.
     """
 
     def __init__(self, name: str, task: str, batch_size: int, passes: int, tokens: int) -> None:
@@ -32,11 +32,11 @@ class Workload(ABC):
 
     @abstractmethod
     def prepare(self, model: Any) -> Any:
-        """Do what comes before the clock starts, and return what :meth:`run` needs of it."""
+        """Prepare before the clock starts, and return the input of :meth:`run`."""
 
     @abstractmethod
     def run(self, model: Any, prepared: Any) -> None:
-        """Do what is measured."""
+        """Run the measured work."""
 
     def seconds(
         self,
@@ -44,7 +44,7 @@ class Workload(ABC):
         now: Callable[[], float] = time.perf_counter,
         about_to_run: Callable[[], None] = lambda: None,
     ) -> float:
-        """Return how long :meth:`run` takes; ``about_to_run`` is called right before it."""
+        """Return the seconds of :meth:`run`; ``about_to_run`` is called right before it."""
         prepared = self.prepare(model)
         wait_for(model.device)
         about_to_run()
@@ -55,7 +55,7 @@ class Workload(ABC):
 
 
 class Prefill(Workload):
-    """One pass over each of some batches, int64 ``[rows, length]``, without a cache."""
+    """One pass over each batch, int64 ``[rows, length]``, without a cache."""
 
     def __init__(self, task: str, batches: Sequence[Tensor]) -> None:
         tokens = sum(batch.numel() for batch in batches)
@@ -63,7 +63,7 @@ class Prefill(Workload):
         self._batches = batches
 
     def prepare(self, model: Any) -> list[Tensor]:
-        """Bring the tokens to the device."""
+        """Move the tokens to the device."""
         return [batch.to(model.device) for batch in self._batches]
 
     def run(self, model: Any, prepared: list[Tensor]) -> None:
@@ -73,15 +73,15 @@ class Prefill(Workload):
 
 
 class Decode(Workload):
-    """One token a pass for every row, behind a prompt that is in the cache already.
+    """One token per row and pass, after a prompt that is already in the cache.
 
-    What is fed is the text's own continuation: what a configuration would write differs from one to
-    the next, and so would its work.
+    The input is the text's own continuation: configurations would write different texts, and so do
+    different work.
 
     Parameters
     ----------
     rows : int64 [batch size, prompt + 1 + steps]
-        The first step behind the prompt is not timed.
+        Token ids; the first step after the prompt is not timed.
     """
 
     def __init__(self, task: str, rows: Tensor, prompt: int) -> None:
@@ -111,9 +111,9 @@ def dense_flops(workload: Workload, model: Any, rows: int, expert_elements: int)
     Parameters
     ----------
     model : nn.Module
-        As it is; its experts are computed one by one here, so that nothing but ``rows`` is counted.
+        The unchanged model; its experts run one by one here, so that only ``rows`` is counted.
     rows : int
-        Expert rows that it computes in this workload.
+        Expert rows computed in this workload.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -123,7 +123,7 @@ def dense_flops(workload: Workload, model: Any, rows: int, expert_elements: int)
     whole.set_experts_implementation("eager")
     try:
         prepared = workload.prepare(model)
-        # Fused attention is not counted on every device.
+        # FLOPs of fused attention are not counted on every device.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             workload.run(model, prepared)
     finally:

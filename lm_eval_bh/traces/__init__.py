@@ -1,1 +1,1 @@
-"""What other engines recorded of their routing, as runs that tables and patterns can read."""
+"""Imports the routing that other engines recorded, as runs for tables and patterns."""

@@ -1,8 +1,8 @@
 """Reads a plain table of routing: one row for each expert of a token in a layer.
 
-The columns ``document, token, layer, expert`` are needed, ``weight`` and ``token_id`` are read
-where they are there, and others ignored. A token is named by its position in the document. The rows
-may come in any order; a document's name is the text that stands there, whatever it looks like.
+The columns ``document, token, layer, expert`` are required, ``weight`` and ``token_id`` optional,
+and others ignored. A token is named by its position in the document. Rows may come in any order; a
+document's name is taken as text, even if it looks like a number.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from lm_eval_bh.traces.trace_document import MOST_EXPERTS, MOST_LAYERS, TraceDoc
 
 NEEDED = ("document", "token", "layer", "expert")
 OPTIONAL = ("weight", "token_id")
-MOST_CELLS = 256  # slots of a document for each of its rows, in the array that all tokens share
-FEW_CELLS = 2**20  # that are no trouble whatever the rows
+MOST_CELLS = 256  # slots per row of a document, in the array that all its tokens share
+FEW_CELLS = 2**20  # always allowed, however few the rows are
 
 
 def read_csv(files: Sequence[Path], first: int, notes: Notes) -> Iterator[TraceDocument]:
-    """Yield the documents of tables, numbered in the order in which they occur.
+    """Yield the documents of the tables, numbered in order of appearance.
 
     Parameters
     ----------
@@ -41,11 +41,11 @@ def read_csv(files: Sequence[Path], first: int, notes: Notes) -> Iterator[TraceD
     Raises
     ------
     DataError
-        If a column is missing, or holds something else than whole numbers.
+        If a column is missing, or holds anything but whole numbers.
     """
     for file in files:
         table = _table(file, notes)
-        # Slots are those that a token fills in a layer, in the order of the rows.
+        # Within a token and layer, slots are numbered in the order of the rows.
         table["slot"] = table.groupby(["document", "token", "layer"]).cumcount()
         for name, rows in table.groupby("document", sort=False):
             yield _document(rows, f"Document {name} of {file}", first)
@@ -55,15 +55,15 @@ def read_csv(files: Sequence[Path], first: int, notes: Notes) -> Iterator[TraceD
 def _table(file: Path, notes: Notes) -> pd.DataFrame:
     try:
         with warnings.catch_warnings():
-            # Rows with more fields than the header would be cut, or their first be an index.
+            # pandas would cut rows longer than the header, or take their first field as an index.
             warnings.simplefilter("error", pd.errors.ParserWarning)
             table = pd.read_csv(
                 file, dtype={"document": str}, keep_default_na=False, index_col=False
             )
     except pd.errors.ParserWarning as error:
         raise DataError(
-            f"{file} is damaged: rows have more fields than its header; give a table whose columns "
-            "all have a name."
+            f"{file} is damaged: rows have more fields than its header; give a table in which "
+            "every column has a name."
         ) from error
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         reason = " ".join(str(error).split())
@@ -102,11 +102,11 @@ def _document(rows: pd.DataFrame, where: str, document: int) -> TraceDocument:
     slot = rows["slot"].to_numpy()
     shape = len(positions), len(layers), int(slot.max()) + 1
     if shape[-1] > MOST_EXPERTS:
-        raise DataError(f"{where} is damaged: a token has {shape[-1]} experts in a layer.")
+        raise DataError(f"{where} is damaged: a token has {shape[-1]} experts in one layer.")
     if shape[0] * shape[1] * shape[2] > max(FEW_CELLS, MOST_CELLS * len(rows)):
         raise DataError(
             f"{where} is damaged: {len(rows)} rows name {shape[0]} tokens, {shape[1]} layers and "
-            f"up to {shape[2]} experts of one, so that nearly nothing would be filled; write one "
+            f"up to {shape[2]} experts, so most of the table would be empty; write one "
             "row for each expert of every token in every layer."
         )
     experts = np.full(shape, UNUSED, dtype=np.int16)

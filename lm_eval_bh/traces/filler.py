@@ -1,10 +1,10 @@
-"""Tells what an engine recorded from what its buffer held where nothing was written.
+"""Separates the experts that an engine recorded from the filler of its buffer.
 
-vLLM's buffer has a row for every hidden layer and is zeroed: layers without a router, and tokens
-whose routing it did not capture, are zeros. No top-k names an expert twice, so that k zeros are no
-choice; they are one only in a trace of an engine that repeats experts in slots that a token does
-not use, and such a trace repeats others too. What belongs to which is therefore decided on the
-whole trace, which is read twice.
+vLLM's buffer has a row for every hidden layer and starts as zeros: layers without a router stay
+zero, and so do tokens whose routing was not captured. No top-k names an expert twice, so k zeros
+are usually filler. They are a choice only in traces of engines that repeat experts to fill unused
+slots, and such a trace repeats other experts too. The decision therefore needs the whole trace,
+which is read twice.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ Flags = NDArray[np.bool_]
 def without_filler(
     read: Callable[[Notes], Iterable[TraceDocument]], routers: list[bool] | None, notes: Notes
 ) -> Iterator[TraceDocument]:
-    """Yield the documents of a trace with the experts that were chosen, and nothing else.
+    """Yield the documents of a trace with the chosen experts only.
 
-    Every token has an expert in every layer: layers that have none anywhere are left out, and so
-    are tokens that have none in some layer. An expert that a row repeats counts once.
+    Afterwards every token has an expert in every layer: layers without any expert are left out,
+    and so are tokens without experts in some layer. An expert that a row repeats counts once.
 
     Parameters
     ----------
     read : callable
-        Reads the trace, filling the notes that it is given.
+        Reads the trace, and fills the notes passed to it.
     routers : list of bool or None
-        For each hidden layer whether it has a router, where the model is known; see
+        Whether each hidden layer has a router, where the model is known; see
         :func:`~lm_eval_bh.traces.model_layers.layers_with_router`.
     notes : Notes
         Filled with what was left out.
@@ -44,7 +44,7 @@ def without_filler(
     Raises
     ------
     DataError
-        If nothing but filler is in the trace.
+        If the trace is all filler.
     """
     survey = _Survey(routers)
     for document in read(Notes()):
@@ -62,7 +62,7 @@ def _counters() -> NDArray[np.int64]:
 
 @dataclass
 class _Survey:
-    """What the rows of each layer look like, over the whole trace."""
+    """Statistics of each layer's rows over the whole trace."""
 
     routers: list[bool] | None
     rows: NDArray[np.int64] = field(default_factory=_counters)
@@ -81,11 +81,11 @@ class _Survey:
 
     @property
     def alive(self) -> Flags:
-        """Which layers chose experts [MOST_LAYERS]."""
+        """Whether each layer chose experts [MOST_LAYERS]."""
         return self.zeros + self.unwritten < self.rows
 
     def describe(self, notes: Notes) -> None:
-        """Note which layers were taken for what.
+        """Note how each layer was classified.
 
         Raises
         ------
@@ -97,7 +97,7 @@ class _Survey:
             what = "zeros" if self.zeros.any() else "unused slots"
             raise DataError(
                 f"The trace holds nothing but {what}: the engine captured no routing; record it "
-                "again with routing captured."
+                "again with routing capture switched on."
             )
         empty = np.flatnonzero(seen & ~self.alive)
         known = self.routers or []
@@ -108,8 +108,8 @@ class _Survey:
             rest = [i for i in layers if i >= len(known)]
             for group, taken in (
                 (dense, "has no router there, as its configuration says"),
-                (lost, "has a router there, of which the engine captured nothing"),
-                (rest, "is taken to have no router there"),
+                (lost, "has a router there, but the engine captured nothing"),
+                (rest, "is assumed to have no router there"),
             ):
                 if group:
                     notes.add(
@@ -118,8 +118,8 @@ class _Survey:
         odd = [int(i) for i in np.flatnonzero(self.alive) if i < len(known) and not known[i]]
         if odd:
             notes.add(
-                f"{layers_of(odd)}: experts, but no router in the configuration of --model; check "
-                "that it is the model that was served."
+                f"{layers_of(odd)}: have experts, but no router in the configuration of --model; "
+                "check that it is the model that was served."
             )
         chose = np.flatnonzero(seen & self.alive)
         if known and chose.size and chose[-1] >= len(known):
@@ -135,12 +135,12 @@ class _Survey:
         notes.count(
             self.repeats,
             "choices of a token in a layer",
-            "name an expert more than once, as engines do that cannot leave a slot empty: it "
+            "name an expert more than once, as in engines that cannot leave a slot empty: it "
             "counts once.",
         )
 
     def settle(self, document: TraceDocument, notes: Notes) -> TraceDocument | None:
-        """Return the document without filler; None if nothing else was in it."""
+        """Return the document without filler; None if it holds nothing else."""
         document = self._numbered(document)
         columns = self.alive[document.layers]
         everything = np.ones(len(document.positions), dtype=np.bool_)
@@ -152,8 +152,7 @@ class _Survey:
             notes.count(
                 int(zeros.all(1).sum()) if zeros.shape[1] > 1 else 0,
                 "tokens",
-                "have expert 0 alone in every layer, which an empty buffer looks like too: they "
-                "are kept.",
+                "have expert 0 alone in every layer, as in an empty buffer: they are kept.",
             )
         else:
             experts[zeros] = UNUSED
@@ -166,13 +165,13 @@ class _Survey:
         notes.count(
             int((none & zeros.any(1)).sum()),
             "tokens",
-            "have zeros in every layer, which no top-k chooses: they are taken for not captured "
-            "and left out.",
+            "have zeros in every layer, which no top-k chooses: they count as not captured "
+            "and are left out.",
         )
         notes.count(
             int((none & ~zeros.any(1)).sum()),
             "tokens",
-            "have unused slots in every layer, as where a cache answered: they are left out.",
+            "have unused slots in every layer, as after a cache hit: they are left out.",
         )
         notes.count(
             int((~whole & ~none).sum()),
@@ -186,19 +185,19 @@ class _Survey:
         return replace(document, experts=experts).part(whole, everything)
 
     def _zeros(self, document: TraceDocument) -> Flags:
-        """Return where a token has zeros that may be no choice [tokens, layers]."""
+        """Return where a token's zeros may be filler [tokens, layers]."""
         zeros: Flags = (document.experts == 0).all(-1)
         if document.experts.shape[-1] == 1:
-            # One zero is a choice like any other, unless nothing else is in a layer of a buffer.
+            # A single zero is an ordinary choice, unless a buffer's layer holds nothing else.
             known = self.routers or []
             routed = np.array([i < len(known) and known[i] for i in document.layers.tolist()])
             zeros &= np.bool_(document.buffer) & ~routed.astype(np.bool_)
         return zeros
 
     def _numbered(self, document: TraceDocument) -> TraceDocument:
-        """Return the document with the model's numbers, where its buffer has rows of routers alone.
+        """Return the document with the model's layer numbers, if its buffer has only router layers.
 
-        Earlier releases of vLLM document rows of MoE layers, later ones of all hidden layers.
+        Earlier releases of vLLM record MoE layers only, later ones all hidden layers.
         """
         routed = [i for i, has in enumerate(self.routers or []) if has]
         number = len(document.layers)
@@ -217,7 +216,7 @@ def _has_repeats(experts: Experts) -> Flags:
 
 
 def _drop_repeats(experts: Experts) -> None:
-    """Let every expert of a token count once: the first slot that names it."""
+    """Keep each expert of a token once, in the first slot that names it."""
     rows = _has_repeats(experts)
     some = experts[rows]  # [choices, k]
     order = np.argsort(some, axis=-1, kind="stable")

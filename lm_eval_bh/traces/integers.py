@@ -1,4 +1,4 @@
-"""Makes arrays of what files say are integers, never larger than what the files hold."""
+"""Makes integer arrays from files, never larger than the bytes that the files hold."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ Ints = NDArray[np.int64]
 
 
 def of_lists(value: Any, depth: int) -> Ints:
-    """Return the array of nested lists: integers, int64, of so many dimensions.
+    """Return nested lists of integers as an int64 array of ``depth`` dimensions.
 
-    NumPy alone would take text and truth values too, and give each of a million short texts the
-    room of the longest.
+    NumPy alone would also accept text and truth values, and would give each of a million short
+    texts the space of the longest.
 
     Raises
     ------
     ValueError
-        If the lists are ragged, or hold something else than integers of 64 bits.
+        If the lists are ragged, or hold anything but 64-bit integers.
     """
     level, shape = [value], list[int]()
     for _ in range(depth):
         for one in level:
             if not isinstance(one, list):
-                raise ValueError(f"found {shown(one)} where a list must be")
+                raise ValueError(f"found {shown(one)} where a list is expected")
         lengths = set(map(len, level))
         if len(lengths) > 1:
-            raise ValueError(f"lists of {min(lengths)} to {max(lengths)} elements are no array")
+            raise ValueError(f"lists of {min(lengths)} to {max(lengths)} elements are not an array")
         shape.append(lengths.pop() if lengths else 0)
         level = list(chain.from_iterable(level))
     kinds = set(map(type, level))
@@ -42,17 +42,17 @@ def of_lists(value: Any, depth: int) -> Ints:
         wrong = next(one for one in level if type(one) is not int)
         raise ValueError(f"they must be integers, not {shown(wrong)}")
     if level and max(max(level), -min(level)) > LARGEST:
-        raise ValueError(f"they must be integers of 64 bits, not {shown(max(level, key=abs))}")
+        raise ValueError(f"they must be 64-bit integers, not {shown(max(level, key=abs))}")
     return np.array(level, dtype=np.int64).reshape(shape)
 
 
 def of_numpy_file(content: bytes) -> NDArray[Any]:
-    """Return the array of a NumPy file, whose header is believed only where the bytes are there.
+    """Return the array of a NumPy file, whose header is checked against the bytes present.
 
     Raises
     ------
     ValueError
-        If the file is none, is cut, or holds objects.
+        If the content is not a NumPy file, is truncated, or holds objects.
     """
     stream = io.BytesIO(content)
     version = np.lib.format.read_magic(stream)
@@ -63,10 +63,10 @@ def of_numpy_file(content: bytes) -> NDArray[Any]:
         read = np.lib.format.read_array_header_2_0
     try:
         shape, fortran, dtype = read(stream)
-    except (SyntaxError, TokenError, MemoryError, RecursionError) as error:  # it is Python's text
-        raise ValueError("a header that is none") from error
+    except (SyntaxError, TokenError, MemoryError, RecursionError) as error:  # Python's
+        raise ValueError("its header cannot be read") from error
     left = len(content) - stream.tell()
-    # Of an array without elements any number of rows would fit.
+    # Any number of rows would fit in an array without elements.
     empty = not math.prod(shape) and shape[:1] != (0,)
     if dtype.hasobject or not dtype.itemsize or math.prod(shape) * dtype.itemsize != left or empty:
         raise ValueError(f"{dtype} {list(shape)} in {left} bytes")

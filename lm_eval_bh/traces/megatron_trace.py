@@ -1,10 +1,10 @@
 """Reads Megatron-LM's router trace, written with ``--moe-routing-trace-path``.
 
-``router_trace_rank<rank>.jsonl``, one of every rank and a line for each step and layer: ``step,
-layer, rank, num_tokens, topk`` and ``top_indices`` ``[tokens][topk]``; later releases add ``stage``
-and ``block``, which is ``mtp`` for the layers of multi-token prediction. A rank of a pipeline has
-the layers of its stage alone, and the file of a rank without routers is empty. Beside the traces
-may lie ``router_state_rank<rank>.pt`` and the ``.bin`` files of hidden states and logits.
+``router_trace_rank<rank>.jsonl``: one file per rank with a line per step and layer: ``step, layer,
+rank, num_tokens, topk`` and ``top_indices`` ``[tokens][topk]``. Later releases add ``stage`` and
+``block``, which is ``mtp`` for layers of multi-token prediction. A rank of a pipeline has only the
+layers of its stage, and the file of a rank without routers is empty. The same folder may hold
+``router_state_rank<rank>.pt`` and the ``.bin`` files of hidden states and logits.
 
 Source: NVIDIA/Megatron-LM, megatron/core/transformer/moe/router_trace.py (pull request 5220).
 """
@@ -55,11 +55,11 @@ Passes = list[dict[int, Experts]]
 
 
 def read_megatron(files: Sequence[Path], first: int, notes: Notes) -> Iterator[TraceDocument]:
-    """Yield the documents of a trace: the tokens of one pass each, whatever texts they are of.
+    """Yield the documents of a trace: one per forward pass, whichever texts its tokens come from.
 
-    Ranks whose layers are others are the stages of a pipeline: their layers are joined. Ranks with
-    the same layers have other tokens, or, where all choices are equal, the same ones, which are
-    counted once. All is held at once, as numbers of 16 bits, which take less room than their text.
+    Ranks with different layers are the stages of a pipeline, whose layers are joined. Ranks with
+    the same layers have different tokens, or, where all choices are equal, the same tokens, which
+    are counted once. Everything is held in memory as 16-bit numbers, which are smaller than text.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def read_megatron(files: Sequence[Path], first: int, notes: Notes) -> Iterator[T
     Raises
     ------
     DataError
-        If a line is damaged, or the layers of a pass have other numbers of tokens.
+        If a line is damaged, or the layers of a pass differ in their number of tokens.
     """
     steps: dict[int, dict[int, Layers]] = defaultdict(dict)  # step -> rank -> layers
     for file in files:
@@ -81,9 +81,9 @@ def read_megatron(files: Sequence[Path], first: int, notes: Notes) -> Iterator[T
             of_rank = steps[step].setdefault(rank, defaultdict(list))
             of_rank[layer].append(experts)
     if steps:
-        notes.add("a document is one pass of a rank, since Megatron's trace tells of no texts.")
+        notes.add("a document is one pass of a rank, since Megatron's trace does not mark texts.")
     for step in sorted(steps):
-        # What a step has is let go of as soon as it is read.
+        # A step's data is released as soon as it is read.
         for where, of_layer in _joined(steps.pop(step), f"Step {step}", notes):
             yield _document(of_layer, where, first)
             first += 1
@@ -117,7 +117,7 @@ def _joined(
         notes.add(f"ranks of different stages of the pipeline are joined: {found}.")
     seen: dict[bytes, int] = {}
     read: set[int] = set()
-    # Megatron numbers the ranks of a stage one after the other, so that they pair in their order.
+    # Megatron numbers the ranks of a stage one after the other, so stages pair up in that order.
     for members in zip(*(stages[of_stage] for of_stage in sorted(stages)), strict=True):
         name = f"{where} of rank{'s' if len(members) > 1 else ''} {numbers(list(members))}"
         parts = [_passes(ranks[member], f"{where} of rank {member}") for member in members]
@@ -133,22 +133,22 @@ def _joined(
                 notes.count(
                     len(next(iter(of_layer.values()))),
                     f"tokens of rank {members[0]}",
-                    f"have the choices of rank {before} in the same step, as with tensor "
-                    "parallelism: they are counted once.",
+                    f"have the same choices as rank {before} in the same step, as with "
+                    "tensor parallelism: they are counted once.",
                 )
                 continue
             read.add(members[0])
             yield name, of_layer
     if len(read) > 1:
         notes.add(
-            f"ranks {numbers(sorted(read))} have the same layers and are taken for other tokens, "
-            "as with data parallelism; stages of a pipeline that count their layers from 0 look "
-            "the same and would be different layers: if these are, import one rank at a time."
+            f"ranks {numbers(sorted(read))} have the same layers and count as different tokens, "
+            "as with data parallelism. Pipeline stages that count their layers from 0 look the "
+            "same: if these are such stages, import one rank at a time."
         )
 
 
 def _records(file: Path, notes: Notes) -> Iterator[tuple[int, int, int, Experts]]:
-    """Yield (step, rank, layer, experts [tokens, topk]) of the lines that choose any."""
+    """Yield (step, rank, layer, experts [tokens, topk]) of the lines with tokens."""
     empty = True
     try:
         with file.open(encoding="utf-8-sig") as lines:
@@ -177,7 +177,7 @@ def _records(file: Path, notes: Notes) -> Iterator[tuple[int, int, int, Experts]
                         yield record["step"], record["rank"], record["layer"], experts
                     else:
                         notes.count(
-                            1, f"lines of {file}", "have no tokens: the rank had none there."
+                            1, f"lines of {file}", "have no tokens: the rank had none in that step."
                         )
     except UnicodeDecodeError as error:
         raise DataError(f"{file} could not be read: {error}; record the trace again.") from error
@@ -191,8 +191,8 @@ def _experts(record: Any, where: str) -> Experts:
         experts: NDArray[Any] = of_lists(rows, 2)
     except ValueError as error:
         raise DataError(
-            f"{where} is damaged: its tokens have other numbers of experts ({error}); record the "
-            "trace again."
+            f"{where} is damaged: its tokens differ in their number of experts ({error}); record "
+            "the trace again."
         ) from error
     shape = experts.shape if len(experts) else (0, record.get("topk"))
     for name, found in zip(("num_tokens", "topk"), shape, strict=True):
@@ -212,7 +212,7 @@ def _experts(record: Any, where: str) -> Experts:
 
 
 def _passes(layers: Layers, where: str) -> Passes:
-    """Return the passes of a step: micro-batches come one after the other in every layer."""
+    """Return the passes of a step: in every layer, micro-batches follow one another."""
     times = {len(passes) for passes in layers.values()}
     if len(times) > 1:
         raise DataError(
@@ -233,8 +233,8 @@ def _digest(of_layer: dict[int, Experts]) -> bytes:
 def _document(of_layer: dict[int, Experts], where: str, document: int) -> TraceDocument:
     if len({experts.shape for experts in of_layer.values()}) > 1:
         raise DataError(
-            f"{where} is damaged: its layers have other numbers of tokens or experts; record the "
-            "trace again."
+            f"{where} is damaged: its layers differ in their number of tokens or experts; record "
+            "the trace again."
         )
     layers = sorted(of_layer)
     experts = np.stack([of_layer[layer] for layer in layers], axis=1)  # [tokens, layers, topk]

@@ -1,4 +1,4 @@
-"""Which layers of a model have a router, as far as its configuration says."""
+"""Tells from a model's configuration which layers have a router."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from lm_eval_bh.traces.trace_document import MOST_LAYERS
 
 
 def layers_with_router(config: dict[str, Any]) -> list[bool] | None:
-    """Return for each hidden layer whether it has a router; None where nothing says so.
+    """Return whether each hidden layer has a router; None if the configuration does not say.
 
-    The names are those of transformers' configurations: ``first_k_dense_replace`` and
+    The keys are those of transformers' configurations: ``first_k_dense_replace`` and
     ``moe_layer_freq`` (DeepSeek, GLM, Kimi), ``mlp_only_layers`` and ``decoder_sparse_step``
     (Qwen), ``moe_layers`` and ``interleave_moe_layer_step`` (Llama 4), ``moe_layer_start_index``,
     ``moe_layer_end_index`` and ``moe_layer_interval`` (Ernie), ``expert_layer_period`` and

@@ -1,11 +1,11 @@
-"""What an import skipped, aligned or took for filler, in sentences that a reader can act on."""
+"""Notes on what an import skipped, aligned or took for filler, as sentences to act on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-NAMED = 5  # of what a sentence is about; further ones are counted
+NAMED = 5  # names listed in a sentence; further ones are counted
 
 
 @dataclass
@@ -15,7 +15,7 @@ class _Subject:
 
 
 class Notes:
-    """Sentences, each once, with the names or the number of what each is about."""
+    """Sentences, each kept once, with the names or the number of things that it is about."""
 
     def __init__(self) -> None:
         self._of: dict[tuple[str, str], _Subject] = {}
@@ -32,12 +32,12 @@ class Notes:
             found.names.append(what)
 
     def count(self, number: int, what: str, sentence: str) -> None:
-        """Note a sentence about so many things, such as tokens of a file; about none, nothing."""
+        """Note a sentence about a number of things, such as tokens of a file, unless it is zero."""
         if number:
             self._of.setdefault((what, sentence), _Subject()).number += number
 
     def __iter__(self) -> Iterator[str]:
-        """Return the sentences in the order in which each came up first."""
+        """Return the sentences in order of first appearance."""
         for (what, sentence), found in self._of.items():
             if what:
                 yield f"{found.number} {what} {sentence}"
@@ -50,7 +50,7 @@ class Notes:
 
 
 def numbers(values: list[int]) -> str:
-    """Return numbers for a sentence, as in ``0, 3 to 7``."""
+    """Write numbers for a sentence, as in ``0, 3 to 7``."""
     runs: list[list[int]] = []
     for value in sorted(values):
         if runs and value == runs[-1][-1] + 1:
@@ -61,5 +61,5 @@ def numbers(values: list[int]) -> str:
 
 
 def layers_of(values: list[int]) -> str:
-    """Return layers for a sentence, as in ``layer 0`` or ``layers 0, 3 to 7``."""
+    """Write layer numbers for a sentence, as in ``layer 0`` or ``layers 0, 3 to 7``."""
     return f"layer{'s' if len(values) > 1 else ''} {numbers(values)}"

@@ -15,7 +15,7 @@ from lm_eval_bh.traces.sglang_trace import read_sglang
 from lm_eval_bh.traces.trace_document import TraceDocument
 from lm_eval_bh.traces.vllm_trace import is_vllm, read_vllm
 
-# All files of a format at once: those of several ranks belong together.
+# A reader gets all files of a format at once, since files of several ranks belong together.
 Reader = Callable[[Sequence[Path], int, Notes], Iterator[TraceDocument]]
 READERS: dict[str, Reader] = {
     "vllm": read_vllm,
@@ -24,33 +24,33 @@ READERS: dict[str, Reader] = {
     "csv": read_csv,
 }
 SUFFIXES = {".npy": "vllm", ".json": "vllm", ".pt": "sglang", ".csv": "csv"}
-LINES = ".jsonl"  # of vLLM or of Megatron
-LOOKED_AT = 100  # lines
+LINES = ".jsonl"  # written by vLLM or Megatron
+LOOKED_AT = 100  # lines read to recognise a format
 
 
 def trace_files(sources: Iterable[Path], notes: Notes) -> list[Path]:
-    """Return the files of traces: those given, and those that lie in folders that were given.
+    """Return the trace files among the given files and in the given folders.
 
     Parameters
     ----------
     sources : iterable of Path
         Files and folders.
     notes : Notes
-        Filled with files that are none, and with those that were given twice.
+        Filled with the files that are not traces and those that were given twice.
 
     Raises
     ------
     DataError
-        If one does not exist, or a folder holds none.
+        If a source does not exist, or a folder holds no trace.
     """
-    files: dict[Path, Path] = {}  # as it is on the disk -> as it was given
+    files: dict[Path, Path] = {}  # resolved path -> path as given
     for source in sources:
         found = [source]
         if source.is_dir():
             known = (*SUFFIXES, LINES)
             found = sorted(file for file in source.iterdir() if file.suffix in known)
             for file in filter(_is_beside, found):
-                notes.name(str(file), "it is no trace, but lies beside Megatron's; left out.")
+                notes.name(str(file), "Megatron writes it beside a trace; left out.")
             found = [file for file in found if file.is_file() and not _is_beside(file)]
             if not found:
                 raise DataError(f"{source} holds no trace: its files end in {', '.join(known)}.")
@@ -58,7 +58,8 @@ def trace_files(sources: Iterable[Path], notes: Notes) -> list[Path]:
             raise DataError(f"There is no trace {source}: give a file or a folder of them.")
         elif _is_beside(source):
             raise DataError(
-                f"{source} is no trace, but lies beside Megatron's: give router_trace_rank*.jsonl."
+                f"{source} is not a trace; Megatron writes it beside one: give "
+                "router_trace_rank*.jsonl."
             )
         for file in found:
             if file.resolve() in files:
@@ -77,7 +78,7 @@ def format_of(file: Path) -> str:
     Raises
     ------
     ParameterError
-        If neither the name nor a line tells.
+        If neither the name nor the first lines tell.
     """
     if file.suffix in SUFFIXES:
         return SUFFIXES[file.suffix]
@@ -89,27 +90,27 @@ def format_of(file: Path) -> str:
                 return "megatron"
             if is_vllm(content):
                 return "vllm"
-    raise ParameterError(f"Nobody knows what wrote {file}: say --format {' or '.join(READERS)}.")
+    raise ParameterError(f"It is unknown what wrote {file}: add --format {' or '.join(READERS)}.")
 
 
 def _lines(file: Path) -> Iterator[object]:
-    """Yield the first lines that are JSON: requests that failed may come before others."""
+    """Yield the JSON values of the first lines: failed requests may come before others."""
     try:
         with file.open(encoding="utf-8-sig") as lines:
             for line in islice(lines, LOOKED_AT):
                 if line.strip():
                     yield json.loads(line)
     except (ValueError, RecursionError):
-        return  # what cannot be read tells nothing; the reader says what is wrong
+        return  # the reader reports what cannot be read
 
 
 def by_format(files: Iterable[Path], name: str | None) -> dict[str, list[Path]]:
-    """Return the files of each format, which is by default that of each file.
+    """Return the files by format: the given one, or by default each file's own.
 
     Raises
     ------
     ParameterError
-        If there is no such format, or a file does not tell its own.
+        If there is no such format, or that of a file cannot be told.
     """
     if name is not None and name not in READERS:
         raise ParameterError(
@@ -122,7 +123,7 @@ def by_format(files: Iterable[Path], name: str | None) -> dict[str, list[Path]]:
 
 
 def read_traces(files: dict[str, list[Path]], notes: Notes) -> Iterator[TraceDocument]:
-    """Yield the documents of some files as they were recorded, numbered through.
+    """Yield the documents of some files as recorded, numbered consecutively.
 
     Parameters
     ----------

@@ -1,14 +1,15 @@
-"""Reads SGLang's expert distribution record of the mode ``per_token``.
+"""Reads SGLang's expert distribution record in the mode ``per_token``.
 
-``expert_distribution_recorder_<time>_<rank>.pt``, as ``torch.save`` writes it, one of every rank:
-``records``, one a forward pass, with ``forward_pass_id``, ``rank``, ``input_ids`` and ``positions``
-of its tokens, ``forward_mode``, ``extend_seq_lens`` (tokens of each sequence, where the pass reads
-prompts) and ``topk_ids_of_layer``, int32 ``[layers, tokens, slots]``, -1 in unused slots and in
-layers without experts; and ``last_physical_to_logical_map`` ``[layers, physical experts]``: the
-recorded numbers are those of physical experts, of which a logical one may have several.
+``expert_distribution_recorder_<time>_<rank>.pt``, one ``torch.save`` file per rank. It holds
+``records``, one per forward pass, with ``forward_pass_id``, ``rank``, ``input_ids`` and
+``positions`` of its tokens, ``forward_mode``, ``extend_seq_lens`` (tokens of each sequence, where
+the pass reads prompts) and ``topk_ids_of_layer``, int32 ``[layers, tokens, slots]``, -1 in unused
+slots and in layers without experts; and ``last_physical_to_logical_map``
+``[layers, physical experts]``. The recorded numbers are those of physical experts; a logical expert
+may have several physical copies.
 
-Sources: sgl-project/sglang, python/sglang/srt/eplb/expert_distribution.py; of modes and of the
-order of sequences in a pass, managers/schedule_batch.py and model_executor/forward_batch_info.py.
+Sources: sgl-project/sglang, python/sglang/srt/eplb/expert_distribution.py; for modes and the order
+of sequences in a pass, managers/schedule_batch.py and model_executor/forward_batch_info.py.
 """
 
 from __future__ import annotations
@@ -32,22 +33,22 @@ from lm_eval_bh.traces.trace_document import MOST_EXPERTS, TraceDocument
 from lm_eval_bh.validation import shown
 
 PER_TOKEN = "record with --expert-distribution-recorder-mode per_token"
-EXTEND, DECODE, MIXED, IDLE = 1, 2, 3, 4  # forward_mode: others are of speculation and the like
+EXTEND, DECODE, MIXED, IDLE = 1, 2, 3, 4  # forward_mode: others belong to speculation and the like
 MODES = {DECODE: "decoding passes", IDLE: "idle passes"}
 RANK = re.compile(r"_(\d+)$")
 
 
 def read_sglang(files: Sequence[Path], first: int, notes: Notes) -> Iterator[TraceDocument]:
-    """Yield the documents of records: the prompts of the passes that read any.
+    """Yield the documents of the records: the prompts that forward passes read.
 
     A prompt that the engine read in chunks is one document. A record does not say whose tokens a
-    decoding pass, or a mixed one, continues: those are left out. What another rank recorded of the
-    same pass is counted once.
+    decoding or mixed pass continues: those are left out. A pass that several ranks recorded is
+    counted once.
 
     Parameters
     ----------
     files : sequence of Path
-        ``.pt`` files, of which nothing but tensors and plain values is read.
+        ``.pt`` files, from which only tensors and plain values are read.
     first : int
         Number of the first document.
     notes : Notes
@@ -56,17 +57,17 @@ def read_sglang(files: Sequence[Path], first: int, notes: Notes) -> Iterator[Tra
     Raises
     ------
     DataError
-        If one is damaged, or of another mode.
+        If a file is damaged, or was recorded in another mode.
     """
     ranks = _Ranks(notes)
     for file in files:
-        waiting: _Sequence | None = None  # the last of a pass, which the next one may go on with
+        waiting: _Sequence | None = None  # last of a pass; the next pass may continue it
         for found in _passes(file, notes):
             if ranks.repeats(found):
                 continue
             for number, sequence in enumerate(found.sequences(notes)):
                 if waiting is not None and number == 0 and sequence.goes_on_from(waiting):
-                    notes.count(1, "chunks", "are joined to the prompts that they go on with.")
+                    notes.count(1, "chunks", "are joined to the prompts that they continue.")
                     waiting = waiting.joined(sequence)
                     continue
                 if waiting is not None:
@@ -88,9 +89,9 @@ class _Sequence:
     experts: Ints
 
     def goes_on_from(self, other: _Sequence) -> bool:
-        """Return whether this is the next chunk, which the scheduler puts first in its pass.
+        """Return whether this is the next chunk, which the scheduler puts first in the pass.
 
-        The chunk before it was the last of the previous pass, whose room it used up.
+        The chunk before it came last in the previous pass and filled it.
         """
         follows = self.positions[0] == other.positions[-1] + 1
         return bool(follows and self.experts.shape[1:] == other.experts.shape[1:])
@@ -107,8 +108,8 @@ class _Sequence:
         if self.positions[0]:
             notes.name(
                 self.where,
-                f"a prompt begins at position {self.positions[0]}: the engine had what came before "
-                "in its cache, or in a pass that is not there.",
+                f"a prompt begins at position {self.positions[0]}: the engine took the beginning "
+                "from its cache, or from a pass that is missing.",
             )
         return TraceDocument.of(
             self.where,
@@ -122,10 +123,10 @@ class _Sequence:
 
 @dataclass(frozen=True)
 class _Pass:
-    """One record, checked."""
+    """One validated record."""
 
     where: str
-    number: int  # forward_pass_id, or where that is missing its place in the file
+    number: int  # forward_pass_id, or if missing the record's place in the file
     identified: bool
     rank: str
     mode: int
@@ -153,7 +154,7 @@ class _Pass:
             )
         starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).tolist()
         if self.mode == MIXED:
-            # The decoding requests come last, one token each, and it may not be their first.
+            # Decoding requests come last, one token each, which may not be their first.
             while prompts > 1 and lengths[prompts - 1] == 1 and self.positions[starts[prompts - 1]]:
                 prompts -= 1
             notes.count(
@@ -167,16 +168,16 @@ class _Pass:
             part = slice(start, end)
             if (np.diff(self.positions[part]) != 1).any():
                 raise DataError(
-                    f"{self.where} is damaged: the positions of a sequence do not follow each "
-                    "other; record it again."
+                    f"{self.where} is damaged: the positions of a sequence are not consecutive; "
+                    "record it again."
                 )
             yield _Sequence(self.where, self.positions[part], self.tokens[part], self.experts[part])
 
 
 class _Ranks:
-    """Knows which pass was read from which rank.
+    """Keeps track of which rank each pass was read from.
 
-    With tensor parallelism every rank has the tokens of all; with data parallelism its own.
+    With tensor parallelism, every rank has all tokens; with data parallelism, its own.
     """
 
     def __init__(self, notes: Notes) -> None:
@@ -184,7 +185,7 @@ class _Ranks:
         self._seen: dict[tuple[int, bytes], tuple[str, bytes]] = {}
 
     def repeats(self, found: _Pass) -> bool:
-        """Return whether another rank had the same tokens in the same pass."""
+        """Return whether another rank recorded the same tokens in the same pass."""
         lengths = np.array(found.lengths or [], dtype=np.int64)
         key = found.number, _digest(found.tokens, found.positions, lengths)
         experts = _digest(found.experts)
@@ -204,7 +205,7 @@ class _Ranks:
         )
         if experts != before:
             self._notes.name(
-                found.where, f"its experts are not those of rank {rank}, which are taken."
+                found.where, f"its experts differ from those of rank {rank}, which are used."
             )
         return True
 
@@ -225,7 +226,7 @@ def _passes(file: Path, notes: Notes) -> Iterator[_Pass]:
             isinstance(part, dict) and "weight" in part for part in content.values()
         ):
             raise DataError(
-                f"{file} holds the weights of routers, as Megatron-LM writes them beside a trace: "
+                f"{file} holds router weights, which Megatron-LM writes beside a trace: "
                 "give router_trace_rank*.jsonl."
             )
         raise DataError(f"{file} has no records of tokens: {PER_TOKEN}.")
@@ -254,13 +255,13 @@ def _passes(file: Path, notes: Notes) -> Iterator[_Pass]:
         if mode is None:
             mode = DECODE if lengths is None else EXTEND
             notes.add(
-                f"{file}: records have no forward_mode, and those with extend_seq_lens are taken "
-                "for passes that read prompts."
+                f"{file}: records have no forward_mode; those with extend_seq_lens are assumed to "
+                "read prompts."
             )
         if mode in (EXTEND, MIXED) and lengths is None:
             raise DataError(
-                f"{where} is damaged: its pass read prompts and it has no extend_seq_lens; record "
-                "it again."
+                f"{where} is damaged: its pass read prompts, but extend_seq_lens is missing; "
+                "record it again."
             )
         identity = _whole(record, "forward_pass_id", where)
         rank = _whole(record, "rank", where)
@@ -282,7 +283,7 @@ def _logical_experts(content: dict[str, Any], file: Path, notes: Notes) -> Ints 
     """Return the logical expert of each physical one, int64 [layers, physical]."""
     name = "last_physical_to_logical_map"
     if content.get(name) is None:
-        notes.add(f"{file}: it has no {name}, and experts are numbered as they were recorded.")
+        notes.add(f"{file}: it has no {name}, so experts keep their recorded numbers.")
         return None
     table = _integers(content, name, str(file), 2)
     if (table < 0).any() or not table.size:
@@ -292,8 +293,9 @@ def _logical_experts(content: dict[str, Any], file: Path, notes: Notes) -> Ints 
         )
     if (table != np.arange(table.shape[1])).any():
         notes.add(
-            f"{file}: experts have copies, which are named by the {name} of the recording's end; "
-            "if the engine moved experts meanwhile, record again with that turned off."
+            f"{file}: experts have copies, which are mapped by the {name} at the end of the "
+            "recording; if the engine moved experts meanwhile, record again with rebalancing "
+            "turned off."
         )
     return table
 
@@ -316,9 +318,9 @@ def _integers(record: dict[str, Any], name: str, where: str, depth: int = 1) -> 
         if found.ndim != depth:
             raise ValueError(f"found {list(found.shape)}")
     except ValueError as error:
-        what = "list" if depth == 1 else f"array of {depth} dimensions"
+        what = "a list" if depth == 1 else f"an array of {depth} dimensions"
         raise DataError(
-            f"{where} is damaged: its {name} are no {what} of integers ({error}); record it again."
+            f"{where} is damaged: its {name} must be {what} of integers ({error}); record it again."
         ) from error
     return found
 
@@ -340,7 +342,7 @@ def _experts(record: dict[str, Any], to_logical: Ints | None, tokens: int, where
         return physical.swapaxes(0, 1)
     if len(to_logical) != len(physical) or (physical >= to_logical.shape[1]).any():
         raise DataError(
-            f"{where} is damaged: its experts are not those of last_physical_to_logical_map, "
+            f"{where} is damaged: its experts do not match last_physical_to_logical_map, "
             f"{list(to_logical.shape)}; record the trace again."
         )
     layers = np.arange(len(physical))[:, None, None]

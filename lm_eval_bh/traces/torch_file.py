@@ -1,9 +1,9 @@
-"""Reads the tensors and plain values of a file of ``torch.save``, and executes nothing.
+"""Reads tensors and plain values from a ``torch.save`` file without executing anything.
 
-The file is a zip archive of a pickle and of the tensors' bytes. A tensor's sizes and strides are
-the pickle's word: :func:`torch.load` would make room for them before it looks at the bytes, so that
-a file of a kilobyte can ask for terabytes. Here a tensor stays a description until it is used, and
-its sizes are checked against the bytes that there are.
+The file is a zip archive of a pickle and the tensors' bytes. The pickle states a tensor's sizes
+and strides, and :func:`torch.load` allocates memory for them before it looks at the bytes, so a
+file of a kilobyte can demand terabytes. Here a tensor stays a description until it is used, and
+its sizes are checked against the bytes that exist.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.traces.integers import Ints
 
-# The storages' names of torch, and its dtypes, of which integers are made.
+# torch's names of integer storages and dtypes.
 INTEGERS = {"Byte": "u1", "Char": "i1", "Short": "i2", "Int": "i4", "Long": "i8"}
 DTYPES = {"uint8": "u1", "int8": "i1", "int16": "i2", "int32": "i4", "int64": "i8"}
 DTYPES |= {"uint16": "u2", "uint32": "u4", "uint64": "u8"}
@@ -31,12 +31,12 @@ _TENSORS = ("_rebuild_tensor_v2", "_rebuild_tensor_v3")
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """What a pickle says of a tensor, or of what else torch has rebuilt.
+    """A pickle's description of a tensor, or of another object that torch would rebuild.
 
     Attributes
     ----------
     kind : str
-        What it is, for messages; of a plain tensor of integers "".
+        What it is, for messages; "" for a plain tensor of integers.
     """
 
     kind: str
@@ -48,24 +48,24 @@ class Tensor:
     stride: tuple[int, ...] = ()
 
     def integers(self) -> Ints:
-        """Return its numbers, int64.
+        """Return the numbers as int64.
 
         Raises
         ------
         ValueError
-            If it is no plain tensor of integers, or larger than what the file holds.
+            If it is not a plain tensor of integers, or is larger than the file.
         """
         if self.kind:
-            raise ValueError(f"found {self.kind} where a tensor of integers must be")
+            raise ValueError(f"found {self.kind} where a tensor of integers is expected")
         sizes = (self.offset, *self.size, *self.stride)
         plain = all(type(n) is int and n >= 0 for n in sizes) and len(sizes) <= MOST_SIZES
         if len(self.size) != len(self.stride) or not plain:
-            raise ValueError("found sizes of a tensor that are none")
+            raise ValueError("found a tensor with invalid sizes")
         numbers = 1
         for length in self.size:
             numbers *= length
         if not numbers and self.size[:1] != (0,):
-            raise ValueError(f"found a tensor of {list(self.size)}, which holds nothing")
+            raise ValueError(f"found a tensor of {list(self.size)}, which is empty")
         if numbers > self.archive.bytes:
             raise ValueError(
                 f"found a tensor of {list(self.size)} in a file of {self.archive.bytes} bytes"
@@ -87,7 +87,7 @@ class Tensor:
 
 
 class _Archive:
-    """The parts of a file: stored as they are, so that none is larger than the file."""
+    """The parts of a file: stored uncompressed, so none is larger than the file."""
 
     def __init__(self, file: Path) -> None:
         self._zip = zipfile.ZipFile(file)
@@ -106,29 +106,29 @@ class _Archive:
     def storage(self, key: str) -> bytes:
         try:
             return self.part(f"data/{key}")
-        except Exception as error:  # a damaged archive fails by whatever its bytes run into
+        except Exception as error:  # a damaged archive can raise anything
             raise ValueError(f"the numbers of a tensor cannot be read: {error}") from error
 
 
 def read_torch_file(file: Path) -> Any:
-    """Return what ``torch.save`` wrote: plain values, and :class:`Tensor` for tensors.
+    """Return the content of a ``torch.save`` file, with a :class:`Tensor` for each tensor.
 
     Raises
     ------
     DataError
-        If the file is damaged, or holds what would be executed.
+        If the file is damaged, or would execute code.
     """
     try:
         return _Values(_Archive(file)).load()
-    except Exception as error:  # a damaged pickle fails by whatever its bytes run into
+    except Exception as error:  # a damaged pickle can raise anything
         raise DataError(
-            f"{file} could not be read as tensors and plain values: it is damaged, or holds what "
-            "would be executed; record the trace again."
+            f"{file} could not be read as tensors and plain values: it is damaged, or would "
+            "execute code; record the trace again."
         ) from error
 
 
 class _Values(pickle.Unpickler):
-    """A pickle's plain values; whatever would be called is described instead."""
+    """Unpickles plain values; what a pickle would call is described instead."""
 
     def __init__(self, archive: _Archive) -> None:
         super().__init__(io.BytesIO(archive.part("data.pkl")))
@@ -150,7 +150,7 @@ class _Values(pickle.Unpickler):
     def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Tensor:
         kind, key = storage
         dtype = INTEGERS.get(kind.removesuffix("Storage"), "")
-        if kind == "UntypedStorage":  # of the third version, which names the dtype beside it
+        if kind == "UntypedStorage":  # version 3 of the format names the dtype beside it
             kind = more[2].name
             dtype = DTYPES.get(kind, "")
         what = "" if dtype else f"a tensor of {kind.removesuffix('Storage').lower()}"
@@ -159,7 +159,7 @@ class _Values(pickle.Unpickler):
 
 @dataclass(frozen=True, slots=True)
 class _Named:
-    """A name of torch: a dtype, a kind of storage, or what makes tensors of other kinds."""
+    """A name from torch: a dtype, a kind of storage, or a function that rebuilds tensors."""
 
     archive: _Archive
     name: str

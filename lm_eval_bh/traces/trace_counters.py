@@ -1,4 +1,4 @@
-"""Counts what a trace selected, as the routing summary of a run does."""
+"""Counts a trace's selections, as a run's routing summary does."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class TraceCounters:
     Attributes
     ----------
     layers : int64 [layers]
-        Those of the first document; all must have the same.
+        Layer numbers of the first document, which all others must share.
     documents, tokens : int
-        How many were counted; further answers to a prompt are no further documents.
+        Numbers counted; further answers to a prompt do not count as documents.
     """
 
     def __init__(self) -> None:
         self.layers: Ints = np.array([], dtype=np.int64)
         self.documents = self.tokens = 0
         self._last = -1
-        # The system gives memory only to what is counted.
+        # The operating system only allocates the pages that are written.
         self._histogram = np.zeros((MOST_LAYERS, MOST_EXPERTS + 1), dtype=np.int64)
         self._usage = np.zeros((MOST_LAYERS, MOST_EXPERTS), dtype=np.int64)
         self._cross = np.zeros(MOST_LAYERS, dtype=np.int64)
@@ -37,7 +37,7 @@ class TraceCounters:
         Raises
         ------
         DataError
-            If its layers are not those of the first.
+            If its layers differ from the first document's.
         """
         if not self.tokens:
             self.layers = document.layers
@@ -64,7 +64,7 @@ class TraceCounters:
         return int(seen[0]), int(seen[-1])
 
     def experts(self, stated: int | None) -> int:
-        """Return how many experts a layer has: as stated, or one more than the highest number.
+        """Return the number of experts per layer: as stated, or one more than the highest seen.
 
         Raises
         ------
@@ -74,7 +74,7 @@ class TraceCounters:
         seen = int(np.flatnonzero(self._usage.sum(0))[-1]) + 1
         if stated is not None and stated < seen:
             raise ParameterError(
-                f"num_experts={stated} is too few: the trace has expert {seen - 1}."
+                f"num_experts={stated} is too small: the trace has expert {seen - 1}."
             )
         return stated or seen
 

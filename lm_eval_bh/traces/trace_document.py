@@ -1,4 +1,4 @@
-"""What every trace is made of: the experts of a document's tokens, layer by layer."""
+"""The unit of every trace: the experts of a document's tokens, layer by layer."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ MOST_EXPERTS, MOST_LAYERS, MOST_TOKENS = 4096, 1024, 2**31 - 1
 
 @dataclass(frozen=True)
 class TraceDocument:
-    """Some tokens of one document, or all.
+    """All or some tokens of one document.
 
     Attributes
     ----------
     document : int
-        Which one, from 0.
+        Number of the document, from 0.
     where : str
-        Of the trace, for messages.
+        Place in the trace, for messages.
     layers : int64 [layers]
         Numbers of the layers, ascending.
     experts : int16 [tokens, layers, k]
         Padded with -1.
     positions : int64 [tokens]
-        In the document.
+        Positions in the document.
     tokens : int64 [tokens] or None
         Token ids, where the trace has them.
     weights : float64 [tokens, layers, k] or None
-        Of the experts, where the trace has them.
+        Weights of the experts, where the trace has them.
     repeat : int
-        Which answer to the same prompt.
+        Number of the answer among those to the same prompt.
     buffer : bool
-        The experts are a zeroed buffer of the engine: layers are counted by their place in it, and
-        zeros may be where nothing was written.
+        Whether the experts come from an engine's zeroed buffer, whose rows number the layers and
+        where zeros may mean that nothing was written.
     """
 
     document: int
@@ -69,7 +69,7 @@ class TraceDocument:
         repeat: int = 0,
         buffer: bool = False,
     ) -> TraceDocument:
-        """Return a document of a trace, as the engine wrote it.
+        """Build a document of a trace from what the engine wrote.
 
         Parameters
         ----------
@@ -107,8 +107,8 @@ class TraceDocument:
                 )
         if len(at) != length or (ids is not None and len(ids) != length):
             raise DataError(
-                f"{where} is damaged: {length} tokens have experts, but not as many have a "
-                "position and an id; record the trace again."
+                f"{where} is damaged: {length} tokens have experts, but a different "
+                "number of positions or ids was found; record the trace again."
             )
         return cls(
             document,

@@ -1,4 +1,4 @@
-"""Writes a trace as a run: a results file and a routing log, as if hf-bh had logged it."""
+"""Writes a trace as a run: a results file and a routing log, as hf-bh would have logged it."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ LOGS = "logs"
 
 @dataclass(frozen=True)
 class TraceSource:
-    """What a trace is of, and what it does not tell.
+    """The origin of a trace, and facts that it does not record.
 
     Attributes
     ----------
     engine : str
-        Which engine wrote it.
+        Engine that wrote the trace.
     model : str
         Hub name or folder, for names in tables and for the tokenizer.
     task : str
-        What to call its texts.
+        Name for its texts.
     num_experts : int, optional
-        Of a layer; by default one more than the highest that occurs.
+        Experts per layer; by default one more than the highest number that occurs.
     model_config : dict
-        The model's configuration, that FLOPs are counted from; empty if unknown.
+        The model's configuration, from which FLOPs are counted; empty if unknown.
     """
 
     engine: str
@@ -67,30 +67,30 @@ def write_trace(
     *,
     force: bool = False,
 ) -> TraceCounters:
-    """Write a run of which ``aggregate``, ``plot``, ``report`` and ``patterns`` read the routing.
+    """Write a run whose routing ``aggregate`` and ``report`` can read.
 
     Parameters
     ----------
     documents : iterable of TraceDocument
-        Of one model.
+        Documents of one model.
     source : TraceSource
-        What they are of.
+        Origin of the documents.
     folder : Path
-        Made whole or not at all.
+        Written completely or not at all.
     notes : Notes
-        What reading the documents leaves out, which the run says too.
+        What reading the documents left out; the run records it too.
     force : bool
-        Replace the folder if it is one of an earlier import.
+        Replace the folder if an earlier import wrote it.
 
     Raises
     ------
     ParameterError
-        If the folder holds anything, or the task's name cannot be one of a file.
+        If the folder is not empty, or the task's name cannot be a file name.
     DataError
-        If the trace has no tokens, or documents of different models.
+        If the trace has no tokens, or its documents come from different models.
     """
     if not is_file_name(source.task):
-        raise ParameterError(f"task must be a name that a file can have, not {source.task!r}.")
+        raise ParameterError(f"task must be a valid file name, not {source.task!r}.")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         ours = folder.is_dir() and {path.name for path in folder.iterdir()} <= {
             LOGS,
@@ -128,7 +128,7 @@ def _write(
         found = "".join(f" ({sentence.removesuffix('.')})" for sentence in notes)
         raise DataError(f"The trace has no token with experts{found}: record it again.")
     if source.num_experts is None:
-        notes.add("the number of experts is that of the highest one seen: see --num-experts.")
+        notes.add("the number of experts is taken from the highest one seen: see --num-experts.")
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "run_id": run_id,
@@ -143,7 +143,7 @@ def _write(
 
 
 def _rows(document: TraceDocument, task: str, schema: pa.Schema) -> pa.Table:
-    """Return a document's rows: one per token and layer, layer by layer."""
+    """Return a document's rows, one per token and layer, ordered by layer."""
     experts = document.experts.swapaxes(0, 1)  # [layers, tokens, k]
     used = experts != UNUSED
     number = experts.shape[0] * experts.shape[1]
@@ -182,7 +182,7 @@ def _rows(document: TraceDocument, task: str, schema: pa.Schema) -> pa.Table:
 def _results(
     counters: TraceCounters, source: TraceSource, run_id: str, notes: list[str]
 ) -> dict[str, Any]:
-    """Return what lm-eval would have written, without any metric."""
+    """Return the results that lm-eval would have written, without metrics."""
     experts, layers = counters.experts(source.num_experts), int(counters.layers[-1]) + 1
     state = {
         "tasks": {source.task: counters.state(layers, experts)},

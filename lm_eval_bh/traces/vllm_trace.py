@@ -1,14 +1,13 @@
 """Reads what vLLM returns with ``--enable-return-routed-experts``.
 
 A response of its OpenAI server, or a line that ``vllm run-batch`` wrote around one, has
-``routed_experts`` in every choice. Of later releases it is the base64 text of a NumPy file: rows of
-the tokens of prompt and answer but the last, ``[hidden layers, k]``; with
-``routed_experts_prompt_start``, and where prefixes are omitted, the first tokens of the prompt have
-none. Of earlier releases it is nested lists of the answer's tokens, ``[MoE layers, k]``, with those
-of the prompt in ``prompt_routed_experts`` beside the choices, -1 where the prompt's cache answered,
-and null for a request that was preempted. Token ids are there if they were asked for with
-``return_token_ids``. From Python, ``CompletionOutput.routed_experts`` is the array itself, which
-``numpy.save`` writes.
+``routed_experts`` in every choice. Later releases write the base64 text of a NumPy file: rows
+``[hidden layers, k]`` for the tokens of prompt and answer except the last; with
+``routed_experts_prompt_start``, or where prefixes are omitted, the prompt's first tokens have no
+rows. Earlier releases write nested lists ``[MoE layers, k]`` for the answer's tokens, with the
+prompt's in ``prompt_routed_experts`` beside the choices, -1 where the prefix cache answered, and
+null for a preempted request. Token ids are present if requested with ``return_token_ids``. In
+Python, ``CompletionOutput.routed_experts`` is the array itself, which ``numpy.save`` writes.
 
 Sources: vLLM's documentation, training/routed_experts_replay (0.21) and features/routed_experts;
 vllm-project/vllm pull requests 28284 and 57966; vllm/entrypoints/openai/run_batch.py.
@@ -40,14 +39,14 @@ SERVE = "serve with --enable-return-routed-experts"
 
 
 class Usage(TypedDict, total=False):
-    """How many tokens a request had."""
+    """Token counts of a request."""
 
     prompt_tokens: int | None
     completion_tokens: int | None
 
 
 class Choice(TypedDict, total=False):
-    """What is read of an answer to a prompt."""
+    """Fields that are read from an answer to a prompt."""
 
     index: int | None
     token_ids: list[int] | None
@@ -62,31 +61,31 @@ class _MayHave(TypedDict, total=False):
 
 
 class Response(_MayHave):
-    """What is read of an answer of the server."""
+    """Fields that are read from a response of the server."""
 
     choices: list[Choice]
 
 
 class BatchResponse(TypedDict, total=False):
-    """What is read of the answer in a line of ``vllm run-batch``."""
+    """Fields that are read from the response in a line of ``vllm run-batch``."""
 
     body: dict[str, Any] | None
 
 
 class BatchLine(TypedDict, total=False):
-    """What is read of a line of ``vllm run-batch``."""
+    """Fields that are read from a line of ``vllm run-batch``."""
 
     custom_id: str | None
     response: BatchResponse | None
 
 
 def read_vllm(files: Sequence[Path], first: int, notes: Notes) -> Iterator[TraceDocument]:
-    """Yield the documents of traces: one a response and prompt, and one of a ``.npy`` file.
+    """Yield the documents of traces: one per response and prompt, and one per ``.npy`` file.
 
     Parameters
     ----------
     files : sequence of Path
-        A response or a list of them (``.json``), one a line (``.jsonl``), or an array (``.npy``).
+        A response or a list of them (``.json``), one per line (``.jsonl``), or an array (``.npy``).
     first : int
         Number of the first document.
     notes : Notes
@@ -95,7 +94,7 @@ def read_vllm(files: Sequence[Path], first: int, notes: Notes) -> Iterator[Trace
     Raises
     ------
     DataError
-        If one is damaged, or vLLM was not asked for the experts.
+        If a file is damaged, or vLLM was not told to return the experts.
     """
     for file in files:
         if file.suffix == ".npy":
@@ -118,7 +117,7 @@ def read_vllm(files: Sequence[Path], first: int, notes: Notes) -> Iterator[Trace
 
 
 def is_vllm(content: Any) -> bool:
-    """Return whether a line of a file is vLLM's."""
+    """Return whether vLLM wrote a line of a file."""
     return isinstance(content, dict) and ("choices" in content or "custom_id" in content)
 
 
@@ -135,19 +134,19 @@ def _contents(file: Path) -> Iterator[Any]:
 
 
 def _response(content: Any, where: str, notes: Notes) -> tuple[Response, str] | None:
-    """Return a response and what to call it; None of a request that failed."""
+    """Return a response and its name for messages; None for a failed request."""
     if isinstance(content, dict) and "choices" not in content and "custom_id" in content:
         _expect(mismatch(content, BatchLine, "the line"), where)
         where = f"{where} (custom_id {shown(content['custom_id'])})"
         content = (content.get("response") or {}).get("body")
         if not isinstance(content, dict) or "choices" not in content:
-            notes.name(where, "the request failed, or is no completion; it is left out.")
+            notes.name(where, "the request failed, or is not a completion; it is left out.")
             return None
     if isinstance(content, dict) and "choices" not in content and content.get("error"):
         notes.name(where, "the request failed; it is left out.")
         return None
     if not isinstance(content, dict) or not isinstance(content.get("choices"), list):
-        raise DataError(f"{where} has no choices: save what vLLM's server answers.")
+        raise DataError(f"{where} has no choices: save the complete response of vLLM's server.")
     _expect(mismatch(content, Response, "the response"), where)
     return cast(Response, content), where
 
@@ -160,7 +159,7 @@ def _expect(reason: str | None, where: str) -> None:
 def _documents(
     response: Response, where: str, document: int, notes: Notes
 ) -> Iterator[TraceDocument]:
-    """Yield the choices: answers to one prompt are one document, other prompts are others."""
+    """Yield the choices as documents: answers to one prompt share a document."""
     choices = response["choices"]
     if not choices:
         notes.name(where, "it has no choices and is left out.")
@@ -170,12 +169,12 @@ def _documents(
     indices = [index for choice in choices if (index := choice.get("index")) is not None]
     if len(set(indices)) < len(indices) or any(not 0 <= i <= MOST_ANSWERS for i in indices):
         raise DataError(
-            f"{where} is damaged: its choices must have an index each, from 0 to {MOST_ANSWERS}; "
+            f"{where} is damaged: each of its choices must have an index from 0 to {MOST_ANSWERS}; "
             "record the trace again."
         )
     usage = response.get("usage") or {}
     if len(choices) > 1:
-        usage = {}  # of all choices together
+        usage = {}  # counts all choices together
     answers: dict[tuple[int, ...], int] = {}  # prompt -> the number of its last answer
     if len(indices) == len(choices):
         choices = sorted(choices, key=lambda choice: choice["index"] or 0)
@@ -186,14 +185,14 @@ def _documents(
         ids = tuple(prompt or [])
         if ids not in answers and len(choices) > 1 and not ids:
             notes.name(
-                where, "its choices have no prompt_token_ids and are taken for answers to one."
+                where, "its choices have no prompt_token_ids: they count as answers to one prompt."
             )
         repeat = answers[ids] = answers.get(ids, -1) + 1
         name = where if len(choices) == 1 else f"Choice {place + 1} of {where}"
         if choice.get("routed_experts") is None:
             notes.name(
                 name,
-                "its routed_experts are null, as those of a preempted request are; it is left out "
+                "its routed_experts are null, as for a preempted request; it is left out "
                 f"(if all are, {SERVE}).",
             )
             continue
@@ -225,23 +224,23 @@ def _documents(
 
 
 def _length(ids: list[int] | None, used: int | None, what: str, where: str) -> int | None:
-    """Return how many tokens a prompt or an answer has, where the response tells."""
+    """Return the number of tokens of a prompt or an answer, where the response says."""
     if ids is not None and used is not None and len(ids) != used:
         raise DataError(
-            f"{where} is damaged: its {what} has {len(ids)} token ids and {used} tokens of usage; "
-            "record the trace again."
+            f"{where} is damaged: its {what} has {len(ids)} token ids, but usage says {used} "
+            "tokens; record the trace again."
         )
     return used if ids is None else len(ids)
 
 
 @dataclass(frozen=True)
 class _Lengths:
-    """How long prompt and answer of a choice are, by which its rows are told apart."""
+    """Lengths of prompt and answer of a choice, by which its rows are assigned."""
 
     where: str
     prompt: int | None
     answer: int | None
-    text: bool  # base64, as of later releases
+    text: bool  # base64, as in later releases
     notes: Notes
 
     def aligned(self, experts: Array, of_prompt: Array | None) -> tuple[int, Array]:
@@ -250,13 +249,13 @@ class _Lengths:
         Raises
         ------
         DataError
-            If there are more rows than tokens, or fewer than are explained.
+            If there are more rows than tokens, or rows are missing without a reason.
         """
         rows = len(experts)
         if of_prompt is not None:
             if of_prompt.ndim != 3 or experts.ndim != 3 or _shape(of_prompt) != _shape(experts):
                 raise DataError(
-                    f"{self.where} is damaged: prompt and answer have experts of other shapes, "
+                    f"{self.where} is damaged: the experts of prompt and answer differ in shape, "
                     f"{list(of_prompt.shape)} and {list(experts.shape)}; record the trace again."
                 )
             if self.prompt is not None and len(of_prompt) != self.prompt:
@@ -268,7 +267,7 @@ class _Lengths:
         if self.prompt is None:
             self.notes.name(
                 self.where,
-                "it has no token ids of the prompt, and positions are counted from its first row "
+                "it has no token ids of the prompt, so positions are counted from its first row "
                 "(ask with return_token_ids).",
             )
             if not self.text and self.answer is not None and rows <= self.answer:
@@ -283,7 +282,7 @@ class _Lengths:
                 raise self._wrong(rows, "prompt", self.prompt)
             self.notes.name(
                 self.where,
-                "it has no token ids of the answer, and its first row is taken for the prompt's "
+                "it has no token ids of the answer, so its first row is assumed to be the prompt's "
                 "first token (ask with return_token_ids).",
             )
             return 0, experts
@@ -316,23 +315,23 @@ def _shape(experts: Array) -> tuple[int, ...]:
 
 
 def _array(value: Any, where: str) -> Array:
-    """Return the array of nested lists, of a NumPy file, or of the base64 text of one."""
+    """Return the array in nested lists, a NumPy file, or the base64 text of one."""
     try:
         if isinstance(value, str):
             value = base64.b64decode(value, validate=True)
         found = of_numpy_file(value) if isinstance(value, bytes) else of_lists(value, 3)
     except (binascii.Error, ValueError, TypeError, OverflowError) as error:
         raise DataError(
-            f"{where} is damaged: its routed_experts are no array [tokens, layers, k] of integers "
+            f"{where} is damaged: its routed_experts must be an integer array [tokens, layers, k] "
             f"({error}); record the trace again."
         ) from error
     return _signed(found)
 
 
 def _signed(experts: Array) -> Array:
-    """Return experts with -1 for what an unsigned type made of it.
+    """Return experts with -1 restored where an unsigned type wrapped it.
 
-    The largest number of 8 bits may be an expert too: it is one where a row names it once.
+    The largest 8-bit number may also be an expert: it is one where a row names it once.
     """
     if experts.dtype.kind != "u" or experts.dtype.itemsize > 2 or experts.ndim != 3:
         return experts

@@ -1,1 +1,1 @@
-"""Shows what routing decides on a text: runs a patched model, and hands the page its decisions."""
+"""Runs a patched model on a text, and passes its decisions to the page."""

@@ -1,4 +1,4 @@
-"""What a rule decides on a text: every token's experts, with what they were decided by."""
+"""A rule's decisions on a text: every token's experts, scores and thresholds."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lm_eval_bh.routing.router_reader import RouterReader
 
 
 class _Decided(NamedTuple):
-    """What the experts of a layer were decided by.
+    """The scores and thresholds of a layer's decisions.
 
-    ``scores`` are float ``[tokens, experts]``; ``limits`` are what each rank's is compared with,
-    ``[tokens, experts]``. Where there is no such thing, both the name and the tensor are None.
+    ``scores`` are float ``[tokens, experts]``; ``limits`` are the thresholds of each rank,
+    ``[tokens, experts]``. If there are none, both the name and the tensor are None.
     """
 
     score: str | None = None
@@ -33,26 +33,26 @@ class _Decided(NamedTuple):
 
 
 def route_text(integration: BHRoutingIntegration, token_ids: Sequence[int]) -> ViewRouted:
-    """Run a patched model over one text, and return what was decided.
+    """Run a patched model over one text, and return its decisions.
 
     Parameters
     ----------
     integration : BHRoutingIntegration
-        Patched.
+        The patched integration.
     token_ids : sequence of int
-        The text.
+        Token ids of the text.
 
     Raises
     ------
     ParameterError
         If the integration is not patched.
     DataError
-        If the text has no tokens, or more than the model takes.
+        If the text has no tokens, or more than the model's context.
     """
     model = integration.model
     if not integration.patched:
         raise ParameterError(
-            "The model is not patched, so the rule decides nothing: call patch_model() first."
+            "The model is not patched, so the rule has no effect: call patch_model() first."
         )
     if not len(token_ids):
         raise DataError("The text has no tokens: give one that is not empty.")
@@ -79,7 +79,7 @@ def route_text(integration: BHRoutingIntegration, token_ids: Sequence[int]) -> V
 
 @contextmanager
 def _said(integration: BHRoutingIntegration) -> Iterator[dict[int, RouterOutput]]:
-    """Yield what each router has said last, by its layer."""
+    """Yield the last output of each router, by layer."""
     found: dict[int, RouterOutput] = {}
 
     def listener(layer: int, read: RouterReader) -> Any:
@@ -104,7 +104,7 @@ def _layer(
     selection: Picked,
     said: RouterOutput | None,
 ) -> ViewLayer:
-    """Return each token's experts, and behind them the first that was left out."""
+    """Return each token's experts, followed by the first one left out."""
     experts = integration.num_experts
     decided = _decided_by(integration, layer, said)
     softmax = router_logits.float().softmax(-1)
@@ -114,7 +114,7 @@ def _layer(
         left = -left
     chosen = torch.zeros(len(softmax), experts + 1, dtype=torch.bool, device=softmax.device)
     chosen.scatter_(-1, selection.indices, True)
-    left = left.double().nan_to_num(nan=-torch.inf)  # what was no candidate comes last
+    left = left.double().nan_to_num(nan=-torch.inf)  # non-candidates come last
     next_best = left.masked_fill(chosen[:, :experts], -torch.inf).argmax(-1)
     plain = softmax.tolist() if integration.routers[layer].softmax else None
     scores = None if decided.scores is None else decided.scores.tolist()

@@ -1,4 +1,4 @@
-"""``lm_eval_bh.view``: the page of a text as an object, which notebooks show."""
+"""``lm_eval_bh.view``: the page of a text as an object for notebooks."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ HEIGHT = 720  # pixels of the frame in a notebook
 
 @dataclass(frozen=True)
 class View:
-    """A page on which the routing of texts can be seen.
+    """A page that shows the routing of texts.
 
     Attributes
     ----------
     title : str
-        Of the page.
+        Title of the page.
     texts, runs : list
-        What it shows, see :mod:`~lm_eval_bh.analysis.show.view_page`.
+        The page's content, see :mod:`~lm_eval_bh.analysis.show.view_page`.
     """
 
     title: str
@@ -39,11 +39,11 @@ class View:
 
     @property
     def html(self) -> str:
-        """The whole page."""
+        """The complete page."""
         return view_page(self.title, self.texts, self.runs)
 
     def save(self, path: Path | str) -> Path:
-        """Write the page, whole or not at all, and return its path."""
+        """Write the page, completely or not at all, and return its path."""
         return write_text(as_path(path), self.html)
 
     def _repr_html_(self) -> str:
@@ -67,7 +67,7 @@ def view(
     Parameters
     ----------
     integration : BHRoutingIntegration
-        Patched or not; it is left as it was.
+        The integration, patched or not; it is left as it was.
     tokenizer : transformers tokenizer
         The model's.
     text : str or sequence of str
@@ -75,12 +75,12 @@ def view(
     against : RoutingConfig, optional
         Another configuration, shown beside the integration's own.
     tokens : int
-        Most tokens of each text.
+        Maximum number of tokens per text.
 
     Returns
     -------
     View
-        Notebooks show it; :meth:`View.save` writes the page.
+        Displayed in notebooks; :meth:`View.save` writes the page.
 
     Raises
     ------
@@ -106,7 +106,7 @@ def view(
         with _configured(integration, against):
             runs.append(routed(integration, texts))
     made = View(f"Routing of {runs[0]['model']}", texts, runs)
-    made.html  # noqa: B018  # raises here what it must, not when a notebook shows it
+    made.html  # noqa: B018  # raises errors here, not when a notebook shows it
     return made
 
 
@@ -116,7 +116,7 @@ def tokenized(tokenizer: Any, ids: Sequence[Sequence[int]]) -> list[ViewText]:
     Raises
     ------
     DataError
-        If one has no tokens.
+        If a text has no tokens.
     """
     if not all(ids):
         raise DataError("A text has no tokens: give one that is not empty.")
@@ -133,7 +133,7 @@ def tokenized(tokenizer: Any, ids: Sequence[Sequence[int]]) -> list[ViewText]:
 def routed(
     integration: BHRoutingIntegration, texts: Sequence[ViewText], name: str | None = None
 ) -> ViewRun:
-    """Return what a configuration decides on texts; ``name`` is that of the model, if known."""
+    """Return a configuration's decisions on texts; ``name`` is the model's, if known."""
     own = transformers_model(integration.model)
     config = integration.config
     with nullcontext() if integration.patched else integration:

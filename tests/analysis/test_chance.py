@@ -1,4 +1,4 @@
-"""Accuracies that compare nothing are told from those that do."""
+"""Uninformative accuracies are distinguished from others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of other engines on exported folders stand beside those of hf-bh, as what they are."""
+"""Runs of other engines on exported folders are compared with those of hf-bh."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def folders(tmp_path_factory):
 
 
 def by(engine, folder):
-    """Make of a written run one of another engine, as lm-eval writes it."""
+    """Turn a written run into one of another engine, as written by lm-eval."""
 
     def change(content):
         arguments = {"pretrained": str(folder)} | (VLLM if engine == "vllm" else {})

@@ -1,4 +1,4 @@
-"""The count of FLOPs: by hand, and beside torch's own counter."""
+"""The count of FLOPs: by hand, and against torch's own counter."""
 
 from __future__ import annotations
 

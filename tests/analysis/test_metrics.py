@@ -1,4 +1,4 @@
-"""Every metric on a case counted by hand, and by what must hold for all cases."""
+"""Every metric on a case counted by hand, and by properties of all cases."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_standard_error_of_the_perplexity_is_that_of_the_bootstrap():
     )
     error = metrics.perplexity_stderr(loglikelihoods, tokens)
     assert error == pytest.approx(bootstrapped.standard_error, rel=0.05)
-    # Documents that lose alike a token leave no doubt, however long they are.
+    # Documents with equal loss per token give no variance, whatever their lengths.
     assert metrics.perplexity_stderr([-6.0, -2.0], [3, 1]) == pytest.approx(0)
     assert metrics.perplexity_stderr([-6.0], [3]) is None
     assert metrics.perplexity_stderr([], []) is None

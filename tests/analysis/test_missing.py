@@ -1,4 +1,4 @@
-"""One function says what a cell does not hold; pandas 3 gives NaN where text was None."""
+"""One function recognises missing cells; pandas 3 turns None in text columns into NaN."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_comparisons_show_no_missing_cell_as_a_word(nothing):
 
 
 def test_no_other_code_decides_what_is_missing():
-    """A column may be asked, by its own methods; a cell is asked by this one function."""
+    """Columns may be tested by their own methods; cells only by this function."""
     source = Path(lm_eval_bh.__file__).parent
     others = {
         file.name

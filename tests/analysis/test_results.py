@@ -1,4 +1,4 @@
-"""Folders of experiments become one table: joined, checked, and nothing made up."""
+"""Folders of experiments become one table: joined, checked, and without invented values."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_only_plain_static_top_k_is_a_baseline(write, how, baseline, strategy):
 @pytest.mark.parametrize("scope", ["layer", "expert"])
 @pytest.mark.parametrize("rule", FIRST_RELEASE)
 def test_results_of_the_first_release_give_the_same_rows(new_writer, tmp_path, rule, scope):
-    """They neither describe the rule nor name the scope of the null model; the digest is equal."""
+    """They lack the rule's description and the null model's scope; the digest is equal."""
     frames = []
     for form in ("first", "this"):
         write = new_writer(tmp_path / form, first_release=form == "first")
@@ -152,7 +152,7 @@ def test_results_of_the_first_release_give_the_same_rows(new_writer, tmp_path, r
 
 
 def test_the_digest_of_a_configuration_stays(write):
-    """Tables of different releases are joined by it."""
+    """It joins tables of different releases."""
     write("bh", null_scope="layer", statistic="logit", trim=None, seed=0)
     assert set(load_experiments([write.folder]).frame["configuration"]) == {"039b8032870e"}
 
@@ -307,7 +307,7 @@ def test_rules_of_the_first_release_are_what_they_were(rule):
     assert (rule.tests, rule.random) == (info["tests"], info["random"])
 
 
-# What must be alike
+# What must be equal
 
 
 def change_of(task, table, value):
@@ -359,7 +359,7 @@ def test_what_cannot_be_compared_is_refused_or_kept_apart(write, name):
     assert [len(group.files) for group in loaded.groups] == [2, 1]
     assert set(loaded.frame[loaded.frame["file"] == other.as_posix()]["group"]) == {2}
     assert loaded.groups[1].files == (other,)
-    # Kept apart means: nothing of one group stands in for something in the other.
+    # Separate groups: nothing of one group replaces something in the other.
     assert loaded.frame.query("group == 2")["matched_by"].isna().all()
 
 
@@ -446,7 +446,7 @@ def test_two_names_of_one_commit_are_one_model(write):
 
 
 def test_a_policy_is_compared_by_what_it_decides(write):
-    """Not by its path: it stands beside the static top-k that it has to beat."""
+    """Not by its path: it is compared with the static top-k that it has to beat."""
 
     def with_policy(content):
         content["config"]["model_args"]["policy"] = "tuned/policy.safetensors"
@@ -518,7 +518,7 @@ def test_different_task_hashes_are_refused(write):
 
 
 def test_several_processes_see_the_same_documents_in_another_order(write):
-    """lm-eval hashes them in the order they were gathered in; the documents themselves agree."""
+    """lm-eval hashes them in the order of gathering; the documents themselves agree."""
     write("one")
     file = write("two", change=change_of(WIKITEXT, "task_hashes", "of another order"))
     (samples,) = file.parent.glob(f"samples_{WIKITEXT}*")
@@ -599,7 +599,7 @@ def test_a_folder_of_the_model_has_the_models_name(write):
     assert set(frame["native_top_k"]) == {4}
 
 
-# What is broken
+# Damaged files
 
 
 def damage(content):
@@ -902,7 +902,7 @@ def test_a_task_without_token_perplexity_shows_its_own_and_says_so(write, tmp_pa
         assert row["perplexity"] == row[own]
         assert row["perplexity_stderr"] == pytest.approx(row[f"{own}_stderr"], nan_ok=True)
     assert pd.isna(frame.loc[HELLASWAG, "perplexity"])
-    # For people, each kind has a column of its own.
+    # For people, each kind has its own column.
     write_tables(frame.reset_index(), tmp_path)
     head = (tmp_path / "bh_routing_results.md").read_text().splitlines()[0]
     assert "target ppl" in head

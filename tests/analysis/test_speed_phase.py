@@ -1,4 +1,4 @@
-"""What a speed phase's rounds amount to: ratios with honest intervals, joined to the results."""
+"""Ratios and intervals from a speed phase's rounds, joined to the results."""
 
 from __future__ import annotations
 

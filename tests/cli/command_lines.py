@@ -1,4 +1,4 @@
-"""What the command line makes of its words, without running the command."""
+"""Parses command lines without running them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lm_eval_bh.cli.app import app
 
 
 def parsed(line: str) -> tuple[str, dict[str, Any]]:
-    """Return the command that a line calls, and the values of its options and arguments."""
+    """Return a line's command, and the values of its options and arguments."""
     command: Any = typer.main.get_command(app)
     context = command.make_context("lm-eval-bh", shlex.split(line))
     while words := [*getattr(context, "_protected_args", []), *context.args]:
@@ -21,7 +21,7 @@ def parsed(line: str) -> tuple[str, dict[str, Any]]:
 
 
 def commands() -> dict[str, Any]:
-    """Return every command and subcommand by its path, without lm-eval: its words are lm_eval's."""
+    """Return every command and subcommand by its path, except lm-eval, which lm_eval parses."""
     found: dict[str, Any] = {}
 
     def add(path: str, command: Any) -> None:

@@ -1,4 +1,4 @@
-"""What commands are run on: a text file, and finished runs."""
+"""Inputs of commands: a text file, and finished runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command aggregate, on folders as lm-eval leaves them."""
+"""The command aggregate, on folders written by lm-eval."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_aggregate_writes_tables_comparisons_and_the_figure(run, runs, tmp_path)
     assert compared["p_value"].to_numpy() == pytest.approx(
         compare(loaded, resamples=99)["p_value"].to_numpy(float), nan_ok=True
     )
-    # On the terminal: who, how many experts, how good, and what static top-k there was beside it.
+    # On the terminal: name, experts, quality, and static top-k at the same mean.
     row = loaded.frame.query("task == @WIKITEXT and adaptive").iloc[0]
     (line,) = [part for part in out.split(WIKITEXT)[1].splitlines() if row["strategy"] in part]
     assert f"{row['avg_experts']:.2f}" in line
@@ -83,7 +83,7 @@ def test_where_nothing_can_be_read_older_files_stay(run, write, tmp_path, comman
 
 
 def test_the_tables_change_together_or_not_at_all(run, write, runs, monkeypatch):
-    """What stops the drawing stops the tables too: none is of another aggregation than the rest."""
+    """An error while drawing also stops the tables, so that all files are of one aggregation."""
     assert run("aggregate", runs, "--no-figure", "--resamples", 99)[0] == 0
     before = {path: path.read_bytes() for path in runs.glob("bh_routing_*")}
     write("another", alpha=0.5)

@@ -1,4 +1,4 @@
-"""Every call that the pages of release 0.2 showed does what its new form does, and says so."""
+"""Every call on the pages of release 0.2 equals its new form, and names it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from command_lines import parsed
 
 MODEL = "allenai/OLMoE-1B-7B-0924"
 
-# A call of 0.2, the same call now, and the new names that stderr tells.
+# A call of 0.2, the same call now, and the new names on stderr.
 CALLS = [
     ("path tasks", "doctor path tasks", ["doctor path"]),
     ("path", "doctor path", ["doctor path"]),
@@ -159,7 +159,7 @@ def test_both_run(run, runs, former, now):
 
 
 def test_view_takes_a_file_as_text_as_it_did(run, text, tmp_path):
-    """Unless --text is no file, since it is the text itself now."""
+    """Unless --text is not a file, since it is now the text itself."""
     common = ("--model", "tiny-olmoe", "--model-args", "rule=topk", "--device", "cpu")
     written = []
     for option in ("--text-file", "--text"):
@@ -173,7 +173,7 @@ def test_view_takes_a_file_as_text_as_it_did(run, text, tmp_path):
 
 
 def test_a_value_that_is_called_like_an_option_stays(run, tmp_path):
-    """What follows -- is no option."""
+    """Words after -- are not options."""
     code, _, err = run("policy", "show", "--", "--force")
     assert code == 1
     assert "There is no policy --force" in err

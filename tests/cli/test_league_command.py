@@ -1,4 +1,4 @@
-"""``lm-eval-bh league`` writes tables, a figure and a page, goes on, and checks what it wrote."""
+"""``lm-eval-bh league`` writes tables, a figure and a page, resumes, and checks its files."""
 
 from __future__ import annotations
 

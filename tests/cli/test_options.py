@@ -1,4 +1,4 @@
-"""Options: one name for one thing, values that help and completion know, examples that parse."""
+"""Options: one name per concept, values in help and completion, examples that parse."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_each_command_has_help_two_examples_and_options_that_are_explained(path,
 
 @pytest.mark.parametrize("path", COMMANDS)
 def test_an_option_has_one_name(path):
-    """The names that one thing had in earlier releases are gone from help and completion."""
+    """Former names are hidden from help and completion."""
     names = {name for option in COMMANDS[path].params for name in option.opts}
     assert not names & {"--pretrained", "--force", "--length", "--string", "--kde", "--null"}
     assert not names & {"--documents", "--text", "--task"} or path in ("view", "import-routing")

@@ -1,4 +1,4 @@
-"""The command report --figure, on folders of lm-eval and on tables that were written before."""
+"""The command report --figure, on folders of lm-eval and on written tables."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def difference(low, high):
 
 
 def account_of(perplexity, kl, **task):
-    """Return an account whose winner differs so from static top-k."""
+    """Return an account with given differences of its winner from static top-k."""
     row = {"task": "arc", "metric": "acc", "documents": 9, "native": 0.5, "policy": 0.5} | task
     fidelity = {"kl": 0.1, "changed": 0.2, "worst": 0.3}
     return {
@@ -99,7 +99,7 @@ def account_of(perplexity, kl, **task):
         ((-2, -1), (-0.2, -0.1), None),
         ((-2, -1), (0.1, 0.2), "is farther from"),
         ((-2, -1), (-0.1, 0.2), "is not shown to be nearer to"),
-        ((-2, 1), (-0.2, -0.1), "nearer to the model, and not better"),
+        ((-2, 1), (-0.2, -0.1), "nearer to the model, but not better"),
         ((-2, 1), (-0.2, 0.1), None),
     ],
 )

@@ -1,4 +1,4 @@
-"""What must hold on every device; LM_EVAL_BH_DEVICE names it, and scripts/gpu_day.sh runs this.
+"""Tests for every device; LM_EVAL_BH_DEVICE names it, and scripts/gpu_day.sh runs them.
 
 On a CPU these are tests like any other. On another device its results are compared with the CPU's.
 """
@@ -48,7 +48,7 @@ def test_a_selection_is_that_of_the_cpu(rule, null):
     theirs = select_experts(logits, null, **options)
     assert ours.indices.device.type == DEVICE.type
     same = (ours.indices.cpu() == theirs.indices).all(-1)
-    # A weight is a softmax, whose last digit differs between devices: so may who is at a threshold.
+    # The last digit of a softmax differs between devices, and so may experts at a threshold.
     assert same.float().mean() >= (0.99 if rule in ("top_p", "min_p", "min_w") else 1.0)
     torch.testing.assert_close(ours.weights.cpu()[same], theirs.weights[same])
 

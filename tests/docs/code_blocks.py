@@ -1,4 +1,4 @@
-"""The blocks of code in a page of Markdown, and whether these are to be run."""
+"""The code blocks of a Markdown page, and whether they are to be run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOT_RUN = 'title="Not run here: '
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, text and first line, and why it is not run, if it is not."""
+    """A fenced block: language, text and first line, and a reason if it is not run."""
 
     language: str
     code: str

@@ -1,7 +1,7 @@
 """Every block of Python and of the shell in README, docs/ and examples/ runs, page by page.
 
-The blocks of a page run in order, in one folder; those of Python share their names. Where one
-cannot run here its title says why, and the number of these stands below.
+The blocks of a page run in order, in one folder; Python blocks share their names. If a block cannot
+run here, its title says why, and the number of these blocks is fixed below.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def test_every_block_runs(page, commands, methods_of_a_page, tmp_path, monkeypat
 
 
 def test_the_stock_command_understands_the_literal_line(commands):
-    """Offline the real OLMoE cannot be had, so the line ends in our sentence: it was understood."""
+    """Offline, the real OLMoE cannot be loaded, so the line ends in our message: it was parsed."""
     line = "lm_eval --model hf-bh --model_args alpha=0.4,max_k=8 --tasks lambada"
     done = subprocess.run(
         [commands / line.split()[0], *line.split()[1:]], capture_output=True, text=True, timeout=300
@@ -106,7 +106,7 @@ def test_the_stock_command_understands_the_literal_line(commands):
 
 
 def test_what_does_not_run_is_known():
-    """A block that stops running changes this number, and whoever changes it sees the reasons."""
+    """A block that is no longer run changes this number, which prompts a look at the reasons."""
     excused = [
         f"{page}:{block.line}: {block.excuse}"
         for page, blocks in BLOCKS.items()

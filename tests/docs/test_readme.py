@@ -1,4 +1,4 @@
-"""README is short, and the reference says of every parameter what the code does."""
+"""README is short, and the reference describes every parameter as the code does."""
 
 from __future__ import annotations
 
@@ -62,3 +62,14 @@ def test_the_readme_is_short_and_its_links_lead_somewhere(request):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
     assert len(links) > 20
     assert [link for link in links if "://" not in link and not (root / link).exists()] == []
+
+
+def test_pages_of_results_have_short_tables_and_link_every_csv(request):
+    folder = request.config.rootpath / "docs" / "results"
+    linked = set()
+    for page in folder.glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        linked |= set(re.findall(r"\]\((\w+\.csv)\)", text))
+        tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+        assert [len(table.splitlines()) for table in tables if table.count("\n") > 12] == [], page
+    assert linked == {file.name for file in folder.glob("*.csv")}

@@ -1,4 +1,4 @@
-"""The site builds without a warning, loads nothing from elsewhere, and fits a telephone."""
+"""The site builds without a warning, loads nothing from elsewhere, and fits a phone."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_pages_ask_nobody_else_and_do_not_overflow_a_telephone(site, browser):
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder and says nothing."""
+    """Serves a folder silently."""
 
     def log_message(self, *_: object) -> None:
         pass

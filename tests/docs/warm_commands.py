@@ -1,8 +1,8 @@
-"""The commands lm-eval-bh and lm_eval, each a fork of one process that has imported everything.
+"""The commands lm-eval-bh and lm_eval, each forked from one process that has imported everything.
 
-A start of lm_eval takes 20 seconds, of which nearly all are imports and the index of 14,000 tasks,
-and the pages have dozens of commands. ``warm_commands.py SOCKET`` does this once; each of its forks
-then runs the whole command with the arguments, folder, environment and streams of its client.
+A start of lm_eval takes 20 seconds, nearly all for imports and the index of 14,000 tasks, and the
+pages have dozens of commands. ``warm_commands.py SOCKET`` does this once; each of its forks then
+runs the whole command with the arguments, folder, environment and streams of its client.
 """
 
 from __future__ import annotations

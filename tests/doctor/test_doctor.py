@@ -1,4 +1,4 @@
-"""What doctor says of this installation and machine, and of what is wrong with others."""
+"""The doctor's findings on this installation and machine, and on faulty ones."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_versions_are_held_against_the_constraints(monkeypatch):
 
 
 def test_packages_beside_torch_that_were_built_for_another_are_named(run, monkeypatch, tmp_path):
-    """Transformers cannot be loaded beside them, so nothing else is looked at."""
+    """Transformers cannot be loaded beside them, so nothing else is examined."""
     home = tmp_path / "torchaudio"
     home.mkdir()
     (home / "__init__.py").write_text("raise OSError('undefined symbol: aten')\n")
@@ -180,7 +180,7 @@ def test_a_folder_that_cannot_be_made_is_no_lack_of_space(monkeypatch):
 
 @pytest.fixture
 def other(tmp_path, monkeypatch):
-    """Return an OLMoE that nobody knows, in several files."""
+    """Return an unknown OLMoE in several files."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = AutoConfig.from_pretrained(tiny_olmoe())
     torch.manual_seed(0)
@@ -234,7 +234,7 @@ def test_models_that_get_nothing(other, tmp_path):
     for file in other.glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:100])
     cut = by_subject(check_model(str(other)))["null model"]
-    assert (cut.state, "not known before" in cut.found) == ("note", True)
+    assert (cut.state, "unknown before" in cut.found) == ("note", True)
     for file in other.glob("model*"):
         file.unlink()
     bare = by_subject(check_model(str(other)))["null model"]

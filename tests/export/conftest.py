@@ -1,4 +1,4 @@
-"""Policies of tiny-olmoe, and what they are compared on."""
+"""Policies of tiny-olmoe, and the texts for comparing them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What policies the exports are tested on."""
+"""Policies for testing exports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARAMETERS = {
 
 
 def random_benefits(layers: int, experts: int) -> NullModel:
-    """Return a null model of benefits, which ``min_w`` takes its factors from."""
+    """Return a null model of benefits with the factors for ``min_w``."""
     draw = torch.Generator().manual_seed(6)
     return NullModel.fit(
         {layer: torch.randn(200, experts, generator=draw) for layer in range(layers)},
@@ -26,7 +26,7 @@ def random_benefits(layers: int, experts: int) -> NullModel:
 
 
 def random_null(layers: int, experts: int) -> NullModel:
-    """Return a null model of contributions, each expert with a distribution of its own."""
+    """Return a null model of contributions, with one distribution per expert."""
     draw = torch.Generator().manual_seed(5)
     return NullModel.fit(
         {layer: torch.randn(3000, experts, generator=draw) * 2 for layer in range(layers)},

@@ -33,15 +33,15 @@ class Reference:
     rule, alpha, parameters
         The method, its level, and its configuration's values by name.
     native_k, rescales
-        How many experts the router takes itself, and whether it rescales their weights to one.
+        The router's own top-k, and whether it rescales weights to one.
     factors : ndarray or None
         ``[experts]``, or a predictor ``[hidden + 2, experts]``.
     nulls : list of (x, cdf)
-        One for each expert, or a single one; empty where nothing is tested.
+        One per expert, or a single one; empty without a test.
     layer : int
-        What random experts depend on.
+        The layer, on which random experts depend.
     tables : dict of ndarray
-        What else was measured, ``[layers, ...]``.
+        Further measured tables, ``[layers, ...]``.
     """
 
     rule: str

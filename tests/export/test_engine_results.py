@@ -1,4 +1,4 @@
-"""What an engine returns is believed where it is whole: NaN, gaps and debris never agree."""
+"""Only complete results of an engine count: NaN, gaps and debris never agree."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAN, INFINITY = math.nan, math.inf
 
 @pytest.fixture(scope="module")
 def returned(tmp_path_factory, policies, documents):
-    """Return what the real engine returned for the policy and for the stock model, as files."""
+    """Return the real engine's results for the policy and the stock model, as files."""
     folder = tmp_path_factory.mktemp("returned")
     engine = folder / "python"
     engine.write_text(
@@ -47,7 +47,7 @@ def run(policies, documents, python, **arguments):
 
 
 def engine_that_returns(content, returned, folder):
-    """Write an engine that returns ``content`` for the policy, and the truth for the stock."""
+    """Write an engine that returns ``content`` for the policy, and true stock scores."""
     (folder / "content").write_bytes(content)
     engine = folder / "python"
     engine.write_text(
@@ -106,8 +106,8 @@ def test_scores_that_are_missing_or_not_finite_are_a_difference(
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("generated", [1, 2, 3], "the greedy continuation is another"),
-        ("generated", [], "the greedy continuation is another"),
+        ("generated", [1, 2, 3], "the greedy continuation differs"),
+        ("generated", [], "the greedy continuation differs"),
         ("counts", [], "numbers of experts differ"),
     ],
 )
@@ -178,7 +178,7 @@ def test_an_engine_that_hangs_is_ended_with_its_helpers(policies, documents, tmp
     engine.write_text(f"#!/bin/sh\n(sleep 3; touch {tmp_path}/alive) &\nsleep 60\n")
     engine.chmod(0o755)
     started = time.monotonic()
-    with pytest.raises(ModelError, match=r"ended because .* after 1 seconds: .*--timeout"):
+    with pytest.raises(ModelError, match=r"stopped because .* after 1 seconds: .*--timeout"):
         run(policies, documents, engine, timeout=1)
     assert time.monotonic() - started < 30
     time.sleep(3)

@@ -134,7 +134,7 @@ def logits_of(layer, tokens=TOKENS):
 
 
 def said(logits, slots, rescales):
-    """Return what a router says whose projection is the identity: hidden states are logits."""
+    """Return the output of a router with the identity as projection: hidden states are logits."""
     return softmax_output(logits, slots, NATIVE, rescales=rescales, hidden_states=logits)
 
 
@@ -143,7 +143,7 @@ def config_of(parameters):
 
 
 def null_of(config, rescales):
-    """Return a null model fitted on random numbers, where the method needs one."""
+    """Return a null model fitted to random numbers, if the method needs one."""
     if not config.needs_null:
         return None
     own = config.of == "own" and rescales
@@ -151,7 +151,7 @@ def null_of(config, rescales):
 
 
 def random_table(name):
-    """Return a table of random numbers that could have been measured."""
+    """Return a plausible table of random numbers."""
     numbers = np.abs(rows((LAYERS, 1025), 4).double().numpy())
     if name in ("ratios", "slot_weights"):
         shares = np.sort(numbers / numbers.max(), axis=1)
@@ -187,7 +187,7 @@ def random_null(statistic, scope, of, rescales, tables=()):
 
 @pytest.fixture(scope="module")
 def models():
-    """Return OLMoE and Mixtral, which rescales, whose routers give back what they are given."""
+    """Return OLMoE and Mixtral, which rescales, whose routers return their input."""
     sizes = {
         "vocab_size": 32,
         "hidden_size": EXPERTS,
@@ -219,7 +219,7 @@ def policy_of(parameters, rescales):
 
 
 def flat_files(folder, methods):
-    """Write what an exported folder holds of methods."""
+    """Write the methods' files of an exported folder."""
     folder.mkdir()
     (folder / "__init__.py").touch()
     for file in files_of(methods):
@@ -229,7 +229,7 @@ def flat_files(folder, methods):
 
 @pytest.fixture(scope="module")
 def here():
-    """Return the methods of every case, and what they pick in the package."""
+    """Return the methods of every case, and their selections in the package."""
     found = {}
     for parameters, rescales in CASES:
         methods = layer_methods(policy_of(parameters, rescales))
@@ -242,7 +242,7 @@ def here():
 
 @pytest.fixture(scope="module")
 def elsewhere(here, tmp_path_factory):
-    """Return what all of them decide in one process that has nothing but the exported files."""
+    """Return all decisions in a process that only has the exported files."""
     folder = tmp_path_factory.mktemp("elsewhere")
     methods = [method for case in here.values() for method, _ in case]
     flat_files(folder / "exported", methods)
@@ -288,7 +288,7 @@ def test_the_hook_of_hf_bh_decides_the_same(parameters, rescales, here, models):
 
 @pytest.fixture
 def vllm_router(monkeypatch):
-    """Return our vLLM plugin's module of routers, beside a stand-in for what it takes from vLLM."""
+    """Return our vLLM plugin's module of routers, with a replacement for its imports from vLLM."""
     inner = "vllm.model_executor.layers.fused_moe"
     names = ["vllm", "vllm.forward_context", "vllm.model_executor", "vllm.model_executor.layers"]
     names += [inner, f"{inner}.layer", f"{inner}.router", f"{inner}.router.custom_routing_router"]
@@ -310,7 +310,7 @@ def vllm_router(monkeypatch):
 
 
 def test_what_the_plugin_hands_to_vllm_decides_the_same(here, vllm_router):
-    """Where vLLM itself is installed, test_vllm.py and test_vllm_families.py ask it."""
+    """With vLLM installed, test_vllm.py and test_vllm_families.py test it directly."""
     create = vllm_router.fused_moe.create_fused_moe_router
     for (_, rescales), case in here.items():
         with vllm_router.routes_made() as routes:
@@ -362,7 +362,7 @@ def test_a_router_of_vllm_that_ranks_nothing_is_refused(foreign, vllm_router):
 
 
 def served(**changes):
-    """Return how vLLM would serve a model, for what is looked at of it."""
+    """Return vLLM's configuration for a model, as far as it is used."""
     parallel = {"tensor_parallel_size": 1, "data_parallel_size": 1, "enable_expert_parallel": False}
     parallel = {name: changes.get(name, value) for name, value in parallel.items()}
     model = SimpleNamespace(quantization=changes.get("quantization"))
@@ -441,7 +441,7 @@ def test_it_decides_what_a_slow_plain_reference_does(parameters, rescales):
 
 
 def test_what_is_copied_needs_neither_the_package_nor_imports_that_transformers_misses():
-    """Transformers follows ``from .name import``, and takes no folder for a module."""
+    """Transformers follows ``from .name import``, and does not accept a folder as a module."""
     for file in files_of(METHODS[name](_plain(name)) for name in METHODS):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
@@ -459,10 +459,10 @@ def _plain(name):
 @pytest.mark.parametrize(
     ("parameters", "sentence"),
     [
-        ({"rule": "random_k"}, "the nearest that can be exported is rule=topk"),
-        ({"rule": "replay", "routes": "x"}, "export the policy that the log was made with"),
+        ({"rule": "random_k"}, "the nearest rule that can be exported is rule=topk"),
+        ({"rule": "replay", "routes": "x"}, "export the policy with which the log was made"),
         ({"rule": "topk", "mode": "analyze"}, "only counts"),
-        ({"rule": "oracle"}, "the nearest that can be exported is rule=min_w"),
+        ({"rule": "oracle"}, "the nearest rule that can be exported is rule=min_w"),
         ({"rule": "topk", "affine": True}, "make a policy without it"),
     ],
 )

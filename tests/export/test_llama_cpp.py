@@ -1,4 +1,4 @@
-"""llama.cpp is told what it can do; everything else is refused with the reason."""
+"""llama.cpp gets the options that it supports; everything else is refused with a reason."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_min_p():
     line, equal, caution = options(rule="min_p", alpha=0.35, min_k=2, max_k=6)
     assert line == COUNT.format(6) + " -ser 2,0.35"
     assert "the first 2 of a token's experts serve, and further ones, up to 6," in equal
-    assert "read -ser and ignore it" in caution
+    assert "read -ser but ignore it" in caution
     alphas = {0: 0.25, 1: 0.25, 2: 0.25, 3: 0.25}
     solution = Solution(4.0, "model", alphas, 4.1, {}, 100, "a text")
     line, *_ = options(solution, rule="min_p", target_experts=4, max_k=8)
@@ -51,9 +51,9 @@ def test_min_p():
         ({"rule": "topk", "k_per_layer": "5-3-3-5"}, r"_count = \[5, 3, 3, 5\] as an array"),
         ({"rule": "topk", "max_k": 4, "layers": "last2"}, "hold for all layers"),
         ({"rule": "topk", "max_k": 4, "mode": "analyze"}, "hold for all layers"),
-        ({"rule": "topk", "max_k": 4, "renormalize": True}, "neither rescales nor tempers"),
-        ({"rule": "min_p", "mass": 0.5}, "neither rescales nor tempers"),
-        ({"rule": "topk", "temperature": 2.0}, "neither rescales nor tempers"),
+        ({"rule": "topk", "max_k": 4, "renormalize": True}, "neither weight rescaling"),
+        ({"rule": "min_p", "mass": 0.5}, "neither weight rescaling"),
+        ({"rule": "topk", "temperature": 2.0}, "neither weight rescaling"),
         ({"rule": "min_w", "alpha": 0.1}, "nothing like rule=min_w"),
         ({"rule": "top_p"}, "nothing like rule=top_p"),
         ({"rule": "random_k"}, "nothing like rule=random_k"),

@@ -139,9 +139,9 @@ def test_the_tokens_of_a_step_are_decided_together(parameters, phase, tmp_path, 
 
 
 def test_the_experts_run_as_fast_as_the_family_s(policies, tmp_path, model, monkeypatch):
-    """Run transformers' own choice of implementation, not the loop that remote code falls back to.
+    """Use transformers' own choice of implementation, not the fallback loop of remote code.
 
-    transformers remembers with a class what it found out, and its subclasses inherit that.
+    transformers caches its finding with a class, and subclasses inherit it.
     """
     remembered = "_can_set_experts_implementation_cached_value"
     monkeypatch.delattr(OlmoeForCausalLM, remembered, raising=False)

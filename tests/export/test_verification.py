@@ -1,4 +1,4 @@
-"""An engine is held against hf-bh in an environment of its own."""
+"""An engine in its own environment is compared with hf-bh."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_transformers_without_this_package(policies, documents):
 
 
 def test_a_folder_that_routes_otherwise_is_found_out(policies, documents, monkeypatch):
-    """Export another policy than the one that is compared."""
+    """Export a different policy from the compared one."""
     export = verification.export_folder
 
     def other(policy, *arguments, **named):

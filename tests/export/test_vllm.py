@@ -62,7 +62,7 @@ def test_it_scores_as_hf_bh(engine, name, policies, tuned):
 
 @pytest.mark.parametrize("how", ["exported folder", "hf_overrides"])
 def test_other_ways_to_its_own_model(how, policies, documents, tmp_path):
-    """With the plugin an exported folder needs no code of its own, nor a model a variable."""
+    """With the plugin, an exported folder needs neither its code nor an environment variable."""
     checkpoint = Checkpoint.find(str(tiny_olmoe()))
     folder, options = tmp_path / "out", {}
     if how == "exported folder":

@@ -90,7 +90,7 @@ DECIDED = ("benefit", "bh", "static", "top2")
 
 
 def made(family, folder):
-    """Write a random model whose routers have logits that differ, and biases that reorder them."""
+    """Write a random model with distinct router logits, and biases that reorder them."""
     if family == "tiny-glm":
         write_for_vllm(Checkpoint.find(str(tiny_glm())), folder)
         return folder
@@ -146,7 +146,7 @@ def vllm():
 
 @pytest.mark.parametrize("family", NAMED)
 def test_every_policy_scores_as_hf_bh(family, vllm, tmp_path, monkeypatch):
-    """The first one is named at start, the others take its place in the running engine."""
+    """The first is given at start, and the others replace it in the running engine."""
     folder = made(family, tmp_path / "model")
     policies = policies_of(folder)
     draw = torch.Generator().manual_seed(8)
@@ -257,5 +257,5 @@ def test_a_policy_of_another_model_is_refused_before_weights_load(vllm, tmp_path
     policy = policies_of(folder)["static"]
     dataclasses.replace(policy, fingerprint="0" * 64).save(tmp_path / "other.safetensors")
     monkeypatch.setenv("LM_EVAL_BH_POLICY", str(tmp_path / "other.safetensors"))
-    with pytest.raises(PolicyError, match="whose routers are not those of"):
+    with pytest.raises(PolicyError, match="whose routers differ from those of"):
         vllm.LLM(model=str(folder), dtype="float32", max_model_len=80, skip_tokenizer_init=True)

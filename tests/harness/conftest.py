@@ -1,4 +1,4 @@
-"""Evaluations in this process: lm-eval's own evaluator, our tasks, the model that ships."""
+"""Evaluations in this process: lm-eval's own evaluator, our tasks, the shipped model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that are decoded together: grouped whatever the batch size, counted as they were routed."""
+"""Rows decoded together: grouped independently of the batch size, counted as routed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registered hf-bh: what its arguments do, what it reports, and what it refuses."""
+"""The registered hf-bh: its arguments, its reports, and its errors."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_results_are_plain_json_values(evaluate):
 
 
 def test_padding_does_not_count(evaluate):
-    """One document a batch has no padding; the same documents in one batch have."""
+    """One document per batch has no padding; the same documents in one batch have padding."""
     summaries = [
         evaluate("hf-bh", f"{TINY},alpha=0.4,dtype=float32", DEMO, limit=6, batch_size=size)[
             "config"
@@ -200,7 +200,7 @@ def test_a_null_model_of_another_model_is_refused(tmp_path, shared):
 
 @pytest.mark.slow
 def test_the_stock_command_understands_the_literal_line(tmp_path):
-    """It says how much it will download before it asks the hub, which has nothing here."""
+    """It states the size of the download before it contacts the hub, which is empty here."""
     said = tmp_path / "stderr"
     at_requests = []
 

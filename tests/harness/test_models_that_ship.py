@@ -1,4 +1,4 @@
-"""The models that ship: each loads offline by its name, is small, and is what its card says."""
+"""The shipped models: each loads offline by name, is small, and matches its card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stranger sees: the output of scripts/quickstart.sh, in a copy of the repository."""
+"""A newcomer's view: the output of scripts/quickstart.sh in a copy of the repository."""
 
 from __future__ import annotations
 

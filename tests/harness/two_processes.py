@@ -14,7 +14,7 @@ import pytest
 def launch(*arguments) -> str:
     """Run a script, or ``-m`` and a module, in two processes on the CPU; return what they print.
 
-    The test fails with all that they printed if they fail or do not end.
+    If they fail or do not end, the test fails with their output.
     """
     options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -36,7 +36,7 @@ def launch(*arguments) -> str:
 
 
 def free_port() -> int:
-    """Return a free port that no connection of another program is given in the meantime.
+    """Return a free port that no other program gets in the meantime.
 
     The system hands out ports from 32768 on. accelerate would ask it for one of these
     (``--main_process_port 0``), give it back, and bind it seconds later, after torch is imported.

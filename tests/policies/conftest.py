@@ -1,4 +1,4 @@
-"""What searches of policies are tested on: tiny-olmoe, and a text of many short paragraphs."""
+"""Fixtures of policy searches: tiny-olmoe, and a text of many short paragraphs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lm_eval_bh.resources import shipped
 
 @pytest.fixture(scope="session")
 def paragraphs() -> list[str]:
-    """Return the paragraphs of the demo articles that ship."""
+    """Return the paragraphs of the shipped demo articles."""
     lines = (shipped("tasks") / "demo" / "wikitext.jsonl").read_text(encoding="utf-8").splitlines()
     pages = [json.loads(line)["page"] for line in lines]
     return [part.strip() for page in pages for part in page.split("\n") if len(part) > 200]

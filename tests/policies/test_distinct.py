@@ -1,4 +1,4 @@
-"""Policies at equal distinct experts: groups, counts, controls, what is found and refused."""
+"""Policies at equal distinct experts: groups, counts, controls, results and errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FAMILIES = [named("batch_min_w"), named("xshare")]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return one folder for many tests: none measures again what another has."""
+    """Return one folder for many tests, which share measurements."""
     return tmp_path_factory.mktemp("distinct")
 
 

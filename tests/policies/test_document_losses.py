@@ -1,4 +1,4 @@
-"""Losses of documents: those that transformers computes, whatever they are batched with."""
+"""Losses of documents equal those of transformers, in any batch."""
 
 from __future__ import annotations
 

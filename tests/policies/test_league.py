@@ -1,4 +1,4 @@
-"""A league: what is asked, what a row says, what failure is, and what a file must hold."""
+"""A league: its families, its rows, failures, and the checks of its file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIZES["decode_batch"] = 4
 
 @pytest.fixture
 def broken():
-    """Add a method that declares itself properly, and cannot decide."""
+    """Add a method with a valid declaration that cannot decide."""
 
     class Broken(MinW):
         name, label, source = "broken", "broken", "this test"
@@ -67,7 +67,7 @@ def test_every_method_is_asked_by_what_it_declares(broken):
         ("min_w benefits", r"'benefits' .* \(did you mean 'benefit'\?\)"),
         ("min_w mass", "'mass' in the method 'min_w mass' lacks its value"),
         ("min_w mass 2", "mass must be a number from 0 to 1: found 2"),
-        ("random_k benefit", "'benefit' .* is no statistic or parameter of it"),
+        ("random_k benefit", "'benefit' .* is not a statistic or parameter of it"),
         ("top_p, min_w,top_p", "'top_p' twice"),
         (" , ", "There is no method to measure"),
     ],
@@ -79,7 +79,7 @@ def test_an_unknown_name_is_one_sentence(names, sentence):
 
 @pytest.fixture(scope="module")
 def held(tmp_path_factory, tiny_model_folder, tokenizer, splits):
-    """Return a small league, the folder of its journal, and what starts it anew."""
+    """Return a small league, the folder of its journal, and a function to start it again."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
@@ -170,7 +170,7 @@ CHANGES = {
     "a number as text": ("must be", lambda f: row_of(f).update(mean_experts="4")),
     "a loss made smaller": ("sums give", lambda f: row_of(f)["losses"].__setitem__(0, 1.0)),
     "a negative loss": ("0 or more", lambda f: row_of(f)["losses"].__setitem__(0, -1.0)),
-    "a loss too few": ("losses of", lambda f: row_of(f)["losses"].pop()),
+    "a loss too few": ("losses for", lambda f: row_of(f)["losses"].pop()),
     "a perplexity": (
         "from_native.perplexity is", lambda f: row_of(f)["from_native"].update(perplexity=1.0)
     ),
@@ -181,14 +181,14 @@ CHANGES = {
     "another mean": ("sums give", lambda f: row_of(f).update(mean_experts=3.6)),
     "another rule": ("another rule", lambda f: row_of(f).update(rule="bh")),
     "an unknown rule": ("rule must be", lambda f: row_of(f)["config"].update(rule="bhh")),
-    "a row twice": ("stands there twice", lambda f: f["rows"].append(row_of(f))),
+    "a row twice": ("occurs twice", lambda f: f["rows"].append(row_of(f))),
     "another target": ("no target", lambda f: row_of(f).update(target=5.0)),
     "no static rung": ("topk must have", lambda f: f["controls"].update(topk={})),
     "no control": ("its controls must be", lambda f: f.update(controls={})),
     "another cost": ("its controls must be", lambda f: f.update(cost="distinct_experts")),
-    "no distinct experts": ("must stand", lambda f: row_of(f).update(distinct_experts=None)),
+    "no distinct experts": ("must be given", lambda f: row_of(f).update(distinct_experts=None)),
     "too many of them": ("at most 64, not 65", lambda f: row_of(f).update(distinct_experts=65.0)),
-    "no steps": ("must stand there with decode_batch", lambda f: f.update(decode_batch=None)),
+    "no steps": ("must be given with decode_batch", lambda f: f.update(decode_batch=None)),
     "other steps": ("another decode_batch", lambda f: f.update(decode_batch=8)),
     "a control that is not there": (
         "from_oea lacks", lambda f: row_of(f).update(from_oea=row_of(f)["from_static"])

@@ -1,4 +1,4 @@
-"""What a text file's documents are, and what is no text file."""
+"""The documents of a text file, and invalid text files."""
 
 from __future__ import annotations
 

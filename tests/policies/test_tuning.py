@@ -1,4 +1,4 @@
-"""A search: what it tries, chooses, confirms and writes; that it goes on; and what it refuses."""
+"""A search: its candidates, choice, confirmation and files; resuming; and errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZES = {"tokens": 4096, "length": 128, "tokens_per_document": 60}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return one folder for many tests: none measures again what another has."""
+    """Return one folder for many tests, which share measurements."""
     return tmp_path_factory.mktemp("search")
 
 
@@ -157,7 +157,7 @@ def test_a_damaged_journal_is_named(tiny, tokenizer, splits, tmp_path, content):
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory, tiny_model_folder, tokenizer, splits):
-    """Return the settings, and the content of the journal of a small search that was done."""
+    """Return the settings and the journal of a finished small search."""
     folder = tmp_path_factory.mktemp("searched")
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32).eval()
     subject = Subject(model, tokenizer, "tiny-olmoe", splits, folder, {}, **SIZES)
@@ -273,7 +273,7 @@ def test_rows_of_anything_else_are_not_kept(
 
 
 def changed_part(arguments, part):
-    """Return a text of the same name and sizes, one paragraph of which is another."""
+    """Return a text of the same name and sizes with one different paragraph."""
     documents = list(getattr(arguments["splits"], part))
     documents[0] = documents[0][:-2] + "!!"
     return dataclasses.replace(arguments["splits"], **{part: documents})
@@ -366,7 +366,7 @@ def test_a_file_is_cut_into_three_parts(tmp_path, paragraphs):
     ],
 )
 def test_unseen_text_is_unseen_by_content(repeat, tmp_path, paragraphs):
-    """Equal paragraphs cross no parts, and are not two documents."""
+    """Equal paragraphs are one document, in one part."""
     path = tmp_path / "text.txt"
     several = paragraphs[:60]
     path.write_text("\n\n".join([*several, *map(repeat, several)]), encoding="utf-8")

@@ -64,7 +64,7 @@ def test_mean_experts_rise_with_the_level_on_every_data_set(manager):
 
 
 def test_counters_do_not_depend_on_the_batch_size_or_the_cache(manager):
-    """On the real texts, in float64: no rounding that depends on the shape of a batch tips any."""
+    """On the real texts, in float64, so that no decision depends on batch-shape rounding."""
     counted = []
     for batch_size, cache in ((1, True), (3, False), (8, True)):
         results = lm_eval.simple_evaluate(

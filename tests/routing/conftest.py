@@ -1,4 +1,4 @@
-"""The models that routing is tested on: the one that ships, and tiny ones of other families."""
+"""Models for testing routing: the shipped one, and tiny ones of other families."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def olmoe_null(shared: Path) -> NullModel:
 
 @pytest.fixture(scope="session")
 def null() -> NullModel:
-    """Return the null model of tiny-olmoe that ships."""
+    """Return the shipped null model of tiny-olmoe."""
     return NullModel.load(shipped("kde_models") / "tiny-olmoe.safetensors")
 
 
@@ -50,6 +50,6 @@ def tiny(tiny_model_folder: Path):
 
 @pytest.fixture(scope="session")
 def demo_texts() -> list[str]:
-    """Return the demo articles that ship, about 10,000 tokens."""
+    """Return the shipped demo articles, about 10,000 tokens."""
     lines = (shipped("tasks") / "demo" / "wikitext.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["page"] for line in lines]

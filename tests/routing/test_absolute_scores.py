@@ -434,7 +434,7 @@ def test_the_held_out_unselected_are_uniform_under_their_null(tiny_model, tokeni
 
 
 def test_benefits_are_no_norms(made):
-    """The statistics are different ideas, not one number under two names."""
+    """The statistics differ, rather than being one number under two names."""
     benefits, norms = made("benefit").factors, made("contribution").factors
     correlation = [spearmanr(a, b).statistic for a, b in zip(benefits, norms, strict=True)]
     assert max(correlation) < 0.99
@@ -479,7 +479,7 @@ def test_k_per_layer_of_another_length_is_refused(tiny):
 
 def test_a_null_of_all_experts_is_none_of_the_unselected(made, tiny):
     null = made("weight", "model", "all")
-    with pytest.raises(NullModelError, match="is of null_from=all, not null_from=unselected"):
+    with pytest.raises(NullModelError, match="has null_from=all, not null_from=unselected"):
         BHRoutingIntegration(
             tiny, statistic="weight", null_scope="model", null_from="unselected", null_model=null
         )

@@ -20,7 +20,7 @@ ALPHAS = (0.05, 0.4, 0.6)
 
 
 def normals(rho: float, seed: int = 0) -> np.ndarray:
-    """Return standard normal statistics [tokens, experts], each two correlated by rho."""
+    """Return standard normal statistics [tokens, experts], with pairwise correlation rho."""
     rng = np.random.default_rng(seed)
     shared = rng.standard_normal((TOKENS, 1))
     return np.sqrt(rho) * shared + np.sqrt(1 - rho) * rng.standard_normal((TOKENS, EXPERTS))
@@ -31,7 +31,7 @@ def share(p_values: torch.Tensor, alpha: float, rule: str = "bh") -> float:
 
 
 def error(alpha: float) -> float:
-    """Return four standard errors of a share that is alpha."""
+    """Return four standard errors of a share of alpha."""
     return 4 * float(np.sqrt(alpha * (1 - alpha) / TOKENS))
 
 
@@ -64,7 +64,7 @@ def test_positive_correlation_takes_storeys_level_away():
 
 
 def test_a_fitted_null_keeps_the_level_and_trim_takes_it_away():
-    """What trim leaves out here was null as well."""
+    """The statistics that trim leaves out are null too."""
     fresh = torch.from_numpy(normals(0, seed=1))
     shares = [
         share(NullModel.fit({0: normals(0)}, trim=trim).p_values(0, fresh), 0.05)

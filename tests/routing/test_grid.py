@@ -1,4 +1,4 @@
-"""A grid is read off one pass, and says what each configuration alone would say."""
+"""A grid from one pass equals each configuration alone."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_only_the_layers_of_a_configuration_count(tiny, nulls, batches):
 
 
 def test_a_target_is_refused_since_the_rule_is_not_at_work(tiny, nulls, batches):
-    with pytest.raises(ParameterError, match="needs the rule at work"):
+    with pytest.raises(ParameterError, match="needs passes with the rule applied"):
         analyze_grid(
             tiny, find_routers(tiny), batches, [RoutingConfig(target_experts=5)], nulls, False
         )

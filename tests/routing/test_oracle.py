@@ -1,4 +1,4 @@
-"""The oracle removes the experts that the layer's output needs least, as trying them shows."""
+"""The oracle removes the experts with the smallest effect on the layer's output."""
 
 from __future__ import annotations
 

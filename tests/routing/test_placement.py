@@ -1,4 +1,4 @@
-"""Where a model runs and how precisely: as lm-eval takes it, and refused where it would not."""
+"""Device and dtype of a model: as in lm-eval, and refused if unusable."""
 
 from __future__ import annotations
 

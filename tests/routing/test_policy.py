@@ -1,4 +1,4 @@
-"""A policy routes bit by bit as the configuration it came from, and only the model it is for."""
+"""A policy routes bit for bit like its configuration, and only the model it was made for."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def test_a_policy_of_other_routers_is_refused(made, tiny):
     policy = made(alpha=0.4).policy()
     with torch.no_grad():
         find_routers(tiny)[1].module.weight[0, 0] += 1
-    with pytest.raises(PolicyError, match="whose routers are not those of"):
+    with pytest.raises(PolicyError, match="whose routers differ from those of"):
         BHRoutingIntegration(tiny, policy=policy)
 
 
 def test_nothing_is_given_beside_it(made, tiny):
     policy = made(alpha=0.4).policy()
-    with pytest.raises(ParameterError, match="decides everything"):
+    with pytest.raises(ParameterError, match="holds all"):
         BHRoutingIntegration(tiny, policy=policy, max_k=4)
 
 

@@ -51,14 +51,14 @@ P_VALUES = hnp.arrays(
 
 @pytest.fixture(scope="module", autouse=True)
 def few_objects_to_collect():
-    """Hide what is alive from the collector, which statsmodels runs after every Holm decision."""
+    """Hide live objects from the collector, which statsmodels runs after every Holm decision."""
     gc.freeze()
     yield
     gc.unfreeze()
 
 
 def random_null(seed: int = 0, layers: int = 1) -> NullModel:
-    """Return a null model that does not say of how many experts it is."""
+    """Return a null model that does not state its number of experts."""
     rng = np.random.default_rng(seed)
     null = NullModel.fit({layer: rng.normal(size=(500, 16)) for layer in range(layers)})
     return dataclasses.replace(null, header=dataclasses.replace(null.header, num_experts=None))
@@ -73,7 +73,7 @@ def storey(p, alpha):
 
 
 def by_others(p, alpha, rule):
-    """Return the decisions of someone else's code, or of the textbook's where there is none."""
+    """Return the decisions of third-party code, or of the textbook's formula if there is none."""
     if rule == "storey":
         return storey(p, alpha)
     if rule == "p_value":
@@ -268,7 +268,7 @@ class TestRandomK:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k", [1, 4, 8, 64])
 def test_equal_bounds_give_the_top_k_of_olmoe_bit_for_bit(dtype, k):
-    """Rounded logits tie all the time; ties must fall as they do in the model's own router."""
+    """Rounded logits tie often; ties must be broken as in the model's own router."""
     logits = torch.randn(300, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     logits[:50] = logits[:50].round()
     top, expected = torch.topk(torch.softmax(logits, dim=-1, dtype=torch.float), k, dim=-1)

@@ -1,4 +1,4 @@
-"""What is tested: logits or contributions, against a null shared by all experts or one for each."""
+"""Statistics: logits or contributions, with a null shared by all experts or one per expert."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OFFSETS = torch.linspace(-1, 1, EXPERTS)
 
 
 def router_logits(seed: int, tokens: int = 600) -> torch.Tensor:
-    """Return logits of experts that differ in their mean, as those of a trained router do."""
+    """Return logits of experts with different means, as in a trained router."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tokens, EXPERTS, generator=generator) + OFFSETS
 
@@ -284,8 +284,8 @@ class TestInAModel:
     @pytest.mark.parametrize(
         ("options", "sentence"),
         [
-            ({"statistic": "contribution"}, "is of statistic=logit, not statistic=contribution"),
-            ({"null_scope": "expert"}, "is of null_scope=layer, not null_scope=expert"),
+            ({"statistic": "contribution"}, "has statistic=logit, not statistic=contribution"),
+            ({"null_scope": "expert"}, "has null_scope=layer, not null_scope=expert"),
             ({"trim": 4}, "was fitted with trim=0, not trim=4"),
         ],
     )

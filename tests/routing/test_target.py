@@ -1,4 +1,4 @@
-"""A mean number of experts can be asked for, and is what comes out."""
+"""A target mean number of experts is met."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def measured(tiny_model_folder, tokenizer, demo_texts):
 
 
 def means(routing: BHRoutingIntegration, tokenizer, texts) -> list[float]:
-    """Return the mean experts of every layer on the text it was solved on, counted anew."""
+    """Return the mean experts of every layer on the text it was solved on, counted again."""
     routing.reset_stats()
     batches = text_batches(tokenizer, texts[:4], tokens=TOKENS, length=LENGTH, batch=1)
     with routing, torch.no_grad():

@@ -1,4 +1,4 @@
-"""A whole speed phase on the demo model: what is counted exactly, what is timed only loosely."""
+"""A whole speed phase on the demo model: exact counts, and loose bounds on times."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_what_cannot_be_measured_is_refused(lm, tasks):
 
 
 def test_a_sweep_measures_once_and_aggregate_shows_the_ratio(run, tmp_path):
-    """The command of the README, small: ratios near 1 with an interval, and nothing done twice."""
+    """The README's command, small: ratios near 1 with an interval, and nothing repeated."""
     settings = tmp_path / "sweep.yaml"
     settings.write_text(
         f"preset: quick\nlimit: 4\ntasks: [{TASK}]\nbaselines: [8]\nalphas: [0.4]\n"

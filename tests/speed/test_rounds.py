@@ -1,4 +1,4 @@
-"""Who runs when in a speed phase: by design, no place in the order can help a configuration."""
+"""The order of a speed phase: no position favours a configuration."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_seconds_are_kept_by_contestant_not_by_turn():
 def test_a_first_run_that_costs_much_more_favours_nobody():
     """A machine whose first turn of every round is 14 times as slow, as at the start of a process.
 
-    Measured one after the other, the first would look 14 times as slow as an equal; so does nobody.
+    Measured in sequence, the first would look 14 times as slow as an equal one; here none does.
     """
     place_in_round = iter(range(10**6))
     number = 4

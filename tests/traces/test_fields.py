@@ -1,6 +1,6 @@
 """Every field of every trace may be missing, null, of another length or of another type.
 
-An import then ends with one sentence, or reads what it read before, or says what it left out.
+An import then ends with one message, or reads the same as before, or notes what it left out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Traces of other engines: small ones of every format come back as they were, and serve patterns.
+"""Traces of other engines: small ones of every format are read exactly, and give patterns.
 
-The formats are written as the sources named in the readers say; vLLM, SGLang and Megatron-LM
-themselves need GPUs.
+The formats follow the sources named in the readers; vLLM, SGLang and Megatron-LM themselves need
+GPUs.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def test_vllm_as_its_server_answers(run, texts, tmp_path):
 
 
 def test_vllm_with_lists_of_prompt_and_answer(run, texts, tmp_path):
-    """As vLLM 0.21 answers: -1 where the prompt's cache did, several answers to a prompt."""
+    """As in vLLM 0.21: -1 after a cache hit, several answers to a prompt."""
     ids, experts = texts[2]
     response = {
         "prompt_token_ids": ids[:4],
@@ -118,7 +118,7 @@ def test_vllm_arrays_saved_from_python(run, texts, tmp_path):
 
 
 def test_a_repeated_expert_counts_once(run, tmp_path):
-    """Engines that cannot leave a slot empty fill it with an expert that is there already."""
+    """Engines that cannot leave a slot empty repeat an expert."""
     experts = np.array([[[5, 3, 5, 5]], [[1, 1, 1, 2]]], dtype=np.int16)
     (tmp_path / "t.npy").write_bytes(npy(experts))
     table, _ = imported(run, tmp_path / "t.npy", tmp_path / "out")
@@ -126,7 +126,7 @@ def test_a_repeated_expert_counts_once(run, tmp_path):
 
 
 def sglang(texts, **more):
-    """Return a record: a dense layer, two physical experts a logical one, and a decoding pass."""
+    """Return a record: a dense layer, two physical experts per logical one, and a decoding pass."""
     ids = [token for of_text, _ in texts for token in of_text]
     logical = np.concatenate([experts for _, experts in texts]).swapaxes(0, 1)
     to_logical = np.tile(np.arange(2 * EXPERTS) // 2, (LAYERS + 1, 1))
@@ -168,7 +168,7 @@ def test_sglang(run, texts, tmp_path):
 
 
 def test_megatron(run, texts, tmp_path):
-    """One document a pass: two micro-batches in the first step, two in the second."""
+    """One document per pass: two micro-batches in the first step, two in the second."""
     lines = []
     for step in (0, 1):
         for layer in range(LAYERS):
@@ -327,20 +327,20 @@ BROKEN = {
     "list.json": ("[3]", "Response 1 of {file} has no choices"),
     "nothing.json": ("[]", "no token with experts"),
     "none.json": (responses({"text": "x"}), "serve with --enable-return-routed-experts"),
-    "base.json": (responses({"routed_experts": "?!"}), "are no array"),
-    "magic.json": (responses(as_text(b"no numpy file")), "are no array"),
-    "short.json": (responses(as_text(HEADER[:-1])), "are no array"),
+    "base.json": (responses({"routed_experts": "?!"}), "must be an integer array"),
+    "magic.json": (responses(as_text(b"no numpy file")), "must be an integer array"),
+    "short.json": (responses(as_text(HEADER[:-1])), "must be an integer array"),
     "huge.json": (
         responses(as_text(HEADER.replace(b"(2, 3, 4)", b"(9999999999, 3, 4)"))),
-        "are no array",
+        "must be an integer array",
     ),
     "object.json": (
         responses(
             as_text(npy(np.array([{}]))),
         ),
-        "are no array",
+        "must be an integer array",
     ),
-    "ragged.json": (responses({"routed_experts": [[[1, 2]], [[1]]]}), "are no array"),
+    "ragged.json": (responses({"routed_experts": [[[1, 2]], [[1]]]}), "must be an integer array"),
     "flat.json": (responses({"routed_experts": [1, 2]}), "[tokens, layers, k]"),
     "float.json": (responses({"routed_experts": [[[0.5]]]}), "must be integers"),
     "words2.json": (responses({"routed_experts": [[["one"]]]}), "must be integers"),
@@ -357,16 +357,16 @@ BROKEN = {
     ),
     "apart.json": (
         responses({"routed_experts": [[[1]]]}, prompt_routed_experts=[[[1], [2]]]),
-        "experts of other shapes",
+        "differ in shape",
     ),
-    "cut.npy": (HEADER[:-1], "are no array"),
-    "header.npy": (HEADER.replace(b"}", b"("), "are no array"),
-    "brackets.npy": (HEADER.replace(b"{'descr'", b"((((((((("), "are no array"),
-    "pickle.npy": (npy(np.array([Hostile()])), "are no array"),
-    "unknown.jsonl": ("{}\n", "say --format"),
+    "cut.npy": (HEADER[:-1], "must be an integer array"),
+    "header.npy": (HEADER.replace(b"}", b"("), "must be an integer array"),
+    "brackets.npy": (HEADER.replace(b"{'descr'", b"((((((((("), "must be an integer array"),
+    "pickle.npy": (npy(np.array([Hostile()])), "must be an integer array"),
+    "unknown.jsonl": ("{}\n", "add --format"),
     "cut.jsonl": (json.dumps(LINE) + '\n{"step"', "Line 2 of {file} is damaged"),
     "float.jsonl": (json.dumps(LINE | {"top_indices": [[1.5]]}), "must be an integer"),
-    "rows.jsonl": (json.dumps(LINE | {"top_indices": [[1, 2], [1]]}), "other numbers of experts"),
+    "rows.jsonl": (json.dumps(LINE | {"top_indices": [[1, 2], [1]]}), "in their number of experts"),
     "empty.jsonl": (json.dumps(LINE | {"top_indices": []}), "have no tokens"),
     "missing.jsonl": (
         "\n".join(map(json.dumps, [LINE, LINE, LINE | {"layer": 1}])),
@@ -404,13 +404,13 @@ def test_a_broken_trace_is_refused_in_one_sentence(run, tmp_path, monkeypatch, n
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"topk_ids_of_layer": torch.zeros(3)}, "topk_ids_of_layer are no array"),
+        ({"topk_ids_of_layer": torch.zeros(3)}, "topk_ids_of_layer must be an array"),
         ({"topk_ids_of_layer": torch.full((4, 25, 8), 99)}, "last_physical_to_logical_map"),
-        ({"topk_ids_of_layer": None}, "topk_ids_of_layer are no array"),
-        ({"input_ids": "text"}, "input_ids are no list of integers"),
-        ({"positions": [[1]]}, "positions are no list of integers"),
+        ({"topk_ids_of_layer": None}, "topk_ids_of_layer must be an array"),
+        ({"input_ids": "text"}, "input_ids must be a list of integers"),
+        ({"positions": [[1]]}, "positions must be a list of integers"),
         ({"extend_seq_lens": [26, -1]}, "extend_seq_lens are negative"),
-        ({"extend_seq_lens": [0.5]}, "extend_seq_lens are no list of integers"),
+        ({"extend_seq_lens": [0.5]}, "extend_seq_lens must be a list of integers"),
     ],
 )
 def test_a_broken_record_of_sglang(run, texts, tmp_path, change, sentence):

@@ -1,4 +1,4 @@
-"""What engines leave empty, repeat or record in part is never read as what they chose."""
+"""Empty, repeated or partial records of engines are never read as choices."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_zeros_of_some_layers_leave_the_token_out(run, tmp_path):
 
 
 def test_zeros_are_a_choice_where_the_engine_repeats_experts(run, tmp_path):
-    """As our own export to vLLM does: one expert fills the slots that a token does not use."""
+    """As in our own export to vLLM: one expert fills a token's unused slots."""
     experts = chosen(12, 3)
     experts[2, 1], experts[3, 2] = 0, 7
     np.save(tmp_path / "t.npy", experts)
@@ -196,7 +196,7 @@ BY_ID = np.array([[[token % 16, (token + 1) % 16]] * 3 for token in IDS])
 
 
 def assert_by_token(output, positions):
-    """Assert that every token has the experts that its id stands for, at its position."""
+    """Assert that every token has the experts encoded by its id, at its position."""
     (part,) = output.rglob("part-*.parquet")
     table = pq.read_table(part).to_pandas()
     assert sorted(set(table["position"])) == list(positions)
@@ -324,7 +324,7 @@ def test_ranks_with_other_tokens_count_all(run, tmp_path):
 
 
 def test_ranks_may_name_other_copies_of_an_expert(run, tmp_path):
-    """Every rank prefers its own copies: what they chose is compared by logical experts."""
+    """Every rank prefers its own copies: choices are compared by logical experts."""
     table = torch.arange(16).repeat(3, 2)
     other = prefill(1)
     slots = other["topk_ids_of_layer"]
@@ -333,11 +333,11 @@ def test_ranks_may_name_other_copies_of_an_expert(run, tmp_path):
         save_records(tmp_path / "t" / f"r_{rank}.pt", of_rank, last_physical_to_logical_map=table)
     found = imported(run, tmp_path / "t", tmp_path / "out")
     assert (found.documents, found.tokens) == (2, 8)
-    assert not any("its experts are not those of rank" in note for note in found.notes)
+    assert not any("its experts differ from those of rank" in note for note in found.notes)
 
 
 def test_a_prompt_in_chunks_is_one_document(run, tmp_path):
-    """The scheduler ends a pass with the chunk that fills it, and begins the next with the rest."""
+    """The scheduler ends a pass with the chunk that fills it, and starts the next with the rest."""
     first = record(1, [1, 2, 3, 4, 5], [0, 1, 0, 1, 2], [2, 3], 1, E8[:5])
     decode = record(2, [9], [2], None, 2, E8[:1])
     rest = record(3, [6, 7, 8], [3, 4, 0], [2, 1], 1, E8[5:])
@@ -369,7 +369,7 @@ def test_decoded_tokens_of_a_mixed_pass_are_no_documents(run, tmp_path, lengths)
 
 @pytest.mark.parametrize("mode", [5, 6, 9])
 def test_passes_of_other_modes_are_left_out(run, tmp_path, mode):
-    """A draft model's passes have sequences too, and are none of the model's."""
+    """A draft model's passes have sequences too, but do not belong to the model."""
     draft = prefill(number=2) | {"forward_mode": mode}
     found = imported(run, save_records(tmp_path / "t.pt", prefill(), draft), tmp_path / "out")
     assert (found.documents, found.tokens) == (2, 8)
@@ -425,7 +425,7 @@ def test_stages_that_do_not_fit_are_refused(run, tmp_path):
     missing = of_ranks(tmp_path / "b", {0: {0: A[:, 0]}, 1: {0: B[:, 0]}, 2: {1: A[:, 1]}})
     assert "different numbers of ranks" in refused(run, missing, tmp_path / "out")
     other = of_ranks(tmp_path / "c", {0: {0: A[:, 0]}, 1: {1: A[:2, 1]}})
-    assert "other numbers of tokens" in refused(run, other, tmp_path / "out")
+    assert "differ in their number of tokens" in refused(run, other, tmp_path / "out")
 
 
 def test_what_lies_beside_a_trace_is_no_trace(run, tmp_path):
@@ -435,9 +435,9 @@ def test_what_lies_beside_a_trace_is_no_trace(run, tmp_path):
     found = imported(run, folder, tmp_path / "out")
     assert found.tokens == 3
     assert any("router_state_rank0.pt" in note for note in found.notes)
-    assert "lies beside Megatron's" in refused(run, weights, tmp_path / "none")
+    assert "beside a trace" in refused(run, weights, tmp_path / "none")
     weights.rename(tmp_path / "w.pt")
-    assert "weights of routers" in refused(run, tmp_path / "w.pt", tmp_path / "none")
+    assert "router weights" in refused(run, tmp_path / "w.pt", tmp_path / "none")
 
 
 # Tables
@@ -488,8 +488,8 @@ def stretched(file):
 @pytest.mark.parametrize(
     ("name", "make", "sentence"),
     [
-        ("t.csv", far_slot, "nearly nothing would be filled"),
-        ("t.npy", many_tokens, "are no array"),
+        ("t.csv", far_slot, "most of the table would be empty"),
+        ("t.npy", many_tokens, "must be an integer array"),
         ("t.pt", stretched, "in a file of"),
     ],
 )
@@ -577,4 +577,4 @@ def test_bytes_of_a_tensor_that_changed_are_noticed(run, tmp_path):
     assert content.count(bytes([77, *[0] * 7, 78])) == 1
     file.write_bytes(content.replace(bytes([77, *[0] * 7, 78]), bytes([66, *[0] * 7, 78])))
     error = refused(run, file, tmp_path / "out")
-    assert "input_ids are no list of integers (the numbers of a tensor cannot be read" in error
+    assert "input_ids must be a list of integers (the numbers of a tensor cannot be read" in error

@@ -1,4 +1,4 @@
-"""Small traces as engines write them, and what an import says of them."""
+"""Small traces as engines write them, and the results of importing them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Imported:
 
 
 def imported(run, sources, output, *options):
-    """Import traces and return what the results file says; its notes are those of the terminal."""
+    """Import traces and return the results file; its notes equal those on the terminal."""
     sources = sources if isinstance(sources, list) else [sources]
     code, _, err = run("import-routing", *sources, "--output-dir", output, *options)
     assert code == 0, err

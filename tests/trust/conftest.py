@@ -1,4 +1,4 @@
-"""The ground that bad inputs are tried on: good files, and broken ones of every kind."""
+"""The folder for bad inputs: good files, and broken ones of every kind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RESULTS = "results_2026-01-01T00-00-00.5.json"
 
 
 class Hostile:
-    """A pickle that would leave a file behind."""
+    """A pickle that would create a file."""
 
     def __reduce__(self):
         import os
@@ -31,7 +31,7 @@ class Hostile:
 
 @pytest.fixture(scope="session")
 def ground(tmp_path_factory, new_writer) -> Path:
-    """Return a folder that no bad input may change."""
+    """Return a folder that bad inputs must not change."""
     root = tmp_path_factory.mktemp("ground")
     (root / "folder").mkdir()
     (root / "file").write_text("a file\n")
@@ -156,7 +156,7 @@ def _nulls(root: Path) -> None:
 
 
 def _strange_nulls(folder: Path) -> None:
-    """Write null models that no release of ours would."""
+    """Write null models that no release would write."""
     import torch
     from safetensors.torch import save_file
 
@@ -203,7 +203,7 @@ def _settings(root: Path) -> None:
 
 @pytest.fixture
 def unchanged(ground, monkeypatch):
-    """Run the test inside of the ground, and fail if it has written into it."""
+    """Run the test inside of this folder, and fail if it writes to it."""
     import matplotlib.font_manager  # noqa: F401  whose first import writes a cache of its own
 
     monkeypatch.chdir(ground)

@@ -1,4 +1,4 @@
-"""Where the files of the runs lie that tests of readers damage."""
+"""Paths of the runs' files that tests of readers damage."""
 
 from __future__ import annotations
 

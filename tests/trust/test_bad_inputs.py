@@ -1,9 +1,9 @@
 """A table of bad inputs: each ends with one sentence and an exit code, and changes no file.
 
-A row is a command line, part of the sentence that it must print, and the exit code: 1 for what is
-wrong, 2 for a command line that is, 3 for files that were left out. ``{ground}`` is the folder of
-``conftest.py``, which is the working directory too. Rows of :data:`MODEL_ARGS` are what
-``lm_eval --model hf-bh --model_args`` is given, and rows of :data:`CALLS` are calls from Python.
+A row is a command line, part of the message that it must print, and the exit code: 1 for errors, 2
+for invalid command lines, 3 for files that were left out. ``{ground}`` is the folder of
+``conftest.py``, which is also the working directory. Rows of :data:`MODEL_ARGS` are arguments of
+``lm_eval --model hf-bh --model_args``, and rows of :data:`CALLS` are calls from Python.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ COMMANDS = [
     (f"policy export {TOP4} --to hf --output-dir file", "is no folder", 1),
     (
         f"policy export {TOP4} --to hf --output-dir runs --overwrite",
-        "something else than an exported",
+        "something other than an exported",
         1,
     ),
     (f"policy export {TOP4} --to hf --output-dir /proc/none", "--output-dir cannot be written", 1),
@@ -255,7 +255,7 @@ COMMANDS = [
     ("doctor --policy none.safetensors", "--policy needs --model", 1),
     ("doctor tiny-olmoe", "No such command 'tiny-olmoe'", 2),
     # import-kde.
-    (f"import-kde pickles/pipe {OUT}", "it is no file", 1),
+    (f"import-kde pickles/pipe {OUT}", "it is not a file", 1),
     (f"import-kde pipe {OUT}", "There is no folder pipe", 1),
     ("import-kde", "Missing argument", 2),
     ("import-kde pickles/none", "Missing option '--output'", 2),
@@ -282,7 +282,7 @@ COMMANDS = [
         2,
     ),
     ("import-routing foreign.csv --output-dir new --num-experts 0", "'--num-experts'", 2),
-    ("import-routing foreign.csv --output-dir new --task a/b", "task must be a name", 1),
+    ("import-routing foreign.csv --output-dir new --task a/b", "task must be a valid", 1),
     ("import-routing foreign.csv --output-dir file", "--output-dir cannot be written", 1),
     (
         "import-routing foreign.csv --output-dir runs",
@@ -487,7 +487,7 @@ COMMANDS = [
     ("report --patterns alone", "log", 1),
     ("report --patterns runs --tokenizer none.json", "none.json", 1),
     ("report --patterns runs --tokenizer file", "file", 1),
-    ("report --patterns runs --tokenizer pipe", "it is no file", 1),
+    ("report --patterns runs --tokenizer pipe", "it is not a file", 1),
     ("report --patterns runs --tokenizer folder", "folder", 1),
     ("report --patterns pipe", "There is no folder pipe", 1),
     ("report --patterns runs --seed -1", "'--seed'", 2),
@@ -507,23 +507,23 @@ COMMANDS = [
     (f"{VIEW} --against pretrained=no/such", "could not be loaded", 1),
     (f"{VIEW} --against layers=0", "The two configurations route different layers", 1),
     (f"{VIEW} --text-file none.txt", "could not be read", 1),
-    (f"{VIEW} --text-file folder", "it is no file", 1),
-    (f"{VIEW} --text-file pipe", "it is no file", 1),
+    (f"{VIEW} --text-file folder", "it is not a file", 1),
+    (f"{VIEW} --text-file pipe", "it is not a file", 1),
     (f"{VIEW} --text-file latin.txt", "give a UTF-8 text file", 1),
     (f"{VIEW} --text-file empty.txt", "holds no text", 1),
-    (f"{VIEW} --text-file pipe", "it is no file", 1),
-    (f"{VIEW} --text-file /dev/zero", "it is no file", 1),
-    (f"calibrate {OUT} {MODEL} --text-file pipe", "it is no file", 1),
-    (f"calibrate {OUT} {MODEL} --text-file /dev/zero", "it is no file", 1),
-    (f"tune --preview {MODEL} --text-file /dev/zero", "it is no file", 1),
+    (f"{VIEW} --text-file pipe", "it is not a file", 1),
+    (f"{VIEW} --text-file /dev/zero", "it is not a file", 1),
+    (f"calibrate {OUT} {MODEL} --text-file pipe", "it is not a file", 1),
+    (f"calibrate {OUT} {MODEL} --text-file /dev/zero", "it is not a file", 1),
+    (f"tune --preview {MODEL} --text-file /dev/zero", "it is not a file", 1),
     (
         "tune --model tiny-olmoe --target-experts 4 --output-dir new --text-file pipe",
-        "it is no file",
+        "it is not a file",
         1,
     ),
     (
         "tune --model tiny-olmoe --target-experts 4 --output-dir new --text-file /dev/zero",
-        "it is no file",
+        "it is not a file",
         1,
     ),
     (f"{VIEW} --text ' '", "holds no text", 1),
@@ -745,7 +745,7 @@ CALLS = [
     (lambda: lm_eval_bh.RoutingConfig(rule="random_k", seed=1.0), "seed"),
     (lambda: lm_eval_bh.RoutingConfig(trim=HUGE), "trim"),
     (lambda: lm_eval_bh.RoutingConfig(target_experts=float("nan")), "target_experts"),
-    (lambda: lm_eval_bh.RoutingConfig(alhpa=0.4), "parameter of routing (did you mean 'a"),
+    (lambda: lm_eval_bh.RoutingConfig(alhpa=0.4), "routing parameter (did you mean 'a"),
     (lambda: lm_eval_bh.RoutingConfig.named({"alhpa": 0.4}), "did you mean 'alpha'"),
     # Logits and p-values.
     (lambda: select([[1.0], [1.0, 2.0]]), "lists of equal length"),
@@ -781,7 +781,7 @@ CALLS = [
     (lambda: lm_eval_bh.NullModel.load("pipe"), "no file"),
     (lambda: lm_eval_bh.NullModel.load("nulls/half.safetensors"), "not float64"),
     (lambda: lm_eval_bh.NullModel.from_pickles(None), "A path must be text or a Path"),
-    (lambda: lm_eval_bh.NullModel.from_pickles("pickles/pipe"), "it is no file"),
+    (lambda: lm_eval_bh.NullModel.from_pickles("pickles/pipe"), "it is not a file"),
     (lambda: lm_eval_bh.NullModel.from_pickles("pickles/none", modle="x"), "has no field 'modle'"),
     (lambda: lm_eval_bh.NullModel.load(NULL).save(None), "A path must be text or a Path"),
     (lambda: fit(None), "by their numbers"),
@@ -794,7 +794,7 @@ CALLS = [
     (lambda: fit({0: DRAWS[:0]}), "0 samples"),
     (lambda: fit({0: ZEROS}), "equal 0"),
     (lambda: fit({0: DRAWS * torch.nan}), "NaN or infinite"),
-    (lambda: fit({0: DRAWS, 1: DRAWS[:, :4]}), "as many experts in every layer"),
+    (lambda: fit({0: DRAWS, 1: DRAWS[:, :4]}), "the same number of experts in every layer"),
     (lambda: fit({0: DRAWS}, trim=4), "trim must be an integer from 0 to 3"),
     (lambda: fit({0: DRAWS}, points=10**12), "points=1000000000000 is out of range"),
     (lambda: fit({0: DRAWS}, points=0), "points=0 is out of range"),
@@ -814,8 +814,8 @@ CALLS = [
     (lambda: lm_eval_bh.Policy.load("changed_policy.safetensors"), "its checksum differs"),
     (lambda: lm_eval_bh.Policy.load("policy.safetensors").save(None), "A path must be"),
     # Models.
-    (lambda: lm_eval_bh.BHRoutingIntegration(None), "is no loaded model"),
-    (lambda: lm_eval_bh.BHRoutingIntegration("tiny-olmoe"), "is no loaded model"),
+    (lambda: lm_eval_bh.BHRoutingIntegration(None), "is not a loaded model"),
+    (lambda: lm_eval_bh.BHRoutingIntegration("tiny-olmoe"), "is not a loaded model"),
     (lambda: integrate(null_model=3), "A path must be text or a Path"),
     (lambda: integrate(kde="pipe"), "no file"),
     (lambda: integrate(kde="nowhere"), "nowhere"),
@@ -827,7 +827,7 @@ CALLS = [
     (lambda: integrate(experts="fast"), "experts"),
     (lambda: integrate(policy=3), "A path must be text or a Path"),
     (lambda: integrate(policy="policy.safetensors"), "make one for"),
-    (lambda: integrate(policy="policy.safetensors", alpha=0.4), "leave out parameters"),
+    (lambda: integrate(policy="policy.safetensors", alpha=0.4), "leave out the others"),
     # Tables and sweeps.
     (lambda: load_experiments("nowhere"), "There is no folder nowhere"),
     (lambda: load_experiments("folder"), "There is no results_*.json"),

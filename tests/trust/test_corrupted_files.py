@@ -1,4 +1,4 @@
-"""Every file of ours knows each of its bytes: no copy with a damaged one is taken."""
+"""Our files have checksums of all bytes: no damaged copy is accepted."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def test_every_bit_of_the_header_counts(null, tmp_path):
 
 
 def test_what_somebody_adds_to_the_metadata_is_refused(null, tmp_path):
-    """Else a checksum whose name is damaged would be a file of the first release."""
+    """Otherwise a file with a damaged checksum key would pass as one of the first release."""
     path = tmp_path / "file.safetensors"
     null.save(path)
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
     metadata["sha255"] = metadata.pop("sha256")
     save_file(load_file(path), path, metadata=metadata)
-    with pytest.raises(NullModelError, match="more than was written"):
+    with pytest.raises(NullModelError, match="more keys than were written"):
         NullModel.load(path)

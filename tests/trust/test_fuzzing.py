@@ -1,6 +1,6 @@
-"""Fuzzing: whatever is in a file, its reader returns, or raises one sentence of ours.
+"""Fuzzing: for any content of a file, its reader returns, or raises one of our messages.
 
-The suite draws a bounded number of examples; ``scripts/fuzz.py`` goes on for as long as is asked.
+The suite draws a bounded number of examples; ``scripts/fuzz.py`` runs for any length of time.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ bounded = settings(
 
 
 def fuzz(read, file: Path, whole: Path, data) -> None:
-    """Let a reader read a damaged copy of a file: it returns, or raises one sentence of ours."""
+    """Let a reader read a damaged copy of a file: it returns, or raises one of our messages."""
     first = whole.read_text().split("\n")[0] if file.suffix == ".jsonl" else whole.read_text()
     file.write_bytes(data.draw(damaged(json.loads(first))))
     with suppress(BHError), one_sentence():

@@ -1,4 +1,4 @@
-"""Whatever lies in a file: it is read, or left out and named; nothing else is ever raised."""
+"""Any file is read, or left out and named; nothing else is ever raised."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_a_pipe_and_a_folder_are_not_waited_for(folder):
     loaded = load_experiments([folder])
     ((path, sentence),) = loaded.problems
     assert path.name == "results_pipe.json"
-    assert "it is no file" in sentence
+    assert "it is not a file" in sentence
 
 
 # What a sweep had finished
@@ -232,7 +232,7 @@ def test_a_pipe_and_a_folder_are_not_waited_for(folder):
 
 @pytest.fixture
 def sweep_of_one(folder):
-    """Make the folder that of a sweep, which has finished ``one``."""
+    """Turn the folder into that of a sweep that has finished ``one``."""
     summary = json.loads(json.dumps(SUMMARY_OF_A_SWEEP))
     summary["files"] = {
         file.relative_to(folder).as_posix(): "0"
@@ -293,7 +293,7 @@ def test_a_folder_given_twice_is_read_once(folder):
 
 
 def test_a_copy_does_not_read_the_log_of_the_original(original, tmp_path):
-    """The results name the absolute folder of their log; the copy has lost it."""
+    """The results name an absolute folder of their log; the copy lacks it."""
     copied = shutil.copytree(original, tmp_path / "copy")
     shutil.rmtree(copied / "logs" / "run-1")
     loaded = load_experiments([copied])

@@ -1,6 +1,6 @@
-"""Is one configuration really worse than another? Paired comparisons, document by document.
+"""Paired comparisons of configurations with their baselines, document by document.
 
-Two runs over the same documents are paired, which takes the documents' own difficulty out of the
+Two runs over the same documents are paired, which removes the documents' own difficulty from the
 comparison. scipy and statsmodels are loaded on use: tables need neither.
 """
 
@@ -28,7 +28,7 @@ from lm_eval_bh.analysis.table.missing import holds, is_missing
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 from lm_eval_bh.errors import ParameterError
 
-# The documents of a run with its row of the table: those of a configuration, and of its baseline.
+# The documents and table rows of a configuration's run and of its baseline's.
 Sides = tuple[tuple[pd.DataFrame, pd.Series], tuple[pd.DataFrame, pd.Series]]
 
 BASELINES = ("native", "max_k")
@@ -52,13 +52,13 @@ COMPARISON: dict[str, str] = {
     "flips_worse": "Int64",  # documents that only the baseline got right
     "flips_better": "Int64",  # documents that only the configuration got right
     "test": "object",
-    "p_value": "float64",  # of no difference
+    "p_value": "float64",  # null hypothesis: no difference
     "p_adjusted": "float64",
     "margin": "float64",
-    "equivalence_p": "float64",  # of a difference as large as the margin
+    "equivalence_p": "float64",  # null hypothesis: a difference as large as the margin
     "equivalence_p_adjusted": "float64",
-    "equivalent": "object",  # True, False, or None where it could not be tested
-    "reason": "object",  # why there is no comparison; None where there is one
+    "equivalent": "object",  # True, False, or None if it could not be tested
+    "reason": "object",  # why there is no comparison, or None
 }
 
 
@@ -80,33 +80,33 @@ def compare(
     tests of the linearised ratio. Accuracy: bootstrap over documents, McNemar's exact test.
 
     Equivalence: two one-sided t tests (TOST). Their null hypothesis is a difference of at least the
-    margin, so that a small p-value says "no more different than that", which a large p-value of the
-    other test never says. Without a single flip the t test has no variance; then the
-    p-value is the chance of no flip in as many documents if the margin's share of them flipped.
+    margin, so a small p-value shows equivalence, which a large p-value of the other test never
+    does. Without any flip the t test has no variance; the p-value is then the probability of no
+    flip in that many documents if a share of them as large as the margin flipped.
 
     P-values are adjusted for multiplicity by Benjamini-Hochberg over all comparisons of the table,
-    those of difference and those of equivalence each as one family.
+    separately for tests of difference and of equivalence.
 
     Parameters
     ----------
     loaded : Loaded
-        Of runs with ``--log_samples``. Of repeated runs of a configuration the first is taken.
+        Runs with ``--log_samples``. Of repeated runs of a configuration, the first is used.
     baseline : str
         "native": static top-k with the model's own k; "max_k": with the same ``max_k``.
     margin : float
-        Relative difference of perplexity that does not matter: 0.01 is 1 %.
+        Largest relative difference of perplexity that counts as equivalent: 0.01 is 1 %.
     accuracy_margin : float
-        Absolute difference of accuracy that does not matter.
+        Largest absolute difference of accuracy that counts as equivalent.
     confidence : float
-        Of the intervals; ``1 - confidence`` is the level of the decision ``equivalent``.
+        Confidence of the intervals; ``1 - confidence`` is the level of ``equivalent``.
     resamples, seed : int
-        Of the bootstrap.
+        Resamples and seed of the bootstrap.
 
     Returns
     -------
     DataFrame
-        One row per configuration, task and metric, with the columns :data:`COMPARISON`. Where
-        something could not be compared, ``reason`` says why and the numbers are null.
+        One row per configuration, task and metric, with the columns :data:`COMPARISON`. If
+        a comparison was not possible, ``reason`` says why and the numbers are null.
 
     Raises
     ------
@@ -150,8 +150,8 @@ def compare(
 
 
 def _pairs(loaded: Loaded, baseline: str) -> Iterator[tuple[pd.Series, pd.Series | None]]:
-    """Yield each configuration's run and its baseline's, the first ones with samples."""
-    frame = loaded.frame[loaded.frame["mode"] != "analyze"]  # there the model's own k served
+    """Yield each configuration's run and its baseline's, the first with samples."""
+    frame = loaded.frame[loaded.frame["mode"] != "analyze"]  # those ran with the model's own k
     for _, rows in frame.groupby(["group", "task"], sort=False):
         firsts = [
             _first(loaded, repeats) for _, repeats in rows.groupby("configuration", sort=False)
@@ -176,7 +176,7 @@ def _first(loaded: Loaded, rows: pd.DataFrame) -> pd.Series:
 def _paired_documents(
     loaded: Loaded, row: pd.Series, reference: pd.Series | None
 ) -> tuple[Sides, pd.Index] | str:
-    """Return the documents of both runs, and which both have, or why there are none."""
+    """Return the documents of both runs and their common ids, or why there are none."""
     if reference is None:
         return "its baseline was not run on this task"
     ours, theirs = (loaded.documents(one["run_id"], one["task"]) for one in (row, reference))
@@ -206,7 +206,7 @@ def _perplexities(
 def _accuracies(
     sides: Sides, shared: pd.Index, name: str, margin: float, interval: Interval
 ) -> dict[str, Any]:
-    """Compare the documents whose mean is the accuracy that the results have."""
+    """Compare the documents whose mean is the accuracy in the results."""
     for documents, row in sides:
         of_mean = counted(documents[name], row[name])
         if isinstance(of_mean, str):

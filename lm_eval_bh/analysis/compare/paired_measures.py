@@ -1,4 +1,4 @@
-"""What two runs of the same documents differ by: perplexities, and scores such as accuracies."""
+"""Paired differences of perplexities, and of scores such as accuracies."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lm_eval_bh.analysis.compare.paired_tests import mcnemar_exact, t_test, tost
 from lm_eval_bh.errors import ParameterError
 
 Floats = NDArray[np.float64]
-Interval = Callable[..., tuple[Floats, Floats]]  # of a function of means of paired samples
+Interval = Callable[..., tuple[Floats, Floats]]  # interval of a function of means of paired samples
 
-MOST_RESAMPLES = 1_000_000  # more change no digit that is shown, and take hours
+MOST_RESAMPLES = 1_000_000  # more would change no displayed digit and take hours
 
 
 def check_settings(
@@ -47,18 +47,18 @@ def compare_perplexities(
     one, other : float64 [documents]
         Loss of each document in nats; ``other`` is the baseline's.
     sizes : float64 [documents]
-        What the losses are divided by: tokens, words or bytes.
+        Divisors of the losses: tokens, words or bytes.
     margin : float
-        Relative difference of perplexity that does not matter.
+        Largest relative difference of perplexity that counts as equivalent.
     interval : callable
         :func:`~lm_eval_bh.analysis.compare.paired_tests.bootstrap_interval` with its settings.
 
     Returns
     -------
     dict
-        The columns of :data:`~lm_eval_bh.analysis.compare.paired.COMPARISON` that it knows, and
-        ``effect`` and ``spread``: mean and standard deviation over documents of what was tested,
-        here the log ratio of perplexities, linearised. With a loss that is not finite, ``reason``.
+        The columns of :data:`~lm_eval_bh.analysis.compare.paired.COMPARISON` that follow, and
+        ``effect`` and ``spread``: mean and standard deviation over documents of the tested
+        quantity, here the linearised log ratio of perplexities. For infinite losses, ``reason``.
     """
     found: dict[str, Any] = {"documents": len(one), "margin": margin}
     if not (np.isfinite(one).all() and np.isfinite(other).all() and sizes.sum() > 0):
@@ -67,7 +67,7 @@ def compare_perplexities(
     log_ratio = float(losses.sum() / total)
     value, baseline_value = perplexity(one.sum(), total), perplexity(other.sum(), total)
     (ratio_low, low), (ratio_high, high) = interval(_ratio_and_difference, one, other, sizes)
-    # The ratio of two means behaves like the mean of these, its influence on each document.
+    # The ratio of two means behaves like the mean of these influences of documents.
     influence = log_ratio + (losses - log_ratio * sizes) / sizes.mean()
     return found | {
         "value": float(value),
@@ -87,21 +87,21 @@ def compare_perplexities(
 
 
 def compare_scores(one: Floats, other: Floats, margin: float, interval: Interval) -> dict[str, Any]:
-    """Compare two means of scores, paired by document; of right and wrong by McNemar's test.
+    """Compare two means of scores, paired by document; binary ones by McNemar's test.
 
     Parameters
     ----------
     one, other : float64 [documents]
         The score of each document; ``other`` is the baseline's.
     margin : float
-        Difference of the means that does not matter.
+        Largest difference of the means that counts as equivalent.
     interval : callable
         As for :func:`compare_perplexities`.
 
     Returns
     -------
     dict
-        As of :func:`compare_perplexities`; ``effect`` and ``spread`` are of the differences.
+        As in :func:`compare_perplexities`; ``effect`` and ``spread`` describe the differences.
     """
     difference = one - other
     low, high = interval(np.asarray, difference)
@@ -137,6 +137,6 @@ def perplexity(loss: Floats, weight: Floats) -> Floats:
 
 
 def _ratio_and_difference(one: Floats, other: Floats, weight: Floats) -> Floats:
-    """Return the ratio of two perplexities and their difference, stacked in front."""
+    """Return the ratio of two perplexities and their difference, stacked along axis 0."""
     ours, theirs = perplexity(one, weight), perplexity(other, weight)
     return np.stack([perplexity(one - other, weight), ours - theirs])

@@ -25,14 +25,14 @@ def bootstrap_interval(
     Parameters
     ----------
     statistic : callable
-        Of as many arrays ``[resamples]`` as there are samples, the means of each resample; it may
-        return several numbers, stacked in front.
+        A function of one array ``[resamples]`` per sample, the means of each resample; it may
+        return several numbers, stacked along axis 0.
     *samples : float64 [documents]
-        The same documents in all, which are drawn together.
+        Values of the same documents, which are drawn together.
     confidence : float
         Between 0 and 1.
     resamples, seed : int
-        How many times the documents are drawn with replacement, and from where.
+        Number of draws of all documents with replacement, and their seed.
 
     References
     ----------
@@ -58,7 +58,7 @@ def bootstrap_interval(
 
 
 def t_test(differences: Floats) -> float:
-    """Return the two-sided p-value of a mean of 0; without variance it is 1 or 0."""
+    """Return the two-sided p-value for a mean of 0; without variance it is 1 or 0."""
     if not np.ptp(differences):
         return float(differences[0] == 0)
     from statsmodels.stats.weightstats import DescrStatsW
@@ -67,7 +67,7 @@ def t_test(differences: Floats) -> float:
 
 
 def tost(differences: Floats, low: float, high: float) -> float:
-    """Return the p-value of a mean outside ``(low, high)``: small means equivalent.
+    """Return the p-value for a mean outside ``(low, high)``: small means equivalent.
 
     The larger of two one-sided t tests; without variance it is 0 inside and 1 outside.
     """
@@ -79,14 +79,14 @@ def tost(differences: Floats, low: float, high: float) -> float:
 
 
 def mcnemar_exact(better: int, worse: int) -> float:
-    """Return the two-sided p-value of flips being as likely in either direction."""
+    """Return the two-sided p-value for flips equally likely in both directions."""
     from statsmodels.stats.contingency_tables import mcnemar
 
     return min(1.0, float(mcnemar([[0, better], [worse, 0]], exact=True).pvalue))
 
 
 def adjusted(p_values: pd.Series) -> pd.Series:
-    """Return p-values adjusted by Benjamini and Hochberg; unknown ones stay unknown."""
+    """Return p-values adjusted by Benjamini-Hochberg; missing ones stay missing."""
     from statsmodels.stats.multitest import multipletests
 
     known = p_values.dropna()

@@ -1,27 +1,27 @@
-"""How many documents a difference needs to be seen; statsmodels is loaded on use."""
+"""Number of documents to detect a difference; statsmodels is loaded on use."""
 
 from __future__ import annotations
 
 import math
 
-# Up to this many documents the power is computed one by one: there the root finder fails.
+# Up to this many documents the power is computed for each number: the root finder fails.
 FEW = 20
 
 
 def documents_needed(effect: float, spread: float, level: float, power: float) -> int | None:
-    """Return how many documents a paired t test needs to see a difference of this size.
+    """Return the number of documents that a paired t test needs to detect a difference.
 
     Parameters
     ----------
     effect, spread : float
         Mean and standard deviation over documents of the difference.
     level, power : float
-        Chance of a difference where there is none, and of seeing this one.
+        Probability of a false positive, and of detecting this difference.
 
     Returns
     -------
     int or None
-        None where no number is enough, because there is no difference.
+        None if no number is enough, because there is no difference.
 
     References
     ----------
@@ -43,7 +43,7 @@ def documents_needed(effect: float, spread: float, level: float, power: float) -
 
 
 def detectable(spread: float, documents: int, level: float, power: float) -> float | None:
-    """Return the smallest difference that a paired t test would see in so many documents.
+    """Return the smallest difference that a paired t test detects in these documents.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def detectable(spread: float, documents: int, level: float, power: float) -> flo
     Returns
     -------
     float or None
-        None where the difference is the same in all documents, which tells nothing of others.
+        None if all documents have the same difference, which says nothing about others.
     """
     if spread == 0:
         return None

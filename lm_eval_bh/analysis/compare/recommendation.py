@@ -1,4 +1,4 @@
-"""Which configuration to use, by a criterion that is stated beside the answer."""
+"""Recommends a configuration, by a stated criterion."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lm_eval_bh.analysis.table.missing import holds, is_missing
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 from lm_eval_bh.errors import ParameterError
 
-# Means of experts this close, relatively, count as equal; matched_budget has the same tolerance.
+# Means of experts this close (relatively) count as equal; matched_budget has the same tolerance.
 SAME_EXPERTS = 0.02
 
 
@@ -52,20 +52,20 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The answer for one group of comparable experiments.
+    """The recommendation for one group of comparable experiments.
 
     Attributes
     ----------
     group : int
         The column ``group`` of the experiments.
     rule : str
-        The rule in words.
+        The criterion in words.
     chosen : Candidate or None
         None if no configuration qualifies.
     sentence : str
-        The answer in words.
+        The recommendation in words.
     candidates : tuple of Candidate
-        All that were judged, those with the fewest experts first.
+        All judged configurations, those with the fewest experts first.
     tasks : tuple of str
         The tasks with a perplexity, on each of which the rule must hold.
     """
@@ -88,9 +88,9 @@ def recommend(
     """Recommend one configuration for each group of experiments.
 
     The one with the fewest experts whose perplexity is at most ``margin`` worse than that of the
-    model's own top-k: on every task with a perplexity the interval of the ratio, paired by
-    document, ends at or below ``1 + margin``. An adaptive rule is not recommended where a static
-    top-k with as many or fewer experts (within 2 %) was measured to be better.
+    model's own top-k: on every task with a perplexity, the paired interval of the ratio ends at or
+    below ``1 + margin``. An adaptive rule is not recommended if a static top-k with as many or
+    fewer experts (within 2 %) measured better.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ def recommend(
     margin : float
         Relative: 0.01 is 1 %.
     confidence : float
-        That of the comparisons.
+        Confidence of the comparisons.
 
     Raises
     ------
@@ -122,12 +122,12 @@ def _recommend(
     group: int, rows: pd.DataFrame, compared: pd.DataFrame, margin: float, confidence: float
 ) -> Recommendation:
     rule = (
-        f"The fewest experts whose perplexity is at most {100 * margin:g} % worse than that of the "
-        f"model's own top-k: on every task that has a perplexity, the paired {100 * confidence:g} "
-        "% interval of the ratio must end there. An adaptive rule does not qualify where a static "
-        "top-k with as many or fewer experts measured better."
+        f"The fewest experts with a perplexity at most {100 * margin:g} % worse than that of the "
+        f"model's own top-k: on every task with a perplexity, the paired {100 * confidence:g} % "
+        "interval of the ratio must end there. An adaptive rule does not qualify if a static top-k "
+        "with as many or fewer experts measured better."
     )
-    measured = rows[rows["mode"] != "analyze"]  # there the model's own k served
+    measured = rows[rows["mode"] != "analyze"]  # those ran with the model's own k
     tasks = tuple(sorted(measured.loc[_has_perplexity(measured), "task"].unique()))
     if not tasks:
         return Recommendation(
@@ -190,7 +190,7 @@ def _takes_the_native_k(row: pd.Series) -> bool:
 
 
 def _unless_beaten(candidate: Candidate, others: list[Candidate]) -> Candidate:
-    """Return the candidate, disqualified if a static one is better with no more experts."""
+    """Return the candidate, disqualified if a static top-k is better with no more experts."""
     if not (candidate.adaptive and candidate.qualifies):
         return candidate
     for other in others:

@@ -1,4 +1,4 @@
-"""How two routing logs of the same texts differ: how often, where, and which experts."""
+"""Differences of two routing logs of the same texts: how often, where, and which experts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lm_eval_bh.logged_rows import Ints, LoggedRows
 from lm_eval_bh.schema import UNUSED
 
 AT_ONCE = 4096  # tokens whose experts are compared at a time
-NOBODY = -1  # in the place of an expert: it was dropped, or came on top
+NOBODY = -1  # in place of an expert: one was dropped or added
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -28,30 +28,30 @@ class RouteDiff:
     Attributes
     ----------
     tokens, pairs : int
-        How many both logs have.
+        Numbers that both logs have.
     tokens_differ, pairs_differ : int
-        How many of these differ: a token, where it does in any layer.
+        Numbers that differ; a token differs if any of its layers does.
     jaccard : float
-        Experts that both give a pair, among those that either does; the mean over pairs.
+        Experts of a pair in both logs over those in either; the mean over pairs.
     layers : DataFrame
-        ``layer``, ``pairs``, ``differ`` (share of the pairs), ``jaccard``, ``experts_a`` and
-        ``experts_b`` (mean numbers), ``weight_a`` and ``weight_b`` (share of the pairs' weight that
-        goes to experts that the other log does not have; null without weights).
+        ``layer``, ``pairs``, ``differ`` (share of pairs), ``jaccard``, ``experts_a`` and
+        ``experts_b`` (mean numbers), ``weight_a`` and ``weight_b`` (share of the pairs' weight on
+        experts that the other log lacks; null without weights).
     positions : DataFrame
         ``first``, ``last``, ``pairs``, ``differ``, ``jaccard``: in powers of two.
     grid : float64 [layers, positions]
-        Share of the pairs that differ.
+        Share of pairs that differ.
     swaps : DataFrame
-        ``layer``, ``a``, ``b``, ``times``, ``weight``, most frequent first: that ``b`` serves in
-        place of ``a``, both in the order of their weights, -1 for nobody; and what share of its
-        token's weight ``a`` had (of nobody, what ``b`` has), on average.
+        ``layer``, ``a``, ``b``, ``times``, ``weight``, most frequent first: ``b`` replaces ``a``,
+        both in the order of their weights, -1 for none; and the mean share of the token's weight
+        that ``a`` had (or without ``a``, that ``b`` has).
     losses : DataFrame
-        ``layers_differ`` (in how many layers), ``tokens``, ``loss_a``, ``loss_b``: mean nats of
-        reading such tokens; empty where no token has a loss in both.
+        ``layers_differ`` (number of layers), ``tokens``, ``loss_a``, ``loss_b``: mean nats of such
+        tokens; empty if no token has a loss in both.
     left_out, by_text : tuple of int, int
         See :class:`~lm_eval_bh.analysis.compare.same_texts.SameTokens`.
     other_layers : list of int
-        Layers that one log alone has.
+        Layers that only one log has.
     """
 
     tokens: int
@@ -70,7 +70,7 @@ class RouteDiff:
 
     @property
     def share(self) -> float:
-        """Share of the pairs that differ."""
+        """Share of pairs that differ."""
         return self.pairs_differ / self.pairs
 
     def as_dict(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def diff_routes(a: LoggedRows, b: LoggedRows) -> RouteDiff:
     Raises
     ------
     DataError
-        If they are of different texts, or have no layer in common.
+        If their texts differ, or they have no layer in common.
     """
     same = same_tokens(a, b)
     layers = np.intersect1d(a.layers, b.layers)
@@ -162,7 +162,7 @@ def _part(log: LoggedRows, tokens: Ints, layers: Ints) -> tuple[NDArray[np.int16
 def _compare(
     a: tuple[NDArray[np.int16], Floats], b: tuple[NDArray[np.int16], Floats]
 ) -> tuple[dict[str, Floats], pd.DataFrame]:
-    """Return numbers of each pair, ``[tokens, layers]``, and its swaps, one a row."""
+    """Return numbers of each pair, ``[tokens, layers]``, and its swaps, one per row."""
     used_a, used_b = a[0] != UNUSED, b[0] != UNUSED
     equal = (a[0][..., :, None] == b[0][..., None, :]) & used_a[..., None]
     only_a, only_b = used_a & ~equal.any(-1), used_b & ~equal.any(-2)
@@ -188,7 +188,7 @@ def _compare(
 
 
 def _first(experts: NDArray[np.int16], shares: Floats, only: Bools, k: int) -> tuple[Ints, Floats]:
-    """Return what stands in some of the slots, moved to the front of ``k`` slots."""
+    """Return the contents of some slots, moved to the front of ``k`` slots."""
     order = np.argsort(~only, axis=-1, kind="stable")
     found = np.take_along_axis(np.where(only, experts, NOBODY), order, -1)
     of_them = np.take_along_axis(shares, order, -1)

@@ -1,4 +1,4 @@
-"""Which rows of two routing logs are of the same text, and how far."""
+"""Aligns the rows of two routing logs by their text."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import numpy as np
 from lm_eval_bh.errors import DataError
 from lm_eval_bh.logged_rows import Ints, LoggedRow, LoggedRows
 
-LEAST = 0.5  # of the shorter row's tokens that two rows share from the first on, to be of one text
+LEAST = 0.5  # share of the shorter row's tokens in a common prefix that makes two rows one text
 
 
 @dataclass
 class SameTokens:
-    """Tokens that two logs have in common: each with all the tokens before it.
+    """Tokens that two logs have in common, each with all previous tokens.
 
     Attributes
     ----------
     a, b : int64 [tokens]
-        Where they stand in either log.
+        Their places in either log.
     position : int64 [tokens]
-        In their request.
+        Positions in their request.
     left_out : tuple of int
-        Tokens of A and of B that the other log has not.
+        Numbers of tokens of A and B that the other log lacks.
     by_text : int
-        Rows found by their tokens, since the other log numbers its documents otherwise.
+        Number of rows found by tokens, since the logs number documents differently.
     """
 
     a: Ints
@@ -44,10 +44,10 @@ class _Pairs:
 
 
 def same_tokens(a: LoggedRows, b: LoggedRows) -> SameTokens:
-    """Align two logs: by task, document and request, else by the text; by token ids in any case.
+    """Align two logs by task, document and request, or else by text, checking token ids.
 
-    Two rows are aligned as far as their token ids agree from the first on: what comes behind
-    another token is another text, whatever its place.
+    Two rows are aligned up to the first token id that differs: everything after a different token
+    is a different text.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def same_tokens(a: LoggedRows, b: LoggedRows) -> SameTokens:
         if other is None or not _of_one_text(shared, row, other):
             if other is not None and not first_fault:
                 first_fault = _fault(a, row, b, other, shared)
-            # The text that shares most of its beginning is a neighbour in the order of all.
+            # In sorted order, the text with the longest common beginning is a neighbour.
             near = bisect_left(ordered, tuple(ids.tolist()))
             some = [b.rows[order[place]] for place in (near - 1, near) if 0 <= place < len(order)]
             shared, other = max(
@@ -92,7 +92,7 @@ def same_tokens(a: LoggedRows, b: LoggedRows) -> SameTokens:
 
 
 def _shared(a: Ints, b: Ints) -> int:
-    """Return how many token ids two rows share from the first on."""
+    """Return the length of the common prefix of two rows of token ids."""
     length = min(len(a), len(b))
     different = np.flatnonzero(a[:length] != b[:length])
     return int(different[0]) if len(different) else length
@@ -104,7 +104,7 @@ def _of_one_text(shared: int, *rows: LoggedRow) -> bool:
 
 
 def _fault(a: LoggedRows, row: LoggedRow, b: LoggedRows, other: LoggedRow, at: int) -> str:
-    """Return where a text differs, to go on in a sentence."""
+    """Return where a text differs, as part of a sentence."""
     ids = a.ids(row)[at], b.ids(other)[at]
     return (
         f" ({row} has the token id {ids[0]} at position {row.position + at} in one and {ids[1]} in "

@@ -1,4 +1,4 @@
-"""Compares any two runs of lm-eval, of whatever models, document by document."""
+"""Compares any two runs of lm-eval document by document."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ COLUMNS: dict[str, str] = {
     "only_a": "Int64",  # documents that only A got right
     "only_b": "Int64",
     "test": "object",
-    "p_value": "float64",  # of no difference
+    "p_value": "float64",  # null hypothesis: no difference
     "p_adjusted": "float64",
-    "margin": "float64",  # relative of perplexities, absolute of others
-    "equivalence_p": "float64",  # of a difference as large as the margin
+    "margin": "float64",  # relative for perplexities, absolute for others
+    "equivalence_p": "float64",  # null hypothesis: a difference as large as the margin
     "equivalence_p_adjusted": "float64",
-    "documents_needed": "Int64",  # that a difference of this size is seen in
-    "detectable": "float64",  # the smallest difference that is seen in these documents
+    "documents_needed": "Int64",  # number that would show a difference of this size
+    "detectable": "float64",  # smallest difference that these documents would show
     "higher_is_better": "object",
     "verdict": "object",  # better, worse, higher, lower, equivalent or undecided
     "sentence": "object",
-    "reason": "object",  # why there is no comparison; None where there is one
-    "note": "object",  # what was assumed or left out
+    "reason": "object",  # why there is no comparison, or None
+    "note": "object",  # assumptions and omissions
 }
 _RENAMED = {
     "value": "b",
@@ -81,9 +81,9 @@ class TwoRuns:
     table : DataFrame
         One row per task, metric and filter, with the columns :data:`COLUMNS`.
     names : tuple of str
-        What A and B are: model, and routing where hf-bh ran it.
+        Descriptions of A and B: model, and routing with hf-bh.
     problems, notes : list of (Path, str)
-        Files that could not be used, and remarks on what was compared.
+        Files that could not be used, and remarks on the comparison.
     """
 
     table: pd.DataFrame
@@ -104,30 +104,30 @@ def compare_runs(
     resamples: int = 9999,
     seed: int = 0,
 ) -> TwoRuns:
-    """Compare two runs of lm-eval on the documents that both have, whatever ran them.
+    """Compare two runs of lm-eval on their common documents.
 
     The tests are those of :func:`~lm_eval_bh.analysis.compare.paired.compare`: a paired bootstrap
-    for intervals, McNemar's exact test of right and wrong, paired t tests of everything else, and
-    two one-sided t tests of equivalence. P-values are adjusted by Benjamini-Hochberg over the whole
-    table.
+    for intervals, McNemar's exact test for binary scores, paired t tests for everything else, and
+    two one-sided t tests for equivalence. P-values are adjusted by Benjamini-Hochberg over the
+    whole table.
 
     Parameters
     ----------
     a, b : Path or str
         Results files, or folders that hold one run of each task, with ``--log_samples``.
     tasks : sequence of str
-        Only these; by default all that both have.
+        Tasks to compare; by default all common ones.
     margin : float
-        Relative difference of perplexity that does not matter.
+        Largest relative difference of perplexity that counts as equivalent.
     accuracy_margin : float
-        Difference of a score that does not matter; of a metric that exceeds 1, this share of its
-        largest score.
+        Largest difference of a score that counts as equivalent; for metrics beyond 1, as a share of
+        the largest score.
     confidence : float
-        Of the intervals; ``1 - confidence`` is the level of all decisions.
+        Confidence of the intervals; ``1 - confidence`` is the level of all decisions.
     power : float
-        Chance with which ``documents_needed`` documents would show a difference of this size.
+        Probability that ``documents_needed`` documents show a difference of this size.
     resamples, seed : int
-        Of the bootstrap.
+        Resamples and seed of the bootstrap.
 
     Raises
     ------
@@ -175,7 +175,7 @@ def compare_runs(
 
 
 def _runs_by_task(path: Path, problems: Notices) -> dict[str, Run]:
-    """Return the run of each task below a path; several of one task are refused."""
+    """Return the run of each task below a path; refuse several of one task."""
     found = find_files([path])
     problems += found.problems
     runs = read_runs(found.results, {}, _check, problems, [], routing=False)
@@ -216,7 +216,7 @@ def _shared(
     asked: Sequence[str],
     notes: Notices,
 ) -> list[str]:
-    """Return the tasks to compare, and note which ones only one of the two has."""
+    """Return the tasks to compare, and note those that only one side has."""
     known = sorted(sides[0].keys() & sides[1].keys())
     if not known:
         has = " and ".join(
@@ -241,14 +241,14 @@ def _shared(
 
 
 def _of_steps(runs: Sequence[Run], task: str) -> list[str]:
-    """Return what each run read in a step, and whether their steps can be compared."""
+    """Return the distinct experts per step of each run, and whether they are comparable."""
     steps: list[Any] = [run.summary(task) or {} for run in runs]
     if any(found.get("distinct_experts") is None for found in steps):
         return []
     a, b = steps
     said = (
-        f"A reads {a['distinct_experts']:.1f} and B {b['distinct_experts']:.1f} distinct experts a "
-        "layer and step"
+        f"A reads {a['distinct_experts']:.1f} and B {b['distinct_experts']:.1f} distinct experts "
+        "per layer and step"
     )
     rows = a["decode_batch"], b["decode_batch"]
     if rows[0] == rows[1]:
@@ -264,7 +264,7 @@ def _listed(names: Sequence[str]) -> str:
 def _scores_of_both(
     runs: Sequence[Run], task: str, problems: Notices
 ) -> tuple[SampleScores, SampleScores] | str:
-    """Return what both runs logged of a task, or why that is not known."""
+    """Return both runs' logged scores of a task, or why they are missing."""
 
     def read(by_content: bool) -> list[SampleScores] | str:
         found = []
@@ -289,7 +289,7 @@ def _scores_of_both(
 
 
 def _shared_documents(found: tuple[SampleScores, SampleScores], notes: list[str]) -> pd.Index | str:
-    """Return the ids of the documents that both have, or why there are none; add what to know."""
+    """Return the common document ids, or why there are none; add notes."""
     one, other = (scores.hashes for scores in found)
     shared = one.index.intersection(other.index).sort_values()
     if len(shared) < 2:
@@ -298,19 +298,18 @@ def _shared_documents(found: tuple[SampleScores, SampleScores], notes: list[str]
         return f"{reason}: run both on the same data set with the same release of lm_eval"
     if len(shared) < max(len(one), len(other)):
         notes.append(
-            f"A has {len(one)} documents and B {len(other)}; the {len(shared)} that both "
-            "have are compared"
+            f"A has {len(one)} documents and B {len(other)}; the {len(shared)} common ones are "
+            "compared"
         )
     prompts = different(one["prompt"][shared], other["prompt"][shared])
     if prompts == DIFFER:
         notes.append(
             "the prompts differ (few-shot examples, chat template or version of the "
-            "task), and with them more than the models"
+            "task), so the comparison is not of the models alone"
         )
     elif prompts:
         notes.append(
-            "the samples do not say what the prompts were, so whether both have the same is not "
-            "known"
+            "the samples do not contain the prompts, so whether they are equal is not known"
         )
     return shared
 
@@ -323,7 +322,7 @@ def _compared(
     accuracy_margin: float,
     interval: Interval,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row per metric and filter: of those that both have, then what is left out."""
+    """Yield one row per metric and filter: common ones, then those left out."""
     keys = [key for key in found[0].scores if key in found[1].scores]
     for key in keys:
         row: dict[str, Any] = {"metric": key[0], "filter": key[1]}
@@ -339,7 +338,7 @@ def _compared(
     left_out = list(_left_out(found, values, keys))
     yield from left_out
     if not keys and not left_out:
-        yield {"reason": "no metric of single documents in common"}
+        yield {"reason": "no common metric of single documents"}
 
 
 def _losses(
@@ -368,7 +367,7 @@ def _means(
     margin: float,
     interval: Interval,
 ) -> dict[str, Any]:
-    """Compare the documents whose mean is what each run's results.json says."""
+    """Compare the documents whose mean is the value in each run's results.json."""
     kept = shared
     for name, side, value in zip("AB", pair, said, strict=True):
         every = side["value"].reindex(side.index.union(shared))
@@ -381,7 +380,7 @@ def _means(
     a, b = (side["value"].loc[kept].to_numpy(np.float64) for side in pair)
     row = _scores(b, a, margin, interval)
     if len(kept) < len(shared):
-        row["note"] = f"{len(kept)} of {len(shared)} documents, for the task leaves out the others"
+        row["note"] = f"{len(kept)} of {len(shared)} documents; the task leaves out the others"
     return row
 
 
@@ -390,8 +389,8 @@ def _unchecked(said: Sequence[Any]) -> str | None:
     if not names:
         return None
     return (
-        f"results.json of {' and '.join(names)} has no value of it, so nothing confirms that it is "
-        "a mean of documents"
+        f"results.json of {' and '.join(names)} has no value for it, so it may not be "
+        "a mean over documents"
     )
 
 
@@ -400,7 +399,7 @@ def _left_out(
     values: Sequence[dict[tuple[str, str], Any]],
     compared: Sequence[tuple[str, str]],
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each metric and filter that is not compared; other units of a loss are."""
+    """Yield a row for each metric and filter that is not compared."""
     has_loss = {of_filter for metric, of_filter in compared if metric in LOSSES}
     known = [
         {**dict.fromkeys(side.scores), **of_run} for side, of_run in zip(found, values, strict=True)
@@ -412,12 +411,12 @@ def _left_out(
         if len(only) == 1:
             reason = f"only {only[0]} has it"
         else:
-            reason = "the samples have no score of single documents for it, only the task has"
+            reason = "only the task has it, not single documents"
         yield {"metric": key[0], "filter": key[1], "reason": reason}
 
 
 def _scores(b: Any, a: Any, margin: float, interval: Interval) -> dict[str, Any]:
-    """Compare scores of any scale: those that exceed 1 as shares of the largest."""
+    """Compare scores of any scale, those beyond 1 as shares of the largest."""
     scale = max(1.0, float(np.abs([a, b]).max()))
     row = compare_scores(b / scale, a / scale, margin, interval)
     scaled = ("value", "baseline_value", "difference", "difference_low", "difference_high")
@@ -431,7 +430,7 @@ def _decided(rows: list[dict[str, Any]], level: float, power: float) -> pd.DataF
             row["documents_needed"] = documents_needed(row["effect"], row["spread"], level, power)
             least = detectable(row["spread"], row["documents"], level, power)
             if least is not None and row["metric"] in LOSSES:
-                least = float(np.expm1(least))  # the log ratio of perplexities was tested
+                least = float(np.expm1(least))  # the test was on the log ratio
             row["detectable"] = least
     table = typed(rows, COLUMNS)
     table["p_adjusted"] = adjusted(table["p_value"])

@@ -1,4 +1,4 @@
-"""What a comparison of two runs says, in one word and in one sentence."""
+"""The verdict on a comparison of two runs, as a word and as a sentence."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def verdict_of(row: pd.Series, level: float, power: float) -> tuple[str | None, 
     Parameters
     ----------
     row : Series
-        With the columns of :data:`~lm_eval_bh.analysis.compare.two_runs.COLUMNS`.
+        A row with the columns of :data:`~lm_eval_bh.analysis.compare.two_runs.COLUMNS`.
     level : float
-        Of the adjusted p-values.
+        Level of the adjusted p-values.
     power : float
-        That ``documents_needed`` and ``detectable`` are for.
+        Power of ``documents_needed`` and ``detectable``.
 
     Returns
     -------
     str or None
-        One of :data:`WORDS` about B: "higher" or "lower" where nobody says which of them is better;
-        "equivalent" also where B differs, but by less than the margin. None without a comparison.
+        One of :data:`WORDS` about B: "higher" or "lower" if it is unknown which is better;
+        "equivalent" also if B differs by less than the margin. None without a comparison.
     str
         The sentence.
     """
@@ -69,7 +69,7 @@ def change_of(row: pd.Series) -> float:
 
 
 def _direction(row: pd.Series) -> str | None:
-    """Return what B is, by the signs alone; None where it is the same."""
+    """Return B's direction by sign alone; None if it is the same."""
     if not row["difference"]:
         return None
     higher = row["difference"] > 0

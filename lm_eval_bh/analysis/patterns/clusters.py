@@ -1,4 +1,4 @@
-"""Clusters of documents that use the experts alike."""
+"""Clusters of documents with similar expert use."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lm_eval_bh.analysis.patterns.log_counts import Counts
 from lm_eval_bh.analysis.patterns.log_reader import Ints
 
 MOST = 8  # most clusters tried
-ENOUGH = 10  # fewest documents that are clustered
-MANY = 4000  # documents from which mini-batches are used
-SCORED = 2000  # documents that the silhouette is taken over
-TYPICAL = 3  # experts that are named for a cluster
+ENOUGH = 10  # minimum number of documents
+MANY = 4000  # mini-batches are used from this many documents
+SCORED = 2000  # documents for the silhouette
+TYPICAL = 3  # experts named per cluster
 
 Usage = NDArray[np.float32]
 
@@ -29,9 +29,9 @@ class Clusters:
     labels : int64 [documents]
         The cluster of each document, the largest cluster being 0.
     silhouettes : dict of int to float
-        Of each number of clusters that was tried, from -1 to 1; the highest was taken.
+        Silhouette of each number of clusters tried, -1 to 1; the highest is used.
     agreement : float
-        Adjusted mutual information of cluster and task: 0 as by chance, 1 the same.
+        Adjusted mutual information of cluster and task: 0 is chance, 1 identical.
     places : float64 [documents, 2]
         The first two principal components, to draw.
     """
@@ -43,17 +43,17 @@ class Clusters:
 
     @property
     def number(self) -> int:
-        """How many clusters there are."""
+        """Number of clusters."""
         return int(self.labels.max()) + 1
 
     @property
     def silhouette(self) -> float:
-        """That of the clustering."""
+        """Silhouette of the clustering."""
         return max(self.silhouettes.values())
 
     @property
     def remark(self) -> str:
-        """How strong the structure is, by the usual bounds."""
+        """Strength of the structure, by the usual bounds."""
         if self.silhouette <= 0.25:
             return "no substantial structure"
         return "weak structure" if self.silhouette <= 0.5 else "reasonable structure"
@@ -65,11 +65,11 @@ def cluster(usage: Usage, tasks: pd.Series, seed: int = 0) -> Clusters | None:
     Parameters
     ----------
     usage : float32 [documents, layers * experts]
-        Share of a document's tokens that each expert served.
+        Share of a document's tokens routed to each expert.
     tasks : Series [documents]
-        The task of each document; it plays no part in the clustering.
+        The task of each document; not used for clustering.
     seed : int
-        Of k-means and of what the silhouette is taken over.
+        Seed of k-means and of the silhouette's documents.
 
     Returns
     -------
@@ -118,7 +118,7 @@ def _by_size(labels: Ints) -> Ints:
 def cluster_table(
     clusters: Clusters | None, counts: Counts, documents: pd.DataFrame, usage: Usage
 ) -> pd.DataFrame:
-    """Return one row per cluster: its documents by task, its experts, and what it uses more."""
+    """Return one row per cluster: its documents by task, and the experts it uses more."""
     rows = []
     labels = clusters.labels if clusters else np.array([], dtype=np.int64)
     for number in np.unique(labels):

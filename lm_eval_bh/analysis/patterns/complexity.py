@@ -1,4 +1,4 @@
-"""Whether hard texts, hard tokens and rare tokens get more experts."""
+"""Tests whether hard texts, hard tokens and rare tokens get more experts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 ENOUGH = 10  # fewest pairs for a rank correlation
-OFTEN = 5  # fewest occurrences of a token that counts
+OFTEN = 5  # minimum occurrences of a token
 COMPLEXITY = (
     "task",
     "against",
@@ -34,7 +34,7 @@ def spearman(first: Any, second: Any, confidence: float = 0.95) -> dict[str, Any
     Returns
     -------
     dict
-        ``n, spearman, low, high, p_value, reason``; where there is no correlation, ``reason`` says
+        ``n, spearman, low, high, p_value, reason``; without a correlation, ``reason`` says
         why and the numbers are None.
 
     References
@@ -55,14 +55,14 @@ def spearman(first: Any, second: Any, confidence: float = 0.95) -> dict[str, Any
 
 
 def spearman_of_table(table: Any, confidence: float = 0.95) -> dict[str, Any]:
-    """Return what :func:`spearman` does, of pairs that were counted.
+    """Return the result of :func:`spearman` for counted pairs.
 
     Parameters
     ----------
     table : int [first, second]
-        How many pairs have which of two ordered values.
+        Number of pairs with each combination of two ordered values.
     confidence : float
-        Of the interval.
+        Confidence of the interval.
     """
     from scipy import stats
 
@@ -75,7 +75,7 @@ def spearman_of_table(table: Any, confidence: float = 0.95) -> dict[str, Any]:
         return found | {"reason": f"fewer than {ENOUGH} to correlate"}
     if (rows > 0).sum() < 2 or (columns > 0).sum() < 2:
         return found | {"reason": "one of the two does not vary"}
-    # Ties share the mean of their ranks, here from the middle of all.
+    # Ties get their mean rank, here relative to the middle.
     x, y = (of.cumsum() - of / 2 - n / 2 for of in (rows, columns))
     r = float(x @ counts @ y / math.sqrt((rows @ x**2) * (columns @ y**2)))
     r = min(max(r, -1.0), 1.0)
@@ -97,7 +97,7 @@ def _interval(r: float, n: int, confidence: float) -> dict[str, float]:
 def complexity(
     documents: pd.DataFrame, tokens: pd.DataFrame, losses: Mapping[tuple[str, int], Any]
 ) -> pd.DataFrame:
-    """Correlate the experts with the loss of documents and of tokens, and how often tokens occur.
+    """Correlate experts with the loss of documents and tokens, and with token frequency.
 
     Parameters
     ----------
@@ -107,14 +107,14 @@ def complexity(
         ``occurrences, mean_experts``, one row per token id. Those below :data:`OFTEN` do not count.
 
     losses : mapping
-        (task, layer) -> how many tokens had which loss and number of experts, see
+        (task, layer) -> number of tokens by loss and number of experts, see
         :meth:`~lm_eval_bh.analysis.patterns.log_counts.Counts.loss_tables`.
 
     Returns
     -------
     DataFrame
-        With the columns :data:`COMPLEXITY`; a positive number says that more of the one goes with
-        more experts.
+        With the columns :data:`COMPLEXITY`; a positive correlation means more experts for larger
+        values.
     """
     rows = []
     for task, some in documents.groupby("task", sort=True):

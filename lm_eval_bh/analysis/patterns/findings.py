@@ -1,4 +1,4 @@
-"""All patterns in the logs of one configuration."""
+"""Finds all patterns in the logs of each configuration."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from lm_eval_bh.analysis.read.loaded import Loaded
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 from lm_eval_bh.errors import DataError
 
-DOCUMENTS = 5000  # of each task, whose use of the experts is kept and clustered
+DOCUMENTS = 5000  # documents per task whose expert use is kept and clustered
 TABLES = ("complexity", "classes", "tokens", "specialisation", "documents", "clusters")
 
 
 @dataclass(frozen=True)
 class Patterns:
-    """What was found for one configuration.
+    """The patterns of one configuration.
 
     Attributes
     ----------
     strategy : str
         Its name.
     group : int
-        Of experiments that can be compared.
+        Group of comparable experiments.
     counts : Counts
-        What everything was computed from.
+        The counts behind all results.
     clusters : Clusters or None
-        None where there are too few documents.
+        None with too few documents.
     tables : dict of str to DataFrame
-        One for each of :data:`TABLES`.
+        One table for each of :data:`TABLES`.
     """
 
     strategy: str
@@ -54,18 +54,18 @@ def find_patterns(
 ) -> Iterator[Patterns]:
     """Yield the patterns in the routing logs, one configuration after another.
 
-    Of a configuration, each task's first run with a log is read: its token log where there is one,
+    For each task, the configuration's first run with a log is read: its token log if it exists,
     else its internal routing log.
 
     Parameters
     ----------
     loaded : Loaded
-        Of runs with ``log_routing=samples`` or ``full``. Logs that are damaged are added to its
-        problems, and their configuration is left out.
+        Runs with ``log_routing=samples`` or ``full``. Damaged logs are added to its problems, and
+        their configuration is left out.
     tokenizer : Path, optional
         The ``tokenizer.json`` of the model. Without it tokens have numbers, but no text or class.
     seed : int
-        Of the clusters.
+        Seed of the clusters.
 
     Raises
     ------
@@ -105,7 +105,7 @@ def find_patterns(
 
 
 def _runs_with_logs(loaded: Loaded, rows: pd.DataFrame) -> dict[str, str]:
-    """Return task -> the run that is read for it, tasks by their name."""
+    """Return task -> run to read, sorted by task."""
     routed = set(zip(loaded.layers["run_id"], loaded.layers["task"], strict=True))
     found: dict[str, str] = {}
     for run_id, task in sorted(zip(rows["run_id"], rows["task"], strict=True), key=lambda r: r[1]):
@@ -120,12 +120,12 @@ def _runs_with_logs(loaded: Loaded, rows: pd.DataFrame) -> dict[str, str]:
     return found
 
 
-# Task and document -> its loss, and what that is a loss per.
+# (Task, document) -> loss and its unit.
 Losses = dict[tuple[str, int], tuple[float, str]]
 
 
 def _read(loaded: Loaded, runs: dict[str, str], counts: Counts) -> Losses:
-    """Count the logs of some runs, each for its tasks, and return the losses of the documents."""
+    """Count the logs of some runs for their tasks, and return the losses of documents."""
     losses: Losses = {}
     for run_id in dict.fromkeys(runs.values()):
         folder = loaded.log_folder(run_id)

@@ -1,4 +1,4 @@
-"""Counts over a log that streams by: they grow with what occurs in it, not with its length."""
+"""Counts over a streamed log, whose size does not grow with the log's length."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pandas as pd
 from lm_eval_bh.analysis.patterns.log_reader import UNKNOWN_TOKEN, Ints, Piece
 from lm_eval_bh.errors import DataError
 
-LOSS_STEP, LOSS_STEPS = 0.02, 1024  # nats; what is larger than all counts as the largest
-ROUNDING = 1e-3  # nats below zero that float32 may make of none
+LOSS_STEP, LOSS_STEPS = 0.02, 1024  # nats; larger losses count as the largest
+ROUNDING = 1e-3  # nats below zero allowed for float32 rounding
 
 
 class Counts:
@@ -21,24 +21,24 @@ class Counts:
     Parameters
     ----------
     tasks : sequence of str
-        The tasks; a piece names them by their place.
+        The tasks; pieces refer to them by index.
     layers : sequence of int
         The routed layers.
     experts : int
-        Experts of a layer.
+        Experts per layer.
     classes : sequence of str
         The token classes.
     class_of : int64 [tokens]
-        The place of each token's class; further token ids have the last one.
+        Index of each token's class; other token ids have the last class.
     documents : int
-        Of how many documents of each task the use of the experts is kept, the first ones.
+        Number of first documents per task whose expert use is kept.
 
     Attributes
     ----------
     tokens : int64 [tasks, layers, classes]
-        How many tokens there were.
+        Number of tokens.
     served : int64 [tasks, layers, classes, experts]
-        How many of them each expert served.
+        Number of them routed to each expert.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class Counts:
         self.tokens = np.zeros(shape, dtype=np.int64)
         self.served = np.zeros((*shape, experts), dtype=np.int64)
         self._class_of = np.append(class_of, len(self.classes) - 1)
-        # Any number may stand in a log as a token id, so only those that occur have a row.
+        # A log may hold any number as a token id, so only ids that occur have a row.
         self._of_token = pd.DataFrame(
             {"size": [], "sum": []}, index=pd.Index([], dtype=np.int64), dtype=np.int64
         )
-        # Takes memory only for documents that occur: the system maps pages on demand.
+        # Uses memory only for documents that occur: the system maps pages on demand.
         self._of_document = np.zeros(
             (len(self.tasks), documents, len(self.layers), experts), dtype=np.int32
         )
@@ -89,7 +89,7 @@ class Counts:
                 )
         self._add_losses(piece, layer)
         kind = self._kinds(piece.token)
-        row = np.repeat(np.arange(len(piece.token)), piece.count)  # of each expert
+        row = np.repeat(np.arange(len(piece.token)), piece.count)  # row of each expert
         _count(self.tokens, piece.task, layer, kind)
         _count(self.served, piece.task[row], layer[row], kind[row], piece.experts)
         found = pd.Series(piece.count).groupby(piece.token).agg(["size", "sum"])
@@ -118,7 +118,7 @@ class Counts:
             _count(self._of_loss[int(one)], layer[some], steps[some], count[some])
 
     def loss_tables(self) -> dict[tuple[str, int], Ints]:
-        """Return, of tasks whose tokens have losses, how many tokens had which loss and experts.
+        """Return the number of tokens by loss and experts, for tasks with token losses.
 
         Returns
         -------
@@ -142,7 +142,7 @@ class Counts:
 
     def token_table(self) -> pd.DataFrame:
         """Return ``token_id, token_class, occurrences, mean_experts``, one row per token id."""
-        rows = self._of_token["size"] // len(self.layers)  # a token is once in every layer
+        rows = self._of_token["size"] // len(self.layers)  # a token occurs once per layer
         rows = rows[(rows > 0) & (rows.index != UNKNOWN_TOKEN)]
         ids = rows.index.to_numpy(np.int64)
         experts = self._of_token["sum"].loc[ids].to_numpy()
@@ -156,7 +156,7 @@ class Counts:
         )
 
     def class_table(self) -> pd.DataFrame:
-        """Return ``task, token_class, tokens, mean_experts`` of the classes that occur."""
+        """Return ``task, token_class, tokens, mean_experts`` of classes that occur."""
         rows, experts = self.tokens.sum(1), self.served.sum((1, 3))
         task, kind = np.nonzero(rows)
         return pd.DataFrame(
@@ -169,14 +169,14 @@ class Counts:
         )
 
     def document_table(self) -> tuple[pd.DataFrame, Ints]:
-        """Return the documents that are kept, and how the experts served them.
+        """Return the kept documents, and their use of experts.
 
         Returns
         -------
         documents : DataFrame
             ``task, document, tokens, mean_experts``, one row per document.
         served : int64 [documents, layers * experts]
-            How many of a document's tokens each expert served.
+            Number of a document's tokens routed to each expert.
         """
         tokens = self._rows_of_document // len(self.layers)
         task, document = np.nonzero(tokens)
@@ -194,7 +194,7 @@ class Counts:
         return documents, served
 
     def _kinds(self, tokens: Ints) -> Ints:
-        """Return the place of the class of each token id; of an unknown one, the last."""
+        """Return the class index of each token id; the last for unknown ids."""
         return self._class_of[np.minimum(tokens, len(self._class_of) - 1)]
 
 

@@ -1,4 +1,4 @@
-"""Reads routing logs in pieces that fit into memory, whatever their format."""
+"""Reads routing logs of any format in pieces that fit into memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lm_eval_bh.schema import TOKENS, UNUSED, read_internal_routing, read_manife
 
 Ints = NDArray[np.int64]
 
-UNKNOWN_TOKEN = 2**62  # no log has one as large; pandas adds 1 to it
+UNKNOWN_TOKEN = 2**62  # larger than any logged id; pandas adds 1 to it
 ROWS = 65536  # of a token log in memory at a time
 COLUMNS = ["task", "doc_id", "request", "repeat", "layer", "token_id", "experts"]
 
@@ -24,19 +24,19 @@ COLUMNS = ["task", "doc_id", "request", "repeat", "layer", "token_id", "experts"
 class Piece:
     """Some rows of a log: one row per token and layer, of the first request of each document.
 
-    Further requests repeat its text with another ending, and repetitions repeat it all.
+    Further requests repeat the text with another ending, and repetitions all of it.
 
     Attributes
     ----------
     file : Path
-        Where they are from.
+        Source of the rows.
     task, document, layer, token, count : int64 [rows]
-        Index of the task, document, layer, token id (:data:`UNKNOWN_TOKEN` where an imported trace
-        has none), and how many experts served.
+        Indices of task and document, layer, token id (:data:`UNKNOWN_TOKEN` if an imported trace
+        has none), and number of experts.
     experts : int64 [count.sum()]
         The experts of all rows, one row after the other.
     loss : float64 [rows] or None
-        Of the token, in nats; NaN where it has none, None where the log has none.
+        Loss of the token in nats; NaN if missing, None if the log has no losses.
     """
 
     file: Path
@@ -50,7 +50,7 @@ class Piece:
 
 
 def token_files(folder: Path | None) -> list[Path]:
-    """Return the token logs of a run; none without ``log_routing=full``."""
+    """Return the token logs of a run, which are empty without ``log_routing=full``."""
     if folder is None:
         return []
     return [folder / name for name in read_manifest(folder)["files"] if name.startswith(TOKENS)]
@@ -72,10 +72,10 @@ def read_token_log(
     from tqdm import tqdm
 
     def ints(column: pa.Array) -> Ints:
-        # Arrow refuses what is not a whole number, NumPy would not.
+        # Arrow refuses fractions, NumPy would not.
         return np.asarray(column.cast(pa.int64()))
 
-    # Not pyarrow.dataset, which filters by itself: the memory of its scanner grows with the rows.
+    # Not pyarrow.dataset, whose scanner's memory grows with the rows.
     known, wanted = pa.array(tasks), pa.array(some)
     for file in files:
         try:
@@ -125,14 +125,14 @@ def _refuse_nulls(column: Any, name: str) -> None:
 
 
 def read_sample_log(file: Path, task: int) -> tuple[list[Piece], dict[int, float]]:
-    """Return the rows of an internal routing log, and the loss of each document where it has one.
+    """Return the rows of an internal routing log, and the losses of its documents.
 
-    Losses are in nats a scored token. The task is an index, for :attr:`Piece.task`.
+    Losses are in nats per scored token. The task is an index, for :attr:`Piece.task`.
 
     Raises
     ------
     DataError
-        If it is damaged.
+        If the log is damaged.
     """
     pieces, losses = [], {}
     try:

@@ -67,7 +67,7 @@ def complexity_picture(found: Patterns) -> Figure:
 
 
 def specialisation_picture(found: Patterns) -> Figure:
-    """Draw how specialised the experts of each layer are, and the most specialised ones."""
+    """Draw the specialisation of each layer's experts, and the most specialised ones."""
     figure = _figure(found, "what experts are for")
     table = found.tables["specialisation"]
     layers, experts = figure.subplots(1, 2, width_ratios=(2, 3))
@@ -98,7 +98,7 @@ def specialisation_picture(found: Patterns) -> Figure:
 
 
 def _lift_map(axes: Axes, found: Patterns) -> None:
-    """Draw for which token classes the most informative experts are."""
+    """Draw the token classes of the most informative experts."""
     from matplotlib.colors import PowerNorm
 
     axes.set_title("The experts most informative about the token's class")
@@ -111,7 +111,7 @@ def _lift_map(axes: Axes, found: Patterns) -> None:
     present = tokens.sum(0) > 0
     place = [counts.layers.index(layer) for layer in table["layer"]]
     lifts = lift(served[place, :, table["expert"]][:, present], tokens[place][:, present])
-    norm = PowerNorm(0.5, vmin=0)  # most are below 3, and a few above 10
+    norm = PowerNorm(0.5, vmin=0)  # most values are below 3, a few above 10
     drawn = axes.imshow(lifts, cmap="cividis", aspect="auto", norm=norm)
     for (row, column), value in np.ndenumerate(lifts):
         colour = "white" if norm(value) < 0.55 else "black"
@@ -124,7 +124,7 @@ def _lift_map(axes: Axes, found: Patterns) -> None:
 
 
 def clusters_picture(found: Patterns) -> Figure:
-    """Draw the documents by cluster and by task, and the silhouettes that chose the number."""
+    """Draw the documents by cluster and by task, and the silhouettes."""
     figure = _figure(found, "documents that use the experts alike")
     clustered, tasked, chosen = figure.subplots(1, 3, width_ratios=(3, 3, 2))
     if found.clusters is None:

@@ -1,4 +1,4 @@
-"""Which experts serve one kind of token, or one task, more than the others."""
+"""Finds experts that serve one kind of token, or one task, more than others."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SPECIALISATION = (
 
 
 class Tested(NamedTuple):
-    """Information in nats, the same corrected for chance (at least 0), and its p-value."""
+    """Information in nats, its value corrected for chance (at least 0), and its p-value."""
 
     information: Floats
     corrected: Floats
@@ -40,7 +40,7 @@ class Tested(NamedTuple):
 
 
 def entropy(counts: Ints) -> Floats:
-    """Return the Shannon entropy of counts along the last axis, in nats; 0 where all are 0."""
+    """Return the Shannon entropy of counts along the last axis, in nats; 0 if all are 0."""
     total = counts.sum(-1, keepdims=True)
     shares = counts / np.maximum(total, 1)
     return np.asarray(-(shares * np.log(np.where(shares > 0, shares, 1))).sum(-1))
@@ -54,9 +54,9 @@ def information(served: Ints, tokens: Ints) -> Floats:
     Parameters
     ----------
     served : int64 [..., kinds]
-        How many tokens of each kind an expert served.
+        Number of tokens of each kind that an expert served.
     tokens : int64 [..., kinds]
-        How many tokens of each kind there were.
+        Number of tokens of each kind.
 
     Returns
     -------
@@ -68,7 +68,7 @@ def information(served: Ints, tokens: Ints) -> Floats:
 
 
 def independent_tokens(served: Ints, tokens: Ints) -> Tested:
-    """Test information against tokens that are independent of each other.
+    """Test information under independent tokens.
 
     Chance alone gives ``(kinds - 1) / 2n`` on average; the p-value is that of the likelihood ratio
     test.
@@ -80,7 +80,7 @@ def independent_tokens(served: Ints, tokens: Ints) -> Tested:
     from scipy import stats
 
     n, found = tokens.sum(-1), information(served, tokens)
-    # An expert that serves no token, or every token, carries no information, not even by chance.
+    # An expert that serves no token, or every token, carries no information even by chance.
     varies = (served.sum(-1) > 0) & (served.sum(-1) < n)
     freedom = np.where(varies, np.maximum((tokens > 0).sum(-1) - 1, 0), 0)
     p = np.where(freedom > 0, stats.chi2.sf(2 * n * found, np.maximum(freedom, 1)), 1.0)
@@ -90,25 +90,25 @@ def independent_tokens(served: Ints, tokens: Ints) -> Tested:
 def shuffled_documents(
     served: Ints, tokens: Ints, kinds: Ints, seed: int = 0, draws: int = DRAWS
 ) -> Tested:
-    """Test information on the kind of whole documents, by shuffling the kinds of the documents.
+    """Test information about the kind of documents, by shuffling kinds among documents.
 
-    The tokens of a document go together, so that a test that takes them for independent would find
-    experts of a task wherever documents differ.
+    Tokens of a document are dependent, so a test that assumes independence would find experts of a
+    task whenever documents differ.
 
     Parameters
     ----------
     served : int64 [documents, experts]
-        How many tokens of each document an expert served.
+        Number of tokens of each document that an expert served.
     tokens : int64 [documents]
-        How many tokens each document has.
+        Number of tokens per document.
     kinds : int64 [documents]
         The kind of each document, from 0.
     seed, draws : int
-        Of the shuffles.
+        Seed and number of shuffles.
     """
     rng = np.random.default_rng(seed)
     names = np.arange(kinds.max() + 1)
-    counted = served.astype(np.float64)  # still whole numbers, but a fast product
+    counted = served.astype(np.float64)  # still exact, but with a fast product
 
     def of(labels: Ints) -> Floats:
         inside = (labels == names[:, None]).astype(np.float64)
@@ -124,24 +124,24 @@ def shuffled_documents(
 
 
 def specialisation(counts: Counts, seed: int = 0) -> pd.DataFrame:
-    """Describe every expert: how its tokens are spread over token classes, and over tasks.
+    """Describe every expert by the distribution of its tokens over classes and tasks.
 
     Parameters
     ----------
     counts : Counts
-        Of a log; tasks are compared by the documents that it keeps.
+        Counts of a log; tasks are compared by the kept documents.
     seed : int
-        Of the shuffles of the documents.
+        Seed of the shuffles.
 
     Returns
     -------
     DataFrame
         With the columns :data:`SPECIALISATION`, one row per layer, expert and ``of`` ("token
-        class", "task"; left out where there is only one): ``tokens`` served; ``entropy`` of their
-        kinds in nats, and divided by its largest value; ``information``; ``corrected``, what is
-        left of it after chance; ``share``, that as a share of the entropy of the kinds; the p-value
+        class", "task"; omitted if there is only one): ``tokens`` served; ``entropy`` of their kinds
+        in nats, and divided by its maximum; ``information``; ``corrected``, the same corrected for
+        chance; ``share``, that relative to the entropy of the kinds; the p-value
         (:func:`independent_tokens` for classes, :func:`shuffled_documents` for tasks); ``most``,
-        the kind that is over-represented most, and ``lift``, by what factor.
+        the most over-represented kind, and ``lift``, the factor.
     """
     found = []
     tokens, served = counts.tokens.sum(0), counts.served.sum(0).transpose(0, 2, 1)
@@ -166,7 +166,7 @@ def specialisation(counts: Counts, seed: int = 0) -> pd.DataFrame:
 
 
 def lift(served: Ints, tokens: Ints) -> Floats:
-    """Return how many times more often an expert serves a kind than it serves tokens at large.
+    """Return how many times as often an expert serves a kind as tokens overall.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ def lift(served: Ints, tokens: Ints) -> Floats:
     Returns
     -------
     float64 [..., kinds]
-        1 where nothing was served.
+        1 if the expert served nothing.
     """
     rate = served / np.maximum(tokens, 1)
     overall = served.sum(-1, keepdims=True) / np.maximum(tokens.sum(-1, keepdims=True), 1)
@@ -185,7 +185,7 @@ def lift(served: Ints, tokens: Ints) -> Floats:
 def _described(
     of: str, names: Names, served: Ints, tokens: Ints, tested: Tested, counts: Counts
 ) -> pd.DataFrame:
-    """Return the table of one question; served is ``[layers, experts, kinds]``."""
+    """Return the table for one set of kinds; served is ``[layers, experts, kinds]``."""
     tokens = np.broadcast_to(tokens, served.shape)
     raised, spread = lift(served, tokens), entropy(served)
     information, corrected, p_value = (part.reshape(spread.shape) for part in tested)

@@ -1,4 +1,4 @@
-"""Classes of tokens, by what they look like."""
+"""Classes of tokens by their appearance."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def classify(raw: str, decoded: str, special: bool) -> str:
     Parameters
     ----------
     raw : str
-        As it stands in the vocabulary.
+        The token as in the vocabulary.
     decoded : str
-        What it decodes to on its own.
+        The token decoded on its own.
     special : bool
-        Whether it is not text, such as the end of a text.
+        Whether it is a special token, such as the end of a text.
 
     Examples
     --------
@@ -74,7 +74,7 @@ def vocabulary(tokenizer: Path) -> tuple[list[str], list[str]]:
 
 
 def decoder(tokenizer: Path) -> Callable[[list[int]], str]:
-    """Return what makes text of token ids; one that the vocabulary lacks is its number.
+    """Return a decoder of token ids; an unknown id is shown as its number.
 
     Raises
     ------
@@ -96,8 +96,8 @@ def _loaded(tokenizer: Path) -> Any:
     from tokenizers import Tokenizer
 
     try:
-        if tokenizer.exists() and not tokenizer.is_file():  # a pipe would be waited for
-            raise OSError("it is no file")
+        if tokenizer.exists() and not tokenizer.is_file():  # a pipe would block
+            raise OSError("it is not a file")
         loaded = Tokenizer.from_file(str(tokenizer))
     except Exception as error:  # the library raises nothing more specific
         raise DataError(

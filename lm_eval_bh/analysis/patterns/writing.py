@@ -25,21 +25,21 @@ PICTURES = {
     "specialisation": specialisation_picture,
     "clusters": clusters_picture,
 }
-LEVEL = 0.05  # of the p-values that the sentences count
+LEVEL = 0.05  # level of the p-values in sentences
 
 CAVEATS = """\
 - A document has one loss, that of its request. In a multiple-choice task the loss covers the ending
-  and the experts serve the whole text; the report reads the first request of each document, because
-  all of them repeat its text.
-- A token's loss is that of predicting it from the tokens before it, and its experts are those that
-  serve it. Each layer has a correlation of its own, with losses in steps of 0.02 nats. Tokens of
-  one document are not independent, so these intervals are too narrow and p-values too small.
+  but the experts serve the whole text; the report reads each document's first request, because all
+  requests repeat its text.
+- A token's loss is that of predicting it from the previous tokens, and its experts are those that
+  serve it. Each layer has its own correlation, with losses in steps of 0.02 nats. Tokens of one
+  document are not independent, so these intervals are too narrow and p-values too small.
 - Correlations are Spearman's; tokens are correlated as types (each token id once, if it occurs at
-  least five times). A correlation is not a cause: long documents, common words and easy texts go
-  together.
+  least five times). A correlation is not a cause: long documents, common words and easy texts tend
+  to coincide.
 - Information is corrected for chance, and p-values for the number of experts (Benjamini-Hochberg).
-  For tasks, chance means documents shuffled among the tasks. For token classes it means independent
-  tokens, and tokens of one document are not quite independent: read small values with care.
+  For tasks, chance means documents shuffled among tasks. For token classes it means independent
+  tokens, but tokens of one document are dependent: treat small values with care.
 - Clusters group documents by how often each expert serves their tokens, without looking at their
   tasks. A silhouette up to 0.25 means no substantial structure.
 """
@@ -59,7 +59,7 @@ def write_patterns(
     loaded, tokenizer, seed
         See :func:`~lm_eval_bh.analysis.patterns.findings.find_patterns`.
     folder : Path or str
-        Where the folder is made.
+        Folder in which the folder is made.
 
     Returns
     -------
@@ -91,7 +91,7 @@ def write_patterns(
             text.append(f"\n![{kind} of {found.strategy}]({path.name})")
         text.append("")
     if not paths:
-        return []  # rather than replace tables of an earlier time by empty ones
+        return []  # keeps earlier tables instead of writing empty ones
     for name, some in tables.items():
         content = pd.concat(some, ignore_index=True).to_csv(index=False, lineterminator="\n")
         paths.append(write_text(folder / f"{name}.csv", content))
@@ -100,7 +100,7 @@ def write_patterns(
 
 
 def _unlike(paths: list[Path], folder: Path, strategy: str, kind: str) -> Path:
-    """Return a picture's file, numbered where two configurations have one name."""
+    """Return a picture's file, numbered if configurations share a name."""
     plain = re.sub(r"[^A-Za-z0-9]+", "_", strategy).strip("_").lower()
     path, number = folder / f"{plain}_{kind}.png", 2
     while path in paths:
@@ -109,7 +109,7 @@ def _unlike(paths: list[Path], folder: Path, strategy: str, kind: str) -> Path:
 
 
 def sentences(found: Patterns) -> list[str]:
-    """Return what was found for a configuration, in sentences."""
+    """Return a configuration's patterns as sentences."""
     written = []
     for _, row in found.tables["complexity"].iterrows():
         if not is_missing(row["layer"]):
@@ -144,7 +144,7 @@ def sentences(found: Patterns) -> list[str]:
 
 
 def _sentences_of_layers(table: pd.DataFrame) -> list[str]:
-    """Return a sentence for each task whose layers were correlated with the loss of tokens."""
+    """Return a sentence for each task with correlations between experts and token losses."""
     written = []
     for task, some in table.groupby("task", sort=False):
         known = some.dropna(subset="spearman")

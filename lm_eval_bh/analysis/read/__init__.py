@@ -1,1 +1,1 @@
-"""From files to experiments: finds, reads and checks what runs have written."""
+"""Finds, reads and checks the files of runs."""

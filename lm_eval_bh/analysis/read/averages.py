@@ -1,7 +1,7 @@
-"""Is a task's value the mean of its documents' scores? Only what results.json confirms is compared.
+"""Checks that a task's value is the mean of its documents' scores, by results.json.
 
-A task may aggregate as it likes: RULER gives a document -1 for the lengths that it is not of, and
-leaves those out; F1 of a whole corpus is the mean of nothing.
+A task may aggregate in any way: RULER gives a document -1 for lengths that do not apply, and leaves
+those out; F1 of a whole corpus is not a mean.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-NOT_COUNTED = -1.0  # what tasks give a document that a metric does not count
-SAME = 1e-7  # share of a value that sums in another order differ by
-DECIMALS = range(4, 12)  # that a value may be rounded to: fewer would confirm too much
+NOT_COUNTED = -1.0  # given by tasks to documents that a metric leaves out
+SAME = 1e-7  # relative difference of sums in another order
+DECIMALS = range(4, 12)  # digits of rounded values: fewer would confirm too much
 NOT_VALUES = ("alias", "sample_len", "sample_count", "name")
 
 
 def reported(values: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
-    """Return the values of a task in results.json by metric and filter, in their order."""
+    """Return the values of a task in results.json by metric and filter, in order."""
     found = {}
     for key, value in values.items():
         metric, comma, of_filter = key.partition(",")
@@ -30,23 +30,23 @@ def reported(values: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
 
 
 def counted(scores: pd.Series, value: Any) -> pd.Index | str:
-    """Return the documents that a task's value is the mean of, or why there are none.
+    """Return the documents whose mean is a task's value, or why there are none.
 
     Parameters
     ----------
     scores : Series of float
-        Of the documents, NaN where a document has none.
+        Scores of the documents, NaN if missing.
     value
         The task's value in results.json.
 
     Returns
     -------
     Index or str
-        All documents; or those that are left where no score, or the one negative score of a metric
-        whose others are not, stands for a document that does not count; or the reason.
+        All documents; or those left after removing missing scores, or the one negative score that
+        marks documents left out by a metric without negative scores; or the reason.
     """
     if len(scores) and (scores == NOT_COUNTED).all():
-        return "all documents have -1, which stands for one that does not count"
+        return "all documents have -1, which marks documents that do not count"
     if _is_number(value):
         for kept in _without_fillers(scores):
             if len(kept) and _same(float(kept.to_numpy().mean()), float(value)):
@@ -54,12 +54,12 @@ def counted(scores: pd.Series, value: Any) -> pd.Index | str:
     if not np.isfinite(scores).all():
         return "a document has no score, or one that is not finite"
     if not _is_number(value):
-        return scores.index  # nothing to check it with, which the caller says
+        return scores.index  # nothing to check it with; the caller says so
     return _own_way(float(scores.mean()), value)
 
 
 def ratio_confirmed(loglikelihoods: pd.Series, sizes: pd.Series, value: Any) -> str | None:
-    """Return why a task's value is not the perplexity of its documents; None where it may be."""
+    """Return why a task's value is not its documents' perplexity; None if it may be."""
     total = float(sizes.sum())
     if not (_is_number(value) and np.isfinite(loglikelihoods).all() and total > 0):
         return None
@@ -72,7 +72,7 @@ def ratio_confirmed(loglikelihoods: pd.Series, sizes: pd.Series, value: Any) -> 
 
 
 def is_checkable(value: Any) -> bool:
-    """Return whether results.json says anything that documents can be checked with."""
+    """Return whether results.json has a value to check documents with."""
     return _is_number(value)
 
 
@@ -86,7 +86,7 @@ def _without_fillers(scores: pd.Series) -> Iterator[pd.Series]:
 
 
 def _same(found: float, value: float) -> bool:
-    """Return whether two numbers are one but for rounding, also of how the second is written."""
+    """Return whether two numbers are equal up to rounding, also in writing the second."""
     if not math.isfinite(found):
         return found == value
     rounded = (round(found, decimals) for decimals in DECIMALS)

@@ -1,4 +1,4 @@
-"""Reads single documents: lm-eval's samples, and how many of their tokens were scored."""
+"""Reads single documents: lm-eval's samples, and their numbers of scored tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lm_eval_bh.validation import mismatch
 ACCURACIES = ("acc_norm", "acc", "exact_match")
 CONTENT = "content:"
 DIFFER = "the documents differ"
-# What lm-eval hashes, and where its samples have it.
+# Parts that lm-eval hashes, and their keys in samples.
 _CONTENTS = {"doc": "doc", "prompt": "arguments", "target": "target"}
 REMEDY = "run the evaluation again with --log_samples"
 Taken = TypeVar("Taken")
@@ -34,7 +34,7 @@ def read_documents(path: Path, expected: int | None = None) -> pd.DataFrame:
     path : Path
         ``samples_<task>_<time>.jsonl``.
     expected : int, optional
-        How many documents the file must contain.
+        Number of documents that the file must contain.
 
     Raises
     ------
@@ -43,7 +43,7 @@ def read_documents(path: Path, expected: int | None = None) -> pd.DataFrame:
     """
     rows: dict[int, dict[str, Any]] = {}
     for doc_id, document in read_samples(path, _document):
-        # A task with several filters has a line for each; lm-eval's first filter counts.
+        # A task with several filters has a line for each; the first filter counts.
         rows.setdefault(doc_id, document)
     check_complete(path, len(rows), expected)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("doc_id").sort_index()
@@ -52,15 +52,15 @@ def read_documents(path: Path, expected: int | None = None) -> pd.DataFrame:
 def read_samples(
     path: Path, take: Callable[[Mapping[str, Any]], Taken]
 ) -> Iterator[tuple[int, Taken]]:
-    """Yield each line of a file of samples: the document's id, and what ``take`` takes from it.
+    """Yield the document's id and the result of ``take`` for each line of a samples file.
 
     Parameters
     ----------
     path : Path
         ``samples_<task>_<time>.jsonl``.
     take : callable
-        Of a :class:`~lm_eval_bh.analysis.read.harness_format.HarnessSample`; where it raises
-        ValueError the line is damaged.
+        Called with a :class:`~lm_eval_bh.analysis.read.harness_format.HarnessSample`; a ValueError
+        marks the line as damaged.
 
     Raises
     ------
@@ -92,19 +92,19 @@ def check_complete(path: Path, documents: int, expected: int | None) -> None:
 def hashes_of(sample: Mapping[str, Any]) -> dict[str, str | None]:
     """Return the hashes of a sample's document, prompt and target.
 
-    Earlier releases of lm-eval wrote none: of what they did write a digest is taken, which begins
-    with :data:`CONTENT`. None where the sample has neither.
+    Earlier releases of lm-eval wrote no hashes: a digest of the content is used then, which starts
+    with :data:`CONTENT`. None if the sample has neither.
     """
     found: dict[str, str | None] = {}
     for part in _CONTENTS:
         known = sample.get(f"{part}_hash")
         found[part] = content_digest(sample, part) if known is None else known
-        (found[part] or "").encode()  # half a character is a ValueError
+        (found[part] or "").encode()  # half a surrogate pair raises ValueError
     return found
 
 
 def content_digest(sample: Mapping[str, Any], part: str) -> str | None:
-    """Return a digest of a sample's document, prompt or target itself; None where it has none."""
+    """Return a digest of a sample's document, prompt or target; None if it has none."""
     content = sample.get(_CONTENTS[part])
     if content is None:
         return None
@@ -112,12 +112,12 @@ def content_digest(sample: Mapping[str, Any], part: str) -> str | None:
 
 
 def different(ours: pd.Series, theirs: pd.Series) -> str | None:
-    """Return why hashes of the same documents do not agree; None where they do.
+    """Return why hashes of the same documents disagree; None if they agree.
 
-    A hash that is missing agrees with nothing, and one of lm-eval's with no digest of content.
+    A missing hash agrees with nothing, and lm-eval's hashes never with content digests.
     """
     if ours.isna().any() or theirs.isna().any():
-        return "the samples do not say which documents they are of"
+        return "the samples do not identify their documents"
     if any(ours.str.startswith(CONTENT) != theirs.str.startswith(CONTENT)):
         return "only one of the two has hashes of its documents"
     return DIFFER if (ours != theirs).any() else None
@@ -143,16 +143,16 @@ def _document(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scored_tokens(samples: Iterable[Sample], documents: pd.DataFrame) -> dict[int, int]:
-    """Return how many tokens of each document were scored, by an internal routing log.
+    """Return the number of scored tokens per document, from an internal routing log.
 
-    A document's loglikelihood over its loss per scored token is that number.
+    It is a document's loglikelihood divided by its loss per scored token.
 
     Parameters
     ----------
     samples : iterable of Sample
-        Those of the log.
+        Samples of the log.
     documents : DataFrame
-        Of the same run, see :func:`read_documents`.
+        Documents of the same run, see :func:`read_documents`.
 
     Returns
     -------
@@ -172,10 +172,10 @@ def scored_tokens(samples: Iterable[Sample], documents: pd.DataFrame) -> dict[in
 
 
 def _with_ids(samples: Iterable[Sample], documents: pd.DataFrame) -> Iterator[tuple[int, Sample]]:
-    """Yield the samples of a log, each with the document's id in the task.
+    """Yield the samples of a log with the document's id in the task.
 
-    A log has the place of a document among those evaluated. That is its id, unless ``--samples``
-    chose documents: then only the document's hash tells which one it is.
+    A log has a document's place among those evaluated. That is its id, unless ``--samples`` chose
+    documents: then only the document's hash identifies it.
     """
     in_order = list(documents.index) == list(range(len(documents)))
     known = documents["hash"].dropna()

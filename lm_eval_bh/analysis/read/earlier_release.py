@@ -1,7 +1,7 @@
-"""Reads the results of the first release, which neither described its rules nor named the scope.
+"""Reads results of the first release, which did not describe rules and scope.
 
-That release had eleven rules, and results name only which one they used. The table here is frozen:
-later releases describe the rule in the file.
+That release had eleven rules, and results only name the one used. This table is frozen: later
+releases describe the rule in the file.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _RULES = {
     "random_k": ("random-k", True, False),
 }
 _SCOPES = {"pooled": "layer"}
-# Parameters of routing that it did not know, and what stands for not using them.
+# Parameters that it lacked, and their values when unused.
 LATER = {"null_from": "all", "family": "token", "k_per_layer": None, "mass": None}
 
 
 def upgraded(info: RunInfo, name: str) -> RunInfo:
-    """Return a run's description as this release writes it; one of this release as it is.
+    """Return a run's description in this release's form.
 
     Raises
     ------
     DataError
-        If the rule is described neither in the file nor here.
+        If neither the file nor this module describes the rule.
     """
     config = dict(info["config"])
     if "null" in config:
@@ -47,7 +47,7 @@ def upgraded(info: RunInfo, name: str) -> RunInfo:
 
 
 def since_first_release(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters of a configuration that the first release had no word for."""
+    """Return the parameters of a configuration that the first release lacked."""
     return {
         name: config[name] for name, unused in LATER.items() if config.get(name, unused) != unused
     }

@@ -1,4 +1,4 @@
-"""Knows a run of another engine on an exported model: the folder says by what policy it routes."""
+"""Recognises runs of other engines on an exported model, whose folder has the policy."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from lm_eval_bh.schema import SCHEMA_VERSION, ExportedPolicy, RunInfo
 from lm_eval_bh.validation import mismatch
 
 KEY = "adaptive_routing"
-# What loading an exported folder takes, and changes nothing else.
+# Arguments for loading an exported folder, which change nothing else.
 OF_EXPORTED = frozenset({"trust_remote_code"})
 
 
 def exported_policy(content: Mapping[str, Any]) -> tuple[str, RunInfo] | None:
-    """Return the model that was exported and its routing; None where no exported folder ran.
+    """Return the exported model and its routing; None without an exported folder.
 
     Parameters
     ----------
     content : mapping
-        Of a results file, whose model must still lie where it was.
+        Content of a results file, whose model must still exist.
 
     Raises
     ------
     DataError
-        If the folder is one, and damaged.
+        If the exported folder is damaged.
     """
     name = pretrained_of(content)
     path = Path(name).expanduser() / "config.json"

@@ -1,4 +1,4 @@
-"""Which runs can be compared: those that differ only in their routing."""
+"""Groups runs that differ only in routing, so that they can be compared."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pandas as pd
 from lm_eval_bh.analysis.read.documents import CONTENT, different
 from lm_eval_bh.analysis.read.results_file import Run
 
-SHOWN_DIFFERENCES = 5  # files named in the error
+SHOWN_DIFFERENCES = 5  # conflicts shown in the error
 
-# (run id, task) -> what was logged for each document, or None.
+# (run id, task) -> logged documents, or None.
 Documents = Callable[[str, str], "pd.DataFrame | None"]
 
 
@@ -30,7 +30,7 @@ class Group:
     files : tuple of Path
         Its files.
     settings : dict
-        What its first file was evaluated with: limit, versions, hashes, model, few-shot settings.
+        Settings of its first file: limit, versions, hashes, model, few-shot settings.
     """
 
     number: int
@@ -39,7 +39,7 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run], documents: Documents) -> list[Group]:
-    """Put each file into the first group that it does not conflict with."""
+    """Put each file into the first group without a conflict."""
     members: list[list[Run]] = []
     for run in runs:
         for group in members:
@@ -59,20 +59,20 @@ def group_runs(runs: Sequence[Run], documents: Documents) -> list[Group]:
 
 
 def _conflicts(first: Run, second: Run, documents: Documents) -> list[str]:
-    """Return how two files conflict; a setting that one of them lacks is not a conflict."""
+    """Return how two files conflict; a setting missing in one of them is no conflict."""
     found = _differing(first.settings(), second.settings())
     if first.commit is not None and second.commit is not None:
-        found.pop("revision", None)  # a branch and a tag may be one commit
+        found.pop("revision", None)  # a branch and a tag may be the same commit
     for task in sorted(set(first.tasks) & set(second.tasks)):
         settings = [run.task_settings(task) for run in (first, second)]
-        if None in (settings[0]["hash"], settings[1]["hash"]):  # else that tells documents apart
+        if None in (settings[0]["hash"], settings[1]["hash"]):  # else hashes tell documents apart
             for run, of_task in zip((first, second), settings, strict=True):
                 of_task["documents"] = _documents_of(run, task, documents)
         differing = _differing(*settings)
         if "hash" in differing and _same_documents(first, second, task, documents):
             del differing["hash"]
         if "limit" in differing:
-            differing.pop("number of documents", None)  # it says so twice
+            differing.pop("number of documents", None)  # redundant
         found |= {f"{name} of {task}": values for name, values in differing.items()}
     return [f"{name} {one} and {other}" for name, (one, other) in found.items()]
 
@@ -86,21 +86,21 @@ def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str,
 
 
 def _documents_of(run: Run, task: str, documents: Documents) -> str | None:
-    """Return the digest of a run's documents, from its samples where it is not in the results."""
+    """Return the digest of a run's documents, from its samples if the results lack it."""
     known = run.documents_digest(task)
     table = None if known else documents(run.run_id, task)
     if table is None or table["hash"].isna().any():
         return known
     hashes = sorted(hashes.split("-")[0] for hashes in table["hash"])
     if hashes[-1].startswith(CONTENT) or hashes[0].startswith(CONTENT):
-        return None  # of an earlier release: lm-eval's own hashes are no match for it
+        return None  # from an earlier release: cannot match lm-eval's hashes
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _same_documents(first: Run, second: Run, task: str, documents: Documents) -> bool:
-    """Return whether two runs saw the same documents in another order, as several processes do.
+    """Return whether two runs saw the same documents in different orders, as processes do.
 
-    lm-eval's hash of a task is over the order in which its processes gather the documents.
+    lm-eval's hash of a task depends on the order in which processes gather documents.
     """
     one, other = (documents(run.run_id, task) for run in (first, second))
     if one is None or other is None or not one.index.equals(other.index):
@@ -123,5 +123,5 @@ def difference(runs: Sequence[Run], groups: Sequence[Group], documents: Document
         lines[SHOWN_DIFFERENCES:] = [f"and {len(lines) - SHOWN_DIFFERENCES} more files differ too"]
     return (
         "These results cannot be compared: " + "; ".join(lines) + ". "
-        "Evaluate them alike, or keep them apart with --keep-groups."
+        "Evaluate them with equal settings, or keep them apart with --keep-groups."
     )

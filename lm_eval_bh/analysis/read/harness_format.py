@@ -1,15 +1,15 @@
-"""What tables take from the files of lm-eval: the fields, their types, and who may lack them."""
+"""The fields that tables need from lm-eval's files, with types; some are optional."""
 
 from __future__ import annotations
 
 from typing import Any, TypedDict
 
-# A measured value, its standard error ("N/A" where there is none), or what a task adds of its own.
+# A measured value, its standard error ("N/A" if missing), or a task's own entry.
 Measured = float | bool | str | list[Any] | dict[str, Any] | None
 
 
 class SampleCounts(TypedDict):
-    """How many documents a task has, and how many were evaluated."""
+    """Numbers of a task's documents, and of those evaluated."""
 
     original: int
     effective: int
@@ -28,7 +28,7 @@ class HarnessConfig(TypedDict, total=False):
 
 
 class HarnessSettings(TypedDict, total=False):
-    """What lm-eval writes about an evaluation; every release writes more of it."""
+    """Settings of an evaluation; later releases of lm-eval write more of them."""
 
     configs: dict[str, Any] | None
     versions: dict[str, Any] | None

@@ -1,4 +1,4 @@
-"""What was read: experiments as tables, with access to their documents and logs."""
+"""Experiments as tables, with access to their documents and logs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Loaded:
         One row per experiment and routed layer, with the columns ``LAYER_COLUMNS``: mean and
         standard deviation of the experts per token; ``usage`` and ``histogram`` are lists of int.
     problems : list of (Path, str)
-        Files left out because they are broken or incomplete, each with what to do.
+        Files left out because they are damaged or incomplete, with a remedy.
     notes : list of (Path, str)
         Remarks on files that were read.
     groups : list of Group
-        One, unless files that cannot be compared were kept in separate groups.
+        A single group, unless incomparable files were kept in separate groups.
     speeds : list of SpeedFile
         The speed phases of these models.
     """
@@ -56,9 +56,8 @@ class Loaded:
 
         Returns
         -------
-        DataFrame or None
             Indexed by ``doc_id``, with the columns ``hash`` (document, prompt and target),
-            ``output`` (the responses as JSON) and, where the task has them, ``loglikelihood``
+            ``output`` (the responses as JSON) and, if the task has them, ``loglikelihood``
             (nats) with ``words``, ``bytes``, ``targets`` and ``tokens`` (scored; only with a
             routing log), ``acc``, ``acc_norm``, ``exact_match``. None without ``--log_samples``.
         """
@@ -83,7 +82,7 @@ class Loaded:
             if log["run_id"] != run_id:
                 raise DataError(
                     f"{path} is the log of another run, {log['run_id']}: "
-                    "put the right one there, or run the evaluation again."
+                    "restore the right one, or run the evaluation again."
                 )
             return log
         except DataError as error:

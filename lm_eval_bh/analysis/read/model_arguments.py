@@ -1,7 +1,7 @@
-"""What ``--model_args`` says of a model: which one it is, and what tells it from others.
+"""Identifies a model by its ``--model_args``.
 
-Every argument tells runs apart unless it is known to be harmless: one that a later release of
-lm-eval or transformers adds may change the numbers.
+Every argument distinguishes runs unless it is known to be harmless: arguments of later releases of
+lm-eval or transformers may change the numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from lm_eval_bh.resources import MODELS
 
-# Where and how fast it is computed, and what is compared by its outcome in the results file.
+# Arguments about place and speed, and those whose outcome in the file is compared.
 HARMLESS = frozenset(
     {
         "batch_size",
@@ -41,12 +41,12 @@ HARMLESS = frozenset(
         "max_memory",
         "max_memory_per_gpu",
         "max_model_len",  # of vLLM; its outcome is max_length
-        "model_impl",  # whose code of the model vLLM runs
+        "model_impl",  # which code of the model vLLM runs
         "offload_folder",
         "parallelize",
         "pipeline_parallel_size",
         "pretrained",  # compared as the model
-        "revision",  # compared beside the commit
+        "revision",  # compared with the commit
         "tensor_parallel_size",
         "token",
         "tp_plan",
@@ -96,7 +96,7 @@ OF_ROUTING = frozenset(
         "trim",
     }
 )
-# What lm-eval and transformers take where an argument is not given, unless that is None.
+# Defaults of lm-eval and transformers that are not None.
 DEFAULTS: dict[str, Any] = {
     "autogptq": False,
     "backend": "default",
@@ -108,7 +108,7 @@ DEFAULTS: dict[str, Any] = {
     "truncation": False,
     "use_fast_tokenizer": True,
 }
-# How the configurations of transformers call the number of experts of a token.
+# Names of the number of experts per token in transformers' configurations.
 TOP_K = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -121,7 +121,7 @@ TOP_K = (
 
 
 def arguments_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the model's arguments in a results file, whether lm-eval was given text or pairs."""
+    """Return the model's arguments in a results file, given as text or pairs."""
     given = content["config"].get("model_args") or {}
     if isinstance(given, str):
         pairs = (part.partition("=") for part in given.split(",") if part.strip())
@@ -130,7 +130,7 @@ def arguments_of(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """Return what lm-eval makes of the text of an argument."""
+    """Return an argument's value as lm-eval parses it."""
     known = {"true": True, "false": False, "none": None}
     if text.lower() in known:
         return known[text.lower()]
@@ -143,15 +143,15 @@ def _value(text: str) -> Any:
 
 
 def pretrained_of(content: Mapping[str, Any]) -> str:
-    """Return the hub name or path of the model that a results file is of."""
-    # Where the model was given as an object, lm-eval makes up a random model_name.
+    """Return the hub name or path of a results file's model."""
+    # For a model given as an object, lm-eval invents a random model_name.
     drawn = content.get("model_source") == "CUSTOM"
     named = None if drawn else content.get("model_name")
     return str(arguments_of(content).get("pretrained") or named or content["config"].get("model"))
 
 
 def model_of(content: Mapping[str, Any]) -> str:
-    """Return what is equal for two files of one model: its hub name, or its whole path.
+    """Return a key that is equal for files of one model: its hub name or absolute path.
 
     The last part of a path is not enough: ``a/final`` and ``b/final`` are two models.
     """
@@ -159,26 +159,26 @@ def model_of(content: Mapping[str, Any]) -> str:
 
 
 def one_name(name: str) -> str:
-    """Return what is equal for two ways to name a model; see :func:`model_of`."""
+    """Return a key that is equal for all ways to name a model; see :func:`model_of`."""
     if not (is_path(name) or posixpath.isdir(name)):
         return name
     path = posixpath.abspath(posixpath.expanduser(name))  # ./m and /home/me/m are one
-    return next((model for model in MODELS if path.endswith(f"/models/{model}")), path)  # that ship
+    return next((model for model in MODELS if path.endswith(f"/models/{model}")), path)  # shipped
 
 
 def is_path(name: str) -> bool:
-    """Whether a model is given as a path, not as a name of the hub."""
+    """Return whether a model is given as a path instead of a hub name."""
     return name.startswith(("/", ".", "~"))
 
 
 def telling_arguments(content: Mapping[str, Any], besides: Collection[str] = ()) -> str | None:
-    """Return the arguments that tell a model from others, for people too; not those ``besides``.
+    """Return the arguments that distinguish a model, except ``besides``, as readable text.
 
     Returns
     -------
     str or None
-        Such as ``"peft=adapter, tokenizer=other"``, or ``"none"``; None where the model was given
-        as an object, whose arguments nobody knows.
+        Such as ``"peft=adapter, tokenizer=other"``, or ``"none"``; None if the model was given as
+        an object with unknown arguments.
     """
     given = arguments_of(content)
     if not given and content.get("model_source") == "CUSTOM":
@@ -200,7 +200,7 @@ def telling_arguments(content: Mapping[str, Any], besides: Collection[str] = ())
 
 
 def revision_of(content: Mapping[str, Any]) -> str:
-    """Return the branch, tag or commit that was asked for."""
+    """Return the requested branch, tag or commit."""
     return str(arguments_of(content).get("revision") or "main")
 
 
@@ -216,7 +216,7 @@ def chosen_top_k(content: Mapping[str, Any]) -> int | None:
 
 
 def engine_of(content: Mapping[str, Any]) -> str:
-    """Return what ran the unmodified model: ``hf``, or lm-eval's name of another backend."""
+    """Return the backend of the unmodified model: ``hf``, or another name in lm-eval."""
     name = content["config"].get("model")
     other = isinstance(name, str) and name.isidentifier() and name.islower()
     return str(name) if other and name not in ("hf", "huggingface") else "hf"

@@ -1,4 +1,4 @@
-"""Reads one run: lm-eval's results, and where its samples and routing logs are."""
+"""Reads one run: lm-eval's results, and the paths of its samples and routing logs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from lm_eval_bh.validation import mismatch
 
 Notices = list[tuple[Path, str]]  # files, each with a sentence about it
 
-# lm-eval ends the names of its files with the time.
+# lm-eval's file names end with the time.
 DATED = re.compile(r"_(\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?)\.json$")
 
 
@@ -67,7 +67,7 @@ class Run:
             raise DataError(f"{file} is damaged: {reason}; run the evaluation again.")
         if wrong := [task for task in content["results"] if {"/", "\0"} & set(task)]:
             raise DataError(
-                f"{file} is damaged: {wrong[0]!r} is no name of a task; run the evaluation again."
+                f"{file} is damaged: {wrong[0]!r} is not a task name; run the evaluation again."
             )
         fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
         info = read_run_info(content, str(file))
@@ -81,19 +81,19 @@ class Run:
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks evaluated, without the totals of groups of tasks."""
+        """The evaluated tasks, without totals of task groups."""
         known = self.content.get("configs") or self.content["results"]
         return sorted(task for task in self.content["results"] if task in known)
 
     @property
     def model(self) -> str:
-        """The hub name, or the last part of a path."""
+        """The hub name, or the last part of the path."""
         name = self.exported or pretrained_of(self.content)
         return Path(name).name if is_path(name) else name
 
     @property
     def commit(self) -> str | None:
-        """The commit of the model on the hub, where lm-eval found it out."""
+        """The commit of the model on the hub, if lm-eval recorded it."""
         return self.content["config"].get("model_sha") or None
 
     def of_task(self, table: str, task: str) -> Any:
@@ -101,14 +101,14 @@ class Run:
         return (self.content.get(table) or {}).get(task)
 
     def documents(self, task: str) -> int | None:
-        """Return how many documents of a task were evaluated."""
+        """Return the number of evaluated documents of a task."""
         counted = (self.of_task("n-samples", task) or {}).get("effective")
         if counted is None:
             counted = self.content["results"][task].get("sample_len")
         return None if counted is None else int(counted)
 
     def documents_digest(self, task: str) -> str | None:
-        """Return what is equal for runs of a task on the same documents; None where unknown."""
+        """Return a digest that is equal for runs on the same documents; None if unknown."""
         return (self.info.get("documents") or {}).get(task) if self.info else None
 
     def summary(self, task: str) -> TaskSummary | None:
@@ -119,7 +119,7 @@ class Run:
 
     @property
     def cached_requests(self) -> int | None:
-        """How many requests the routing summary does not count; None without a summary."""
+        """Number of requests that the routing summary omits; None without a summary."""
         summary = self.info["summary"] if self.info else None
         return summary["cached_requests"] if summary else None
 
@@ -137,22 +137,22 @@ class Run:
         config = self.info["config"]
         alpha = None if self.info["rule"]["fixed_count"] else config["alpha"]
         name = experiment_name(config["rule"], config["max_k"], alpha, task)
-        # With its task's name in front where two tasks of the run have one data set.
+        # The task's name comes first if two tasks of the run share a data set.
         names = (shortened(f"{task}_{name}") + INTERNAL_ROUTING, name + INTERNAL_ROUTING)
         return next((self.log_folder / name for name in names if name in self.log_files), None)
 
     def find_log(self, logs: Mapping[str, Path]) -> DataError | None:
         """Find the log folder; return an error if it is incomplete.
 
-        It is one that the user gave, or, by a relative ``log_dir``, below a folder that the results
-        are in. An absolute one is not followed: of a copy of the results it would be the log of the
-        original, and nobody would notice that the copy lacks it.
+        The log folder is one that the user gave, or, for a relative ``log_dir``, one below a folder
+        of the results. An absolute ``log_dir`` is not followed: for a copy of the results it would
+        be the original's log, and the missing copy would go unnoticed.
         """
         if self.info is None or not (log_dir := self.info["log_dir"]):
             return None
         candidates = [logs[self.run_id]] if self.run_id in logs else []
         parts = Path(log_dir).parts
-        if all(part == ".." or is_file_name(part) for part in parts):  # relative, and no nonsense
+        if all(part == ".." or is_file_name(part) for part in parts):  # relative and valid
             candidates += [place / log_dir / self.run_id for place in self.file.parents]
         folder = next((folder for folder in candidates if folder.is_dir()), None)
         if folder is None:
@@ -186,7 +186,7 @@ class Run:
             "max_length": self.content.get("max_length"),
             "system instruction": self.content.get("system_instruction_sha") or "none",
             "chat template": self.content.get("chat_template_sha") or "none",
-            # Without a template it changes nothing, and lm-eval's defaults for it differ.
+            # Without a template it has no effect, and lm-eval's defaults for it differ.
             "fewshot_as_multiturn": bool(self.content.get("fewshot_as_multiturn"))
             if self.content.get("chat_template_sha")
             else None,

@@ -1,4 +1,4 @@
-"""Finds the results files in and below folders, and reads those that are whole."""
+"""Finds the results files in and below folders, and reads the complete ones."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lm_eval_bh.schema import (
     read_speed,
 )
 
-UNDATED = "results.json"  # by lm-eval before it put the time into the name
+UNDATED = "results.json"  # from lm-eval before its names had the time
 
-# What computing with damaged numbers raises that are of the right types.
+# Errors of computing with damaged numbers of the right types.
 _MALFORMED = (
     ArithmeticError,
     AttributeError,
@@ -35,7 +35,7 @@ _MALFORMED = (
 
 @dataclass
 class Found:
-    """What lies in and below some folders.
+    """The files in and below some folders.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class Found:
     speeds : list of Path
         Files of speed phases.
     problems, notes : list of (Path, str)
-        What could not be looked into, and what was not read on purpose.
+        Folders that could not be read, and files skipped on purpose.
     """
 
     results: list[Path] = field(default_factory=list)
@@ -65,7 +65,7 @@ def find_files(folders: Sequence[Path]) -> Found:
     unfinished: dict[str, Path] = {}
 
     def unreadable(error: OSError) -> None:
-        sentence = f"{error.filename} could not be looked into: {error.strerror}; let it be read."
+        sentence = f"{error.filename} could not be read: {error.strerror}; make it readable."
         found.problems.append((Path(error.filename), sentence))
 
     for folder in folders:
@@ -98,12 +98,12 @@ def find_files(folders: Sequence[Path]) -> Found:
 
 
 def is_speed(name: str) -> bool:
-    """Whether a file of this name is of a speed phase."""
+    """Return whether a file name is that of a speed phase."""
     return name.startswith(SPEED) and name.endswith(".json")
 
 
 def read_speeds(files: Iterable[Path], problems: Notices) -> list[SpeedFile]:
-    """Return what speed phases have measured; what cannot be read is added to the problems."""
+    """Return the files of speed phases; unreadable ones are added to the problems."""
     found = []
     for file in files:
         try:
@@ -118,7 +118,7 @@ def _walk(
 ) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Yield (folder, its folders, its files) of a tree, every real folder once.
 
-    Links to folders are followed after all else, so that what lies there by itself has that path.
+    Links to folders are followed last, so that real folders keep their own paths.
     """
     seen, waiting = set(), list(folders)
     while waiting:
@@ -153,11 +153,11 @@ def read_runs(
     files, logs
         From :func:`find_files`.
     check : callable
-        Raises what later reading would raise if something in the run is missing or wrong.
+        Raises errors of later reading if something in the run is missing or wrong.
     problems, notes : list of (Path, str)
-        Filled with why files are left out, and with remarks on others.
+        Filled with the reasons for omitted files, and remarks on others.
     routing : bool
-        Whether anybody will ask for what was logged of the routing.
+        Whether routing logs are needed.
     """
     seen: dict[str, Run] = {}
     for file in files:
@@ -195,7 +195,7 @@ def read_runs(
         if cached := run.cached_requests:
             sentence = (
                 f"{cached} requests of {file} came from a cache: "
-                "its routing numbers are of the others only."
+                "its routing numbers cover only the others."
             )
             notes.append((file, sentence))
         yield run

@@ -1,4 +1,4 @@
-"""Every score that lm-eval logged for single documents, of any task, metric and filter."""
+"""Reads all scores of single documents, for any task, metric and filter."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lm_eval_bh.analysis.read.documents import (
     read_samples,
 )
 
-# Metrics that are no mean of the documents' scores, and what their losses are divided by. The first
-# that a task has is taken: the others are the same losses in other units.
+# Metrics that are not means of the documents' scores, and the divisors of their losses. The first
+# one that a task has is used: the others are the same losses in other units.
 LOSSES = {"word_perplexity": "words", "perplexity": "targets", "byte_perplexity": "bytes"}
 OTHER_UNITS = (*LOSSES, "bits_per_byte")
 
@@ -30,7 +30,7 @@ Scores = dict[str, tuple[float, float]]  # metric -> value and size
 
 @dataclass(frozen=True)
 class SampleScores:
-    """What one run logged of one task.
+    """The logged scores of one run on one task.
 
     Attributes
     ----------
@@ -38,10 +38,10 @@ class SampleScores:
         ``doc, prompt, target``, indexed by ``doc_id``; see
         :func:`~lm_eval_bh.analysis.read.documents.hashes_of`.
     scores : dict of (str, str) to DataFrame
-        (metric, filter) -> ``value`` and ``size``, indexed by ``doc_id``. Of perplexities the value
-        is the loglikelihood in nats, and the size what it is divided by; of others the size is NaN.
+        (metric, filter) -> ``value`` and ``size``, indexed by ``doc_id``. For perplexities, the
+        loglikelihood in nats and its divisor; for others the size is NaN.
     notes : list of str
-        What was assumed or left out, each without its subject's name.
+        Assumptions and omissions, each without a subject.
     """
 
     hashes: pd.DataFrame
@@ -50,7 +50,7 @@ class SampleScores:
 
     @property
     def has_hashes(self) -> bool:
-        """Whether lm-eval hashed the documents, rather than a digest of them being taken here."""
+        """Whether lm-eval hashed the documents, rather than this package."""
         return not self.hashes["doc"].astype(str).str.startswith(CONTENT).any()
 
 
@@ -61,20 +61,20 @@ def read_scores(
     keys: Iterable[tuple[str, str]] = (),
     by_content: bool = False,
 ) -> SampleScores:
-    """Read all that lm-eval logged for each document.
+    """Read everything that lm-eval logged for each document.
 
     Parameters
     ----------
     path : Path
         ``samples_<task>_<time>.jsonl``.
     expected : int, optional
-        How many documents the file must contain.
+        Number of documents that the file must contain.
     keys : iterable of (str, str)
         The task's metrics and filters in the order of results.json: earlier releases named neither
-        in the samples, and wrote a line for each filter.
+        in samples, and wrote one line per filter.
     by_content : bool
-        Whether documents are known by their content even where lm-eval has hashed them: beside a
-        run without hashes.
+        Whether to identify documents by content even if lm-eval has hashed them, to match a run
+        without hashes.
 
     Raises
     ------
@@ -109,7 +109,7 @@ def read_scores(
     check_complete(path, len(hashes), expected)
     if repeated:
         notes.append(
-            f"documents that are logged more than once, with other scores: {len(repeated)}, of "
+            f"documents logged more than once with different scores: {len(repeated)}, of "
             "which the first line is compared"
         )
     return SampleScores(
@@ -130,13 +130,13 @@ def _named(
     names = list(filters) or ["none"]
     if most > 1 and {len(lines) for lines in unnamed.values()} == {len(names)}:
         notes.append(
-            "the samples do not name their filters: the lines of each document are taken for "
+            "the samples do not name their filters: the lines of each document are assumed to be "
             f"{', '.join(names)}, in the order of results.json"
         )
     elif most > 1:
         del names[1:]
         notes.append(
-            f"the samples have up to {most} lines a document and do not name their filters: only "
+            f"the samples have up to {most} lines per document and do not name their filters: only "
             f"the first line of each is compared, as that of {names[0]}"
         )
     for doc_id, lines in unnamed.items():
@@ -145,14 +145,14 @@ def _named(
 
 
 def _alike(first: tuple[float, float], second: tuple[float, float]) -> bool:
-    return repr(first) == repr(second)  # NaN is NaN here
+    return repr(first) == repr(second)  # so that NaN equals NaN
 
 
 def _taken(
     sample: Mapping[str, Any], metrics: Sequence[str], by_content: bool
 ) -> tuple[dict[str, str | None], str | None, Scores]:
     """Return a sample's hashes, its filter, and its scores by metric."""
-    named = sample.get("metrics")  # earlier releases do not name them
+    named = sample.get("metrics")  # missing in earlier releases
     names = named if isinstance(named, list) else metrics
     scores = {}
     for name in map(str, names):
@@ -170,7 +170,7 @@ def _taken(
 
 
 def _score(name: str, value: Any) -> tuple[float, float] | None:
-    """Return value and size, or None of what only a whole task has, such as BLEU's counts."""
+    """Return value and size, or None for values of whole tasks only, such as BLEU's counts."""
     if name in LOSSES:
         if isinstance(value, list):
             loglikelihood, size = map(float, value)

@@ -1,4 +1,4 @@
-"""What a sweep has finished and what is gone since: results that nobody would miss otherwise."""
+"""Finds results that a sweep has finished and that were lost since."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lm_eval_bh.schema import INTERNAL_ROUTING, read_summary
 
 
 def lost_files(sweeps: Iterable[Path]) -> Notices:
-    """Return the results and samples that summaries speak of and that do not lie there.
+    """Return the results and samples that summaries list but that do not exist.
 
     Parameters
     ----------
@@ -22,7 +22,7 @@ def lost_files(sweeps: Iterable[Path]) -> Notices:
     Returns
     -------
     list of (Path, str)
-        Each with what to do; a summary that cannot be read is among them.
+        Each with a remedy, including summaries that cannot be read.
     """
     found: Notices = []
     for sweep in sweeps:

@@ -1,1 +1,1 @@
-"""What people look at: figures, the report, the overview in the terminal."""
+"""Output for people: figures, the report, the overview in the terminal."""

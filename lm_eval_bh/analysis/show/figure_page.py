@@ -1,4 +1,4 @@
-"""A page with one figure: the figure is a PNG file beside it, and is drawn into it as SVG."""
+"""A page with one figure, embedded as SVG and written beside it as PNG."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def figure_page(template: str, figure: Figure, picture: Path, **values: Any) -> 
     Parameters
     ----------
     template : str
-        Name of a file of ``templates``.
+        Name of a file in ``templates``.
     figure : Figure
-        What is drawn.
+        The figure.
     picture : Path
         The PNG file.
     **values
-        What the template takes, apart from ``figure``, ``css`` and ``version``.
+        Values of the template, besides ``figure``, ``css`` and ``version``.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup

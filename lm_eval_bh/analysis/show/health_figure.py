@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# One layer's health, as a calibration measures it and a null model's header keeps it.
+# One layer's health, as measured by a calibration and kept in a null model's header.
 Health = Mapping[str, Any]
 
 
 def draw_health(health: Sequence[Health], title: str, path: Path) -> None:
-    """Draw the distribution of held-out p-values, and how far each layer's is from uniform.
+    """Draw the distribution of held-out p-values, and each layer's distance from uniform.
 
     Parameters
     ----------
     health : sequence of mapping
-        One a layer: ``layer``, ``tokens``, ``ks_distance``, ``floor_share``, ``ceiling_share`` and
-        ``quantiles``, as a calibration measures them.
+        One per layer: ``layer``, ``tokens``, ``ks_distance``, ``floor_share``, ``ceiling_share``
+        and ``quantiles``, as measured by a calibration.
     title : str
-        Above the figure.
+        Title of the figure.
     path : Path
         Image file; its suffix is png, pdf or svg.
 
@@ -38,7 +38,7 @@ def draw_health(health: Sequence[Health], title: str, path: Path) -> None:
         If it has another suffix.
     """
     from matplotlib import colormaps
-    from matplotlib.figure import Figure  # not pyplot, which would touch the backend
+    from matplotlib.figure import Figure  # not pyplot, which would change the backend
 
     figure = Figure(figsize=(14, 4.6), layout="constrained")
     curves, bars = figure.subplots(1, 2, width_ratios=(1, 2))
@@ -62,7 +62,7 @@ def draw_health(health: Sequence[Health], title: str, path: Path) -> None:
 
 
 def draw_distances(layers: Sequence[Health]) -> Figure:
-    """Draw how far each layer's held-out p-values are from uniform, from a null model's header.
+    """Draw the layers' distances from uniform, from a null model's header.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The layout of a figure, the same to the last bit for the same data."""
+"""Reproducible layout of figures, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def settle(figure: Figure) -> None:
-    """Lay a figure out once and for all, its names as they are, and round where everything is.
+    """Lay a figure out once, with literal names and rounded positions.
 
-    The solver of matplotlib's constrained layout orders its variables by their address in memory:
-    the last bits differ from run to run, and with them the names that an SVG makes of such numbers.
+    The solver of matplotlib's constrained layout orders its variables by memory address: the last
+    bits differ from run to run, and so do the names that SVG derives from such numbers.
     """
-    show_names(figure)  # the layout makes room for what is shown
+    show_names(figure)  # before the layout, which makes room for names
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)

@@ -15,7 +15,7 @@ from lm_eval_bh.files import write_text
 
 FILE, TABLE, FIGURE = "league.json", "league.csv", "league.png"
 PAGE, MARKDOWN = "league.html", "league.md"
-DRAWN = 8  # methods in the figure: those that lose least
+DRAWN = 8  # methods in the figure: those with the smallest losses
 BEST = 10  # rows before the fold
 Row = Mapping[str, Any]
 
@@ -27,13 +27,13 @@ class Column:
     Attributes
     ----------
     name : str
-        In the CSV.
+        Name in the CSV.
     title : str
-        For people.
+        Title for people.
     value : callable
-        From a row of ``league.json`` to its number; only of rows that did not fail.
+        From a row of ``league.json`` to its number; only for rows that did not fail.
     shown : callable
-        From the same to text; None leaves the column to the CSV.
+        From a row to its text; None shows the column only in the CSV.
     """
 
     name: str
@@ -56,7 +56,7 @@ def _oea(name: str) -> Callable[[Row], Any]:
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """Return a number with its sign, a true minus."""
+    """Return a number with its sign and a typographic minus."""
     return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -126,7 +126,7 @@ COLUMNS = (
         "decision_seconds", "decision (µs)", _of("decision"), lambda r: f"{1e6 * r['decision']:.2f}"
     ),
 )
-# What a terminal has room for, by what it is called there.
+# Columns for a terminal, with their titles there.
 IN_A_TERMINAL = {
     "method": "method",
     "experts": "experts",
@@ -154,12 +154,12 @@ def by_step(league: Mapping[str, Any]) -> bool:
 
 
 def a_mean(league: Mapping[str, Any], target: float) -> str:
-    """Return a target in words, which go on after an "at"."""
+    """Return a target in words, to follow "at"."""
     return f"a mean of {target:g} {'distinct experts' if by_step(league) else 'experts'}"
 
 
 def shown_rows(league: Mapping[str, Any], target: float) -> list[tuple[str, ...]]:
-    """Return the cells of what was measured at a mean, under the titles, the best first."""
+    """Return the cells of the rows at a mean, the best first."""
     rows = [row for row in league["rows"] if row["target"] == target and row["failed"] is None]
     shown = {column.title: column.shown for column in COLUMNS}
     cells = [shown[title] for title in titles_of(league)[1:]]
@@ -167,7 +167,7 @@ def shown_rows(league: Mapping[str, Any], target: float) -> list[tuple[str, ...]
 
 
 def short_rows(league: Mapping[str, Any], target: float) -> list[dict[str, str]]:
-    """Return the cells that a terminal has room for, by their short titles."""
+    """Return the cells for a terminal, by short titles."""
     titles = titles_of(league)
     hidden = {"experts", "KL (nats)"} if by_step(league) else set()
     wanted = {t: s for t, s in IN_A_TERMINAL.items() if t in titles and t not in hidden}
@@ -180,7 +180,7 @@ def short_rows(league: Mapping[str, Any], target: float) -> list[dict[str, str]]
 
 
 def failures(league: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what failed, with its mean, and why."""
+    """Return the failed methods with their means, and the reasons."""
     return [
         (f"{row['name']}, mean {row['target']:g}", " ".join(row["failed"].split()))
         for row in league["rows"]
@@ -189,7 +189,7 @@ def failures(league: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def summary_of(league: Mapping[str, Any], target: float) -> str:
-    """Return in a few words who loses least at a mean, and who is first by fidelity."""
+    """Return a short summary of the best method at a mean, by loss and by fidelity."""
     rows = [row for row in league["rows"] if row["target"] == target and row["failed"] is None]
     if not rows:
         return f"At {a_mean(league, target)} nothing could be measured."
@@ -205,7 +205,7 @@ def summary_of(league: Mapping[str, Any], target: float) -> str:
     )
     if nearest is not best:
         text += (
-            f" By fidelity {nearest['name']} is first: {nearest['fidelity']['kl']:.4f} nats a "
+            f" By fidelity {nearest['name']} is first: {nearest['fidelity']['kl']:.4f} nats per "
             f"token from the model's own distributions, against {best['fidelity']['kl']:.4f}."
         )
     return text
@@ -219,7 +219,7 @@ def write_league(league: Mapping[str, Any], folder: Path) -> list[Path]:
     league : mapping
         The content of ``league.json``.
     folder : Path
-        Where to write.
+        Output folder.
     """
     page = figure_page(
         "league.html.j2",

@@ -1,4 +1,4 @@
-"""The stock ``lm_eval`` command that runs an experiment again."""
+"""The stock ``lm_eval`` command that repeats an experiment."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def lm_eval_command(content: Mapping[str, Any], task: str) -> str:
     Returns
     -------
     str
-        Quoted for a POSIX shell, without what the file does not contain: an output path, an
+        Quoted for a POSIX shell, without settings that the file lacks: an output path, and an
         ``--include_path`` for custom tasks.
     """
     config = content["config"]
@@ -50,7 +50,7 @@ def lm_eval_command(content: Mapping[str, Any], task: str) -> str:
         words += ["--system_instruction", content["system_instruction"]]
     if content.get("chat_template_sha"):
         words.append("--apply_chat_template")
-        if content.get("fewshot_as_multiturn"):  # means nothing without a template
+        if content.get("fewshot_as_multiturn"):  # has no effect without a template
             words += ["--fewshot_as_multiturn", "true"]
     seeds = tuple(config.get(name, usual) for name, usual in zip(SEEDS, DEFAULT_SEEDS, strict=True))
     if seeds != DEFAULT_SEEDS:
@@ -60,7 +60,7 @@ def lm_eval_command(content: Mapping[str, Any], task: str) -> str:
 
 
 def _model_args(content: Mapping[str, Any]) -> str | Mapping[str, Any]:
-    """Return the arguments as given; spelt out where the model was given as an object."""
+    """Return the arguments as given, or spelt out if the model was given as an object."""
     config = content["config"]
     if given := config.get("model_args"):
         return given  # type: ignore[no-any-return]
@@ -68,7 +68,7 @@ def _model_args(content: Mapping[str, Any]) -> str | Mapping[str, Any]:
         return {"pretrained": pretrained_of(content)}
     info = upgraded(config["bh"], "the results file")
     routing = info["config"]
-    foreign = {"solved"}  # parameters that are refused where they have no meaning
+    foreign = {"solved"}  # parameters that are refused if the rule does not take them
     if info["rule"]["fixed_count"]:
         foreign |= {"alpha", "min_k"}
     if routing.get("target_experts") is not None:

@@ -1,4 +1,4 @@
-"""The first documents of finished runs, as the page of routing shows them."""
+"""Reads the first documents of finished runs for the page of routing."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ def read_logged(
     tokenizer: Path | None,
     find_tokenizer: Callable[[Path], Path | None],
 ) -> tuple[list[ViewText], list[ViewRun]]:
-    """Read what one or two runs decided on the first documents of a task.
+    """Read the decisions of one or two runs on the first documents of a task.
 
     Parameters
     ----------
     folders : sequence of Path
-        Of each run, the folder of its results.
+        The folder of each run's results.
     task : str, optional
-        Which; by default the first by name that all runs have.
+        Task to show; by default the first by name that all runs have.
     documents, most : int
-        How many documents, and the most tokens of each.
+        Number of documents, and maximum number of tokens of each.
     tokenizer : Path, optional
         The model's ``tokenizer.json``.
     find_tokenizer : callable
-        Finds it by a results file, or returns None; then tokens are shown by their ids.
+        Finds the tokenizer by a results file, or returns None to show token ids.
 
     Raises
     ------
     ParameterError
-        If there are more than two runs, or these have no such task, other texts or other layers.
+        If there are more than two runs, or their tasks, texts or layers differ.
     DataError
         If a run cannot be read, or has no log of every token.
     """
@@ -74,7 +74,7 @@ def read_logged(
             )
         table = _first_documents(files, task, documents, most)
         if table.empty:
-            raise DataError(f"{folder} has no token of {task} in its log: run it again.")
+            raise DataError(f"{folder} has no tokens of {task} in its log: run it again.")
         tables.append(table)
         runs.append(_run(row.iloc[0], table))
     path = tokenizer or find_tokenizer(Path(opened[0][0]["file"].iloc[0]))
@@ -82,14 +82,14 @@ def read_logged(
     texts = [_texts(table, decode) for table in tables]
     if any(some != texts[0] for some in texts):
         raise ParameterError(
-            f"The two runs have different texts of {task}, so nothing can stand side by side: "
+            f"The two runs have different texts of {task}, so they cannot be shown side by side: "
             "give runs of the same documents and model."
         )
     return texts[0], runs
 
 
 def _open(folder: Path) -> tuple[pd.DataFrame, list[Path]]:
-    """Return the experiments of a folder that have a token log, and the log's files."""
+    """Return the experiments of a folder with a token log, and the log's files."""
     loaded = load_experiments([folder], force=True)
     for _, sentence in loaded.problems:
         raise DataError(sentence)
@@ -107,7 +107,7 @@ def _open(folder: Path) -> tuple[pd.DataFrame, list[Path]]:
 
 
 def _first_documents(files: Sequence[Path], task: str, number: int, most: int) -> pd.DataFrame:
-    """Return the rows of the first documents: of each one's first request, once a token."""
+    """Return the rows of the first request of the first documents, once per token."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -129,7 +129,7 @@ def _first_documents(files: Sequence[Path], task: str, number: int, most: int) -
             raise DataError(
                 f"{file} could not be read: {error}; run the evaluation again."
             ) from error
-    # A long document's last window looks back, at tokens that an earlier one has logged.
+    # A long document's last window repeats tokens that an earlier one has logged.
     kept = kept.drop_duplicates(["doc_id", "layer", "position"])
     kept = kept.sort_values(["doc_id", "layer", "position"], ignore_index=True)
     return kept[kept.groupby(["doc_id", "layer"]).cumcount() < most].reindex(columns=list(COLUMNS))
@@ -187,7 +187,7 @@ def _texts(table: pd.DataFrame, decode: Callable[[list[int]], str] | None) -> li
 
 
 def _words(ids: Sequence[int | None], decode: Callable[[list[int]], str] | None) -> list[str]:
-    """Return the texts of tokens; of those that no vocabulary knows, their numbers."""
+    """Return the texts of tokens, or their numbers without a vocabulary."""
     words: list[str] = []
     for known, some in groupby(ids, key=lambda token: token is not None):
         run = [-1 if token is None else token for token in some]

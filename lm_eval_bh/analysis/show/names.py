@@ -1,4 +1,4 @@
-"""Names in figures, as they are: matplotlib takes $...$ for mathematics, and its font for all."""
+"""Literal names in figures: matplotlib would read $...$ as mathematics and use one font."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BOX = "\N{WHITE SQUARE}"  # where no font has a character
-# What matplotlib itself writes at the ticks of a logarithmic axis.
+BOX = "\N{WHITE SQUARE}"  # for characters that no font has
+# matplotlib's own labels of a logarithmic axis.
 _POWER = re.compile(r"\$\\mathdefault\{[-\N{MINUS SIGN}0-9.^{} ]*(\\times)?[-0-9.^{} ]*\}\$")
 
 
 def show_names(figure: Figure) -> None:
-    """Let every text of a figure be shown as it is, before it is laid out.
+    """Make every text of a figure literal, before the layout.
 
-    Dollar signs are dollar signs. Characters that the figure's font lacks, such as Chinese ones,
-    come from another font of this machine; where none has them the figure shows boxes, which is
-    said once.
+    Dollar signs stay dollar signs. Characters that the figure's font lacks, such as Chinese ones,
+    come from another font of this machine; if no font has them, the figure shows boxes, with one
+    warning.
     """
     from matplotlib.text import Text
 
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         labels = [label.get_text() for label in axis.get_ticklabels()]
         if (boxed := [_boxed(label) for label in labels]) != labels:
-            axis.set_ticks(axis.get_majorticklocs(), boxed)  # else drawing writes them anew
+            axis.set_ticks(axis.get_majorticklocs(), boxed)  # otherwise drawing replaces them
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         written = text.get_text()
@@ -42,13 +42,13 @@ def show_names(figure: Figure) -> None:
 
 
 def _lacking(written: str) -> frozenset[str]:
-    """Return what a text holds that the figure's font has no shape for."""
+    """Return the characters of a text that the figure's font lacks."""
     unknown = {c for c in written if not (c.isascii() and c.isprintable())} - {"\n"}
     return frozenset(c for c in unknown if not (c.isprintable() and _has(_own(), c)))
 
 
 def _boxed(written: str) -> str:
-    """Return a text with a box for each character that no font has, and say so once."""
+    """Return a text with a box for each character that no font has, and warn once."""
     nowhere = _fonts_with(lacking)[1] if (lacking := _lacking(written)) else frozenset()
     if nowhere:
         _say_once("".join(sorted(nowhere)))
@@ -57,7 +57,7 @@ def _boxed(written: str) -> str:
 
 @cache
 def _fonts_with(characters: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Return fonts of this machine that have characters between them, and what none has."""
+    """Return fonts of this machine that cover characters, and those that none has."""
     from matplotlib.font_manager import fontManager
 
     families: list[str] = []
@@ -80,21 +80,21 @@ def _has(path: str, character: str) -> bool:
 
 @cache
 def _face(path: str) -> Any:
-    """Return a font whose outlines can be drawn, or None: pictures such as colour emoji cannot."""
+    """Return a font with outlines, or None: bitmaps such as colour emoji cannot be drawn."""
     from matplotlib.ft2font import FT2Font
 
     if not Path(path).is_file():  # the list of fonts is kept between runs
         return None
     try:
         face = FT2Font(path)
-    except RuntimeError:  # not a font that FreeType reads
+    except RuntimeError:  # FreeType cannot read it
         return None
     return face if face.scalable else None
 
 
 @cache
 def _own() -> str:
-    """Return the file of the font that figures are drawn in."""
+    """Return the file of the figures' font."""
     from matplotlib.font_manager import FontProperties, findfont
 
     return str(findfont(FontProperties(family=["sans-serif"])))
@@ -104,7 +104,7 @@ def _own() -> str:
 def _say_once(characters: str) -> None:
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in characters)
     logger.warning(
-        "No font of this machine has the characters %s of a name, so the figure shows boxes: "
+        "No font of this machine has the characters %s in a name, so the figure shows boxes: "
         "install one that has them, such as Noto Sans CJK.",
         shown[:60],
     )

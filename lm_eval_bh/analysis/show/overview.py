@@ -1,4 +1,4 @@
-"""The table on the terminal: a row per experiment, with the most important numbers."""
+"""The table on the terminal: one row per experiment, with the most important numbers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES, PERPLEXITY_UNIT
 if TYPE_CHECKING:
     from rich.table import Table
 
-WIDEST = 24  # of a strategy; longer ones take several lines
+WIDEST = 24  # characters of a strategy's name; longer ones wrap
 
 
 def overview(frame: pd.DataFrame, compared: pd.DataFrame, level: float) -> list[Table]:
-    """Return one table per task, and per group where there are several.
+    """Return one table per task, and per group if there are several.
 
     Parameters
     ----------
     frame : DataFrame
-        Of :func:`~lm_eval_bh.analysis.table.experiments.load_experiments`.
+        From :func:`~lm_eval_bh.analysis.table.experiments.load_experiments`.
     compared : DataFrame
-        Of :func:`~lm_eval_bh.analysis.compare.paired.compare`.
+        From :func:`~lm_eval_bh.analysis.compare.paired.compare`.
     level : float
-        Of the tests: which adjusted p-values get a star.
+        Level of the tests, for stars at adjusted p-values.
     """
     several = frame["group"].nunique() > 1
     tables = [
@@ -90,12 +90,12 @@ def _number(value: Any, how: str) -> str:
 
 
 def _perplexity(value: Any) -> str:
-    """Return a perplexity with two decimals; without any from 1000 on."""
+    """Return a perplexity with two decimals, or none from 1000 on."""
     return _number(value, ",.0f" if not is_missing(value) and value >= 1000 else ".2f")
 
 
 def _change(rows: pd.DataFrame, level: float) -> str:
-    """Return the difference from the baseline: percent of perplexity, points of accuracy."""
+    """Return the difference from the baseline: percent of perplexity, or points of accuracy."""
     rows = rows[rows["difference"].notna()]
     if not len(rows):
         return ""
@@ -108,7 +108,7 @@ def _change(rows: pd.DataFrame, level: float) -> str:
 
 
 def _speed(row: pd.Series) -> str:
-    """Return the ratio to the model as it is, with its interval."""
+    """Return the ratio to the unchanged model, with its interval."""
     ratio, low, high = (row[f"speed_ratio{end}"] for end in ("", "_low", "_high"))
     known = not (is_missing(low) or is_missing(high))
     return _number(ratio, ".2f") + (f"\n[{low:.2f},\n{high:.2f}]" if known else "")

@@ -1,4 +1,4 @@
-"""Perplexity over the mean number of experts: policies beside static top-k, and who is better."""
+"""Perplexity over the mean number of experts: policies compared with static top-k."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_bh.analysis.show.names import show_names
 from lm_eval_bh.analysis.show.plots.style import BASELINE_LINE, MARKERS, NEUTRAL, PALETTE, RC
 
-ONE_MEAN = 0.06  # share of the model's own; policies that differ by less are drawn as rows
+ONE_MEAN = 0.06  # share of the model's own k; policies with closer means are drawn as rows
 EXPERTS, DISTINCT = "Experts per token (mean)", "Distinct experts per layer and step (mean)"
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ class Point:
     Attributes
     ----------
     mean_experts, perplexity : float
-        Where it stands: its mean number of experts, or of another cost; and what it loses.
+        Its mean number of experts, or another cost, and its perplexity.
     difference, low, high : float
-        From static top-k at the same mean, with its 95 % interval.
+        Difference from static top-k at the same mean, with its 95 % interval.
     """
 
     mean_experts: float
@@ -49,15 +49,15 @@ def draw_pareto(
     Parameters
     ----------
     static : mapping of number of experts to perplexity
-        At least two.
+        Perplexities of static top-k, at least two.
     policies : mapping of name to points
-        In the order of the legend; neighbours in the mean are joined by a line.
+        Policies in the order of the legend; lines join neighbouring means.
     title : str
-        Over both panels.
+        Title over both panels.
     best : str, optional
         The policy to draw heavier.
     cost : str
-        What the means are of.
+        Label of the cost.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -80,7 +80,7 @@ def draw_pareto(
             ordered = sorted(points, key=lambda point: point.mean_experts)
             means = [point.mean_experts for point in ordered]
             left.plot(means, [point.perplexity for point in ordered], label=name, **style)
-        # Static top-k with very few experts is far off: what is looked at is around the policies.
+        # Static top-k with very few experts is far off, so the view is around the policies.
         points = [point for found in policies.values() for point in found]
         means = [point.mean_experts for point in points]
         if points:
@@ -117,7 +117,7 @@ def _style(number: int, best: bool) -> dict[str, Any]:
 def _draw_forest(
     axes: Axes, policies: Mapping[str, Sequence[Point]], styles: Sequence[dict[str, Any]]
 ) -> None:
-    """Draw one row for each policy, at one mean of all."""
+    """Draw one row per policy, at a common mean."""
     axes.axvline(0, color=NEUTRAL, linestyle=BASELINE_LINE)
     for row, (style, points) in enumerate(zip(styles, policies.values(), strict=True)):
         for point in points:

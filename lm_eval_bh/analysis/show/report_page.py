@@ -35,7 +35,7 @@ REPORT = "bh_routing_report"
 FIGURE = "visualizations/bh_comprehensive_comparison"
 HEALTH = "visualizations/null_model_health"
 
-# What Markdown would take for markup. Names are full of underscores, which are safe within words.
+# Characters that Markdown reads as markup; underscores within words are safe.
 _MARKUP = re.compile(r"([\\`*\[\]<>|&~])")
 
 
@@ -49,7 +49,7 @@ def write_report(
     resamples: int = 9999,
     seed: int = 0,
 ) -> list[Path]:
-    """Write ``bh_routing_report.md`` and ``.html``, and the nine panels that they show.
+    """Write ``bh_routing_report.md`` and ``.html``, and their nine panels.
 
     The HTML page is a single file that loads nothing; only sorting and filtering need scripts.
 
@@ -58,7 +58,7 @@ def write_report(
     loaded : Loaded
         From :func:`~lm_eval_bh.analysis.table.experiments.load_experiments`.
     folder : Path or str
-        Where to write.
+        Output folder.
     margin, accuracy_margin, confidence, resamples, seed
         See :func:`~lm_eval_bh.analysis.compare.paired.compare` and
         :func:`~lm_eval_bh.analysis.compare.recommendation.recommend`.
@@ -94,7 +94,7 @@ def write_report(
         "layers": layer_table(loaded),
         "figures": _figures(loaded, folder),
         "nulls": _nulls(contents, folder),
-        # The anchors are those of the rows of the results.
+        # Anchors match the rows of the results.
         "commands": [
             (
                 f"run-{number}",
@@ -103,7 +103,7 @@ def write_report(
             )
             for number, (_, row) in enumerate(loaded.frame.iterrows(), start=1)
         ],
-        # Last: reading above may have added to them.
+        # Last, since reading above may have added some.
         "problems": [sentence for _, sentence in loaded.problems],
         "notes": [sentence for _, sentence in loaded.notes],
         "settings": {
@@ -187,8 +187,8 @@ def _summary(frame: pd.DataFrame) -> list[str]:
     alone = int((adaptive["matched_by"].isna()).sum())
     if alone:
         found.append(
-            f"{alone} adaptive experiments have no static top-k at the same mean number of experts "
-            "to compare with: run rule=topk with a smaller and a larger max_k."
+            f"{alone} adaptive experiments have no static top-k at the same mean number of "
+            "experts to compare with: run rule=topk with a smaller and a larger max_k."
         )
     return found
 
@@ -211,7 +211,7 @@ def _embedded(figure: Any, name: str) -> dict[str, str]:
     import matplotlib
 
     drawn = io.BytesIO()
-    # No time and no random names: equal runs give equal pages.
+    # No time and no random names, so that equal runs give equal pages.
     with matplotlib.rc_context({"svg.hashsalt": REPORT}):
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     encoded = base64.b64encode(drawn.getvalue()).decode("ascii")
@@ -219,7 +219,7 @@ def _embedded(figure: Any, name: str) -> dict[str, str]:
 
 
 def _nulls(contents: dict[str, dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Describe every null model that a run used, once, and draw its health."""
+    """Describe every null model in use once, and draw its health."""
     found: dict[str, dict[str, Any]] = {}
     for content in contents.values():
         header = (content["config"].get("bh") or {}).get("null_model") or {}
@@ -248,7 +248,7 @@ def _nulls(contents: dict[str, dict[str, Any]], folder: Path) -> list[dict[str, 
 
 
 def _calibration(header: dict[str, Any]) -> str:
-    """Return the command that calibrates the same null model into another file and checks it."""
+    """Return the command that calibrates the same null model to another file and checks it."""
     words = ["lm-eval-bh", "calibrate", "--model", header.get("model") or "MODEL"]
     for option in ("tokens", "kernel", "trim", "statistic"):
         if header.get(option) is not None:

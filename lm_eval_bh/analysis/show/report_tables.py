@@ -29,7 +29,7 @@ PER = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell: what is shown, what it is sorted by, and how deeply it is shaded (0 to 1)."""
+    """A cell: its text, its sorting value, and its shade (0 to 1)."""
 
     text: str
     value: float | None = None
@@ -39,7 +39,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A row: its cells by the title of their column, and what it can be filtered by."""
+    """A row: its cells by column title, and its value for filters."""
 
     cells: dict[str, Cell]
     anchor: str = ""
@@ -49,14 +49,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that have the same columns, the first of which names them, and what columns mean."""
+    """Rows with equal columns, of which the first names them, and explanations of columns."""
 
     rows: list[Row]
     about: dict[str, str] = field(default_factory=dict)
 
     @property
     def columns(self) -> dict[str, Cell]:
-        """The titles, each with one of its cells."""
+        """The column titles, each with one cell."""
         return self.rows[0].cells if self.rows else {}
 
     @property
@@ -66,9 +66,9 @@ class Table:
 
 
 def number(value: Any, form: str = "", then: str = "") -> Cell:
-    """Return a number as a cell; by default with four significant digits. Empty if unknown.
+    """Return a number as a cell, by default with four significant digits. Empty if unknown.
 
-    What stands behind it, such as its interval, plays no part in sorting.
+    Text after it, such as its interval, does not affect sorting.
     """
     if is_missing(value):
         return Cell("", numeric=True)
@@ -92,14 +92,14 @@ def p_value(value: Any) -> Cell:
 
 
 def interval(row: pd.Series, name: str, form: str) -> Cell:
-    """Return a number of a row with the interval in its columns ``_low`` and ``_high``."""
+    """Return a number of a row with the interval in columns ``_low`` and ``_high``."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     known = not (is_missing(low) or is_missing(high))
     return number(row[name], form, f" [{low:{form}}, {high:{form}}]" if known else "")
 
 
 def accuracy(row: pd.Series) -> Cell:
-    """Return an accuracy with its standard error, or with what it says in their place."""
+    """Return an accuracy with its standard error, or with a note instead."""
     error = row["accuracy_stderr"]
     cell = number(row["accuracy"], ".3f", f" ± {error:.3f}" if not is_missing(error) else "")
     return replace(cell, text=with_note(cell.text, row))
@@ -123,7 +123,7 @@ RESULTS = {
 
 
 def results_table(frame: pd.DataFrame) -> Table:
-    """Return one row per experiment, each adaptive one with static top-k at the same budget."""
+    """Return one row per experiment, with static top-k at the same budget if adaptive."""
     groups = frame["group"].nunique()
     metrics = {
         key: perplexity_column(rows) for key, rows in frame.groupby(["group", "task"], sort=False)
@@ -176,7 +176,7 @@ SPEEDS = {
 
 
 def speed_table(speeds: Sequence[SpeedFile]) -> Table:
-    """Return what speed phases measured: a row per configuration and workload."""
+    """Return the results of speed phases: one row per configuration and workload."""
     rows = []
     for _, row in speed_frame(speeds).iterrows():
         counted = "" if holds(row["rows_counted"]) else " (selected)"
@@ -237,7 +237,7 @@ def comparison_table(comparisons: pd.DataFrame) -> Table:
 
 
 def verdict_table(found: Recommendation) -> Table:
-    """Return what the rule says of every configuration."""
+    """Return the criterion's verdict on every configuration."""
     rows = []
     for one in found.candidates:
         cells = {
@@ -253,7 +253,7 @@ def verdict_table(found: Recommendation) -> Table:
 
 
 def health_table(layers: Sequence[Mapping[str, Any]]) -> Table:
-    """Return how well a null model fits held-out text, one row per layer.
+    """Return a null model's fit on held-out text, one row per layer.
 
     Parameters
     ----------
@@ -281,7 +281,7 @@ def health_table(layers: Sequence[Mapping[str, Any]]) -> Table:
 
 def layer_table(loaded: Loaded) -> Table:
     """Return the mean experts of every routed layer, one row per experiment."""
-    # A log without a token has no mean.
+    # A log without tokens has no mean.
     means = loaded.layers.dropna(subset="mean").pivot(
         index=["run_id", "task"], columns="layer", values="mean"
     )

@@ -1,4 +1,4 @@
-"""Draws how two routing logs differ: where, by how much, which experts, and at what loss."""
+"""Draws the differences of two routing logs: where, how much, which experts, which loss."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def draw_routes(diff: RouteDiff, names: tuple[str, str], path: Path) -> None:
     Parameters
     ----------
     diff : RouteDiff
-        How they differ.
+        The differences.
     names : tuple of str
-        Of A and B.
+        Names of A and B.
     path : Path
         Image file; its suffix is png, pdf or svg.
 
@@ -50,8 +50,8 @@ def draw_routes(diff: RouteDiff, names: tuple[str, str], path: Path) -> None:
         _draw_swaps(swaps, diff)
         _draw_losses(losses, diff)
         figure.suptitle(
-            f"{100 * diff.share:.2g} % of {diff.pairs:,} pairs of a token and a layer have other "
-            f"experts\nA: {names[0]}\nB: {names[1]}",
+            f"{100 * diff.share:.2g} % of {diff.pairs:,} pairs of a token and a layer have "
+            f"different experts\nA: {names[0]}\nB: {names[1]}",
             fontsize=9,
         )
         settle(figure)
@@ -69,15 +69,15 @@ def _draw_grid(figure: Figure, axes: Axes, diff: RouteDiff) -> None:
     _name_layers(axes.set_yticks, diff)
     axes.grid(visible=False)
     axes.set(xlabel="position in the request", ylabel="layer")
-    axes.set_title("Tokens with other experts", loc="left")
+    axes.set_title("Tokens with different experts", loc="left")
 
 
 def _draw_layers(axes: Axes, diff: RouteDiff) -> None:
     place = np.arange(len(diff.layers))
     shown = (
-        ("pairs with other experts", diff.layers["differ"]),
+        ("pairs with different experts", diff.layers["differ"]),
         ("1 - Jaccard index of the experts", 1 - diff.layers["jaccard"]),
-        ("weight of A's experts that B has not", diff.layers["weight_a"]),
+        ("weight of A's experts that B lacks", diff.layers["weight_a"]),
     )
     for at, ((name, values), colour) in enumerate(zip(shown, PALETTE, strict=False), start=-1):
         if values.notna().any():  # a trace may have no weights
@@ -90,7 +90,7 @@ def _draw_layers(axes: Axes, diff: RouteDiff) -> None:
 
 
 def _name_layers(set_ticks: Callable[..., object], diff: RouteDiff) -> None:
-    """Name the layers, of many only some."""
+    """Name the layers, or only some of many."""
     places = np.unique(np.linspace(0, len(diff.layers) - 1, min(len(diff.layers), 16)).astype(int))
     set_ticks(places, [str(diff.layers["layer"][place]) for place in places])
 
@@ -105,14 +105,14 @@ def _draw_swaps(axes: Axes, diff: RouteDiff) -> None:
 
 
 def swap_name(layer: int, a: int, b: int) -> str:
-    """Return what a swap is called: the layer, and what serves in place of what."""
+    """Return the name of a swap: the layer, and which expert replaces which."""
     kind = f"{a} dropped" if b == NOBODY else f"{b} added" if a == NOBODY else f"{b} for {a}"
     return f"layer {layer}: {kind}"
 
 
 def _draw_losses(axes: Axes, diff: RouteDiff) -> None:
     axes.set_title("Loss of reading a token, by how much of its routing differs", loc="left")
-    axes.set(xlabel="layers in which it has other experts", ylabel="nats (mean)")
+    axes.set(xlabel="layers with different experts", ylabel="nats (mean)")
     if not len(diff.losses):
         axes.text(0.5, 0.5, "not logged in both", ha="center", color=NEUTRAL)
         return

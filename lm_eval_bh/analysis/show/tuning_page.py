@@ -1,4 +1,4 @@
-"""What a search of policies tried, and what won: a figure, a table and one page that holds both."""
+"""The page of a policy search: a figure and a table of candidates and the winner."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lm_eval_bh.analysis.show.pareto_figure import DISTINCT, EXPERTS, Point, dra
 from lm_eval_bh.files import write_text
 
 PAGE, FIGURE = "tune.html", "tune.png"
-BEATEN = 3  # of what the winner was chosen over, by name
-SHOWN = 5  # adaptive families in the figure, beside the controls; the table has all
+BEATEN = 3  # runners-up named in the text
+SHOWN = 5  # adaptive families in the figure, besides controls; the table has all
 
 
 def write_tuning_page(account: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -23,7 +23,7 @@ def write_tuning_page(account: Mapping[str, Any], folder: Path) -> list[Path]:
     account : mapping
         From :func:`lm_eval_bh.policies.tuning.run.tune`, as plain values.
     folder : Path
-        Where to write ``tune.html`` and ``tune.png``.
+        Output folder of ``tune.html`` and ``tune.png``.
     """
     page = figure_page(
         "tune.html.j2",
@@ -69,7 +69,7 @@ def by_step(account: Mapping[str, Any]) -> bool:
 
 
 def verdict_of(account: Mapping[str, Any]) -> str:
-    """Return in a sentence or two what unseen text says of the winner."""
+    """Return one or two sentences on the winner's results on unseen text."""
     name, found = account["winner"]["name"], account["confirmation"]
     native = found["native"]
     text = f"{account['documents']['confirmation']} unseen {account['unit']} of {account['text']}"
@@ -96,7 +96,7 @@ def verdict_of(account: Mapping[str, Any]) -> str:
 
 
 def findings_of(account: Mapping[str, Any]) -> list[str]:
-    """Return what else there is to say of the winner: what it beat, fidelity, tasks, one by one."""
+    """Return further findings on the winner: runners-up, fidelity, tasks."""
     return [*_beaten(account), _fidelity(account), *_tasks(account)]
 
 
@@ -115,7 +115,7 @@ def _fidelity(account: Mapping[str, Any]) -> str:
     ours, theirs = found["fidelity"]["policy"], found["fidelity"]["topk"]
     kl = found["fidelity"]["kl_difference"]
     text = (
-        f"Fidelity: its next-token distributions are {ours['kl']:.4f} nats a token from the "
+        f"Fidelity: its next-token distributions are {ours['kl']:.4f} nats per token from the "
         f"model's own ({ours['worst']:.4f} in the worst tenth of the {units}), and "
         f"{100 * ours['changed']:.1f} % of the first choices change; static top-k at that mean has "
         f"{theirs['kl']:.4f} ({theirs['worst']:.4f}) and {100 * theirs['changed']:.1f} %."
@@ -123,12 +123,12 @@ def _fidelity(account: Mapping[str, Any]) -> str:
     if control and control["high"] < 0 and kl["high"] >= 0:
         how = "is farther from" if kl["low"] > 0 else "is not shown to be nearer to"
         text += (
-            f" Perplexity and fidelity disagree: it is better in perplexity, and {how} the model's "
-            f"own distributions than static top-k ({kl['difference']:+.4f} nats a token, "
+            f" Perplexity and fidelity disagree: it is better in perplexity, but {how} the model's "
+            f"own distributions than static top-k ({kl['difference']:+.4f} nats per token, "
             f"{kl['low']:+.4f} to {kl['high']:+.4f})."
         )
     elif control and control["high"] >= 0 and kl["high"] < 0:
-        text += " Perplexity and fidelity disagree: it is nearer to the model, and not better."
+        text += " Perplexity and fidelity disagree: it is nearer to the model, but not better."
     return text
 
 
@@ -164,14 +164,14 @@ def _tasks(account: Mapping[str, Any]) -> list[str]:
 
 
 def screened_rows(account: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return the cells of the first look on little text, as :func:`tried_rows` does."""
+    """Return the cells of the first look on little text, like :func:`tried_rows`."""
     rows = _rows(account["screened"], account["cost"]["measured"])
-    few = by_step(account)  # groups, of which no interval can be drawn
+    few = by_step(account)  # groups, too few for an interval
     return [(*row[:-1], "") for row in rows] if few else rows
 
 
 def tried_rows(account: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return (name, mean, perplexity, difference, interval) of what was tried, the best first."""
+    """Return (name, mean, perplexity, difference, interval) of all candidates, best first."""
     return _rows(account["tried"], account["cost"]["measured"])
 
 

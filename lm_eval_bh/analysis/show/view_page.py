@@ -1,4 +1,4 @@
-"""The page on which routing can be seen, token by token: one file that loads nothing."""
+"""The page that shows routing token by token: one file that loads nothing."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import TypedDict
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.files import write_text
 
-# An expert, its weight, what it was decided by, and the limit of that; None where unknown.
+# An expert, its weight, its score, and the threshold; None if unknown.
 Row = tuple[int, float | None, float | None, float | None]
-DIGITS = 4  # significant ones of what the page shows
+DIGITS = 4  # significant digits on the page
 
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"  # what part of a character decodes to
-LONGEST = 16  # tokens of one character, or of several that share tokens
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # decoded part of a character
+LONGEST = 16  # maximum tokens of one character, or of several that share tokens
 
 
 class ViewText(TypedDict):
-    """A text: its name, and its tokens as text and as ids (None where those are unknown)."""
+    """A text: its name, and its tokens as text and as ids (None if unknown)."""
 
     title: str
     tokens: list[str]
@@ -30,10 +30,10 @@ class ViewText(TypedDict):
 
 
 class ViewLayer(TypedDict):
-    """What a layer decided on a text.
+    """A layer's decisions on a text.
 
-    ``score`` and ``limit`` name the last two columns of the rows, or are None. Of each token,
-    ``counts`` says how many experts serve, and ``rows`` has one for each of them, best first, and
+    ``score`` and ``limit`` name the last two columns of the rows, or are None. For each token,
+    ``counts`` has the number of experts, and ``rows`` one row per expert, the best first, and
     possibly one more: the first expert that was left out.
     """
 
@@ -52,7 +52,7 @@ class ViewRouted(TypedDict):
 
 
 class ViewRun(TypedDict):
-    """A configuration, and what it decided on each of the texts, in their order."""
+    """A configuration, and its decisions on each text, in order."""
 
     label: str
     model: str
@@ -62,14 +62,14 @@ class ViewRun(TypedDict):
 
 
 def pieces(decode: Callable[[list[int]], str], ids: Sequence[int]) -> list[str]:
-    """Return the text of each token: of a character made of several, all of it at the first.
+    """Return the text of each token; a character of several tokens belongs to the first.
 
     Parameters
     ----------
     decode : callable
         Returns the text of token ids.
     ids : sequence of int
-        Of a text. Where it ends within a character, that stays a replacement character.
+        Token ids of a text. An incomplete last character stays a replacement character.
     """
     found: list[str] = []
     place = 0
@@ -87,7 +87,7 @@ def pieces(decode: Callable[[list[int]], str], ids: Sequence[int]) -> list[str]:
 
 
 def short(value: float | None) -> float | None:
-    """Return a number with as many digits as the page shows; None for what is not finite."""
+    """Return a number rounded for the page; None if it is not finite."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.{DIGITS}g}")
@@ -98,7 +98,7 @@ def check_same_layers(runs: Sequence[ViewRun]) -> None:
     layers = [[layer["layer"] for layer in run["texts"][0]["layers"]] for run in runs]
     if any(some != layers[0] for some in layers):
         raise ParameterError(
-            "The two configurations route different layers, so these cannot stand side by side: "
+            "The two configurations route different layers, so they cannot be shown side by side: "
             "give both the same layers=."
         )
 
@@ -109,16 +109,16 @@ def view_page(title: str, texts: Sequence[ViewText], runs: Sequence[ViewRun]) ->
     Parameters
     ----------
     title : str
-        Of the page.
+        Title of the page.
     texts : sequence of ViewText
-        At least one.
+        Texts, at least one.
     runs : sequence of ViewRun
-        One, or two that are shown side by side: A and B.
+        One run, or two to show side by side: A and B.
 
     Raises
     ------
     ParameterError
-        If they route different layers.
+        If runs route different layers.
     """
     check_same_layers(runs)
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -138,7 +138,7 @@ def view_page(title: str, texts: Sequence[ViewText], runs: Sequence[ViewRun]) ->
         return Markup(loader.get_source(environment, name)[0])
 
     text = json.dumps({"texts": texts, "runs": runs}, allow_nan=False, separators=(",", ":"))
-    data = Markup(text.replace("<", "\\u003c"))  # nothing in it may end the script
+    data = Markup(text.replace("<", "\\u003c"))  # so that nothing in it can end the script
     return environment.get_template("view.html.j2").render(
         page={"title": title, "texts": texts, "runs": runs},
         data=data,
@@ -148,5 +148,5 @@ def view_page(title: str, texts: Sequence[ViewText], runs: Sequence[ViewRun]) ->
 
 
 def write_view(path: Path, title: str, texts: Sequence[ViewText], runs: Sequence[ViewRun]) -> Path:
-    """Write the page, whole or not at all, and return its path."""
+    """Write the page, completely or not at all, and return its path."""
     return write_text(path, view_page(title, texts, runs))

@@ -1,4 +1,4 @@
-"""Accuracies that say nothing: those of guessing, and those of a model that has nothing right."""
+"""Marks uninformative accuracies: those at chance level, and zero."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ AT_CHANCE, NONE_RIGHT = "at chance", "all wrong"
 def add_chance(rows: Iterable[dict[str, Any]], loaded: Loaded) -> None:
     """Fill in ``chance_accuracy`` and ``accuracy_note``.
 
-    Multiple choice has an accuracy of chance, the mean over documents of 1 / number of choices. An
-    accuracy is "at chance" where its exact binomial interval (95 %, Clopper and Pearson 1934)
-    holds that. Where an answer has to be produced, as LAMBADA's last word, nothing is guessed; an
-    accuracy of 0 is then "all wrong", and two of them side by side compare nothing.
+    The chance accuracy of multiple choice is the mean over documents of 1 / number of choices. An
+    accuracy is "at chance" if its exact binomial interval (95 %, Clopper and Pearson 1934) contains
+    the chance accuracy. If an answer has to be produced, such as LAMBADA's last word, there is no
+    chance level; an accuracy of 0 is then "all wrong", and comparing two of them is meaningless.
     """
     for row in rows:
         if row["accuracy"] is None or not row["documents"]:
@@ -31,20 +31,20 @@ def add_chance(rows: Iterable[dict[str, Any]], loaded: Loaded) -> None:
 
 
 def note(accuracy: float, documents: int, chance: float | None) -> str | None:
-    """Return what an accuracy is of: "at chance", "all wrong", or None where it tells something.
+    """Return the note on an accuracy: "at chance", "all wrong", or None if informative.
 
     Parameters
     ----------
     accuracy : float
         From 0 to 1.
     documents : int
-        That it is the mean over.
+        Number of documents.
     chance : float or None
-        The accuracy of guessing; None where nothing can be guessed.
+        The accuracy of guessing; None without a chance level.
     """
     if chance is None:
         return NONE_RIGHT if accuracy == 0 else None
-    from scipy import stats  # reading tables does without
+    from scipy import stats  # not needed for reading tables
 
     found = stats.binomtest(round(accuracy * documents), documents)
     interval = found.proportion_ci(confidence_level=0.95, method="exact")
@@ -52,7 +52,7 @@ def note(accuracy: float, documents: int, chance: float | None) -> str | None:
 
 
 def with_note(cell: str, row: pd.Series) -> str:
-    """Return a cell of an accuracy with its note: instead of nothing right, behind chance."""
+    """Return an accuracy's cell with its note: replaced if all wrong, appended at chance."""
     said = row.get("accuracy_note")
     if said == NONE_RIGHT:
         return NONE_RIGHT

@@ -35,13 +35,13 @@ def load_experiments(
     Parameters
     ----------
     folders : iterable of Path or str
-        Where ``lm_eval --output_path`` or a sweep wrote, with ``--model hf-bh`` or, for baselines,
-        ``--model hf``; single results files too.
+        Folders of ``lm_eval --output_path`` or of a sweep, with ``--model hf-bh`` or, for
+        baselines, ``--model hf``; also single results files.
     force : bool
-        Keep experiments that cannot be compared in separate groups instead of raising an error.
+        Keep incomparable experiments in separate groups instead of raising an error.
     context_length : int, optional
-        How many positions a token attends to, for counting FLOPs. By default the longest window
-        that the run allowed, which tends to understate what fewer experts save.
+        Number of positions that a token attends to, for counting FLOPs. By default the longest
+        window that the run allowed, which tends to understate the savings of fewer experts.
 
     Raises
     ------

@@ -9,16 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder whose every layer is attention and a mixture of experts.
+    """A decoder in which every layer has attention and a mixture of experts.
 
     Attributes
     ----------
     hidden_size, num_layers, vocab_size : int
         Width, depth, and number of rows of the output head.
     num_heads, num_key_value_heads, head_dim : int
-        Of the attention.
+        Sizes of the attention.
     num_experts : int
-        In each layer.
+        Experts per layer.
     expert_size : int
         Inner width of one expert, a gated unit of three matrices (gate, up, down).
     """
@@ -42,13 +42,13 @@ class Architecture:
             ``hidden_size``, ``num_hidden_layers`` and so on, as in
             :class:`~lm_eval_bh.schema.RunInfo`.
         moe_layers : int
-            How many layers have experts.
+            Number of layers with experts.
 
         Returns
         -------
         Architecture or None
             None if a number is missing, or if there are layers of another kind: their size is not
-            in the configuration, and half a count would be worse than none.
+            in the configuration, and an incomplete count would be worse than none.
         """
         hidden = config.get("hidden_size")
         heads = config.get("num_attention_heads")
@@ -70,7 +70,7 @@ class Architecture:
         return architecture if architecture.num_layers == moe_layers else None
 
     def breakdown(self, experts: float, context_length: int) -> dict[str, float]:
-        """Return the FLOPs that one token takes in each part of the model; see :meth:`flops`."""
+        """Return the FLOPs per token in each part of the model; see :meth:`flops`."""
         attention = self.num_heads * self.head_dim
         keys_and_values = 2 * self.num_key_value_heads * self.head_dim
         layer = {
@@ -92,16 +92,16 @@ class Architecture:
 
             L \, [\, 2h(2Hd + 2Gd) + 4nHd + 2hN + 6khm \,] + 2hV
 
-        that is the projections (query, output; key, value), the scores with the weighted sum of the
-        values, the router, the experts, and the head. Norms, activations, softmax, rotations and
-        the lookup of embeddings are left out: they are vectors beside matrices.
+        for the projections (query, output; key, value), the scores and the weighted sum of values,
+        the router, the experts, and the head. Norms, activations, softmax, rotations and the lookup
+        of embeddings are left out: they are small compared with matrix products.
 
         Parameters
         ----------
         experts : float
-            Mean number of experts that a token is computed by, over all layers.
+            Mean number of computed experts per token, over all layers.
         context_length : int
-            How many positions a token attends to. Attention costs the same under every routing, so
-            the longer the context, the smaller the share that fewer experts save.
+            Number of positions that a token attends to. Attention costs the same under every
+            routing, so the longer the context, the smaller the share that fewer experts save.
         """
         return sum(self.breakdown(experts, context_length).values())

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def add_token_perplexity(rows: Sequence[dict[str, Any]], loaded: Loaded) -> None:
-    """Fill in ``perplexity`` where it is known how many tokens were scored.
+    """Fill in ``perplexity`` if the number of scored tokens is known.
 
-    lm-eval logs a document's loglikelihood but not its number of tokens; an internal routing
-    log has the loss per scored token, so their quotient is that number. It depends on the text and
-    the tokenizer alone: one log serves all runs of a group, those of ``--model hf`` too. Unless it
-    is known for every document, there is no token-level perplexity: one of the first documents
-    would stand beside a word-level perplexity of all.
+    lm-eval logs a document's loglikelihood but not its number of tokens; an internal routing log
+    has the loss per scored token, so their quotient is that number. It only depends on the text and
+    the tokenizer: one log serves all runs of a group, including those of ``--model hf``. Without
+    the number for every document there is no token-level perplexity: one over the first documents
+    would be shown beside a word-level perplexity over all.
     """
     for alike in _alike(rows, "group", "task"):
         if all(row[name] is None for row in alike for name in PERPLEXITIES):
@@ -70,7 +70,7 @@ def add_average_accuracy(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def add_stability(rows: Sequence[dict[str, Any]], loaded: Loaded) -> None:
-    """Fill in both stability metrics where a configuration ran more than once: means over pairs."""
+    """Fill in both stability metrics of repeated configurations: means over pairs of runs."""
     for repeats in _alike(rows, "group", "task", "configuration"):
         overlaps, equal = [], []
         for first, second in combinations(repeats, 2):
@@ -109,7 +109,7 @@ def _alike(rows: Iterable[dict[str, Any]], *columns: str) -> list[list[dict[str,
 
 
 def order(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Sort baselines before rules, then by level and size, repeats by their time."""
+    """Sort baselines before rules, then by level and size, repeats by time."""
     return (
         row["group"],
         row["task"],

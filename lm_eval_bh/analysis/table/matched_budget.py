@@ -1,4 +1,4 @@
-"""Static top-k at the same number of experts, beside every adaptive row."""
+"""Static top-k at the same number of experts, for every adaptive row."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ MATCHED = ("metric", "perplexity", "accuracy", "by", "k_low", "k_high")
 
 
 def matched_budget(frame: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFrame:
-    """Return, for every row but the baselines, static top-k at the same number of experts.
+    """Return static top-k at the same number of experts, for every row except baselines.
 
-    An adaptive rule is worth its cost only if it beats the plain top-k that computes as many
-    experts. A top-k measured at that mean (within ``tolerance``) is taken as it is.
-    Otherwise it is interpolated between the next smaller and the next larger k that were measured,
-    linearly in k: the logarithm of the perplexity, and the accuracy. Outside the range of the
-    measured k nothing is claimed.
+    An adaptive rule is only worth its cost if it beats the plain top-k that computes as many
+    experts. A top-k measured at that mean (within ``tolerance``) is used directly. Otherwise the
+    logarithm of the perplexity, and the accuracy, are interpolated linearly in k between the next
+    smaller and the next larger measured k. Outside the range of measured k, values are missing.
 
     Parameters
     ----------
     frame : DataFrame
         One row per experiment; compared within a group and task.
     tolerance : float
-        Relative; how far k may be from the mean number of experts over all layers.
+        Relative distance allowed between k and the mean number of experts over all layers.
 
     Returns
     -------
@@ -40,7 +39,7 @@ def matched_budget(frame: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFrame
     for _, rows in frame.groupby(["group", "task"], sort=False):
         metric = perplexity_column(rows)
         static = rows[rows["baseline"] & rows["max_k"].notna()]
-        of_k = static.groupby(static["max_k"].astype("int64"))  # repeats of a k are averaged
+        of_k = static.groupby(static["max_k"].astype("int64"))  # averages repeats of a k
         log_perplexity = of_k[metric].apply(lambda p: float(np.log(p).mean())) if metric else None
         accuracy = of_k["accuracy"].mean()
         known = accuracy if log_perplexity is None else log_perplexity

@@ -2,16 +2,16 @@
 
 The two that compare repeated runs are in :mod:`~lm_eval_bh.analysis.table.stability`.
 
-None means "not measured", or that the definition has no value there; no metric ever falls back on a
-default that looks good. Counts are numbers of experts that served one token in one layer; "pooled"
-means over all tokens of all routed layers.
+None means "not measured", or that the metric is undefined; no metric ever falls back on a default
+that looks good. Counts are numbers of experts of one token in one layer; "pooled" means over all
+tokens of all routed layers.
 
 Arrays
 ------
 histogram : int64 ``[layers, experts + 1]``
-    How many tokens got 0, 1, ... experts.
+    Numbers of tokens with 0, 1, ... experts.
 usage : int64 ``[layers, experts]``
-    How many tokens each expert served.
+    Number of tokens per expert.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 
-# Category -> metrics, in the order of tables. Two companions stand beside the sixteen:
-# normalized_selection_entropy, and mid_range_rate, which is what the two hit rates leave.
+# Category -> metrics, in the order of tables. Two companions complete the sixteen:
+# normalized_selection_entropy, and mid_range_rate, the remainder of both hit rates.
 CATEGORIES: dict[str, tuple[str, ...]] = {
     "quality": ("perplexity", "avg_task_accuracy"),
     "efficiency": ("expert_activation_ratio", "flops_reduction_pct"),
@@ -49,10 +49,10 @@ def perplexity(loglikelihoods: Iterable[float], scored_tokens: Iterable[int]) ->
     Parameters
     ----------
     loglikelihoods : iterable of float
-        Of each document, in nats.
+        Loglikelihoods of documents, in nats.
     scored_tokens : iterable of int
-        How many tokens of each document were predicted. That is not the number of tokens fed: a
-        prompt is fed without being scored, and windows overlap.
+        Number of predicted tokens of each document. That is not the number of tokens read: prompts
+        are read without being scored, and windows overlap.
 
     Returns
     -------
@@ -95,21 +95,21 @@ def perplexity_stderr(
 
 
 def avg_task_accuracy(accuracies: Mapping[str, float]) -> float | None:
-    """Return the mean accuracy over tasks, each task weighing the same.
+    """Return the mean accuracy over tasks with equal weights.
 
     A share from 0 to 1, higher is better; None without tasks.
 
     Parameters
     ----------
     accuracies : mapping of str to float
-        Task -> accuracy. Which tasks these are is up to the caller: averages over different tasks
-        cannot be compared.
+        Task -> accuracy. The caller chooses the tasks: averages over different tasks cannot be
+        compared.
     """
     return math.fsum(accuracies.values()) / len(accuracies) if accuracies else None
 
 
 def expert_activation_ratio(mean_experts: float | None, max_k: int | None) -> float | None:
-    """Return the mean number of experts per token as a share of the most allowed.
+    """Return the mean number of experts per token as a share of the maximum.
 
     ``mean experts / max_k``; from ``min_k / max_k`` to 1, lower is cheaper; None if either is
     unknown.
@@ -118,26 +118,26 @@ def expert_activation_ratio(mean_experts: float | None, max_k: int | None) -> fl
 
 
 def flops_reduction_pct(flops: float | None, native_flops: float | None) -> float | None:
-    """Return how many percent fewer FLOPs a token takes than with the model's own top-k.
+    """Return the reduction of FLOPs per token against the model's own top-k, in percent.
 
-    ``100 * (1 - flops / native)``; at most 100, negative where more is computed than by the model
-    itself; None if either is unknown. For the counts see :mod:`lm_eval_bh.analysis.table.flops`.
+    ``100 * (1 - flops / native)``; at most 100, negative if more is computed than by the unchanged
+    model; None if either is unknown. For the counts see :mod:`lm_eval_bh.analysis.table.flops`.
     """
     return None if flops is None or not native_flops else 100 * (1 - flops / native_flops)
 
 
 def tokens_per_second(tokens: int | None, seconds: float | None) -> float | None:
-    """Return tokens a second of forward passes, from 0 upwards; None without tokens or time.
+    """Return tokens per second of forward passes, from 0; None without tokens or time.
 
-    The metric of this name is that of the speed phase, over its prefill: all configurations on the
-    same tokens in turn. Of an evaluation's passes it is called ``evaluation_tokens_per_second``:
-    that depends on padding, the order of batches and what ran before.
+    The metric of this name is measured in the speed phase, over its prefill: all configurations
+    run on the same tokens in turn. For an evaluation's passes it is called
+    ``evaluation_tokens_per_second``: it depends on padding, batch order and what ran before.
     """
     return None if not tokens or not seconds else tokens / seconds
 
 
 def latency_ms_per_token(passes: int | None, seconds: float | None) -> float | None:
-    """Return milliseconds a token when one sequence is decoded; None without passes or time.
+    """Return milliseconds per token of decoding one sequence; None without passes or time.
 
     ``1000 * seconds / passes`` of the speed phase, from 0 upwards: each pass gives one token.
     """
@@ -159,8 +159,8 @@ def gini_coefficient(usage: Ints) -> float | None:
 
     .. math:: G = \frac{\sum_i (2i - N - 1)\, u_{(i)}}{N \sum_i u_i}
 
-    which is 0 where all experts serve equally often and :math:`1 - 1/N` where one serves all.
-    Experts of different layers have nothing in common, so they are not pooled. None if no token was
+    which is 0 if all experts serve equally often and :math:`1 - 1/N` if one serves all.
+    Experts of different layers are unrelated, so they are not pooled. None if no token was
     routed.
 
     References
@@ -178,7 +178,7 @@ def gini_coefficient(usage: Ints) -> float | None:
 def adaptive_range(histogram: Ints) -> int | None:
     """Return the largest minus the smallest count, pooled.
 
-    Experts; from 0, which is where all tokens get the same, to ``max_k - min_k``; None if no token
+    Experts; from 0, if all tokens get the same number, to ``max_k - min_k``; None if no token
     was routed.
     """
     occurring = np.flatnonzero(histogram.sum(0))
@@ -188,7 +188,7 @@ def adaptive_range(histogram: Ints) -> int | None:
 def selection_entropy(histogram: Ints) -> float | None:
     """Return the Shannon entropy of the pooled distribution of counts.
 
-    ``-sum p_k ln p_k`` in nats; from 0, where all tokens get the same, to
+    ``-sum p_k ln p_k`` in nats; from 0, if all tokens get the same number, to
     ``ln(max_k - min_k + 1)``; None if no token was routed.
     """
     pooled = histogram.sum(0)
@@ -204,7 +204,7 @@ def normalized_selection_entropy(
 ) -> float | None:
     """Return :func:`selection_entropy` divided by its largest value, ``ln(max_k - min_k + 1)``.
 
-    From 0 to 1; None where the counts are fixed (``min_k = max_k``) or no token was routed.
+    From 0 to 1; None if the counts are fixed (``min_k = max_k``) or no token was routed.
     """
     entropy = selection_entropy(histogram)
     if entropy is None or min_k is None or max_k is None or min_k >= max_k:
@@ -268,13 +268,13 @@ def layer_consistency_score(histogram: Ints, cross: Sequence[int]) -> float | No
         {\sqrt{(n \sum x^2 - (\sum x)^2)(n \sum y^2 - (\sum y)^2)}}
 
     in integers until the last division, averaged over the pairs that have one: from -1 to 1. None
-    where no pair has, that is where of every pair one layer's counts are constant, or there is only
-    one layer.
+    if no pair has one, because of every pair one layer's counts are constant, or there is only one
+    layer.
 
     Parameters
     ----------
     histogram : int64 [layers, experts + 1]
-        Of layers that saw the same tokens.
+        Histograms of layers with the same tokens.
     cross : sequence of int
         For each layer, the sum over tokens of its count times the previous layer's; the first is
         not used.

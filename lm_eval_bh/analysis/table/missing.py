@@ -1,7 +1,7 @@
-"""What says nothing in a cell of a table: one function, whatever release of pandas made the cell.
+"""Missing cells of tables, in all releases of pandas.
 
-pandas 3 turns the None of a column of text into NaN, which is true: no cell is asked whether it is
-true, nor whether it is None.
+pandas 3 turns None in a text column into NaN, which is truthy: cells are never tested for truth or
+for None directly.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ def is_missing(cell: Any) -> bool:
 
 
 def holds(cell: Any) -> bool:
-    """Return whether a cell is there, and true."""
+    """Return whether a cell is present and true."""
     return not is_missing(cell) and bool(cell)
 
 
 def text_of(cell: Any) -> str:
-    """Return a cell as text, empty where it is missing."""
+    """Return a cell as text, empty if it is missing."""
     return "" if is_missing(cell) else str(cell)

@@ -1,10 +1,10 @@
-"""Which perplexity the runs of a task are compared by: lm-eval has several."""
+"""Chooses among lm-eval's perplexities for the comparison of a task's runs."""
 
 from __future__ import annotations
 
 import pandas as pd
 
-# Perplexity -> what a document's loss is divided by. The first one known is preferred.
+# Perplexity -> divisor of a document's loss. The first known one is preferred.
 PERPLEXITIES = {
     "perplexity": "tokens",
     "word_perplexity": "words",
@@ -23,7 +23,7 @@ FILLED = ("perplexity", "perplexity_stderr")
 
 
 def perplexity_column(frame: pd.DataFrame) -> str | None:
-    """Return the perplexity to compare the rows of one task by.
+    """Return the perplexity with which to compare the rows of one task.
 
     The first of :data:`PERPLEXITIES` known for every row with a perplexity, or None.
     """
@@ -33,8 +33,8 @@ def perplexity_column(frame: pd.DataFrame) -> str | None:
 
 
 def own_perplexities(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a table in which ``perplexity`` is only that of tokens."""
-    if "perplexity_of" not in frame:  # of an earlier release
+    """Return a table in which ``perplexity`` is only the token perplexity."""
+    if "perplexity_of" not in frame:  # from an earlier release
         return frame
     of_tokens = frame["perplexity_of"].isna() | (frame["perplexity_of"] == TOKEN)
     masked = {name: frame[name].where(of_tokens) for name in FILLED if name in frame}
@@ -42,9 +42,9 @@ def own_perplexities(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def fill_perplexity(frame: pd.DataFrame) -> None:
-    """Give a task without token perplexity its own one as ``perplexity``; say what it is of.
+    """Use a task's own perplexity if it has no token perplexity, and name its unit.
 
-    A task has one kind: a row that lacks what the others have stays empty.
+    A task has one kind: rows without it stay empty.
 
     Parameters
     ----------

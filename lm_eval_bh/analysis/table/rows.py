@@ -1,4 +1,4 @@
-"""One row per experiment: what a single results file says about one of its tasks."""
+"""One row per experiment, from one results file and one of its tasks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lm_eval_bh.schema import (
 
 
 def check(run: Run) -> None:
-    """Raise what reading a run will raise if something in it is missing or wrong."""
+    """Raise the errors of reading a run if something in it is missing or wrong."""
     run.settings()
     for task in run.tasks:
         run.task_settings(task)
@@ -44,8 +44,8 @@ def row_of(
     Parameters
     ----------
     model : RunInfo or None
-        Of any run of the same model: results of ``--model hf`` do not say how many experts the
-        model has.
+        Run information of the same model: results of ``--model hf`` do not contain the model's
+        number of experts.
     """
     context_length = context_length or run.content.get("max_length")
     values = run.content["results"][task]
@@ -97,7 +97,7 @@ def _measured(values: Mapping[str, Any], name: str) -> tuple[float | None, float
     for key, value in values.items():
         metric, comma, of_filter = key.partition(",")
         if comma and metric == name:
-            error = values.get(f"{name}_stderr,{of_filter}")  # "N/A" where there is none
+            error = values.get(f"{name}_stderr,{of_filter}")  # "N/A" if missing
             return _number(value), _number(error)
     return None, None
 
@@ -113,7 +113,7 @@ def routing_of(info: RunInfo | SpeedRouting, engine: str = "") -> dict[str, Any]
     Parameters
     ----------
     engine : str
-        What the name of another engine than hf-bh adds to that of the strategy.
+        Suffix of the strategy's name for engines other than hf-bh.
     """
     config, rule = info["config"], info["rule"]
     min_k = config["max_k"] if rule["fixed_count"] else config["min_k"]
@@ -132,7 +132,7 @@ def routing_of(info: RunInfo | SpeedRouting, engine: str = "") -> dict[str, Any]
         config = config | {"trim": header.get("trim") or 0}
     target = config.get("target_experts")
     routing = config | {"min_k": min_k, "alpha": None if rule["fixed_count"] else config["alpha"]}
-    # The scope of the null model is in its header. This must stay as the first release had it.
+    # The scope of the null model is in its header. This must stay as in the first release.
     later = since_first_release(config)
     digested = {
         name: value
@@ -164,7 +164,7 @@ def routing_of(info: RunInfo | SpeedRouting, engine: str = "") -> dict[str, Any]
 
 
 def _counts_of_fixed(info: RunInfo) -> dict[str, Any]:
-    """Return the means of experts where the rule fixes them: another engine counts none."""
+    """Return the means of experts fixed by the rule, since other engines do not count."""
     if not info["rule"]["fixed_count"]:
         return {}
     routed, config = len(info["routed_layers"]), info["config"]
@@ -176,9 +176,9 @@ def _counts_of_fixed(info: RunInfo) -> dict[str, Any]:
 
 
 def _routing_of_baseline(run: Run, model: RunInfo | None) -> dict[str, Any]:
-    """Return the same for the unmodified model, whose routers select the k of its configuration.
+    """Return the columns for the unmodified model, which selects its configuration's k.
 
-    That is the native k, unless the arguments of the model set another.
+    The native k, unless the model's arguments set another.
     """
     native, chosen = model["native_top_k"] if model else None, chosen_top_k(run.content)
     k = native if chosen is None else chosen
@@ -193,11 +193,11 @@ def _routing_of_baseline(run: Run, model: RunInfo | None) -> dict[str, Any]:
         "baseline": True,
         "adaptive": False,
         "mode": "native",
-        # The model's own k, written out, is no other configuration.
+        # The model's own k, given explicitly, is the same configuration.
         "configuration": digest_of({"model": engine} | ({} if k == native else {"top_k": k})),
         "native_top_k": native,
         "num_experts": model["num_experts"] if model else None,
-        # By construction; metrics of the experts' use stay null.
+        # By construction; metrics of expert use stay null.
         "avg_experts": k,
         "std_experts": 0.0 if k else None,
         "avg_experts_model": k,
@@ -205,15 +205,15 @@ def _routing_of_baseline(run: Run, model: RunInfo | None) -> dict[str, Any]:
 
 
 def digest_of(content: Any) -> str:
-    """Return what is equal for two runs of one configuration."""
+    """Return a digest that is equal for runs of one configuration."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _routing_metrics(info: RunInfo, summary: TaskSummary, row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the routing metrics of one task.
 
-    With ``mode=analyze`` they describe the selection that was observed while the model's own top-k
-    served the tokens: nothing was saved, and the efficiency metrics stay null.
+    With ``mode=analyze`` they describe the observed selection while the model ran with its own
+    top-k: nothing was saved, and efficiency metrics stay null.
     """
     histogram = np.array([layer["histogram"] for layer in summary["layers"]], dtype=np.int64)
     usage = np.array([layer["usage"] for layer in summary["layers"]], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""From the rounds of a speed phase to medians, ratios and columns of the table."""
+"""Computes medians, ratios and table columns from the rounds of a speed phase."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ FASTER, SLOWER, UNDECIDED = "faster", "slower", "undecided"
 def ratio_interval(
     native: Floats, seconds: Floats, confidence: float = CONFIDENCE
 ) -> tuple[float, float | None, float | None]:
-    """Return how many times as fast a configuration is as the model as it is, with its interval.
+    """Return a configuration's speed relative to the unchanged model, with its interval.
 
-    The median over rounds of (native seconds / seconds) of the same round: what slows a whole round
-    down cancels, and one disturbed round moves neither. The interval is the percentile bootstrap
-    over rounds, with its percentiles expanded for few rounds as Hesterberg 2015, "What Teachers
-    Should Know About the Bootstrap", section 5.3, has it: the plain one is too narrow for seven.
+    The median over rounds of (native seconds / seconds) in the same round: a slowdown of a whole
+    round cancels, and one disturbed round moves neither. The interval is the percentile bootstrap
+    over rounds, with percentiles expanded for few rounds as in Hesterberg 2015, "What Teachers
+    Should Know About the Bootstrap", section 5.3: the plain one is too narrow for seven.
 
     Parameters
     ----------
     native, seconds : float64 [rounds]
-        Positive; the same round at the same place. Their order plays no part.
+        Positive; equal index, equal round. The order does not matter.
     confidence : float
-        Of the interval.
+        Confidence of the interval.
 
     Returns
     -------
@@ -48,7 +48,7 @@ def ratio_interval(
         return float(np.median(ratios)), None, None
     draws = np.random.default_rng(SEED).integers(0, n, (RESAMPLES, n))
     medians = np.median(ratios[draws], axis=1)
-    from scipy import stats  # reading tables does without
+    from scipy import stats  # not needed for reading tables
 
     t = stats.t.ppf((1 + confidence) / 2, n - 1)
     tail = stats.norm.cdf(-np.sqrt(n / (n - 1)) * t)
@@ -57,14 +57,14 @@ def ratio_interval(
 
 
 def verdict(low: float | None, high: float | None) -> str:
-    """Return what an interval shows: nothing, if it holds 1."""
+    """Return the verdict of an interval: undecided if it contains 1."""
     if low is None or high is None or low <= 1 <= high:
         return UNDECIDED
     return FASTER if low > 1 else SLOWER
 
 
 def speed_frame(files: Sequence[SpeedFile]) -> pd.DataFrame:
-    """Return a row for each configuration and workload of some speed phases.
+    """Return one row per configuration and workload of speed phases.
 
     Returns
     -------
@@ -72,8 +72,8 @@ def speed_frame(files: Sequence[SpeedFile]) -> pd.DataFrame:
         ``model``, ``task``, ``workload``, ``strategy``, ``configuration`` (as in the table of
         results); ``tokens_per_second`` and ``ms_per_pass`` (medians over rounds); ``ratio``,
         ``ratio_low``, ``ratio_high`` (see :func:`ratio_interval`) and ``verdict``;
-        ``expert_rows_per_token``, as computed, or as selected where nobody counted
-        (``rows_counted`` is false); ``times_floor``, the median as a multiple of the floor. Where
+        ``expert_rows_per_token``, as computed, or as selected if not counted
+        (``rows_counted`` is false); ``times_floor``, the median as a multiple of the floor. If
         several phases measured the same, the newest counts.
     """
     rows: dict[tuple[str, str, str, str], dict[str, Any]] = {}
@@ -110,7 +110,7 @@ def _product(described: Sequence[Any], workloads: Sequence[Any]) -> list[tuple[A
 
 
 def _described(file: SpeedFile, place: int) -> dict[str, Any]:
-    """Return the strategy and the digest of a configuration, as rows of the results have them."""
+    """Return the strategy and the digest of a configuration, as in rows of the results."""
     routing = file["configurations"][place]["routing"]
     if routing is None:
         known = [one["routing"] for one in file["configurations"] if one["routing"]]
@@ -121,9 +121,9 @@ def _described(file: SpeedFile, place: int) -> dict[str, Any]:
 
 
 def add_speed(rows: Sequence[dict[str, Any]], files: Sequence[SpeedFile]) -> None:
-    """Fill in the columns of speed of the rows whose configuration was measured on their task.
+    """Fill in the speed columns of rows whose configuration was measured on their task.
 
-    ``tokens_per_second`` is that of the prefill, ``latency_ms_per_token`` that of decoding one
+    ``tokens_per_second`` refers to the prefill, ``latency_ms_per_token`` to decoding one
     sequence. Rows have ``_model``, see
     :func:`~lm_eval_bh.analysis.read.model_arguments.model_of`.
     """
@@ -143,7 +143,7 @@ def add_speed(rows: Sequence[dict[str, Any]], files: Sequence[SpeedFile]) -> Non
 
 
 def conditions(file: SpeedFile) -> str:
-    """Return under what conditions a speed phase ran, as one sentence for people."""
+    """Return the conditions of a speed phase as one sentence."""
     versions = ", ".join(f"{name} {version}" for name, version in file["versions"].items())
     loads = file["load_before"][0], file["load_after"][0]
     return (

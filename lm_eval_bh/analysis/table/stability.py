@@ -1,4 +1,4 @@
-"""How alike repeated runs of one configuration are, in chosen experts and in output."""
+"""Similarity of repeated runs of a configuration, in chosen experts and output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Ints = NDArray[np.int64]
 
 
 def expert_overlap_score(first: Iterable[Sample], second: Iterable[Sample]) -> float | None:
-    """Return how alike the sets of experts are that two runs chose.
+    """Return the similarity of the experts that two runs chose.
 
     The Jaccard index (size of the intersection over size of the union), averaged over layers and
     tokens: from 0, nothing in common, to 1, always the same sets.
@@ -22,7 +22,7 @@ def expert_overlap_score(first: Iterable[Sample], second: Iterable[Sample]) -> f
     ----------
     first, second : iterable of Sample
         The samples of two internal routing logs. Requests are matched by document, request and
-        layer; where two runs generated different text, tokens before the first difference count.
+        layer; if two runs generated different text, only tokens before the difference count.
 
     Returns
     -------
@@ -54,13 +54,13 @@ def jaccard(first: Ints, second: Ints) -> NDArray[np.float64]:
     Parameters
     ----------
     first, second : int64 [tokens, slots]
-        Experts, each at most once a token; negative where a slot is unused. The numbers of slots
+        Experts, each at most once per token; negative in unused slots. The numbers of slots
         may differ.
 
     Returns
     -------
     float64 [tokens]
-        1 where both sets are empty.
+        1 if both sets are empty.
     """
     used = first >= 0
     both = ((first[:, :, None] == second[:, None, :]) & used[:, :, None]).sum((1, 2))
@@ -79,18 +79,18 @@ def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 def output_determinism(first: Mapping[int, str], second: Mapping[int, str]) -> float | None:
     """Return the percentage of documents whose output is the same in two runs, 0 to 100.
 
-    The same means equal to the last digit of every loglikelihood, or to the last character of a
+    "The same" means equal to the last digit of every loglikelihood, or to the last character of a
     generated text.
 
     Parameters
     ----------
     first, second : mapping of int to str
-        Document -> its responses as they were logged.
+        Document -> its responses as logged.
 
     Returns
     -------
     float or None
-        Over the documents that both runs have; None if there is none.
+        Percentage of the common documents; None if there are none.
     """
     shared = first.keys() & second.keys()
     if not shared:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lm_eval_bh.schema import RuleInfo, configuration_name
 
-# Of methods that decide over a step, and what goes without saying.
+# Parameters of methods of a step, and their usual values.
 OF_STEPS = {
     "step_budget": "budget",
     "k0": "k0",
@@ -28,9 +28,9 @@ def strategy_label(config: Mapping[str, Any], rule: RuleInfo) -> str:
     Parameters
     ----------
     config : mapping
-        The whole routing configuration.
+        The complete routing configuration.
     rule : RuleInfo
-        What its rule is. The ``k`` of a label like "top-k" stands for the number of experts.
+        Its rule. The ``k`` of a label like "top-k" is replaced by the number of experts.
 
     Examples
     --------
@@ -49,7 +49,7 @@ def strategy_label(config: Mapping[str, Any], rule: RuleInfo) -> str:
         name = f"{label[:-1]}{k}" if label.endswith("-k") else f"{label} {k}"
         return name + _further(config, rule)
     alpha, target = config["alpha"], _asked(config)
-    if alpha is None or _lacks_level(rule):  # of an imported trace, say
+    if alpha is None or _lacks_level(rule):  # for example in an imported trace
         return f"{label}, max {max_k}{_further(config, rule)}"
     level = f"a={alpha:.2f}" if round(alpha, 2) == alpha else f"a={alpha:.6g}"
     if target is not None:
@@ -58,7 +58,7 @@ def strategy_label(config: Mapping[str, Any], rule: RuleInfo) -> str:
 
 
 def variant_label(config: Mapping[str, Any], rule: RuleInfo) -> str:
-    """Return the name of all configurations that differ in nothing but level and ``max_k``.
+    """Return the common name of configurations that differ only in level and ``max_k``.
 
     Examples
     --------
@@ -71,7 +71,7 @@ def variant_label(config: Mapping[str, Any], rule: RuleInfo) -> str:
 
 
 def config_name(config: Mapping[str, Any], rule: RuleInfo, engine: str = "") -> str:
-    """Return the earlier prototype's name of a configuration, and behind it what that had not.
+    """Return the earlier prototype's name of a configuration, with newer settings appended.
 
     Examples
     --------
@@ -98,12 +98,12 @@ def config_name(config: Mapping[str, Any], rule: RuleInfo, engine: str = "") -> 
 
 
 def _lacks_level(rule: RuleInfo) -> bool:
-    """Whether a method has no alpha; of the first release's rules nobody has written what it is."""
+    """Return whether a method has no alpha; unknown for the first release's rules."""
     return bool(rule.get("source")) and not rule.get("alpha")
 
 
 def _asked(config: Mapping[str, Any]) -> float | None:
-    """Return the target that alpha was solved for."""
+    """Return the target for which alpha was solved."""
     distinct: float | None = config.get("target_distinct")
     return config.get("target_experts") if distinct is None else distinct
 
@@ -115,7 +115,7 @@ def _target(config: Mapping[str, Any]) -> str:
 
 
 def _further(config: Mapping[str, Any], rule: RuleInfo) -> str:
-    """Return what of a configuration is not the default, besides rule, level and ``max_k``."""
+    """Return a configuration's non-default settings, besides rule, level and ``max_k``."""
     label = ""
     if not rule["fixed_count"] and config.get("min_k", 1) != 1:
         label += f", min {config['min_k']}"

@@ -26,16 +26,16 @@ TABLE = "bh_routing_results"
 LAYERS = "bh_routing_layers"
 COMPARISONS = "bh_routing_comparisons"
 
-# Shown beside adaptive rows even where empty: a reader should notice what is missing.
+# Shown for adaptive rows even if empty, so that readers notice what is missing.
 STATIC = ("matched_perplexity", "matched_accuracy", "matched_by")
 
-# What Markdown and LaTeX show; CSV and JSON contain everything.
+# Columns of Markdown and LaTeX; CSV and JSON contain everything.
 READABLE = {
     "group": "group",
     "task": "task",
     "strategy": "strategy",
     "avg_experts": "experts",
-    "distinct_experts": "distinct experts of a step",
+    "distinct_experts": "distinct experts per step",
     "perplexity": "token ppl",
     "word_perplexity": "word ppl",
     "target_perplexity": "target ppl",
@@ -55,8 +55,8 @@ READABLE = {
 def write_tables(frame: pd.DataFrame, folder: Path | str) -> list[Path]:
     """Write ``bh_routing_results`` as CSV, JSON, Markdown and LaTeX, all four or none.
 
-    CSV and JSON contain every column at full precision, empty or null where something was not
-    measured; Markdown and LaTeX the columns that people compare. Rows keep the order of the
+    CSV and JSON contain every column at full precision, empty or null if something was not
+    measured; Markdown and LaTeX only the columns that people compare. Rows keep the order of the
     frame.
 
     Returns
@@ -79,11 +79,11 @@ def replacing_tables(
     Parameters
     ----------
     loaded : Loaded
-        The results, as :func:`write_tables` writes them, and the layers, as CSV and JSON.
+        The results, written like :func:`write_tables`, and the layers, as CSV and JSON.
     compared : DataFrame
-        Of :func:`~lm_eval_bh.analysis.compare.paired.compare`, written as CSV and JSON.
+        From :func:`~lm_eval_bh.analysis.compare.paired.compare`, written as CSV and JSON.
     folder : Path or str
-        Made if it is missing.
+        Output folder, made if missing.
 
     Yields
     ------
@@ -96,12 +96,12 @@ def replacing_tables(
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a CSV file that was written here.
+    """Read a CSV file written by this module.
 
     Raises
     ------
     DataError
-        If it cannot be read, or is no table.
+        If it cannot be read, or is not a table.
     """
     try:
         return of_this_release(pd.read_csv(path))
@@ -113,10 +113,10 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def of_this_release(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a table as this release names its columns.
+    """Return a table with this release's column names.
 
-    What earlier ones called ``tokens_per_second`` was of an evaluation's passes, and is compared
-    with nothing.
+    ``tokens_per_second`` of earlier releases came from an evaluation's passes, and is not compared
+    with anything.
     """
     if set(EARLIER) & set(frame):
         frame = frame.rename(columns=EARLIER)
@@ -128,7 +128,7 @@ def of_this_release(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _texts(frame: pd.DataFrame) -> dict[str, str]:
-    """Return the file names of the results, each with its content."""
+    """Return the files of the results: name -> content."""
     return _records(frame, TABLE) | {
         f"{TABLE}.md": _markdown(_readable(frame)),
         f"{TABLE}.tex": _latex(_readable(frame)),
@@ -158,7 +158,7 @@ def _replacing_texts(texts: Mapping[str, str], folder: Path) -> Iterator[list[Pa
 
 
 def plain(value: Any) -> Any:
-    """Return a value of a frame as JSON knows it; what is not finite is null."""
+    """Return a frame's value for JSON; null if it is not finite."""
     if is_missing(value):
         return None
     if isinstance(value, list):
@@ -173,7 +173,7 @@ def plain(value: Any) -> Any:
 
 
 def _readable(frame: pd.DataFrame) -> list[list[str]]:
-    """Return the header and the rows of the columns that people compare and that hold something."""
+    """Return header and rows of the columns that people compare, without empty ones."""
     frame = own_perplexities(frame)
     shown = {
         name: title
@@ -186,7 +186,7 @@ def _readable(frame: pd.DataFrame) -> list[list[str]]:
         [_cell(plain(value)) for value in record]
         for record in frame[list(shown)].itertuples(index=False, name=None)
     ]
-    if "speed_ratio" in shown:  # a ratio without its interval says little
+    if "speed_ratio" in shown:  # a ratio needs its interval
         at = list(shown).index("speed_ratio")
         ratios = frame[["speed_ratio", "speed_ratio_low", "speed_ratio_high"]]
         for row, (ratio, low, high) in zip(cells, ratios.to_numpy(float), strict=True):
@@ -206,7 +206,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _escaped(cell: str) -> str:
-    """Return a cell that Markdown shows as it is: no column of its own, no HTML, one line."""
+    """Return a cell that Markdown shows literally: no column break, no HTML, one line."""
     return " ".join(html.escape(cell, quote=False).replace("|", "\\|").splitlines())
 
 

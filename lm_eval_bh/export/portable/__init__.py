@@ -1,1 +1,1 @@
-"""What an exported folder holds as code: plain torch and transformers, nothing of this package."""
+"""The code of an exported folder, which needs torch and transformers but not this package."""

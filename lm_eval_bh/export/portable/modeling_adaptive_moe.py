@@ -1,12 +1,12 @@
 """Mixture-of-experts models whose routers give each token as many experts as a policy says.
 
 An exported folder holds this file; ``from_pretrained(folder, trust_remote_code=True)`` runs it. It
-needs torch and transformers 5.18 or later. The policy stands in ``config.json`` under
-``adaptive_routing``, its tables beside the weights. There ``"unused": "skip"`` saves the work of
-slots that a token does not use, in transformers only; other engines need ``"repeat"``.
+needs torch and transformers 5.18 or later. The policy is in ``config.json`` under
+``adaptive_routing``, its tables beside the weights. There ``"unused": "skip"`` avoids the work of
+unused slots, in transformers only; other engines need ``"repeat"``.
 
-The model is the family's own, of transformers: ``AdaptiveOlmoeForCausalLM`` is ``OlmoeForCausalLM``
-with its routers made adaptive. Its class is made when it is asked for.
+The model is transformers' own: ``AdaptiveOlmoeForCausalLM`` is ``OlmoeForCausalLM`` with adaptive
+routers. Its class is created on first use.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .pick import pick, repeated
 from .reading import Reading
 from .steps import steps_of
 
-ADAPTIVE = "Adaptive"  # begins the names of the classes
-# Which tokens of the pass that runs are decoded together, where a method asks.
+ADAPTIVE = "Adaptive"  # prefix of class names
+# Which tokens of the current pass are decoded together, if a method needs it.
 _step: ContextVar[Tensor | None] = ContextVar("adaptive_step", default=None)
 
 
 class AdaptiveRouter(nn.Module):
-    """What makes a family's router adaptive; stands before it among the base classes.
+    """Makes a family's router adaptive; precedes it among the base classes.
 
     The router ranks and weighs experts itself; a method chooses among them.
     """
@@ -41,19 +41,19 @@ class AdaptiveRouter(nn.Module):
         policy: dict[str, Any],
         parent: nn.Module,
     ) -> None:
-        """Take a layer's method, what the router does, and what holds for all layers."""
+        """Take a layer's method, the router's properties, and those of all layers."""
         if policy["unused"] not in ("repeat", "skip"):
             raise ValueError(f"unused must be 'repeat' or 'skip': found {policy['unused']!r}.")
         self.selection = METHODS[settings["method"]](settings)
         self.repeats = policy["unused"] == "repeat"
         self.reading = Reading(**router["reading"])
         self.bias_name = router["bias"]
-        self.beside = (parent,) if router["beside"] else ()  # a tuple, so that it is no part of it
+        self.beside = (parent,) if router["beside"] else ()  # a tuple, so not registered
         if router["obeys"]:
             self.top_k = self.reading.slots
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Return router logits, and weights and indices of the experts that serve."""
+        """Return router logits, and weights and indices of the kept experts."""
         output = super().forward(*args, **kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
         said = self.reading(output, hidden_states, self.adaptive_bias())
@@ -65,7 +65,7 @@ class AdaptiveRouter(nn.Module):
         return output[0], picked.weights, picked.indices
 
     def adaptive_bias(self) -> Tensor | None:
-        """Return what the router adds to its scores when it ranks them."""
+        """Return the bias that the router adds to its scores for ranking."""
         if self.bias_name is None:
             return None
         found: Any = self.beside[0] if self.beside else self
@@ -75,7 +75,7 @@ class AdaptiveRouter(nn.Module):
 
 
 class AdaptiveMoe:
-    """What makes a family's model adaptive; stands before it among the base classes."""
+    """Makes a family's model adaptive; precedes it among the base classes."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -90,28 +90,28 @@ class AdaptiveMoe:
             module.adapt(settings, router, policy, parent)
         if any(METHODS[settings["method"]].joint for settings in policy["layers"]):
             self.register_forward_pre_hook(_begin_step, with_kwargs=True)  # type: ignore[attr-defined]
-        if policy["unused"] == "skip":  # only so do all of transformers' implementations know
+        if policy["unused"] == "skip":  # tells all of transformers' implementations
             for module in self.modules():  # type: ignore[attr-defined]
                 if hasattr(module, "_is_expert_parallel"):
                     module._is_expert_parallel = True
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Say that transformers may rename weights as it does for the family: they are its own."""
+        """Return False: transformers renames weights as for the family."""
         return False
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for its decorator in the file of the class, which is this one; the
-        # experts that have it are in the family's own.
+        # transformers looks for its decorator in the file of the class, which is this one, but the
+        # experts with the decorator are in the family's file.
         return True
 
 
 def _begin_step(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    """Find out which tokens of a pass are decoded together: those at one position of its rows.
+    """Find the tokens of a pass that are decoded together: those at one position of its rows.
 
-    vLLM's transformers backend lays all its tokens in one row, and does not say which of them are
-    decoded: there all are one step.
+    vLLM's transformers backend puts all tokens in one row, and does not say which of them are
+    decoded: there all tokens form one step.
     """
     given = args[0] if args else kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if given is None else given
@@ -129,7 +129,7 @@ def _begin_step(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _adaptive(kind: type, family: type) -> type:
-    """Return a family's class made adaptive; always the same one."""
+    """Return the adaptive class of a family, always the same object."""
     name = f"{ADAPTIVE}{family.__name__}"
     if name not in globals():
         made = {"__module__": __name__, "__doc__": f"{family.__name__} with a policy."}
@@ -138,7 +138,7 @@ def _adaptive(kind: type, family: type) -> type:
 
 
 def __getattr__(name: str) -> type:
-    """Make a model's class when it is asked for."""
+    """Create a model's class on first use."""
     family = getattr(transformers, name.removeprefix(ADAPTIVE), None)
     if not (name.startswith(ADAPTIVE) and isinstance(family, type)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

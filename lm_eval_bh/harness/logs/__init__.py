@@ -1,1 +1,1 @@
-"""Whose a row of a forward pass is, and what is kept of its routing."""
+"""Assigns rows of forward passes to requests, and logs their routing."""

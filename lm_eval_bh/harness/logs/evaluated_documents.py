@@ -1,7 +1,7 @@
-"""Which documents an evaluation was about, so that runs on others are never compared with it.
+"""Identifies an evaluation's documents, so that only runs on equal ones are compared.
 
-A request knows the place of its document among those evaluated, not its id in the task: with
-lm-eval's ``--samples`` these differ. The hash is the one that lm-eval writes into its samples.
+A request knows its document's place among those evaluated, not its id in the task: with lm-eval's
+``--samples`` these differ. The hash is the one that lm-eval writes into its samples.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class EvaluatedDocuments:
     Attributes
     ----------
     hashes : dict
-        Task -> place of the document among those evaluated -> its hash.
+        Task -> place of the document among those evaluated -> hash.
     """
 
     def __init__(self) -> None:
@@ -30,31 +30,31 @@ class EvaluatedDocuments:
         self._hidden = False
 
     def add(self, requests: Iterable[Any]) -> None:
-        """Note the documents of lm-eval's instances."""
+        """Record the documents of lm-eval's instances."""
         for request in requests:
             of_task = self.hashes.setdefault(str(request.task_name), {})
             if request.doc_id not in of_task:
                 of_task[int(request.doc_id)] = _hash(request.doc)
 
     def collect(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Add those of other processes, which are in their states as ``documents``."""
+        """Add the documents of other processes, from ``documents`` in their states."""
         for state in states:
             for task, of_task in state["documents"].items():
                 self.hashes.setdefault(task, {}).update(of_task)
             self._hidden |= state["cached_requests"] > 0
 
     def name(self, samples: Mapping[str, Sequence[Sample]]) -> None:
-        """Put the hash of its document into every sample of a log."""
+        """Add the document's hash to every sample of a log."""
         for task, some in samples.items():
             for sample in some:
                 if found := self.hashes.get(task, {}).get(sample["sample_id"]):
                     sample["doc_hash"] = found
 
     def digests(self, cached_requests: int = 0) -> dict[str, str]:
-        """Return for each task what is equal for two evaluations of the same documents.
+        """Return a digest per task that is equal for evaluations of the same documents.
 
         Their order does not matter. Nothing is returned if a cache has answered requests: the model
-        has not seen them, and does not know of which documents they were.
+        has not seen these, and does not know their documents.
         """
         if cached_requests or self._hidden:
             return {}

@@ -1,8 +1,8 @@
-"""The rows that lm-eval will feed to the model, found again by their tokens.
+"""Recognises the rows that lm-eval feeds to the model by their tokens.
 
-lm-eval sorts requests by length across tasks, pads them, lets requests that share a context share a
-row, repeats requests to even out processes, and probes batch sizes with rows nobody asked for. So a
-row of a forward pass is looked up by its tokens. A row that is not expected belongs to nobody.
+lm-eval sorts requests by length across tasks, pads them, lets requests with a common context share
+a row, repeats requests to balance processes, and probes batch sizes with artificial rows. A row of
+a forward pass is therefore looked up by its tokens. Unexpected rows have no owner.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ TokenIds = tuple[int, ...]
 
 
 class Row(NamedTuple):
-    """A row of a forward pass, found again.
+    """A recognised row of a forward pass.
 
     Attributes
     ----------
     real, owned : int
-        How many of its tokens are no padding; how many are the owners'.
+        Number of tokens that are not padding; number that belong to the owners.
     owners : list of Owner
-        Who is served by it.
+        The requests that it serves.
     prompt : int
-        How many tokens at its beginning are context only.
+        Number of tokens at its beginning that are context only.
     """
 
     real: int
@@ -37,22 +37,22 @@ class Row(NamedTuple):
     prompt: int
 
 
-Place = tuple[int | None, int]  # position of the request, None for a copy; offset of the row in it
+Place = tuple[int | None, int]  # request position, None for a copy; the row's offset in it
 
 
 class ExpectedRows:
-    """A table from the tokens of a row to its owners, one group of owners for each time it comes.
+    """Maps a row's tokens to its owners, with one group of owners per occurrence.
 
     Parameters
     ----------
     requests : sequence of (request, context, continuation)
-        Tokenised, as HFLM scores them.
+        Tokenised requests, as HFLM scores them.
     owners : sequence of (Owner or None)
         The owner of each request; None for a copy.
     max_length : int
-        Of a row: longer ones lose their beginning.
+        Maximum length of a row; longer rows lose their beginning.
     shared : bool
-        Whether requests with equal tokens share one row, as with HFLM's ``logits_cache``.
+        Whether requests with equal tokens share a row, as with HFLM's ``logits_cache``.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class ExpectedRows:
         return bool(self._groups)
 
     def take(self, row: list[int]) -> Row:
-        """Return whose a row is that is padded on the right with zeros.
+        """Return the owners of a row that is padded on the right with zeros.
 
-        Where one expected row is another one and zeros, the longer is taken to be real, so that no
-        token of it is ever mistaken for padding; their owners are served in either order, which
-        makes no difference to what is counted. A row that nobody expects is real to its end.
+        If one expected row equals another one plus zeros, the longer is assumed, so that no token
+        is mistaken for padding; their owners are served in either order, which does not change
+        the counts. An unexpected row counts as real to its end.
         """
         shortest = len(row)
         while shortest and row[shortest - 1] == 0:
@@ -107,7 +107,7 @@ def window_places(
 ) -> Iterator[Place]:
     """Yield the places of the windows into which HFLM cuts tokenised documents, in its order.
 
-    HFLM appends copies of windows to even out processes, so copies follow without end.
+    HFLM appends copies of windows to balance processes, so copies follow endlessly.
     """
     for position, tokens in enumerate(documents):
         scored = 0

@@ -1,10 +1,9 @@
-"""The forward passes of one call of ``generate``, logged by the position of their tokens.
+"""Logs the forward passes of a call of ``generate`` by the position of their tokens.
 
-Most often the first pass feeds the prompts, and each further one a token a row. But ``generate``
-also feeds prompts in chunks (``prefill_chunk_size``), guesses several tokens at once of which it
-throws some away (``prompt_lookup_num_tokens``), and feeds another sequence in between
-(``guidance_scale``). So a token is logged where it stands in the output, from the pass that fed it
-there last.
+Usually the first pass feeds the prompts, and each further pass one token per row. But ``generate``
+also feeds prompts in chunks (``prefill_chunk_size``), guesses several tokens at once and discards
+some (``prompt_lookup_num_tokens``), and feeds another sequence in between (``guidance_scale``). A
+token is therefore logged at its position in the output, from the last pass that fed it there.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class _Pass:
     start: int
     token_ids: Tensor  # int64 [rows, end - start]
     fresh: int  # the first column that no earlier pass has logged
-    prompt_end: int  # the first column that holds no prompt: from here on the output decides
+    prompt_end: int  # the first column after the prompt: from here on the output decides
     begun: bool = False
     decoded: list[tuple[int, Tensor, Picked]] = field(default_factory=list)
 
@@ -59,15 +58,15 @@ class _Pass:
 class Generation:
     """One call of ``generate``.
 
-    The prompts are logged as they come; what is generated waits for the output, which tells the
-    tokens that were kept, and for how long each row went on.
+    Prompts are logged immediately; generated tokens wait for the output, which tells the tokens
+    that were kept and the length of each row.
 
     Parameters
     ----------
     model : nn.Module
         The transformers model without its head.
     sinks : Sinks
-        What is told.
+        The logs.
     owners : sequence of sequence of Owner
         The owners of each row.
     prompt, attention_mask : Tensor
@@ -87,7 +86,7 @@ class Generation:
     ) -> None:
         mask = attention_mask.cpu().bool() & torch.tensor([[bool(row)] for row in owners])
         self.prompt = Batch(owners, mask, prompt.cpu(), [0] * len(owners))
-        self.span: Span | None = None  # that the model took; None until it has finished
+        self.span: Span | None = None  # time that the model took; None until finished
         self.logged = 0  # columns of the prompt
         self._device = prompt.device
         self._sinks = sinks
@@ -97,7 +96,7 @@ class Generation:
         self._pass: _Pass | None = None
         self._cache: Any = None
         self._depth = _depth(model)
-        self._first_column: int | None = None  # of the cache: not 0 after a tuned prefix
+        self._first_column: int | None = None  # of the cache; not 0 after a tuned prefix
         self._refused = False
 
     @property
@@ -126,7 +125,7 @@ class Generation:
             self._first_column, self._cache = column, cache
         start = column - self._first_column
         prompt_end = min(max(start, self._length), start + width)
-        if start < self._length:  # only here: looking makes the device wait
+        if start < self._length:  # only here, as it makes the host wait
             token_ids = token_ids.cpu()
             expected = self.prompt.token_ids[:, max(start, 0) : prompt_end]
             if not torch.equal(token_ids[:, : prompt_end - start], expected):
@@ -160,7 +159,7 @@ class Generation:
         criteria : iterable of StoppingCriteria
             HFLM's own, new: they are replayed on the output.
         eos : int, list of int or None
-            What ends a row too.
+            End-of-text tokens, which also end a row.
         """
         self.span = self._stopwatch()
         self._end_pass()
@@ -214,7 +213,7 @@ class Generation:
         self._pass = None
 
     def _refuse(self) -> None:
-        """Log nothing more: whose tokens these are is not known."""
+        """Stop logging: the owners of the tokens are unknown."""
         self._end_pass()
         self._refused = True
         self._warn(
@@ -228,9 +227,9 @@ def _depth(model: nn.Module) -> Any:
 
 
 def tokens_fed(output: Tensor, prompt_length: int, criteria: Iterable[Any], eos: Any) -> Tensor:
-    """Return how many generated tokens each row was fed before it was finished: int64 ``[rows]``.
+    """Return how many generated tokens each row was fed before it finished, int64 ``[rows]``.
 
-    A row finishes with an end-of-text token or with the first of its stop sequences, but is run on
+    A row finishes with an end-of-text token or with the first of its stop sequences, but continues
     until all rows of its batch have finished.
     """
     ends = torch.tensor([] if eos is None else eos).reshape(-1)

@@ -1,4 +1,4 @@
-"""Where a run keeps its routing logs: in a folder that is complete once it has a manifest."""
+"""The folder of a run's routing logs, which is complete once it has a manifest."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lm_eval_bh.schema import MANIFEST, SCHEMA_VERSION, TOKENS
 class LogFolder:
     """The folder ``<log_dir>/<run id>``.
 
-    Every process writes parts of its own; the first one puts the manifest there when all is done.
+    Every process writes its own parts; the first one writes the manifest at the end.
 
     Parameters
     ----------
     log_dir : Path
         Made if it is missing, by :meth:`create`.
     run_id : str
-        The same on every process.
+        Run id, the same on every process.
     rank : int
-        Of this process.
+        Rank of this process.
     """
 
     def __init__(self, log_dir: Path, run_id: str, rank: int) -> None:
@@ -35,22 +35,22 @@ class LogFolder:
         self.rank = rank
 
     def create(self) -> None:
-        """Make the folder, unless it is there."""
+        """Make the folder, unless it exists."""
         with explaining(self.path):
             (self.path / TOKENS).mkdir(parents=True, exist_ok=True)
 
     def write_json(self, name: str, content: Any) -> None:
-        """Write a JSON file, whole or not at all."""
+        """Write a JSON file, completely or not at all."""
         self.write(name, lambda path: path.write_text(json.dumps(content) + "\n", encoding="utf-8"))
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
-        """Let ``write`` fill a temporary file that then takes its name."""
+        """Let ``write`` fill a temporary file, then rename it."""
         self.create()
         with explaining(self.path), replacing(self.path / name) as temporary:
             write(temporary)
 
     def finish(self, run_id: str, files: list[str], token_rows: int) -> None:
-        """Write the manifest, which says that the logs are complete."""
+        """Write the manifest, which marks the logs as complete."""
         self.write_json(
             MANIFEST,
             {
@@ -72,7 +72,7 @@ def check_writable(log_dir: Path) -> None:
 
 @contextmanager
 def explaining(path: Path) -> Iterator[None]:
-    """Turn a failure to write into a sentence that says what to do."""
+    """Turn a failure to write into an error that says what to do."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""How much of the routing an evaluation keeps, and where."""
+"""How much of the routing an evaluation logs, and where."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ LEVELS = ("off", "summary", "samples", "full")
 
 @dataclass(frozen=True)
 class LogOptions:
-    """How much of the routing is kept, and where.
+    """How much of the routing is logged, and where.
 
     Attributes
     ----------
     log_routing : str
-        "off", "summary" (exact counters, in the harness's results), "samples" (and everything about
-        the first documents, as JSON) or "full" (and every token, as Parquet).
+        "off", "summary" (exact counters, in the harness's results), "samples" (also details of the
+        first documents, as JSON) or "full" (also every token, as Parquet).
     log_dir : str or None
         The folder for samples and full; lm-eval does not tell a model its output path.
     log_samples : int or None
-        Of how many documents of each task everything is kept as JSON; None is 200 with "samples"
-        and none with "full", which has every token anyway.
+        Number of documents per task with details as JSON; None means 200 with "samples" and none
+        with "full", which has every token anyway.
     log_logits : bool
         Whether "full" keeps the router logits too.
 
@@ -47,7 +47,7 @@ class LogOptions:
             isinstance(self.log_samples, bool) or not isinstance(self.log_samples, int)
         ):
             raise ParameterError(
-                f"log_samples={self.log_samples!r} is no number of documents: give an integer."
+                f"log_samples={self.log_samples!r} is not a number of documents: give an integer."
             )
         if self.log_samples is not None and self.log_samples < 0:
             raise ParameterError(
@@ -55,8 +55,8 @@ class LogOptions:
             )
         if self.log_samples is not None and not self.details:
             raise ParameterError(
-                f"log_samples={self.log_samples} has no use with log_routing={self.log_routing}: "
-                "choose samples or full, or leave it out."
+                f"log_samples={self.log_samples} has no effect with "
+                f"log_routing={self.log_routing}: choose samples or full, or leave it out."
             )
         if not isinstance(self.log_logits, bool):
             raise ParameterError(f"log_logits={self.log_logits!r} is unknown: give True or False.")
@@ -71,18 +71,18 @@ class LogOptions:
             )
         if not self.details and self.log_dir is not None:
             raise ParameterError(
-                f"log_dir={self.log_dir!r} has no use with log_routing={self.log_routing}, which "
-                "writes no files of its own: choose samples or full, or leave log_dir out."
+                f"log_dir={self.log_dir!r} has no effect with log_routing={self.log_routing}, "
+                "which writes no log files: choose samples or full, or leave log_dir out."
             )
 
     @property
     def samples(self) -> int:
-        """How many documents of each task are kept as JSON."""
+        """Number of documents per task with details as JSON."""
         if self.log_samples is not None:
             return self.log_samples
         return 200 if self.log_routing == "samples" else 0
 
     @property
     def details(self) -> bool:
-        """Whether files of our own are written."""
+        """Whether log files are written."""
         return self.log_routing in ("samples", "full")

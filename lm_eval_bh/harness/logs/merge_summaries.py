@@ -19,7 +19,7 @@ def merge_summaries(
     Parameters
     ----------
     states : sequence of dict
-        What :meth:`~lm_eval_bh.harness.logs.summary_log.SummaryLog.state` returned on each process.
+        Results of :meth:`~lm_eval_bh.harness.logs.summary_log.SummaryLog.state`, one per process.
     layers : sequence of int
         The routed layers; the others are not described.
     cached_requests : int
@@ -29,8 +29,8 @@ def merge_summaries(
     -------
     RoutingSummary
         Plain Python values: means and standard deviations over tokens and layers, over all tasks
-        and for each; padding, batch-size probes and repeated requests excluded. What no token was
-        seen of is None.
+        and per task, without padding, batch-size probes and repeated requests. Values without
+        tokens are None.
     """
     names = sorted({task for state in states for task in state["tasks"]})
     tasks = {
@@ -84,7 +84,7 @@ def _describe(parts: Sequence[dict[str, Any]], layers: Sequence[int]) -> TaskSum
 
 
 def _describe_steps(parts: Sequence[dict[str, Any]], layers: list[int]) -> StepSummary:
-    """Describe the steps of a decode batch, where there was one."""
+    """Describe the steps of decode batches, if there were any."""
     if "distinct" not in parts[0]:
         return {}
     distinct = np.sum([part["distinct"] for part in parts], axis=0)[layers]

@@ -1,4 +1,4 @@
-"""One forward pass, as the logs see it: whose rows, which tokens are real."""
+"""One forward pass as the logs see it: owners of its rows, and real tokens."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Owner:
     task : str
         Name of the task.
     doc_id, request : int
-        The document in the task, and which of its requests.
+        Number of the document in the task, and of the request in the document.
     repeat : int
-        Which of the request's repetitions, 0 where it has one.
+        Number of the repetition, from 0.
     offset : int
-        How many of the request's tokens earlier rows have held: windows of a long document.
+        Number of the request's tokens in earlier rows: windows of a long document.
     """
 
     task: str
@@ -42,15 +42,15 @@ class Batch:
     Attributes
     ----------
     owners : sequence of sequence of Owner
-        For each row, who is served by it: nobody, one request, or several that share it.
+        For each row, the requests that it serves: none, one, or several that share it.
     mask : Tensor
-        bool ``[rows, length]`` on the CPU; False for padding and for rows of nobody.
+        bool ``[rows, length]`` on the CPU; False for padding and for rows without an owner.
     token_ids : Tensor
         int64 ``[rows, length]`` on the CPU.
     first : sequence of int
         For each row, the position in its request of its first real token, before ``offset``.
     decoded : Tensor or None
-        bool ``[rows, length]``, which tokens are no prompt's; None where all are.
+        bool ``[rows, length]``, which tokens are not in prompts; None if all are not.
     """
 
     owners: Sequence[Sequence[Owner]]
@@ -66,7 +66,7 @@ class Batch:
         return lengths
 
     def steps(self, config: RoutingConfig) -> Steps | None:
-        """Return which tokens are decoded together; None where the configuration does not say."""
+        """Return which tokens are decoded together; None if the configuration does not say."""
         if config.decode_batch is None:
             return None
         counted = self.mask
@@ -77,6 +77,6 @@ class Batch:
 
     @cached_property
     def flat(self) -> list[Tensor]:
-        """For each row, int64 [real tokens], their places in the batch flattened to [tokens]."""
+        """For each row, int64 [real tokens]: places in the batch flattened to [tokens]."""
         width = self.mask.shape[1]
         return [row.nonzero().flatten() + number * width for number, row in enumerate(self.mask)]

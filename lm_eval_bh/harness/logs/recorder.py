@@ -1,4 +1,4 @@
-"""Hears of every forward pass, finds out which requests own its rows, and tells the logs."""
+"""Observes every forward pass, finds the owners of its rows, and tells the logs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Tells the logs of one evaluation about its forward passes.
+    """Passes the forward passes of one evaluation to its logs.
 
     Parameters
     ----------
     model : nn.Module
         The transformers model without its head, through which every pass goes.
     summary : SummaryLog or None
-        Is also told how long passes took; None logs nothing.
+        The summary, which also gets the time of passes; None logs nothing.
     sinks : sequence of Sink
         Further logs.
     """
@@ -40,7 +40,7 @@ class Recorder:
         self._summary = summary
         self._sinks = Sinks([] if summary is None else [summary, *sinks])
         self._expected = ExpectedRows()
-        self._batch: Batch | None = None  # of the pass that is under way
+        self._batch: Batch | None = None  # of the current pass
         self._device = torch.device("cpu")
         self._begun = False
         self._generation: Generation | None = None
@@ -48,7 +48,7 @@ class Recorder:
 
     @contextmanager
     def expecting(self, rows: ExpectedRows) -> Iterator[None]:
-        """Credit rows of the forward passes inside to their owners, by the tokens of the row."""
+        """Assign rows of the enclosed forward passes to their owners, by the row's tokens."""
         before, self._expected = self._expected, rows
         try:
             yield
@@ -62,8 +62,8 @@ class Recorder:
         Yields
         ------
         (Tensor or None, Tensor or None)
-            bool ``[rows, length]``, which tokens are no padding, and which are no prompt's; None
-            where nobody knows.
+            bool ``[rows, length]``: which tokens are not padding, and which are not in prompts;
+            None if unknown.
         """
         if not self._expected:
             yield None, None
@@ -105,7 +105,7 @@ class Recorder:
         Yields
         ------
         Generation or None
-            Call its :meth:`~Generation.finish` with the output. None if nothing is to be logged.
+            Call its :meth:`~Generation.finish` with the output. None without logging.
         """
         if self._summary is None or not any(owners) or len(owners) != len(prompt):
             yield None
@@ -131,7 +131,7 @@ class Recorder:
         if self._batch is None:
             return
         if len(selection.counts) != self._batch.mask.numel():
-            # Virtual tokens of prompt tuning, for example: whose they are is not known.
+            # For example virtual tokens of prompt tuning, whose owner is unknown.
             self._warn_once("A forward pass is not logged: its tokens are not those of its rows.")
             self._batch = None
             return
@@ -141,7 +141,7 @@ class Recorder:
         self._sinks.layer(layer, router_logits, selection)
 
     def scored(self, logits: Tensor) -> None:
-        """Take the logits ``[rows, length, vocabulary]`` of the pass that is under way."""
+        """Take the logits ``[rows, length, vocabulary]`` of the current pass."""
         batch = self._batch
         if batch is not None and self._begun and logits.shape[:2] == batch.token_ids.shape:
             self._sinks.scored(lambda: token_losses(logits, batch.token_ids))
@@ -169,7 +169,7 @@ def token_losses(logits: Tensor, token_ids: Tensor) -> Tensor:
     """
     losses = torch.full(token_ids.shape, float("nan"))
     for row, (of_row, ids) in enumerate(zip(logits.detach(), token_ids, strict=True)):
-        # Row by row: in float32 the logits of a whole batch would need the memory of another one.
+        # Row by row: converting the whole batch to float32 would double its memory.
         losses[row, 1:] = F.cross_entropy(
             of_row[:-1].float(), ids[1:].to(of_row.device), reduction="none"
         ).cpu()

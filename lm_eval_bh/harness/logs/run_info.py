@@ -1,4 +1,4 @@
-"""What the results file says about a run: ``results["config"]["bh"]``."""
+"""Describes a run in the results file: ``results["config"]["bh"]``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.routing.routers import transformers_model
 from lm_eval_bh.schema import SCHEMA_VERSION, RunInfo, SpeedRouting
 
-# What the FLOPs of a forward pass are counted from.
+# Configuration keys from which FLOPs of a forward pass are computed.
 FLOPS_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -25,7 +25,7 @@ FLOPS_FIELDS = (
 
 
 def run_info(integration: BHRoutingIntegration, log: RunLog) -> RunInfo:
-    """Describe the routing of an evaluation, and what came of it, as plain values."""
+    """Describe the routing of an evaluation and its outcome, as plain values."""
     config = transformers_model(integration.model).config.get_text_config().to_dict()
     return {
         **described_routing(integration),
@@ -40,7 +40,7 @@ def run_info(integration: BHRoutingIntegration, log: RunLog) -> RunInfo:
 
 
 def described_routing(integration: BHRoutingIntegration) -> SpeedRouting:
-    """Describe what decides experts: equal wherever it is measured."""
+    """Describe everything that decides experts; equal for equal routing."""
     null = integration.null_model
     return {
         "schema_version": SCHEMA_VERSION,

@@ -1,4 +1,4 @@
-"""All that one evaluation logs about its routing: what is kept, where, what it amounts to."""
+"""The routing logs of an evaluation, and the summary made from them."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ class RunLog:
     Parameters
     ----------
     integration : BHRoutingIntegration
-        Whose hooks report to the log from now on, until :meth:`detach`.
+        Its hooks report to the log until :meth:`detach`.
     options : LogOptions
-        What is kept. Nothing is written before the first request is served.
+        What to log. Nothing is written before the first request is served.
     run_id : str
-        The same on every process: see :func:`new_run_id`.
+        Run id, the same on every process: see :func:`new_run_id`.
     rank : int
-        Of this process.
+        Rank of this process.
 
     Attributes
     ----------
     ended : bool
-        Whether the evaluation is over: finished or interrupted. What comes next needs a new log.
+        Whether the evaluation has ended, finished or interrupted; the next needs a new log.
     served : ServedRequests
-        The requests that are served now; none outside :meth:`serving`.
+        The requests being served; none outside :meth:`serving`.
     cached_requests : int
-        How many requests a cache has answered; the caller counts.
+        Number of requests that a cache has answered; the caller counts.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class RunLog:
             integration.observers.append(self.recorder.observe)
 
     def detach(self) -> None:
-        """Stop listening to the hooks, and drop what an interruption has left half written."""
+        """Stop listening to the hooks, and drop files that an interruption left unfinished."""
         if self.recorder.observe in self._integration.observers:
             self._integration.observers.remove(self.recorder.observe)
         if self._tokens is not None:
@@ -113,7 +113,7 @@ class RunLog:
 
     @contextmanager
     def serving(self, instances: Sequence[Any]) -> Iterator[ServedRequests]:
-        """Log what runs inside for these requests, and write the logs when it has ended."""
+        """Log the enclosed passes for these requests, and write the logs afterwards."""
         self.served = ServedRequests(instances)
         self.documents.add(instances)
         try:
@@ -129,7 +129,7 @@ class RunLog:
 
     @contextmanager
     def unlogged(self) -> Iterator[None]:
-        """Let what runs inside leave no trace, not even in the expert rows that were computed."""
+        """Exclude the enclosed passes from all logs, including the computed expert rows."""
         before = self._integration.rows_computed
         yield
         after = self._integration.rows_computed
@@ -137,13 +137,13 @@ class RunLog:
             self._rows_before += after - before  # type: ignore[operator]
 
     def add_losses(self, log_likelihoods: Iterable[float]) -> None:
-        """Note the log-likelihoods of the requests that are served, in their order."""
+        """Record the log-likelihoods of the requests being served, in order."""
         for owner, loss in self.served.losses(log_likelihoods):
             if owner.doc_id < self.options.samples:
                 self._losses[key_of(owner)] = loss
 
     def flush(self) -> None:
-        """Write what a request method has left."""
+        """Write what a request method has gathered."""
         if self._samples is not None and self._folder is not None:
             samples = self._samples.take(self._losses)
             name = f".samples-{self._folder.rank}-{self._parts}.json"
@@ -154,7 +154,7 @@ class RunLog:
             self._tokens.flush()
 
     def state(self) -> dict[str, Any]:
-        """Return all that this process has counted, as plain values."""
+        """Return all counters of this process, as plain values."""
         return self._summary.state() | {
             "cached_requests": self.cached_requests,
             "documents": self.documents.hashes,
@@ -170,7 +170,7 @@ class RunLog:
             self.documents.collect(states)
 
     def summary(self) -> RoutingSummary | None:
-        """Return the routing summary over all processes; None if nothing was to be logged."""
+        """Return the routing summary over all processes; None without logging."""
         if self.options.log_routing == "off":
             return None
         states = self._all_states()
@@ -178,7 +178,7 @@ class RunLog:
         return merge_summaries(states, self._layers, cached)
 
     def finish(self) -> None:
-        """Put the parts of all processes together and write the manifest; on the first process."""
+        """On the first process, join the parts of all processes and write the manifest."""
         summary = self.summary()
         if self.ended or self._folder is None or summary is None:
             self.ended = True
@@ -195,7 +195,7 @@ class RunLog:
             some.sort(key=lambda sample: (sample["sample_id"], sample["request"], sample["repeat"]))
             content = self._internal_routing(task, task_summary, some)
             name = f"{content['config']}{INTERNAL_ROUTING}"
-            # wikitext and bh_wikitext have one data set; the later is given its task's name too.
+            # wikitext and bh_wikitext share a data set; the later file also gets its task's name.
             own = shortened(f"{task}_{content['config']}") + INTERNAL_ROUTING
             files.append(own if name in files else name)
             self._folder.write_json(files[-1], content)
@@ -208,7 +208,7 @@ class RunLog:
         self.ended = True
 
     def _all_states(self) -> list[dict[str, Any]]:
-        return [self.state(), *self._states[1:]]  # its own is newer than what was collected
+        return [self.state(), *self._states[1:]]  # its own state is newer than the collected one
 
     def _expert_rows(self) -> int | None:
         rows = self._integration.rows_computed
@@ -241,7 +241,7 @@ class RunLog:
 
 
 def new_run_id(processes: int) -> str:
-    """Return an id that sorts by time and is the same on every process; all must ask at once."""
+    """Return an id that sorts by time and is equal on all processes, which must call together."""
     run_id = [f"{datetime.now():%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"]
     if processes > 1:
         broadcast_object_list(run_id)

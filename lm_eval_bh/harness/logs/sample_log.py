@@ -1,4 +1,4 @@
-"""The samples log: all that routing decided for the first documents of a task, as JSON."""
+"""The samples log: all routing decisions for the first documents of a task, as JSON."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lm_eval_bh.harness.logs.ownership import Batch, Owner
 from lm_eval_bh.routing.methods.pick import Picked
 from lm_eval_bh.schema import UNUSED, Sample, SampleLayer
 
-LOGITS_SAMPLE = 3  # tokens of each request whose router logits are kept whole
+LOGITS_SAMPLE = 3  # tokens per request whose router logits are kept completely
 
 Key = tuple[str, int, int, int]  # task, document, request, repetition
 
 
 def key_of(owner: Owner) -> Key:
-    """Return what the sample of an owner is filed under."""
+    """Return the key of an owner's sample."""
     return owner.task, owner.doc_id, owner.request, owner.repeat
 
 
 @dataclass
 class _Piece:
-    """One layer of one row: the tokens of a request that one forward pass held."""
+    """One layer of one row: the tokens of a request in one forward pass."""
 
     indices: NDArray[np.int64]
     weights: NDArray[np.float32]
@@ -38,7 +38,7 @@ class _Piece:
 
 @dataclass
 class _Request:
-    """What is gathered about one request; pieces by the position of their first token."""
+    """The data of one request; pieces by the position of their first token."""
 
     token_ids: dict[int, list[int]] = field(default_factory=dict)
     layers: dict[int, dict[int, _Piece]] = field(default_factory=lambda: defaultdict(dict))
@@ -50,9 +50,9 @@ class SampleLog:
     Parameters
     ----------
     limit : int
-        Number of documents of each task.
+        Number of documents per task.
     num_experts, min_k, max_k : int
-        Of the model and the routing.
+        Properties of the model and the routing.
     """
 
     def __init__(self, limit: int, num_experts: int, min_k: int, max_k: int) -> None:
@@ -63,7 +63,7 @@ class SampleLog:
         self._wanted: list[tuple[Owner, int, Tensor]] = []
 
     def begin(self, batch: Batch, device: torch.device) -> None:
-        """Find the rows of documents that are kept."""
+        """Find the rows of documents to keep."""
         self._wanted = []
         for row, owners in enumerate(batch.owners):
             for owner in owners:
@@ -89,13 +89,13 @@ class SampleLog:
             self._requests[key_of(owner)].layers[layer][start] = piece
 
     def scored(self, losses: Callable[[], Tensor]) -> None:
-        """Do nothing: a sample has one loss, that of its request."""
+        """Do nothing: a sample only has its request's loss."""
 
     def end(self) -> None:
-        """Do nothing: rows are kept as they come."""
+        """Do nothing: rows are kept immediately."""
 
     def take(self, losses: dict[Key, float]) -> dict[str, list[Sample]]:
-        """Return and forget what was kept, by task, ordered by document and request."""
+        """Return and clear the samples by task, ordered by document and request."""
         samples: dict[str, list[Sample]] = defaultdict(list)
         for key in sorted(self._requests):
             samples[key[0]].append(self._sample(key, self._requests[key], losses.get(key)))
@@ -134,12 +134,12 @@ class SampleLog:
                 "avg_experts": float(counts.mean()),
                 "std_experts": float(counts.std()),
                 "ceiling_hits": int((counts == max_k).sum()),
-                # With fixed bounds every token is at the ceiling, and none at a floor.
+                # With equal bounds every token is at the ceiling and none at the floor.
                 "floor_hits": int((counts == min_k).sum()) if min_k < max_k else 0,
             },
         }
 
 
 def _rounded(values: NDArray[np.float32]) -> Any:
-    """Return nested lists of floats with as many digits as float32 can tell from softmax noise."""
+    """Return nested lists of floats, rounded to digits that are not softmax noise."""
     return np.round(values.astype(np.float64), 6).tolist()

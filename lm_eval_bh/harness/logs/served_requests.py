@@ -1,4 +1,4 @@
-"""The requests that one call of a request method serves: who owns which row, and its loss."""
+"""The requests of one call of a request method: owners of rows, and losses."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lm_eval_bh.harness.logs.ownership import Owner
 
 
 class ServedRequests:
-    """The instances of one call, with what is learnt about them on the way.
+    """The instances of one call, with what is found out about them.
 
     Parameters
     ----------
     instances : sequence of Instance
-        As lm-eval gives them: an instance comes ``repeats`` times; what comes more often is a copy
-        that evens out processes, and nobody's.
+        As lm-eval gives them: an instance occurs ``repeats`` times; further copies balance
+        processes and have no owner.
     """
 
     def __init__(self, instances: Sequence[Any] = ()) -> None:
@@ -45,7 +45,7 @@ class ServedRequests:
         )
 
     def expect_windows(self, places: Iterator[Place]) -> None:
-        """Take the rows that :meth:`expected_rows` is told of to be windows at these places."""
+        """Treat the next rows of :meth:`expected_rows` as windows at these places."""
         self._windows = places
 
     def expected_rows(self, requests: Sequence[Any], max_length: int, shared: bool) -> ExpectedRows:
@@ -62,9 +62,9 @@ class ServedRequests:
         return ExpectedRows(requests, owners, max_length, shared)
 
     def row_names(self, requests: Sequence[Any], shared: bool) -> list[tuple[str, Hashable]]:
-        """Return task and name of the row of each request that :meth:`expected_rows` was told of.
+        """Return task and row name of each request passed to :meth:`expected_rows`.
 
-        Requests of one name share a row.
+        Requests with equal names share a row.
         """
         return [
             (
@@ -77,7 +77,7 @@ class ServedRequests:
         ]
 
     def losses(self, log_likelihoods: Iterable[float]) -> Iterator[tuple[Owner, float]]:
-        """Yield each owner and its loss in nats a scored token; an empty document has none."""
+        """Yield each owner and its loss in nats per scored token; empty documents have none."""
         for position, value in enumerate(log_likelihoods):
             owner = self.owner(position)
             if owner is not None and self._scored_tokens[position]:
@@ -94,7 +94,7 @@ class ServedRequests:
         self._batch = list(prompts)
 
     def take_batch(self) -> list[list[Owner]]:
-        """Return the owners of every row of that call: one, or nobody."""
+        """Return the owners of every row of that call: one, or none."""
         owners = []
         for prompt in self._batch:
             waiting = self._waiting.get(prompt)

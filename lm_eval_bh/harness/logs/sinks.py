@@ -1,4 +1,4 @@
-"""What the logs have in common: they are told, pass by pass, what routing selected for whom."""
+"""The interface of logs: per pass, they get the selections and the owners of rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Sink(Protocol):
 
 
 class Sinks:
-    """Several logs as one, which knows how long they have taken."""
+    """Several logs as one, which measures the time that they take."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = sinks
@@ -54,7 +54,7 @@ class Sinks:
                 sink.layer(layer, router_logits, selection)
 
     def scored(self, losses: Callable[[], Tensor]) -> None:
-        """Take the tokens' losses, which are computed only where a log keeps them."""
+        """Take the tokens' losses, which are computed only if a log keeps them."""
         with self._timed():
             for sink in self._sinks:
                 sink.scored(losses)
@@ -66,7 +66,7 @@ class Sinks:
                 sink.end()
 
     def stopwatch(self, device: torch.device) -> Callable[[], Span]:
-        """Return a function that says what the model has taken from now until it is called."""
+        """Return a function that returns the model's time from now until its call."""
         self._device = device
         breaks = self._breaks = []
         start = moment(device)

@@ -16,7 +16,7 @@ class Moment(Protocol):
 
 
 class HostMoment:
-    """Of a device whose work is done when a call returns."""
+    """For a device whose work is done when a call returns."""
 
     def __init__(self) -> None:
         self._time = time.perf_counter()
@@ -27,30 +27,30 @@ class HostMoment:
 
 
 class CudaMoment:
-    """Of a CUDA device: an event in its stream."""
+    """For a CUDA device: an event in its stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._event = torch.cuda.Event(enable_timing=True)
         self._event.record(torch.cuda.current_stream(device))
 
     def until(self, later: CudaMoment) -> float:
-        """Return the seconds in between; waits until the device has come there."""
+        """Return the seconds in between; waits until the device has reached it."""
         later._event.synchronize()
         return float(self._event.elapsed_time(later._event)) / 1000
 
 
 def moment(device: torch.device) -> Moment:
-    """Return this moment in the work that a device was given."""
+    """Return the current moment in the work given to a device."""
     return CudaMoment(device) if device.type == "cuda" else HostMoment()
 
 
 class Span:
-    """From a moment to a later one, less the breaks in between."""
+    """The time from one moment to a later one, minus breaks."""
 
     def __init__(self, start: Moment, end: Moment, breaks: list[tuple[Moment, Moment]]) -> None:
         self._start, self._end, self._breaks = start, end, breaks
 
     def seconds(self) -> float:
-        """Return how long it was; only here the host may wait."""
+        """Return the length; only here the host may wait."""
         breaks = sum(start.until(end) for start, end in self._breaks)
         return max(0.0, self._start.until(self._end) - breaks)

@@ -1,4 +1,4 @@
-"""The summary log: exact counters a task and layer, on the device, no work per token in Python."""
+"""The summary log: exact counters per task and layer, on the device, without Python per token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lm_eval_bh.routing.methods.pick import Picked
 from lm_eval_bh.routing.methods.steps import Steps
 from lm_eval_bh.routing.patching.counters import LayerSums, RoutingCounters, Selections
 
-BEHIND = 8  # passes whose time is not asked for yet: a device may be that far behind
+BEHIND = 8  # passes that a device may lag behind before its time is read
 
 
 class TaskCounters(RoutingCounters):
@@ -32,15 +32,15 @@ class TaskCounters(RoutingCounters):
 
     def __init__(self, num_layers: int, num_experts: int, decode_batch: int | None = None) -> None:
         super().__init__(num_layers, num_experts, decode_batch)
-        # The sum over tokens of a layer's count times the count of the routed layer before it; 0
-        # in the first.
+        # Sum over tokens of a layer's count times the previous routed layer's count; 0
+        # in the first layer.
         self._cross = LayerSums(num_layers, 1)
         self.seconds = 0.0
 
     def add(
         self, selections: Selections, weight: Tensor | None = None, steps: Steps | None = None
     ) -> None:
-        """Count what the layers selected, in their order; int64 ``[tokens]`` says how often."""
+        """Count the layers' selections, in order, weighted by int64 ``[tokens]``."""
         super().add(selections, weight, steps)
         assert weight is not None
         device = selections[0][1].counts.device
@@ -72,9 +72,9 @@ class SummaryLog:
     Parameters
     ----------
     num_layers, num_experts : int
-        Of the model.
+        Numbers of layers and of experts per layer.
     config : RoutingConfig
-        Says which tokens are decoded together.
+        Determines which tokens are decoded together.
     """
 
     def __init__(self, num_layers: int, num_experts: int, config: RoutingConfig) -> None:
@@ -112,10 +112,10 @@ class SummaryLog:
         self._selections.append((layer, selection))
 
     def scored(self, losses: Callable[[], Tensor]) -> None:
-        """Do nothing: losses are lm-eval's to count."""
+        """Do nothing: lm-eval counts losses."""
 
     def end(self) -> None:
-        """Count what was selected, and the tokens that were computed."""
+        """Count the selections and the computed tokens."""
         for task, weight in self._weights.items():
             if self._selections:
                 self.tasks[task].add(self._selections, weight, self._steps_of(weight))
@@ -131,9 +131,9 @@ class SummaryLog:
         return steps._replace(of=torch.where(weight > 0, steps.of.to(weight.device), -1))
 
     def took(self, batch: Batch, span: Span) -> None:
-        """Share the time of a pass among the tasks whose tokens it computed.
+        """Divide the time of a pass among the tasks of its tokens.
 
-        How long it was is asked for some passes later, when the device has done with it.
+        The time is read some passes later, when the device has finished it.
         """
         shares: defaultdict[str, float] = defaultdict(float)
         for length, owners in zip(batch.lengths, batch.owners, strict=True):
@@ -145,7 +145,7 @@ class SummaryLog:
             self._settle()
 
     def _settle(self) -> None:
-        """Add the oldest pass whose time is not known yet."""
+        """Add the oldest pass whose time has not been read."""
         span, shares = self._spans.popleft()
         seconds = span.seconds()
         for task, share in shares.items():

@@ -23,18 +23,18 @@ ROW_GROUP = 131072  # rows gathered in memory before they are written
 
 
 class TokenLog:
-    """Writes one row a token, layer and owning request.
+    """Writes one row per token, layer and owning request.
 
     Parameters
     ----------
     folder : LogFolder
-        Where the parts go; each takes its name once it is whole.
+        Folder of the parts; each part is renamed once complete.
     num_experts : int
-        Of the model; the index of an unused slot.
+        Number of experts per layer, which is the index of an unused slot.
     with_logits : bool
-        Whether the router logits are written too, as float16.
+        Whether to write router logits too, as float16.
     config : RoutingConfig
-        Says which tokens are decoded together.
+        Determines which tokens are decoded together.
     """
 
     def __init__(
@@ -45,19 +45,19 @@ class TokenLog:
         self._with_logits = with_logits
         self._config = config
         self._schema = token_schema(with_logits, num_experts, config.decode_batch is not None)
-        self._steps_before = folder.rank << 40  # so that no two processes number alike
+        self._steps_before = folder.rank << 40  # so that processes use different numbers
         self._waiting: list[pa.RecordBatch] = []
         self._rows_waiting = 0
         self._writer: pq.ParquetWriter | None = None
         self._take: Tensor | None = None
         self._columns: dict[str, Any] = {}
-        self._layers: list[dict[str, Any]] = []  # of the pass that is under way
+        self._layers: list[dict[str, Any]] = []  # of the current pass
         self._loss: pa.Array | None = None
         self.parts: list[str] = []
         self.rows = 0
 
     def begin(self, batch: Batch, device: torch.device) -> None:
-        """List every (owner, token) pair of the pass: one row a layer each."""
+        """List every (owner, token) pair of the pass, with one row per layer."""
         self._gather()
         take, tasks, documents, requests, repeats, positions = [], [], [], [], [], []
         codes: dict[str, int] = {}
@@ -126,7 +126,7 @@ class TokenLog:
             self._write()
 
     def flush(self) -> None:
-        """Finish the part that is being written, and give it its name."""
+        """Finish the part being written, and rename it."""
         self._gather()
         if self._waiting:
             self._write()
@@ -139,14 +139,14 @@ class TokenLog:
             self._writer = None
 
     def discard(self) -> None:
-        """Remove the part that is being written: nobody will finish it."""
+        """Remove the part being written."""
         if self._writer is not None:
             self._writer.close()
             self._temporary.unlink(missing_ok=True)
             self._writer = None
 
     def _gather(self) -> None:
-        """Make rows of the layers of a pass, once it is known whether it has losses."""
+        """Make rows from the layers of a pass, once it is known whether it has losses."""
         for columns in self._layers:
             number = len(columns["count"])
             loss = pa.nulls(number, pa.float32()) if self._loss is None else self._loss
@@ -166,12 +166,12 @@ class TokenLog:
                     )
                 self._writer.write_table(table)
         except DataError:
-            self._temporary.unlink(missing_ok=True)  # it may be what filled the disk
+            self._temporary.unlink(missing_ok=True)  # it may have filled the disk
             raise
         self.rows += table.num_rows
         self._waiting, self._rows_waiting = [], 0
 
     @property
     def _temporary(self) -> Path:
-        """The part that is being written; hidden, so that nobody takes it for a whole one."""
+        """The part that is being written; hidden, since it is incomplete."""
         return self._folder.path / TOKENS / f".part-{self._folder.rank}.parquet.tmp"

@@ -1,1 +1,1 @@
-"""How lm-eval gets to know the model and the tasks."""
+"""Makes the model and the tasks known to lm-eval."""

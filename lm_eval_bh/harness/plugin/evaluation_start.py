@@ -1,9 +1,8 @@
-"""Lets lm-eval tell a model that an evaluation begins.
+"""Tells a model when lm-eval begins an evaluation.
 
 lm-eval's evaluator calls nothing on a model before the first requests, and nothing on all processes
-after the last, so a model cannot tell a second evaluation from more requests of a first one that
-was interrupted. Its ``evaluate`` is the one place that every evaluation goes through on every
-process.
+after the last, so a model cannot tell a second evaluation from further requests of an interrupted
+one. Every evaluation on every process goes through lm-eval's ``evaluate``.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from lm_eval import evaluator
 
 
 def announce_evaluations() -> None:
-    """Make lm-eval's ``evaluate`` first call ``begin_evaluation`` of a model that has it.
+    """Make lm-eval's ``evaluate`` call ``begin_evaluation`` of models that have it.
 
-    May be called any number of times. Who has imported ``evaluate`` by name before the first call
-    keeps one that announces nothing; ``simple_evaluate`` and the command always take the new one.
+    May be called any number of times. Code that imported ``evaluate`` by name earlier keeps the old
+    function; ``simple_evaluate`` and the command always take the new one.
     """
     evaluate = evaluator.evaluate
     if getattr(evaluate, "announces_evaluations", False):

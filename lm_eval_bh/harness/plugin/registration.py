@@ -1,9 +1,8 @@
-"""Makes the model ``hf-bh`` and the tasks of this package known to lm-eval, of whichever release.
+"""Registers the model ``hf-bh`` and this package's tasks with any release of lm-eval.
 
-Models: lm-eval 0.4.13 knows its own models only, so a placeholder goes into its registry; later
-releases read the entry points of the group ``lm_eval.models`` (they have ``load_plugins``) and are
-left to do so. Tasks: no release reads them from packages, so every ``TaskManager`` is told of one
-more folder.
+Models: lm-eval 0.4.13 knows only its own models, so a placeholder goes into its registry; later
+releases read the entry points of the group ``lm_eval.models`` (they have ``load_plugins``). Tasks:
+no release reads them from packages, so every ``TaskManager`` gets one more folder.
 
 :func:`register` is called by ``import lm_eval_bh`` and, through the sibling module ``startup``,
 by the import of lm-eval itself, so that its own command line finds everything.
@@ -29,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Register with the parts of lm-eval that are loaded, and with the others once they are.
+    """Register with the loaded parts of lm-eval, and with the others when they load.
 
     It does not import lm-eval, and may be called any number of times.
     """
@@ -42,12 +41,12 @@ def register() -> None:
 def _register_model(registry: ModuleType) -> None:
     if hasattr(registry, "load_plugins") or MODEL_NAME in registry.model_registry:
         return
-    # A string, which lm-eval resolves on use: the class would bring torch and transformers along.
+    # A string, which lm-eval resolves on use: the class would import torch and transformers.
     registry.model_registry.register(MODEL_NAME, target=MODEL_CLASS)
 
 
 def _register_tasks(manager: ModuleType) -> None:
-    # A module that is still being imported has no TaskManager yet: the finder calls again after it.
+    # A module still being imported has no TaskManager yet: the finder calls again later.
     task_manager = getattr(manager, "TaskManager", None)
     if task_manager is None or hasattr(task_manager, "lm_eval_bh"):
         return
@@ -61,7 +60,7 @@ def _register_tasks(manager: ModuleType) -> None:
         call = signature.bind(self, *args, **kwargs)
         call.apply_defaults()
         asked = call.arguments["include_path"]
-        # Without the defaults a caller gets exactly the folders asked for, of us as of lm-eval.
+        # Without the defaults, a caller only gets the requested folders.
         if call.arguments["include_defaults"]:
             call.arguments["include_path"] = _with_our_tasks(asked)
         init(*call.args, **call.kwargs)
@@ -72,12 +71,12 @@ def _register_tasks(manager: ModuleType) -> None:
 
 
 def _with_our_tasks(asked: Any) -> Any:
-    """Put our folder before the user's, whose tasks win, unless it is among or inside these."""
+    """Put our folder before the user's, whose tasks win, unless it is already included."""
     paths = asked if isinstance(asked, (list, tuple)) else [asked] if asked else []
     try:
         ours = shipped("tasks")
     except DataError as error:
-        logger.warning("%s", error)  # lm-eval can do without us
+        logger.warning("%s", error)  # lm-eval works without us
         return asked
     if any(ours.resolve().is_relative_to(Path(path).resolve()) for path in paths):
         return asked

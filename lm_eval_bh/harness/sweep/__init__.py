@@ -1,1 +1,1 @@
-"""Sweeps: a grid of routing configurations times tasks, with one loaded model, to be resumed."""
+"""Resumable sweeps: a grid of routing configurations and tasks, with one loaded model."""

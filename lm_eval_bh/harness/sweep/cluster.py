@@ -1,4 +1,4 @@
-"""Runs the experiments of a sweep on a Ray cluster: one actor a GPU or worker holds one model."""
+"""Runs the experiments of a sweep on a Ray cluster: one actor per GPU or worker holds one model."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from lm_eval_bh.harness.sweep.waiting import Progress, Say
 if TYPE_CHECKING:
     from lm_eval_bh.harness.sweep.evaluator import Evaluator
 
-ASIDE = "aside"  # the concurrency group of questions to a worker at work
-PATIENCE = 10.0  # seconds that a worker has to answer one
+ASIDE = "aside"  # concurrency group for queries to a busy worker
+PATIENCE = 10.0  # seconds that a worker has to answer a query
 LOSSES = 3  # workers that an experiment may lose before the sweep gives up on it
 
 logger = logging.getLogger(__name__)
 
 
 class Worker:
-    """Holds one model, loaded for the first experiment, in a process of its own."""
+    """Holds one model, loaded for the first experiment, in a separate process."""
 
     def __init__(
         self, config: SweepConfig, experiments: Sequence[Experiment], folder: Path, device: str
@@ -40,12 +40,12 @@ class Worker:
         self._evaluator: Evaluator | None = None
 
     def used(self) -> float:
-        """Return the seconds of a processor that this process has had, even while it evaluates."""
+        """Return this process's CPU seconds, even during an evaluation."""
         return time.process_time()
 
     def run(self, experiment: Experiment) -> float | None:
-        """Evaluate an experiment; return its seconds, None if it runs or has run elsewhere."""
-        if self._evaluator is None:  # not in __init__, whose errors Ray tells as a lost worker
+        """Evaluate an experiment; return its seconds, or None if another process runs or ran it."""
+        if self._evaluator is None:  # not in __init__, whose errors Ray reports as a lost worker
             from lm_eval_bh.harness.sweep.evaluator import Evaluator
 
             self._evaluator = Evaluator(*self._of)
@@ -73,23 +73,23 @@ def run_on_ray(
     Parameters
     ----------
     config, experiments, folder, finished
-        See :func:`~lm_eval_bh.harness.sweep.local.run_here`. The folder must be one that all
-        machines see under the same path.
+        See :func:`~lm_eval_bh.harness.sweep.local.run_here`. All machines must see the folder under
+        the same path.
     address : str
-        Of the cluster, or ``local`` for one on this machine alone.
+        Address of the cluster, or ``local`` for one on this machine.
     workers : int or None
-        How many; None for one a GPU, or, without GPUs, one a CPU.
+        Number of workers; None for one per GPU or, without GPUs, one per CPU.
     device : str or None
-        As lm-eval takes it; None for ``cuda`` where the cluster has GPUs.
+        As in lm-eval; None for ``cuda`` if the cluster has GPUs.
     say : callable
-        Takes a line once a minute: which experiments are waited for, and how many workers live.
+        Takes a line once a minute: the experiments still running, and the number of live workers.
 
     Raises
     ------
     ParameterError
-        If Ray is not installed, the cluster cannot be reached, or there are no workers to be had.
+        If Ray is not installed, the cluster cannot be reached, or no workers are available.
     BHError
-        What an experiment raised; the others that were under way are not waited for.
+        The error of an experiment; other running experiments are abandoned.
     """
     try:
         import ray
@@ -100,15 +100,15 @@ def run_on_ray(
     if not experiments:
         return
     if workers is not None and workers < 1:
-        raise ParameterError(f"workers={workers} is no number of workers: give 1 or more.")
+        raise ParameterError(f"workers={workers} is not a number of workers: give 1 or more.")
     start = {"num_cpus": max(workers or 0, os.cpu_count() or 1)} if address == "local" else {}
-    # Else a sweep beside busy programs gets 3 % of a processor: Ray's own is 15.
+    # Ray's default niceness of 15 leaves 3 % of a busy CPU to a sweep.
     os.environ.setdefault("RAY_worker_niceness", "0")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **start)
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there, without a word
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray silently replaced it
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ParameterError(
@@ -135,7 +135,7 @@ def run_on_ray(
 
 
 class _Pool:
-    """The actors, and what each of them has under way."""
+    """The actors and their current experiments."""
 
     def __init__(
         self,
@@ -153,9 +153,9 @@ class _Pool:
         self.losses: dict[Experiment, int] = {}
         self.under_way: dict[Any, tuple[Any, Experiment]] = {}
         gpus = 0 if device == "cpu" else 1
-        # A group of its own answers while an experiment runs.
+        # A separate group answers while an experiment runs.
         remote = ray.remote(num_cpus=1, num_gpus=gpus, concurrency_groups={ASIDE: 1})(Worker)
-        # A model is loaded in every worker; the folder may be relative to where this process is.
+        # Every worker loads a model; the folder may be relative to this process's.
         self._arguments = config, list(experiments), folder.path.resolve(), device
         self._worker_class = remote
 
@@ -181,7 +181,7 @@ class _Pool:
                 self.ray.exceptions.RayActorError,
                 self.ray.exceptions.OutOfMemoryError,
             ):
-                self.ray.kill(worker)  # it may only be out of reach, and still write
+                self.ray.kill(worker)  # it may be unreachable but still writing
                 self._lost(experiment)
                 worker = self.new_worker()
             else:
@@ -190,7 +190,7 @@ class _Pool:
             self._give(worker)
 
     def _give(self, worker: Any) -> None:
-        """Give a worker something to do, or let it go, so that others get its place."""
+        """Give a worker an experiment, or release it to make room for others."""
         if self.waiting:
             experiment = self.waiting.pop(0)
             answer = worker.run.remote(experiment)
@@ -208,11 +208,11 @@ class _Pool:
         lines, alive = [], 0
         for answer, question in asked.items():
             used = None
-            with contextlib.suppress(self.ray.exceptions.RayError):  # a lost one is met in run()
+            with contextlib.suppress(self.ray.exceptions.RayError):  # run() handles lost workers
                 used = self.ray.get(question, timeout=0)
                 alive += 1
             lines.append(self.progress[answer].line(self.under_way[answer][1].name, used))
-        self.say(f"{alive} of {len(asked)} workers are alive. Waiting for {'; '.join(lines)}.")
+        self.say(f"{alive} of {len(asked)} workers are running. Waiting for {'; '.join(lines)}.")
 
     def _lost(self, experiment: Experiment) -> None:
         self.losses[experiment] = self.losses.get(experiment, 0) + 1

@@ -1,8 +1,8 @@
-"""Whether an experiment of a sweep is done: by its summary, and by all that the summary speaks of.
+"""Tells whether an experiment is done, by its summary and the files that it lists.
 
-The last thing that an experiment writes is its summary, with a digest of every file of its own, of
-the settings that decided its results, and of the summary itself. It is believed as far as it
-agrees with what lies there.
+An experiment writes its summary last, with digests of all its files, of the settings that decided
+its results, and of the summary itself. The summary counts only as far as it agrees with these
+files.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from lm_eval_bh.experiment_names import is_file_name
 from lm_eval_bh.harness.sweep.sweep_config import GRID, completed
 from lm_eval_bh.schema import ExperimentSummary, read_json, read_run_info, read_summary
 
-CHUNK = 2**20  # bytes of a file in memory
+CHUNK = 2**20  # bytes read at a time
 
 
 def summary_file(folder: Path, name: str) -> Path:
-    """Return where the summary of an experiment is, in the folder of a sweep."""
+    """Return the path of an experiment's summary in a sweep's folder."""
     return folder / "logs" / f"{name}.json"
 
 
 def sealed(
     folder: Path, summary: ExperimentSummary, files: Iterable[Path], settings: Mapping[str, Any]
 ) -> ExperimentSummary:
-    """Return a summary with the digests of files in the folder, of its settings and of itself."""
+    """Return a summary with digests of its files, its settings and itself."""
     digests = {file.relative_to(folder).as_posix(): _digest(file) for file in sorted(files)}
     content = cast(ExperimentSummary, summary | {"settings": dict(settings), "files": digests})
     content["digest"] = _seal(content)
@@ -40,18 +40,18 @@ def sealed(
 def why_not_done(
     folder: Path, name: str, settings: Mapping[str, Any], earlier: Mapping[str, Any] | None
 ) -> str | None:
-    """Return why an experiment that has a summary is to be run again, or None if it is done.
+    """Return why an experiment with a summary has to run again, or None if it is done.
 
     Parameters
     ----------
     folder : Path
-        Of the sweep.
+        Folder of the sweep.
     name : str
-        The experiment's.
+        Name of the experiment.
     settings : mapping
-        What its results must have been made with.
+        Settings that its results must have.
     earlier : mapping or None
-        What they were made with if the summary does not say so, as the first release's do not.
+        Settings of results whose summary lacks them, as in the first release.
     """
     file = summary_file(folder, name)
     try:
@@ -59,16 +59,16 @@ def why_not_done(
     except DataError as error:
         return str(error).partition(";")[0]
     if summary["config"] != name:
-        return f"its summary is that of {summary['config']}"
+        return f"its summary belongs to {summary['config']}"
     if "digest" in summary and summary["digest"] != _seal(summary):
         return "its summary was changed"
     made_with = summary.get("settings", earlier)
     if made_with is None:
-        return "nothing says which settings it ran with"
+        return "the settings of its run are unknown"
     made_with = {k: v for k, v in completed(made_with).items() if k not in GRID}
     for setting in sorted(made_with.keys() | settings.keys()):
         if made_with.get(setting) != settings.get(setting):
-            return f"it ran with another {setting}"
+            return f"it ran with a different {setting}"
     if "files" not in summary:
         return _why_earlier(folder / "runs" / name, summary["run_id"])
     for path, digest in summary["files"].items():
@@ -80,7 +80,7 @@ def why_not_done(
 
 
 def _why_earlier(run: Path, run_id: str) -> str | None:
-    """Return why the results of the first release do not count: it wrote no digests."""
+    """Return why results of the first release, which has no digests, do not count."""
     for file in sorted(run.glob("*/results_*.json")):
         try:
             info = read_run_info({"config": {}} | read_json(file), str(file))
@@ -103,7 +103,7 @@ def _digest(file: Path) -> str:
 
 @functools.cache
 def _sha256(file: Path, size: int, changed: int) -> str:
-    """Return the SHA-256 of a file; size and time of change are what it is remembered by."""
+    """Return the SHA-256 of a file; cached by size and time of change."""
     found = hashlib.sha256()
     with file.open("rb") as content:
         while chunk := content.read(CHUNK):

@@ -1,4 +1,4 @@
-"""One loaded model, its tasks and its null model: experiments only change the routing."""
+"""One loaded model with its tasks and null model: experiments only change the routing."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ from lm_eval_bh.threads import CoresWatch, use_threads_that_pay
 
 
 class Evaluator:
-    """Evaluates experiments of one sweep, as the ``lm_eval`` command would, one after the other.
+    """Evaluates experiments of one sweep in turn, like the ``lm_eval`` command.
 
     Parameters
     ----------
     config : SweepConfig
         The settings of the sweep.
     experiments : sequence of Experiment
-        What will be asked for; the model is loaded with one that needs a null model, if any does.
+        The experiments; the model is loaded for one with a null model, if any needs one.
     device : str or None
-        As lm-eval takes it.
+        As in lm-eval.
 
     Raises
     ------
     BHError
-        Whatever ``hf-bh`` raises, and before the first experiment if a ``max_k`` is too large.
+        As ``hf-bh``; before the first experiment if a ``max_k`` is too large.
     """
 
     def __init__(
         self, config: SweepConfig, experiments: Sequence[Experiment], device: str | None = None
     ) -> None:
         self.config, self.device = config, device
-        # What tests needs most: a null model. The others only take something away.
+        # Tests need a null model as well; the others need less.
         first = max(
             experiments,
             key=lambda e: (
@@ -64,14 +64,14 @@ class Evaluator:
                 not METHODS[e.rule].fixed_count,
             ),
         )
-        placement(device)  # unlike lm_eval, a sweep names no device that nobody asked for
+        placement(device)  # unlike lm_eval, a sweep has no default device
         options = {"batch_size": config.batch_size, "device": device}
         self.lm = BHLM.create_from_arg_obj(config.model_args_of(first), options)
         use_threads_that_pay(self.lm.model)
         self._cores = CoresWatch()
         for experiment in experiments:
             config.routing_of(experiment).check_experts(self.lm.integration.num_experts)
-        with quiet(logging.ERROR):  # custom data sets warn of options that nobody needs
+        with quiet(logging.ERROR):  # custom data sets warn of irrelevant options
             self._manager = new_task_manager(
                 defaults=not are_ours(config.tasks, config.include_path),
                 include_path=config.include_path,
@@ -82,11 +82,11 @@ class Evaluator:
 
     @property
     def rank(self) -> int:
-        """Of this process among those that evaluate together."""
+        """Rank of this process among those that evaluate together."""
         return int(self.lm.rank)
 
     def agree(self, value: Any) -> Any:
-        """Return the value of the first process on every process."""
+        """Return the first process's value on every process."""
         if self.lm.world_size == 1:
             return value
         from accelerate.utils import broadcast_object_list
@@ -124,7 +124,7 @@ class Evaluator:
             if (value := getattr(options, name)) is not None
         }
         task = self.tasks[experiment.task]
-        # lm-eval tells a task of the model's arguments when it loads it.
+        # lm-eval passes the model's arguments to a task when loading it.
         task.set_config("metadata", self._metadata[experiment.task] | model_args)
         tracker = EvaluationTracker(output_path=str(folder))
         self._cores.start()
@@ -141,10 +141,10 @@ class Evaluator:
         self._cores.check()
         if results is None:
             return None
-        # A folder of this name is made, and a path can be longer than the name of a folder.
+        # A folder gets this name, and a path can be longer than a folder name may be.
         general = tracker.general_config_tracker
         general.model_name_sanitized = shortened(general.model_name_sanitized)
-        # The harness names a model that it has not made itself after its class.
+        # The harness names a model that it did not create after its class.
         results["config"]["model"] = general.model_source = MODEL_NAME
         samples = results.pop("samples")
         tracker.save_results_aggregated(results=results, samples=samples)
@@ -153,7 +153,7 @@ class Evaluator:
 
 
 def _written(folder: Path, date: str, documents: int) -> Path:
-    """Return the results file, once it is sure that all was written: the tracker only warns."""
+    """Return the results file after checking that all was written: the tracker only warns."""
     for file in folder.glob(f"*/results_{date}.json"):
         try:
             json.loads(file.read_text(encoding="utf-8"))
@@ -163,7 +163,7 @@ def _written(folder: Path, date: str, documents: int) -> Path:
             ).split("\n")
         except ValueError:
             break
-        if len(lines) == documents + 1 and not lines[-1]:  # the last line has its end
+        if len(lines) == documents + 1 and not lines[-1]:  # the last line is complete
             return file
     raise DataError(
         f"The results of an experiment could not be written to {folder}: "
@@ -175,13 +175,13 @@ _environment = functools.cache(collect_env.get_pretty_env_info)
 
 
 def _commit() -> str | None:
-    """Return what the harness would, without git's complaint where there is no repository."""
+    """Return the harness's commit, without git's complaint outside of a repository."""
     return _commit_of(os.getcwd())
 
 
 @functools.cache
 def _commit_of(folder: str) -> str | None:
-    """Return the commit of the folder that the process is in."""
+    """Return the commit of the current folder."""
     try:
         subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -191,10 +191,10 @@ def _commit_of(folder: str) -> str | None:
 
 @contextmanager
 def quiet(level: int) -> Iterator[None]:
-    """Keep the harness from talking: a sweep has one bar, and a line an experiment.
+    """Silence the harness: a sweep shows one bar, and one line per experiment.
 
-    And from asking anew what machine this is, which takes it a second an experiment, and of which
-    commit the folder is, about which git complains.
+    Also keep it from querying the machine, which takes a second per experiment, and the folder's
+    commit, about which git complains.
     """
     logger = logging.getLogger("lm_eval")
     before, start, describe = logger.level, tqdm.__init__, collect_env.get_pretty_env_info

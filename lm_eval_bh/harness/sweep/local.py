@@ -1,4 +1,4 @@
-"""Runs the experiments of a sweep in this process, or in all processes that accelerate started."""
+"""Runs the experiments of a sweep in this process, or in all of accelerate's."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def run_here(
     config : SweepConfig
         The settings of the sweep.
     experiments : sequence of Experiment
-        Those to run now, less what another process runs or has run meanwhile; on several processes
-        the first one decides.
+        Experiments to run now, except those that another process runs or has run meanwhile; the
+        first of several processes decides.
     folder : SweepFolder
-        Where they write.
+        The sweep's folder.
     finished : callable
-        Called on the first process with every experiment and its seconds, after its results are
-        written.
+        Called on the first process with every experiment and its seconds, after its results have
+        been written.
     device : str or None
-        As lm-eval takes it.
+        As in lm-eval.
     say : callable
         Takes a line once a minute.
     then : callable or None
-        Called at the end with the loaded model, which is loaded for it where no experiment is left.
+        Called at the end with the model, which is loaded for it if no experiment was left.
     """
     from lm_eval_bh.harness.sweep.evaluator import Evaluator  # torch, transformers, lm-eval
 
@@ -59,7 +59,7 @@ def run_here(
                 continue
             if evaluator.rank == 0:
                 folder.clear(experiment)
-            evaluator.agree(None)  # nobody writes before it is cleared
+            evaluator.agree(None)  # no process writes before it is cleared
             start = time.perf_counter()
             with saying(experiment.name, say) if evaluator.rank == 0 else nullcontext():
                 evaluator.run(experiment, folder.run(experiment))
@@ -67,14 +67,14 @@ def run_here(
                 finished(experiment, time.perf_counter() - start)
     if then is not None:
         then(evaluator)
-    evaluator.agree(None)  # nobody leaves while the first process still writes
+    evaluator.agree(None)  # no process leaves while the first still writes
 
 
 def end_processes() -> None:
-    """End the group of processes that accelerate made; only before this one ends.
+    """End accelerate's process group, just before this process ends.
 
-    Its threads otherwise outlive the interpreter now and then, which aborts a process that has done
-    everything, and the launcher with it.
+    Otherwise its threads sometimes outlive the interpreter, which aborts a process that has
+    finished, and the launcher with it.
     """
     from torch import distributed
 

@@ -1,6 +1,6 @@
-"""Sweeps from plan to table: ``lm-eval-bh sweep`` and the same from Python.
+"""Sweeps from plan to table, for ``lm-eval-bh sweep`` and Python.
 
-The one place where the harness, which runs experiments, meets the analysis, which reads them.
+Only here the harness, which runs experiments, meets the analysis, which reads them.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep has to do now.
+    """The remaining work of a sweep.
 
     Attributes
     ----------
     folder : SweepFolder
     config : SweepConfig
     experiments : list of Experiment
-        All of this shard.
+        All experiments of this shard.
     missing : list of Experiment
-        Those of them that are still to run.
+        Experiments that still have to run.
     again : dict of Experiment to str
-        Those of them that have run, and why their results do not count.
+        Experiments that have run, and why their results do not count.
     """
 
     folder: SweepFolder
@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def seconds_left(self) -> float | None:
-        """An estimate from the experiments that are done; None before the first."""
+        """An estimate from the finished experiments; None before the first."""
         done = self.folder.seconds(self.experiments)
         return statistics.mean(done) * len(self.missing) if done else None
 
@@ -64,7 +64,7 @@ class Plan:
 def plan(
     config: SweepConfig, output_dir: Path | str, *, repeat: int = 1, shard: str | None = None
 ) -> Plan:
-    """Find out which experiments of a sweep are still to run; nothing is written.
+    """Find the experiments of a sweep that still have to run, without writing anything.
 
     Raises
     ------
@@ -73,7 +73,7 @@ def plan(
     DataError
         If the folder holds a sweep with other settings.
     BHError
-        What the run would raise before its weights load.
+        As a run before its weights load.
     """
     folder = SweepFolder(Path(output_dir), config)
     folder.check()
@@ -97,26 +97,26 @@ def run(
     say: Say | None = None,
     then: Callable[[Evaluator], None] | None = None,
 ) -> None:
-    """Run what is missing of a sweep, with one progress bar and a line an experiment.
+    """Run the missing experiments of a sweep, with a progress bar and a line for each.
 
     Parameters
     ----------
     todo : Plan
     device : str or None
-        As lm-eval takes it; None for CUDA where there is one.
+        As in lm-eval; None for CUDA if available.
     ray : str or None
         Address of a Ray cluster, or ``local``; None runs in this process.
     workers : int or None
-        Of the Ray cluster.
+        Number of workers of the Ray cluster.
     say : callable or None
-        Takes the lines; None prints them above the bar.
+        Receives the lines; None prints them above the bar.
     then : callable or None
         See :func:`~lm_eval_bh.harness.sweep.local.run_here`; not called on a Ray cluster.
 
     Raises
     ------
     BHError
-        What an experiment raises. Those finished before are kept; the same call runs the others.
+        The error of an experiment. Finished ones are kept; the same call runs the others.
     """
     from tqdm.auto import tqdm
 
@@ -135,12 +135,12 @@ def run(
             initial=total - len(todo.missing),
             unit="experiment",
             desc="sweep",
-            disable=None if first else True,  # None: where there is no terminal
+            disable=None if first else True,  # None: unless in a terminal
         ) as bar,
     ):
         tell = say or bar.write
 
-        def meanwhile(text: str) -> None:  # stdout may be the harness's now, and kept silent
+        def meanwhile(text: str) -> None:  # stdout may be silenced for the harness
             if first:
                 say(text) if say else bar.write(text, file=sys.stderr)
 
@@ -173,7 +173,7 @@ def run(
 
 @contextmanager
 def _released_after_failure(folder: SweepFolder | None) -> Iterator[None]:
-    """Give a folder up that was claimed in vain."""
+    """Release a folder that was claimed in vain."""
     try:
         yield
     except BaseException:
@@ -183,12 +183,12 @@ def _released_after_failure(folder: SweepFolder | None) -> Iterator[None]:
 
 
 def first_process() -> bool:
-    """Whether this is the one of the processes that accelerate or torchrun started who speaks."""
+    """Return whether this process, of accelerate's or torchrun's, prints the output."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def summarize(folder: Path, experiment: Experiment, seconds: float) -> ExperimentSummary:
-    """Return the summary of an experiment from what it wrote.
+    """Return the summary of an experiment from its files.
 
     Raises
     ------
@@ -230,7 +230,7 @@ def summarize(folder: Path, experiment: Experiment, seconds: float) -> Experimen
 
 
 def line(summary: ExperimentSummary) -> str:
-    """Return what a person wants to know of a finished experiment, in one line."""
+    """Return one line about a finished experiment."""
     metrics, seconds = summary["metrics"], summary["summary"]["elapsed_time_seconds"]
     names = {
         "word_perplexity": "word perplexity",
@@ -247,16 +247,16 @@ def line(summary: ExperimentSummary) -> str:
 
 
 class BHRoutingExperimentRunner:
-    """The two-phase experiment from Python: top-k baselines, then BH over alpha and max_k.
+    """The two-phase experiment in Python: top-k baselines, then BH over alpha and max_k.
 
     Parameters
     ----------
     model_name : str
         Hub name or folder of the model, ``tiny-olmoe`` or ``tiny-glm``.
     device : str or None
-        As lm-eval takes it; None for CUDA where there is one, else the CPU.
+        As in lm-eval; None for CUDA if available, else the CPU.
     output_dir : str or Path
-        Everything is kept there, and what is there is not run again.
+        Folder of the sweep; experiments that are in it do not run again.
     **settings
         Further settings of :class:`~lm_eval_bh.harness.sweep.sweep_config.SweepConfig`, such as
         ``batch_size=8`` or ``seed=1``.
@@ -289,16 +289,16 @@ class BHRoutingExperimentRunner:
         datasets: Sequence[str] = ("wikitext", "lambada", "hellaswag"),
         max_samples: int | None = 200,
     ) -> pd.DataFrame:
-        """Run what is missing of the experiments, and return a row for each.
+        """Run the missing experiments, and return one row per experiment.
 
         Parameters
         ----------
         baseline_k_values, bh_max_k_values, bh_alpha_values
             The grid.
         datasets : sequence of str
-            Data sets that a task of ours evaluates ("wikitext" is ``bh_wikitext``), or tasks.
+            Data sets of this package's tasks ("wikitext" is ``bh_wikitext``), or tasks.
         max_samples : int or None
-            Documents of each; None for all.
+            Documents per task; None for all.
 
         Returns
         -------

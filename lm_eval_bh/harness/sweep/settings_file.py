@@ -8,7 +8,7 @@ from typing import Any, TypedDict, cast
 from lm_eval_bh.errors import ParameterError, did_you_mean
 from lm_eval_bh.validation import mismatch
 
-LARGEST = 2**16  # bytes; settings are some hundred
+LARGEST = 2**16  # bytes; real settings need a few hundred
 
 _Plain = float | bool | str | None
 
@@ -48,12 +48,12 @@ def read_settings(file: Path) -> SettingsFile:
         if file.stat().st_size > LARGEST:
             raise OSError(f"it has more than {LARGEST} bytes")
         text = file.read_text(encoding="utf-8")
-        # Ten lines with aliases of aliases stand for billions of values.
+        # Ten lines with nested aliases can expand to billions of values.
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ValueError("it has an alias such as *name: write the value out")
         content = yaml.safe_load(text)
     except RecursionError as error:
-        raise ParameterError(f"The settings {file} are nested too deep: flatten them.") from error
+        raise ParameterError(f"The settings {file} are nested too deeply: flatten them.") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
         raise ParameterError(
@@ -75,5 +75,5 @@ def read_settings(file: Path) -> SettingsFile:
 
 
 def plain_value(value: Any) -> bool:
-    """Whether an argument of the model can be written to a file as it is."""
+    """Return whether a model argument can be written to a file unchanged."""
     return mismatch(value, _Plain | list[_Plain] | dict[str, _Plain], "") is None

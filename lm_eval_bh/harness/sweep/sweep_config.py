@@ -1,4 +1,4 @@
-"""What a sweep consists of: its settings, where they come from, and the experiments they name."""
+"""The settings of a sweep, their sources, and the experiments that they define."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lm_eval_bh.routing.methods import METHODS
 from lm_eval_bh.routing.policy import Policy
 from lm_eval_bh.schema import dataset_name, experiment_name, shortened
 
-# What model_args may not hold: it differs between experiments, or has an option of its own.
+# Names that model_args may not hold: they differ by experiment or have own options.
 SET_BY_THE_SWEEP = (
     "pretrained",
     "rule",
@@ -39,10 +39,10 @@ SET_BY_THE_SWEEP = (
     "device",
 )
 
-GRID = ("tasks", "baselines", "alphas", "max_k", "rules", "policies")  # what names the experiments
-LOGGED = 8  # documents of each task whose routing is kept as JSON, unless another number is given
+GRID = ("tasks", "baselines", "alphas", "max_k", "rules", "policies")  # defines the experiments
+LOGGED = 8  # documents per task whose routing is logged as JSON, by default
 
-# The prototype's grid of sixty experiments. The other presets have small static top-k too, so that
+# The prototype's grid of sixty experiments. The other presets also have small static top-k, so that
 # every mean has its control.
 SEEDS: dict[str, Any] = {
     "pretrained": DEFAULT_MODEL,
@@ -68,22 +68,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """One routing configuration on one task; the same again has the next ``repeat``.
+    """One routing configuration on one task; repetitions differ in ``repeat``.
 
     Attributes
     ----------
     rule : str
     max_k : int
     alpha : float or None
-        None with a rule that has no level.
+        None for a rule without a level.
     task : str
         A task of lm-eval.
     repeat : int
         1 for the first run.
     policy : str or None
-        A file that decides everything about routing, or the name of one that ships.
+        A policy file, or the name of a shipped policy.
     digest : str
-        Of the policy, so that another one of the same name is another experiment.
+        Digest of the policy, so that another policy of the same name is another experiment.
     """
 
     rule: str
@@ -96,7 +96,7 @@ class Experiment:
 
     @property
     def name(self) -> str:
-        """The name of its folder and its logs, such as ``8experts_bh_a040_wikitext``."""
+        """The name of its folder and logs, such as ``8experts_bh_a040_wikitext``."""
         name = experiment_name(self.rule, self.max_k, self.alpha, self.task)
         if self.policy is not None:
             stem = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(self.policy).stem)
@@ -128,22 +128,22 @@ class SweepConfig:
     baselines : tuple of int
         Every k of phase 1, static top-k.
     alphas, max_k, rules
-        Phase 2 is their product; ``max_k`` times ``rules`` for a rule that has no level.
+        Phase 2 is their product; ``max_k`` times ``rules`` for rules without a level.
     policies : tuple of str
-        Policy files, and names of those that ship: each is one more configuration.
+        Policy files, and names of shipped policies: each is another configuration.
     limit : int or None
-        Documents of each task; None for all.
+        Documents per task; None for all.
     batch_size : int or str
-        As lm-eval takes it.
+        As in lm-eval.
     seed : int or None
         All of lm-eval's seeds; None for lm-eval's own.
     log_routing, log_samples
-        See ``LogOptions``. Eight documents a task by default: one
-        article of WikiText is thousands of tokens, and 60 experiments add up.
+        See ``LogOptions``. Eight documents per task by default: an article of WikiText has
+        thousands of tokens, and 60 experiments add up.
     model_args : dict
-        Further arguments of ``hf-bh``, the same for all.
+        Further arguments of ``hf-bh``, equal for all experiments.
     include_path : str or None
-        A folder of further tasks, as ``lm_eval --include_path`` takes it.
+        A folder of further tasks, as in ``lm_eval --include_path``.
 
     Raises
     ------
@@ -186,8 +186,8 @@ class SweepConfig:
         object.__setattr__(self, "tasks", tuple(expand_tasks(self.tasks, self.include_path)))
         if long := [task for task in self.tasks if len(task.encode()) > LONGEST_NAME]:
             raise ParameterError(
-                f"The task {long[0]!r:.80} has a name of {len(long[0].encode())} bytes: its files "
-                f"need one of {LONGEST_NAME} at most."
+                f"The task {long[0]!r:.80} has a name of {len(long[0].encode())} bytes: file names "
+                f"allow {LONGEST_NAME} at most."
             )
 
     def _check(self) -> None:
@@ -238,9 +238,9 @@ class SweepConfig:
             self.routing_of(experiment)
 
     def model_args_of(self, experiment: Experiment, routing: bool = True) -> dict[str, Any]:
-        """Return what ``--model_args`` says for an experiment, logs left out.
+        """Return the ``--model_args`` of an experiment, without logs.
 
-        Without ``routing`` it is what all experiments have in common.
+        Without ``routing``, those that all experiments have in common.
         """
         common = arguments_of(experiment.rule, self.model_args)
         if not routing or experiment.policy is not None:
@@ -252,7 +252,7 @@ class SweepConfig:
         return {"pretrained": self.pretrained, **experiment.routing, **common}
 
     def routing_of(self, experiment: Experiment) -> RoutingConfig:
-        """Return how an experiment selects experts."""
+        """Return the routing configuration of an experiment."""
         if experiment.policy is not None:
             return Policy.load(experiment.policy).config
         given = self.model_args_of(experiment).items()
@@ -274,7 +274,7 @@ class SweepConfig:
 
     @property
     def _of_each_configuration(self) -> list[Experiment]:
-        """An experiment of each configuration, without its task; the policies' last."""
+        """One experiment per configuration, without task; policies come last."""
         found = [Experiment(*configuration, "") for configuration in self.configurations]
         for name in self.policies:
             policy = Policy.load(name)
@@ -283,7 +283,7 @@ class SweepConfig:
         return found
 
     def experiments(self, repeats: int = 1) -> list[Experiment]:
-        """Return every experiment, in the order in which they run: whole rounds of repeats."""
+        """Return all experiments in the order in which they run: complete rounds of repeats."""
         if not _is_integer(repeats) or repeats < 1:
             raise ParameterError(
                 f"repeat must be an integer number of runs, 1 or more: found {repeats!r}."
@@ -298,13 +298,13 @@ class SweepConfig:
         if twice := [name for name, times in names.items() if times > 1]:
             raise ParameterError(
                 f"Two experiments would be called {twice[0]}: "
-                "run tasks of one data set in sweeps of their own."
+                "run tasks of the same data set in separate sweeps."
             )
         return found
 
     @property
     def evaluation_options(self) -> dict[str, Any]:
-        """What the ``lm_eval`` command hands on to the evaluation, of the types that it gives."""
+        """The options that the ``lm_eval`` command passes to the evaluation, with their types."""
         names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         seeds = {} if self.seed is None else dict.fromkeys(names, self.seed)
         return {
@@ -316,9 +316,9 @@ class SweepConfig:
         }
 
     def as_dict(self, grid: bool = True) -> dict[str, Any]:
-        """Return the settings as plain values, as they are written to ``sweep.json``.
+        """Return the settings as plain values for ``sweep.json``.
 
-        Without the ``grid`` they are what an experiment depends on besides itself.
+        Without the ``grid``, those on which every experiment depends.
         """
         settings = dataclasses.asdict(self).items()
         chosen = {name: value for name, value in settings if grid or name not in GRID}
@@ -331,7 +331,7 @@ class SweepConfig:
         file: Path | None = None,
         flags: Mapping[str, Any] | None = None,
     ) -> SweepConfig:
-        """Put settings together: a preset, over it a YAML file, over it flags that are not None.
+        """Combine settings: flags that are not None override a YAML file, which overrides a preset.
 
         Raises
         ------
@@ -355,7 +355,7 @@ class SweepConfig:
 
 
 def completed(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings that an earlier release wrote, with the default of what it did not know."""
+    """Return an earlier release's settings, completed by defaults."""
     found: dict[str, Any] = {"model_args": {}}
     for setting in dataclasses.fields(SweepConfig):
         if setting.default is not dataclasses.MISSING:
@@ -368,12 +368,12 @@ def completed(recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shard_of(experiments: Sequence[Experiment], shard: str) -> list[Experiment]:
-    """Return the experiments of shard ``i/n``, i from 1 to n: every n-th, so that all mix alike.
+    """Return the experiments of shard ``i/n``, i from 1 to n: every n-th, for balance.
 
     Raises
     ------
     ParameterError
-        If it is not of that form, or i is not in 1 to n.
+        If it does not have that form, or i is not in 1 to n.
     """
     position, _, shards = shard.partition("/")
     if not (position.isdecimal() and shards.isdecimal() and 1 <= int(position) <= int(shards)):

@@ -1,4 +1,4 @@
-"""The folder of a sweep: what was asked, what is done, and where an experiment writes.
+"""The folder of a sweep: its settings, its finished experiments, and their files.
 
 ::
 
@@ -8,9 +8,9 @@
     <folder>/logs/<experiment>_internal_routing.json    the same file, by its name
     <folder>/logs/<experiment>.json                     the summary, written last
 
-An experiment is done once it has its summary, and all that the summary speaks of lies there as it
-was written: see :mod:`lm_eval_bh.harness.sweep.done`. Whatever else lies there of one that is not
-done is of a run that was killed or damaged, and removed before it runs again.
+An experiment is done once it has its summary and all files that the summary lists are unchanged:
+see :mod:`lm_eval_bh.harness.sweep.done`. Other files of an unfinished experiment come from a killed
+or damaged run, and are removed before it runs again.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ from lm_eval_bh.schema import (
     read_summary,
 )
 
-VERSION = "schema_version"  # of the settings
-FIRST_RELEASE = 0  # which wrote none
+VERSION = "schema_version"  # key in the settings
+FIRST_RELEASE = 0  # which wrote no version
 SHOWN = 200  # characters of a setting in a message
-PATIENCE = 60.0  # seconds that another process may take to write the settings
+PATIENCE = 60.0  # seconds to wait for another process to write the settings
 
 
 class SweepFolder:
-    """Where a sweep keeps everything.
+    """The folder with everything of a sweep.
 
     Parameters
     ----------
     path : Path
-        Made if it is missing.
+        Path of the folder, which is made if missing.
     config : SweepConfig
-        What the sweep asks for.
+        The settings of the sweep.
     """
 
     def __init__(self, path: Path, config: SweepConfig) -> None:
@@ -63,7 +63,7 @@ class SweepFolder:
         self.logs = path / "logs"
 
     def check(self) -> None:
-        """Look whether the folder is free, or of a sweep with these settings.
+        """Check that the folder is free, or holds a sweep with these settings.
 
         Raises
         ------
@@ -89,14 +89,14 @@ class SweepFolder:
             )
 
     def claim(self) -> None:
-        """Take the folder for this sweep, whose settings it keeps from now on.
+        """Claim the folder for this sweep, and write its settings.
 
         Raises
         ------
         DataError
-            As :meth:`check`, or if it cannot be written.
+            As :meth:`check`, or if the folder cannot be written.
         """
-        self.check()  # the folder of another sweep is not touched at all
+        self.check()  # another sweep's folder is not touched
         with self._settled():
             if not (self.path / SETTINGS).exists():
                 content = {VERSION: SCHEMA_VERSION, **self.config.as_dict()}
@@ -105,14 +105,14 @@ class SweepFolder:
         self.check()
 
     def release(self) -> None:
-        """Give the folder up if no experiment was ever begun, so that it stands in nobody's way."""
+        """Release the folder if no experiment was started, so that it blocks no other sweep."""
         with self._settled():
             in_vain = not ((self.path / "runs").exists() or any(self.logs.glob("*.json")))
             if in_vain:
                 (self.path / SETTINGS).unlink(missing_ok=True)
         if in_vain:
             shutil.rmtree(self.path / ".locks", ignore_errors=True)
-            with contextlib.suppress(OSError):  # it holds something of somebody else's
+            with contextlib.suppress(OSError):  # it holds other files
                 self.path.rmdir()
 
     def _recorded(self) -> tuple[dict[str, Any] | None, int]:
@@ -131,7 +131,7 @@ class SweepFolder:
 
     @contextmanager
     def _settled(self) -> Iterator[None]:
-        """Let nobody else change the settings meanwhile."""
+        """Keep other processes from changing the settings."""
         lock = self._lock(SETTINGS)
         try:
             lock.acquire(timeout=PATIENCE)
@@ -147,9 +147,9 @@ class SweepFolder:
 
     @contextmanager
     def alone(self, experiment: Experiment) -> Iterator[bool]:
-        """Yield whether the experiment is to be run here: not done, and under way nowhere else.
+        """Yield whether to run the experiment here: it is not done and runs nowhere else.
 
-        While the block lasts nobody else runs it.
+        No other process runs it within the block.
 
         Raises
         ------
@@ -169,32 +169,32 @@ class SweepFolder:
             lock.release()
 
     def _lock(self, name: str) -> FileLock:
-        """Return a lock of the file system, which ends with its process, however that ends."""
+        """Return a file-system lock, which ends with its process in any case."""
         locks = self.path / ".locks"
         with explaining(locks):
             locks.mkdir(parents=True, exist_ok=True)
         return FileLock(locks / name)
 
     def run(self, experiment: Experiment) -> Path:
-        """Return the folder that the experiment writes its results to."""
+        """Return the folder of the experiment's results."""
         return self.path / "runs" / experiment.name
 
     def summary(self, experiment: Experiment) -> Path:
-        """Return the file that says that the experiment is done."""
+        """Return the summary file, which marks the experiment as done."""
         return summary_file(self.path, experiment.name)
 
     def why_not_done(self, experiment: Experiment) -> str | None:
-        """Return why the experiment is to be run, or None if it is done."""
+        """Return why the experiment has to run, or None if it is done."""
         if not os.path.lexists(self.summary(experiment)):
             return "it has not run"
         _, version = self._recorded()
         settings = self.config.as_dict(grid=False)
-        # The first release wrote no settings into summaries: those of the folder were theirs.
+        # The first release wrote no settings into summaries: the folder's apply.
         earlier = settings if version == FIRST_RELEASE else None
         return why_not_done(self.path, experiment.name, settings, earlier)
 
     def done(self, experiment: Experiment) -> bool:
-        """Whether the experiment is finished, so that resuming leaves it alone."""
+        """Return whether the experiment is finished, so that resuming skips it."""
         return self.why_not_done(experiment) is None
 
     def missing(self, experiments: Iterable[Experiment]) -> list[Experiment]:
@@ -202,17 +202,17 @@ class SweepFolder:
         return [experiment for experiment in experiments if not self.done(experiment)]
 
     def clear(self, experiment: Experiment) -> None:
-        """Remove what a killed run of the experiment has left."""
+        """Remove the remains of a killed run of the experiment."""
         self.summary(experiment).unlink(missing_ok=True)
         run = self.run(experiment)
-        if run.is_symlink():  # what it leads to is not of this folder
+        if run.is_symlink():  # its target is outside of this folder
             run.unlink()
         elif run.exists():
             shutil.rmtree(run)
         self._internal_routing(experiment).unlink(missing_ok=True)
 
     def finish(self, experiment: Experiment, summary: ExperimentSummary) -> None:
-        """Put the logs under their names; from now on the experiment is done.
+        """Give the logs their names and mark the experiment as done.
 
         Raises
         ------
@@ -233,7 +233,7 @@ class SweepFolder:
                 temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
     def seconds(self, experiments: Iterable[Experiment]) -> list[float]:
-        """Return how long those that are done have taken."""
+        """Return the seconds of the finished experiments."""
         return [
             float(read_summary(self.summary(experiment))["summary"]["elapsed_time_seconds"] or 0)
             for experiment in experiments
@@ -245,7 +245,7 @@ class SweepFolder:
 
 
 def _same_file(file: Path, other: Path) -> None:
-    """Give a file another name; where the file system knows no links, copy it."""
+    """Link a file to another name, or copy it if the file system has no links."""
     try:
         os.link(file, other)
     except OSError:

@@ -1,4 +1,4 @@
-"""The names of tasks: ours at once, lm-eval's own after it has indexed them."""
+"""Task names: this package's immediately, lm-eval's after indexing them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from lm_eval_bh.resources import shipped
 def new_task_manager(
     *, defaults: bool, metadata: dict[str, Any] | None = None, include_path: str | None = None
 ) -> Any:
-    """Return lm-eval's ``TaskManager`` over our tasks, with ``defaults`` over its own 14,000 too.
+    """Return lm-eval's ``TaskManager`` for our tasks; with ``defaults``, its 14,000 too.
 
-    A folder of tasks that the user gives is read after ours, so that its tasks win. Indexing
-    lm-eval's takes 12 seconds or more, ours some milliseconds. Tasks are told the metadata when
-    they load.
+    A folder of tasks from the user is read after ours, so that its tasks win. Indexing lm-eval's
+    tasks takes 12 seconds or more, ours some milliseconds. Tasks get the metadata when they load.
     """
     from lm_eval.tasks import TaskManager
 
@@ -30,7 +29,7 @@ _known = cache(new_task_manager)
 
 
 def are_ours(names: Sequence[str], include_path: str | None = None) -> bool:
-    """Whether all tasks are of this package or a given folder, so that lm-eval's need no index."""
+    """Return whether all tasks are in this package or the folder, and need no index."""
     known = _known(defaults=False, include_path=include_path).task_index
     return all(name in known for name in names)
 
@@ -41,16 +40,16 @@ def expand_tasks(names: Sequence[str], include_path: str | None = None) -> list[
     Raises
     ------
     ParameterError
-        If a name is unknown, or a group, whose tasks are to be named one by one.
+        If a name is unknown, or is a group, whose tasks must be named one by one.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise ParameterError(
-            f"include_path={include_path!r} is no folder: name one that holds the YAML files of "
+            f"include_path={include_path!r} is not a folder: name one that holds the YAML files of "
             "tasks."
         )
     ours = _known(defaults=False, include_path=include_path)
     for name in names:
-        if name.startswith("bh_") and name not in ours.task_index:  # no need for lm-eval's index
+        if name.startswith("bh_") and name not in ours.task_index:  # lm-eval's index is not needed
             raise _unknown(name, ours)
     own = are_ours(names, include_path)
     manager = ours if own else _known(defaults=True, include_path=include_path)

@@ -1,4 +1,4 @@
-"""Says once a minute what a sweep waits for, and whether that makes progress."""
+"""Reports once a minute what a sweep waits for, and whether it makes progress."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 EVERY = 60.0  # seconds between two lines
-LITTLE = 0.05  # of a processor: a process that computes has more, even among many
+LITTLE = 0.05  # of a CPU: a computing process has more, even among many
 
 Say = Callable[[str], None]
 
 
 class Progress:
-    """How long something has been under way, and how much of a processor it has had lately."""
+    """The time that something has been running, and its recent CPU use."""
 
     def __init__(self) -> None:
         self._start = self._last = time.monotonic()
         self._used = 0.0
 
     def line(self, name: str, used: float | None) -> str:
-        """Return what to say of it.
+        """Return a line about its progress.
 
         Parameters
         ----------
         name : str
-            Of the experiment.
+            Name of the experiment.
         used : float or None
-            Seconds of a processor that its process has had; None if it does not answer.
+            CPU seconds of its process; None if it does not answer.
         """
         now = time.monotonic()
         text = f"{name}, {now - self._start:.0f} s"
@@ -39,14 +39,14 @@ class Progress:
         if share >= LITTLE:
             return text
         return (
-            f"{text}, which makes hardly any progress: its process had {share:.0%} of a processor "
-            "lately; perhaps other programs take them all, or something is being downloaded"
+            f"{text}, which makes hardly any progress: its process used {share:.0%} of a CPU "
+            "lately; perhaps other programs use all CPUs, or something is being downloaded"
         )
 
 
 @contextmanager
 def saying(name: str, say: Say) -> Iterator[None]:
-    """Say of an experiment of this process, while the block lasts, that it is still running."""
+    """Report within the block that an experiment of this process is still running."""
     progress, ended = Progress(), threading.Event()
     progress.line(name, time.process_time())
 

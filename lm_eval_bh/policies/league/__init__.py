@@ -1,1 +1,1 @@
-"""Every method on equal terms: the same means, the same unseen text, one file to check."""
+"""Compares all methods at the same means on the same unseen text, in one checkable file."""

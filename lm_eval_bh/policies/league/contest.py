@@ -1,4 +1,4 @@
-"""Measures the methods of a league: each is solved for each mean, and scored on unseen text."""
+"""Measures the methods of a league: each is solved for each mean and scored on unseen text."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lm_eval_bh.policies.tuning.search import FINALISTS, SHARED, Search
 from lm_eval_bh.policies.tuning.subject import CONFIRMATION, Subject
 from lm_eval_bh.routing.methods import METHODS
 
-FORMAT_VERSION = 2  # 1 knew no distinct experts
+FORMAT_VERSION = 2  # 1 had no distinct experts
 ALL = "all"
 LIBRARIES = ("lm-eval-bh", "torch", "transformers")
 JOURNAL = "measurements.json"
 
 
 def families_of(methods: str) -> list[Family] | None:
-    """Return what is asked for by names that are joined by commas; None where that is ``all``.
+    """Return the families named by a comma-separated list; None for ``all``.
 
     Raises
     ------
     ParameterError
-        If a name is unknown, given twice, or there is none.
+        If a name is unknown or given twice, or the list is empty.
     """
     if methods.strip() == ALL:
         return None
@@ -55,17 +55,16 @@ def compete(
     Parameters
     ----------
     subject : Subject
-        The model and the texts; rows are scored on its confirmation text.
+        The model and the texts; rows are scored on the confirmation text.
     targets : sequence of float
         Means of the cost.
-    families : sequence of Family, optional
-        What to measure; by default every method as it declares itself, the recipes that won before,
-        and what a search on validation text finds best among statistics and gains.
+        The families to measure; by default every method with its own defaults, the recipes that won
+        before, and the best combinations of statistics and gains found on validation text.
     progress : bool
         Whether to show a progress bar.
     cost : Cost
-        What methods are solved for, and compared at: experts a token, or distinct experts a step,
-        of a subject whose documents are groups.
+        The cost that methods are solved for and compared at: experts per token, or distinct
+        experts per step, if the subject's documents are groups.
 
     Returns
     -------
@@ -141,12 +140,12 @@ def compete(
 
 
 def _entry(search: Search, family: Family, target: float) -> dict[str, Any]:
-    """Return a row of the file, without what compares it."""
+    """Return a row of the file, without its comparisons."""
     subject = search.subject
     try:
         config = search.choose(family, target, CONFIRMATION)
         row = search.run(CONFIRMATION, family, config, True)
-    except BHError as error:  # before anything was measured: it has no such member
+    except BHError as error:  # nothing was measured: the family has no such member
         row = Row(family.name, {}, failed=str(error))
     rule = family.options["rule"]
     solving = row.seconds or 0.0
@@ -166,13 +165,13 @@ def _entry(search: Search, family: Family, target: float) -> dict[str, Any]:
 
 
 def _place(entry: dict[str, Any]) -> tuple[float, bool, float]:
-    """Return what rows are sorted by: the mean, then the loss; what failed comes last."""
+    """Return the sorting key of rows: the mean, then the loss; failed rows come last."""
     found = entry["from_native"]
     return entry["target"], found is None, 0.0 if found is None else found["relative"]
 
 
 def _ladder(search: Search, family: Family, costs: Sequence[float]) -> dict[str, Any]:
-    """Return a control at the whole numbers around all costs, by its parameter."""
+    """Return a control's rows at the whole numbers around all costs, by its parameter."""
     low, high = (search.below(CONFIRMATION, family, end) for end in (min(costs), max(costs)))
     rows = {}
     for k in range(low, high + 2):

@@ -1,4 +1,4 @@
-"""The file of a league, and whether one that was handed in says what its documents' sums say."""
+"""The file of a league, and the check that its numbers follow from its documents' sums."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.validation import mismatch, shown
 
 CONTROLS = (("mean_experts", {"topk"}), ("distinct_experts", {"topk", "oea"}))
-CLOSE = 1e-6  # as a share: what other machines and releases of NumPy may round otherwise
+CLOSE = 1e-6  # relative tolerance for rounding on other machines and releases of NumPy
 
 
 class LeagueModel(TypedDict):
@@ -34,7 +34,7 @@ class LeagueModel(TypedDict):
 
 
 class LeagueText(TypedDict):
-    """Its text, by content."""
+    """The text of a league, identified by content."""
 
     name: str
     digest: str
@@ -52,13 +52,13 @@ class LeagueSums(TypedDict):
 
 
 class LeagueNative(LeagueSums):
-    """The model as it is."""
+    """The unchanged model."""
 
     distinct_experts: float | None
 
 
 class LeagueRung(LeagueSums):
-    """A control with a number of experts."""
+    """A control with some number of experts."""
 
     mean_experts: float
     distinct_experts: float | None
@@ -86,7 +86,7 @@ class LeagueFidelity(TypedDict):
 
 
 class LeagueInterval(TypedDict):
-    """A difference in nats a token, with its 95 % interval."""
+    """A difference in nats per token, with its 95 % interval."""
 
     difference: float
     low: float
@@ -94,7 +94,7 @@ class LeagueInterval(TypedDict):
 
 
 class LeagueRow(TypedDict):
-    """One method at one mean; where it failed, why."""
+    """One method at one mean, or the reason why it failed."""
 
     name: str
     rule: str
@@ -139,17 +139,17 @@ class LeagueFile(TypedDict):
 
 
 def read_league(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """Return a league's file that was checked, and what a reader should know of it.
+    """Return the checked file of a league, and notes for its reader.
 
     Raises
     ------
     DataError
-        If it cannot be read, lacks something, or a number does not follow from its documents'
-        sums.
+        If the file cannot be read, lacks something, or has a number that does not follow from its
+        documents' sums.
     """
     try:
         if path.exists() and not path.is_file():
-            raise OSError("it is no file")  # a pipe would be waited for
+            raise OSError("it is not a file")  # a pipe would block
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -165,8 +165,8 @@ def read_league(path: Path) -> tuple[dict[str, Any], list[str]]:
     reason = mismatch(content, LeagueFile, "the file") or _wrong(content)
     if reason:
         raise DataError(
-            f"{path} is not what a league writes ({reason}): run the league again, and hand in its "
-            "file as it is."
+            f"{path} is not a valid league ({reason}): run the league again, and submit its file "
+            "unchanged."
         )
     made, here = content["versions"].get("lm-eval-bh"), version("lm-eval-bh")
     notes = [] if made == here else [f"it was made with lm-eval-bh {made}, and checked with {here}"]
@@ -174,12 +174,12 @@ def read_league(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _wrong(content: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a file whose fields are of the right types, or None."""
+    """Return what is wrong with a file whose fields have the right types, or None."""
     documents = len(content["tokens"])
     if documents < 2 or min(content["tokens"]) < 1:
         return "it must have at least two documents, of at least one token each"
     if content["resamples"] != RESAMPLES:
-        return f"its intervals are of {content['resamples']} resamples, not {RESAMPLES}"
+        return f"its intervals use {content['resamples']} resamples, not {RESAMPLES}"
     sums = [("native", content["native"])]
     controls, cost = content["controls"], content["cost"]
     if (cost, {*controls}) not in CONTROLS:
@@ -210,9 +210,9 @@ def _wrong(content: Mapping[str, Any]) -> str | None:
     names = [(row["name"], row["target"]) for row in content["rows"]]
     for row in content["rows"]:
         if names.count((row["name"], row["target"])) > 1:
-            return f"{_called(row)} stands there twice"
+            return f"{_called(row)} occurs twice"
         if row["target"] not in content["targets"]:
-            return f"{_called(row)} is of no target of the file"
+            return f"{_called(row)} has no target of the file"
         if reason := _wrong_row(row, standings, content["decode_batch"]):
             return f"{_called(row)}: {reason}"
     return None
@@ -221,7 +221,7 @@ def _wrong(content: Mapping[str, Any]) -> str | None:
 def _wrong_sums(found: Mapping[str, list[float]], documents: int) -> str | None:
     for part in SUMS:
         if len(found[part]) != documents:
-            return f"it has {len(found[part])} {part} of {documents} documents"
+            return f"it has {len(found[part])} {part} for {documents} documents"
         if not all(math.isfinite(value) and value >= 0 for value in found[part]):
             return f"its {part} must be numbers, 0 or more"
     return None
@@ -232,7 +232,7 @@ def _wrong_costs(found: Mapping[str, Any], native: int, experts: int, counted: b
     if mean is None or not 0 < mean <= native:
         return f"its mean must be more than 0 and at most {native}, not {mean}"
     if (distinct is not None) != counted:
-        return "its distinct experts must stand there with decode_batch, and only then"
+        return "its distinct experts must be given with decode_batch, and only then"
     if distinct is not None and not 0 < distinct <= experts:
         return f"its distinct experts must be more than 0 and at most {experts}, not {distinct}"
     return None
@@ -249,9 +249,9 @@ def _wrong_row(
     except (BHError, TypeError) as error:
         return str(error).rstrip(".")
     if row["config"]["rule"] != row["rule"]:
-        return f"its configuration is of another rule, {row['config']['rule']}"
+        return f"its configuration has another rule, {row['config']['rule']}"
     if row["config"].get("decode_batch") != decode_batch:
-        return "its configuration is of another decode_batch"
+        return "its configuration has another decode_batch"
     found = {"from_oea": None} | standings.of(row)
     return _differs(found, {name: row[name] for name in found})
 
@@ -267,7 +267,7 @@ def _differs(found: Mapping[str, Any], said: Mapping[str, Any]) -> str | None:
         for part, value in values.items():
             if not math.isclose(given[part], value, rel_tol=CLOSE, abs_tol=CLOSE):
                 return (
-                    f"{name}.{part} is {shown(given[part])}, and its documents' sums give "
+                    f"{name}.{part} is {shown(given[part])}, but its documents' sums give "
                     f"{value:.6g}"
                 )
     return None

@@ -1,4 +1,4 @@
-"""What a row of the league says, made of its documents' sums alone: whoever has these can check."""
+"""Computes the numbers of a league's row from its documents' sums, so anyone can check."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ SUMS = ("losses", "divergences", "changed")
 
 
 class Standings:
-    """Puts rows beside the model as it is, and beside controls at their own cost.
+    """Compares rows with the unchanged model, and with controls at the same cost.
 
     Parameters
     ----------
     tokens : list of int
         Scored tokens of each document.
     native : mapping
-        The sums of the model as it is, ``losses`` of each document.
+        The unchanged model's sums, with the ``losses`` of each document.
     controls : mapping of name to mapping of whole numbers to mapping
-        Of ``topk``, and of ``oea`` at equal distinct experts, the sums with several numbers of
+        For ``topk``, and for ``oea`` at equal distinct experts, the sums at several numbers of
         experts: ``losses``, ``divergences``, ``changed`` of each document, and the cost.
     cost : str
-        Where rows have it: ``mean_experts`` or ``distinct_experts``.
+        Field of the cost: ``mean_experts`` or ``distinct_experts``.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Standings:
         }
 
     def of(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a measured row says.
+        """Return the comparisons of a measured row.
 
         Parameters
         ----------
@@ -65,7 +65,7 @@ class Standings:
             ``from_native`` and ``from_static``
             (:class:`~lm_eval_bh.policies.paired_differences.Difference`), ``fidelity``
             (:class:`~lm_eval_bh.policies.fidelity.Fidelity`) and ``kl_from_static`` (difference,
-            low, high; nats a token), as plain values; at equal distinct experts ``from_oea`` too.
+            low, high; nats per token), as plain values; at equal distinct experts ``from_oea`` too.
         """
         losses, divergences, changed = (np.array(row[part], dtype=float) for part in SUMS)
         mean = row[self._cost]
@@ -80,7 +80,7 @@ class Standings:
         }
 
     def static_perplexities(self) -> dict[str, float]:
-        """Return the perplexity of static top-k by its cost."""
+        """Return the perplexities of static top-k by cost."""
         rungs = self._controls["topk"]["losses"].rungs
         return {f"{k:g}": self._bootstrap.perplexity(losses) for k, losses in rungs.items()}
 

@@ -1,1 +1,1 @@
-"""Searches the policy that loses least at a mean number of experts, and confirms it."""
+"""Searches for the policy with the smallest loss at a cost, and confirms it."""

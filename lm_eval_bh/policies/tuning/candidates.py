@@ -1,6 +1,6 @@
-"""What is tried: families of policies, each with one member for every amount of a cost.
+"""The candidates of a search: families of policies with one member per cost.
 
-All of them follow from what methods and gains declare, so that a new one is asked like the others.
+They follow from the declarations of methods and gains, so new ones are tried automatically.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from lm_eval_bh.routing.methods.scores import STATISTICS
 from lm_eval_bh.routing.tables.null_kind import NullKind
 
 MASSES: tuple[float, ...] = GAINS["mass"].tries or ()  # of the compensated static controls
-WINNER = "min_w benefit mass 0.2"  # what won on tiny-olmoe at every mean that was tried
-WINNER_OF_STEPS = "batch_min_w benefit mass 0.2"  # and at every number of distinct experts
-# One null distribution for the model makes p-values of absolute scores comparable between layers.
+WINNER = "min_w benefit mass 0.2"  # won on tiny-olmoe at every mean tried
+WINNER_OF_STEPS = "batch_min_w benefit mass 0.2"  # won at every number of distinct experts tried
+# One null distribution per model makes p-values of absolute scores comparable across layers.
 OF_THE_MODEL = {"null_scope": "model", "null_from": "unselected"}
 
 Allocate = Callable[[int], RoutingConfig]
@@ -31,12 +31,12 @@ Allocate = Callable[[int], RoutingConfig]
 
 @dataclass(frozen=True)
 class Family:
-    """Policies that differ in their cost alone.
+    """Policies that differ only in cost.
 
     Attributes
     ----------
     name : str
-        For tables; :func:`named` reads it.
+        Name in tables, which :func:`named` parses.
     options : dict
         Parameters of the RoutingConfig.
     """
@@ -51,7 +51,7 @@ class Family:
 
     @property
     def null_kind(self) -> NullKind | None:
-        """What null model serves it: of factors alone, the one that tests of them take too."""
+        """The kind of null model that it needs, shared with tests that use the same factors."""
         config = RoutingConfig(**self.options)
         if not config.needs_null:
             return None
@@ -65,7 +65,7 @@ class Family:
 
     @property
     def rung(self) -> str | None:
-        """The parameter of whole numbers that its members differ in, where none is solved."""
+        """The integer parameter in which its members differ, if none is solved."""
         method = METHODS[self.options["rule"]]
         names = ("max_k",) if method.fixed_count else ("step_budget", "k0")
         known = {*method.declared, "max_k"} - self.options.keys()
@@ -74,12 +74,12 @@ class Family:
     def at(
         self, amount: float, native: int, cost: Cost = EXPERTS, decode_batch: int | None = None
     ) -> RoutingConfig:
-        """Return the member of a cost; a static one has the nearest whole number for a parameter.
+        """Return the member with a cost; static families round their parameter.
 
         Raises
         ------
         ParameterError
-            If the method has no parameter that is solved for that cost.
+            If the method has no parameter to solve for that cost.
         """
         options = {"max_k": native, "decode_batch": decode_batch} | self.options
         known = known_to(METHODS[self.options["rule"]])
@@ -87,30 +87,30 @@ class Family:
             return RoutingConfig(**options, **{cost.target: amount})
         if cost is EXPERTS and self.adaptive:
             raise ParameterError(
-                f"rule={self.options['rule']} is solved for no mean number of experts of a token: "
-                "leave it out, or give its own target to hf-bh."
+                f"rule={self.options['rule']} cannot be solved for a mean number of experts per "
+                "token: leave it out, or give its own target to hf-bh."
             )
         if self.rung is None:
-            return RoutingConfig(**options)  # as it was given
+            return RoutingConfig(**options)  # unchanged
         return RoutingConfig(**options | {self.rung: max(1, round(amount))})
 
 
 def static(mass: float | None = None) -> Family:
-    """Return static top-k, without or with compensation."""
+    """Return static top-k, optionally with compensation."""
     family = Family("topk", {"rule": "topk"})
     return family if mass is None else gained(family, "mass", mass)
 
 
 def published() -> list[Family]:
-    """Return every method as it declares itself."""
+    """Return every method with its own defaults."""
     return [Family(name, {"rule": name}) for name in METHODS]
 
 
 def adaptive_families() -> list[Family]:
-    """Return the families whose number of experts depends on the token, but for gains.
+    """Return the families whose number of experts depends on the token, without gains.
 
-    Every method that a mean is solved for, with every statistic that it takes. Tests of absolute
-    scores have one null distribution for all layers: with one for each they lose far more.
+    Every solvable method with each of its statistics. Tests of absolute scores share one null
+    distribution for all layers: with one per layer they lose far more.
     """
     found = []
     for family in published():
@@ -121,7 +121,7 @@ def adaptive_families() -> list[Family]:
 
 
 def step_families() -> list[Family]:
-    """Return the families that decide for the tokens of a step together, but for gains."""
+    """Return the families that decide about a step's tokens together, without gains."""
     joint = [family for family in published() if METHODS[family.options["rule"]].joint]
     return [member for family in joint for member in _with_statistics(family)]
 
@@ -136,20 +136,20 @@ def _with_statistics(family: Family) -> list[Family]:
 
 
 def with_statistic(family: Family, name: str) -> Family:
-    """Return a family on another statistic."""
+    """Return a family with another statistic."""
     tests = METHODS[family.options["rule"]].tests
     options = {"statistic": name} | (OF_THE_MODEL if tests and name != "logit" else {})
     return Family(f"{family.name} {name}", family.options | options)
 
 
 def gained(family: Family, gain: str, value: Any) -> Family:
-    """Return a family whose kept weights get a gain."""
+    """Return a family with a gain."""
     shown = f"{value:g}" if isinstance(value, float) else str(value)
     return Family(f"{family.name} {gain} {shown}", family.options | {gain: value})
 
 
 def gains_of(family: Family) -> list[Family]:
-    """Return a family with each gain that is worth a try."""
+    """Return a family with each gain to try."""
     return [
         gained(family, gain, value)
         for gain, parameter in GAINS.items()
@@ -165,12 +165,12 @@ def _tries(parameter: Parameter) -> tuple[Any, ...]:
 
 
 def winner(cost: Cost = EXPERTS) -> Family:
-    """Return the recipe that a search may be skipped for."""
+    """Return the recipe that may replace a search."""
     return named(WINNER_OF_STEPS if cost is DISTINCT else WINNER)
 
 
 def named(name: str) -> Family:
-    """Return the family of a name: a method, then its statistic, then parameters with their values.
+    """Parse a family's name: method, statistic, then parameters with their values.
 
     Raises
     ------
@@ -196,7 +196,7 @@ def named(name: str) -> Family:
         elif word in known and words:
             family = gained(family, word, _value(words.pop(0)))
         else:
-            what = "lacks its value" if word in known else "is no statistic or parameter of it"
+            what = "lacks its value" if word in known else "is not a statistic or parameter of it"
             hint = did_you_mean(word, [*STATISTICS, *known])
             raise ParameterError(
                 f"{word!r} in the method {name!r} {what}{hint}: give names such as {WINNER!r}."

@@ -1,4 +1,4 @@
-"""What a search has measured, written as soon as it is, so that an interrupted one goes on."""
+"""The measurements of a search, written immediately, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lm_eval_bh.routing.solution import Solution
 from lm_eval_bh.validation import mismatch, shown
 
 FILE = "tune.json"
-FORMAT_VERSION = 4  # 1 bound its rows to the name of a text, 2 knew losses alone, 3 no steps
+FORMAT_VERSION = 4  # 1 bound rows to a text's name, 2 had only losses, 3 no steps
 
 
 class _Solved(TypedDict):
@@ -58,30 +58,30 @@ class _File(TypedDict):
 
 @dataclass
 class Row:
-    """One policy on one text.
+    """The measurement of one policy on one text.
 
     Attributes
     ----------
     name : str
-        Its family, see :class:`~lm_eval_bh.policies.tuning.candidates.Family`.
+        Name of its family, see :class:`~lm_eval_bh.policies.tuning.candidates.Family`.
     config : dict
         Its RoutingConfig.
     mean_experts : float or None
-        Over tokens and layers of the text.
+        Mean over tokens and layers of the text.
     losses : list of float
-        Of the documents, in nats.
+        Losses of the documents, in nats.
     solved : dict or None
         The :class:`~lm_eval_bh.routing.target.Solution`.
     failed : str or None
-        Why nothing was measured.
+        The reason, if nothing was measured.
     divergences, changed : list of float
-        Of the documents, see :class:`~lm_eval_bh.policies.fidelity.Outcome`; of faithful rows.
+        Per document, see :class:`~lm_eval_bh.policies.fidelity.Outcome`; in faithful rows.
     seconds, decision : float or None
-        That solving took, beside calibration; and a decision, for a token in a layer.
+        Time of solving without calibration, and of a decision per token and layer.
     table_bytes : int or None
-        Of what the method keeps in all layers.
+        Bytes of the method's tables in all layers.
     distinct_experts : float or None
-        Over layers and steps of the text, where rows are decoded together.
+        Mean over layers and steps of the text, if rows are decoded together.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Row:
 
     @property
     def solution(self) -> Solution | None:
-        """What was solved."""
+        """The solution, if there is one."""
         return None if self.solved is None else Solution.of(self.solved)
 
 
@@ -114,29 +114,29 @@ class Journal:
     Parameters
     ----------
     folder : Path
-        Of the search.
+        Folder of the search.
     settings : mapping
-        What the rows depend on, by content: model, texts, sizes, target.
+        Everything that rows depend on, by content: model, texts, sizes, target.
     documents : mapping of str to int
-        How many documents each text has, and so how many losses a row of it.
+        Number of documents per text, and thus of losses per row.
     shape : (int, int)
-        Layers of the model, and its own top-k: what sensitivities are measured of.
+        Layers of the model, and its own top-k: the shape of sensitivities.
     file : str
-        Its name in the folder.
+        File name in the folder.
 
     Attributes
     ----------
     nulls : dict of str to str
-        The digests of the null models that were calibrated, by the names of their files.
+        Digests of the calibrated null models, by file name.
     seconds : dict of str to float
-        How long that took, by the same names.
+        Seconds of these calibrations, by file name.
 
     Raises
     ------
     ParameterError
         If the folder holds a search with other settings.
     DataError
-        If its file is damaged.
+        If the file is damaged.
     """
 
     def __init__(
@@ -159,17 +159,17 @@ class Journal:
             self._read()
 
     def get(self, text: str, config: Mapping[str, Any]) -> Row | None:
-        """Return what was measured of a configuration on a text, if it was."""
+        """Return the measurement of a configuration on a text, if there is one."""
         return self.rows.get(_key(text, config))
 
     def add(self, text: str, config: Mapping[str, Any], row: Row) -> Row:
-        """Keep a row, on disk too."""
+        """Keep a row, also on disk."""
         self.rows[_key(text, config)] = row
         self.write()
         return row
 
     def write(self) -> None:
-        """Write everything that was measured."""
+        """Write all measurements."""
         content = {
             "format_version": FORMAT_VERSION,
             "settings": self.settings,
@@ -217,12 +217,12 @@ class Journal:
         )
 
     def _wrong(self, key: str, row: _Row) -> str | None:
-        """Return what is wrong with a row whose fields are of the right types, or None."""
+        """Return what is wrong with a row whose fields have the right types, or None."""
         if unknown := sorted(row.keys() - Row.__dataclass_fields__.keys()):
             return f"it has an unknown field, {unknown[0]}"
         text = key.partition(" ")[0]
         if text not in self._documents or key != _key(text, row["config"]):
-            return "its name is not that of its text and configuration"
+            return "its key does not match its text and configuration"
         try:
             config = RoutingConfig.named(row["config"])
             if config.as_dict() != row["config"]:
@@ -233,17 +233,17 @@ class Journal:
         if row["failed"] is not None:
             return None
         if len(row["losses"]) != self._documents[text]:
-            return f"it has {len(row['losses'])} losses of {self._documents[text]} documents"
+            return f"it has {len(row['losses'])} losses for {self._documents[text]} documents"
         for name in ("divergences", "changed"):
             if len(row[name]) not in (0, len(row["losses"])):
-                return f"it has {len(row[name])} {name} of {len(row['losses'])} documents"
+                return f"it has {len(row[name])} {name} for {len(row['losses'])} documents"
         numbers = [*row["losses"], math.nan if row["mean_experts"] is None else row["mean_experts"]]
         numbers += [*row["divergences"], *row["changed"], row["seconds"] or 0, row["decision"] or 0]
         numbers.append(row["distinct_experts"] or 0)
         if solution is not None:
             layers = [*solution.alphas, *solution.layer_means]
             if not solution.alphas or not all(0 <= layer < self._shape[0] for layer in layers):
-                return "its solution is of other layers"
+                return "its solution has other layers"
             numbers += [*solution.alphas.values(), *solution.layer_means.values()]
             numbers.append(solution.mean_experts)
         elif config.solves:
@@ -255,7 +255,7 @@ class Journal:
             return None
         layers, native = self._shape
         if len(found) != layers or any(len(row) != native for row in found):
-            return f"sensitivities must be of {layers} layers and {native} numbers of experts"
+            return f"sensitivities must have {layers} layers and {native} numbers of experts"
         return _not_finite(value for row in found for value in row)
 
 

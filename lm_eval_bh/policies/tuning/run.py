@@ -1,4 +1,4 @@
-"""A whole search: from a model to a confirmed policy and an account of how it was found."""
+"""A complete search: from a model to a confirmed policy and a report of how it was found."""
 
 from __future__ import annotations
 
@@ -34,28 +34,26 @@ def tune(
     subject : Subject
         The model, the texts and the folder.
     target_experts, target_distinct, max_loss : float
-        One of them: the mean number of experts a token; the mean number of distinct experts a layer
-        and step, of a subject whose documents are groups; or the largest rise of perplexity, as a
-        share of the unchanged model's, that the upper end of its interval may reach.
+        Exactly one of them: the mean experts per token; the mean distinct experts per layer and
+        step, if the subject's documents are groups; or the largest rise of perplexity, relative to
+        the unchanged model, that the upper end of its interval may reach.
     preset : "search" or "winner"
-        Whether to try all families, or to take the recipe that won on tiny-olmoe.
+        Whether to try all families, or to use the recipe that won on tiny-olmoe.
     progress : bool
         Whether to show a progress bar.
 
     Returns
     -------
     (Policy, dict)
-        What was written to ``policy.safetensors``, and the account, of plain values.
+        The policy in ``policy.safetensors``, and the report as plain values.
 
     Raises
     ------
     ParameterError, UnreachableError
-        If the target is out of range or out of reach.
+        If the target is out of range or unreachable.
     """
     if sum(goal is not None for goal in (target_experts, target_distinct, max_loss)) != 1:
-        raise ParameterError(
-            "Give one goal, target_experts, target_distinct or max_loss: found several or none."
-        )
+        raise ParameterError("Give one goal, target_experts, target_distinct or max_loss.")
     if preset not in PRESETS:
         raise ParameterError(f"preset must be {' or '.join(PRESETS)}: found {preset!r}.")
     cost = EXPERTS if target_distinct is None else DISTINCT

@@ -1,9 +1,8 @@
-"""Finds the policy that loses least at a cost, and compares it on unseen text with controls.
+"""Finds the policy with the smallest loss at a cost, and compares it on unseen text.
 
-Everything is chosen on validation text: all methods and statistics on little of it, then gains with
-the best of these, then the few best altogether on all of it. What is chosen, and nothing else, then
-runs over text that no choice has seen: one comparison, which needs no correction for how many
-policies were tried.
+All choices use validation text: all methods and statistics on a little of it, then gains with the
+best of these, then the few best on all of it. Only the chosen policy then runs over text that no
+choice has seen: one comparison, which needs no correction for the number of policies tried.
 """
 
 from __future__ import annotations
@@ -38,17 +37,17 @@ from lm_eval_bh.policies.tuning.subject import CONFIRMATION, SCREEN, VALIDATION,
 from lm_eval_bh.routing.config import RoutingConfig
 
 PER_LAYER = Family("topk per layer", {"rule": "topk"})
-SHARED = named("oea")  # the control that has a number of experts to load for each token
-STEP = 0.25  # of the mean number of experts, in the search for the fewest
-MOVES = 0.05  # share of the target that the mean may be off by on text it was not solved on
-NEAR = 1e-9  # means that are whole numbers but for rounding
-SAME = 1e-6  # share by which the losses of one policy differ by rounding
-WITH_GAINS, FINALISTS = 3, 6  # of a first look: what gains are tried with, and what goes on
+SHARED = named("oea")  # the control with an adjustable number of loaded experts per token
+STEP = 0.25  # step of the mean in the search for the fewest experts
+MOVES = 0.05  # relative error allowed for the mean on other text than it was solved on
+NEAR = 1e-9  # tolerance for whole-number means
+SAME = 1e-6  # relative rounding difference between losses of the same policy
+WITH_GAINS, FINALISTS = 3, 6  # of a first look: best families to try gains with, and number to keep
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A policy on validation text, or on little of it, beside static top-k at its own cost."""
+    """A policy and static top-k at the same cost, on validation text or a part of it."""
 
     family: Family
     config: RoutingConfig
@@ -57,17 +56,17 @@ class Tried:
 
 
 class Search:
-    """One search.
+    """The search for a policy.
 
     Parameters
     ----------
     subject : Subject
         The model and the texts.
     families : sequence of Family, optional
-        The adaptive policies to try, by default all of them; more than :data:`FINALISTS` get a
-        first look on little text.
+        The adaptive policies to try, by default all; more than :data:`FINALISTS` get a first look
+        on little text.
     cost : Cost
-        What they are compared at; of distinct experts, all families are those of a step.
+        Cost of the comparison; for distinct experts, all families are those of a step.
     progress : bool
         Whether to show a progress bar, which is quiet when not in a terminal.
     """
@@ -91,14 +90,14 @@ class Search:
         self._bar = tqdm(desc="Policies", unit="run", disable=None if progress else True)
 
     def for_mean(self, mean: float, only: Family | None = None) -> Tried:
-        """Return what loses least at a mean of the cost, on the validation text.
+        """Return the policy with the smallest loss at a mean cost, on validation text.
 
         Parameters
         ----------
         mean : float
-            Between 1 and what the model itself takes.
+            Between 1 and the model's own cost.
         only : Family, optional
-            Try this alone.
+            Try only this family.
 
         Raises
         ------
@@ -128,20 +127,20 @@ class Search:
             controls = [SHARED, static()]
         if len(self.families) <= FINALISTS:
             return [*controls, *self.families]
-        # Today's recipe is asked in any case: what wins has to beat it on all of the text.
+        # The current recipe always takes part: a winner has to beat it on all of the text.
         finalists = {family.name: family for family in self.finalists(mean, FINALISTS)}
         today = winner(self.cost)
         return [*controls, *(finalists | {today.name: today}).values()]
 
     def finalists(self, mean: float, most: int) -> list[Family]:
-        """Return the best of a first look on little text: of all families, and of some with gains.
+        """Return the best families, some with gains, after a first look on little text.
 
         Parameters
         ----------
         mean : float
-            Of the cost.
+            Mean of the cost.
         most : int
-            How many to return.
+            Number of families to return.
         """
         best = self._look(self.families, mean)
         further = [gained for family in best[:WITH_GAINS] for gained in gains_of(family)]
@@ -155,10 +154,10 @@ class Search:
         return self._order(mean)
 
     def _order(self, mean: float) -> list[Family]:
-        """Return the families of a first look, the best first, each policy once.
+        """Return the families of a first look, the best first, without duplicates.
 
-        One fixed threshold on the p-values of a null distribution is one on the scores: methods of
-        different names may select the same experts, and would take the places of others.
+        A fixed threshold on p-values equals one on scores, so methods of different names may select
+        the same experts, and would take the places of others.
         """
         found = [
             (tried.difference.relative, number, tried)
@@ -174,8 +173,8 @@ class Search:
     def within_loss(self, most: float, only: Family | None = None) -> Tried:
         """Return the policy with the fewest experts whose loss stays within a bound.
 
-        The bound holds for the upper end of the interval of the perplexity relative to the model as
-        it is, on the validation text. The best family is chosen at half of the model's own top-k.
+        The bound applies to the upper end of the interval of the relative rise in perplexity, on
+        validation text. The best family is chosen at half of the model's own top-k.
 
         Raises
         ------
@@ -208,15 +207,15 @@ class Search:
         return best
 
     def confirm(self, chosen: Tried) -> dict[str, Any]:
-        """Compare what was chosen with the controls, on text that it was not chosen on.
+        """Compare the chosen policy with the controls, on unseen text.
 
         Returns
         -------
         dict
             ``mean_experts``, ``distinct_experts``, ``controls`` (name to :class:`Difference`, at
             the same measured cost),
-            ``native`` (:class:`Difference` from the model as it is), ``better`` (whether all
-            intervals lie below 0) and ``fidelity``, as plain values.
+            ``native`` (:class:`Difference` from the unchanged model), ``better`` (whether all
+            intervals are below 0) and ``fidelity``, as plain values.
         """
         bootstrap = self._bootstraps[CONFIRMATION]
         self._bar.total += 1
@@ -239,7 +238,7 @@ class Search:
         }
 
     def _fidelity(self, row: Row, mean: float) -> dict[str, Any]:
-        """Return the fidelity of a policy and of static top-k at its mean, and the difference."""
+        """Return the fidelity of a policy, of static top-k at its mean, and the difference."""
         tokens = self.subject.documents[CONFIRMATION].tokens
         own = np.array(row.divergences), np.array(row.changed)
         static_ = [
@@ -254,7 +253,7 @@ class Search:
         }
 
     def static_curve(self) -> dict[float, float]:
-        """Return the perplexity of static top-k by its cost, on the validation text."""
+        """Return the perplexities of static top-k by cost, on validation text."""
         self._bar.total += self.subject.native
         bootstrap = self._bootstraps[VALIDATION]
         rows = [self._measure(VALIDATION, static(), k) for k in range(1, self.subject.native + 1)]
@@ -263,7 +262,7 @@ class Search:
     def _controls(self, mean: float) -> dict[str, Callable[[str], Callable[[float], Floats]]]:
         """Return static top-k, the better compensated one, and static top-k per layer.
 
-        At equal distinct experts static top-k, and what was published for them.
+        At equal distinct experts: static top-k, and the published method for them.
         """
         if self.cost is not EXPERTS:
             families = (static(), SHARED)
@@ -296,7 +295,7 @@ class Search:
         return Tried(family, config, row, difference)
 
     def choose(self, family: Family, amount: float, text: str) -> RoutingConfig:
-        """Return the member of a family at a cost; of whole numbers the last that costs no more."""
+        """Return a family's member at a cost; for integer parameters the last within it."""
         if self.cost is not EXPERTS and family.rung in ("max_k", "k0"):
             low = self.below(text, family, amount)
             high = self._measure(text, family, low + 1)
@@ -305,12 +304,12 @@ class Search:
         return self.member(family, amount)
 
     def member(self, family: Family, amount: float) -> RoutingConfig:
-        """Return the member of a family at a cost, see :meth:`Family.at`."""
+        """Return a family's member at a cost, see :meth:`Family.at`."""
         subject = self.subject
         return family.at(amount, subject.native, self.cost, subject.decode_batch)
 
     def below(self, text: str, family: Family, amount: float) -> int:
-        """Return the last whole number whose policy costs no more, below the model's own top-k."""
+        """Return the largest integer parameter within a cost, below the model's own top-k."""
         if self.cost is EXPERTS:
             return min(max(math.floor(amount + NEAR), 1), self.subject.native - 1)
         low, high = 1, self.subject.native
@@ -324,7 +323,7 @@ class Search:
     def _ladder(
         self, text: str, family: Family, mean: float, part: str = "losses"
     ) -> Callable[[float], Floats]:
-        """Return the losses of a static policy, between the whole numbers around a cost."""
+        """Return the losses of a static policy, interpolated around a cost."""
         low = self.below(text, family, mean)
         faithful = part != "losses"
         rows = [self._measure(text, family, k, faithful) for k in (low, low + 1)]
@@ -344,11 +343,11 @@ class Search:
         return self.run(text, family, self.member(family, k), faithful)
 
     def expect(self, runs: int) -> None:
-        """Let the progress bar expect so many more runs."""
+        """Add runs to the progress bar's total."""
         self._bar.total = (self._bar.total or 0) + runs
 
     def close(self) -> None:
-        """End the progress bar."""
+        """Close the progress bar."""
         self._bar.close()
 
     def run(self, text: str, family: Family, config: RoutingConfig, faithful: bool = False) -> Row:
@@ -359,17 +358,17 @@ class Search:
         return row
 
     def _meets(self, row: Row, mean: float) -> bool:
-        # Solved on other text, so the mean moves; a static policy may also take less than was asked
-        # for, by what a layer's whole numbers leave.
+        # The mean was solved on other text; a static policy may also take less than the target,
+        # since layers have whole numbers.
         slack = MOVES * mean
         least = mean - max(slack, 1 / self.subject.layers - NEAR)
         return least <= self.cost.of(row) <= mean + slack
 
     def check(self, mean: float, text: str = VALIDATION) -> None:
-        """Raise a :class:`ParameterError` if no policy could have this mean and lose something."""
+        """Raise a :class:`ParameterError` if the mean is out of range."""
         subject, name = self.subject, self.cost.target
         most: float = subject.native
-        takes = f"takes {most} experts itself"
+        takes = f"uses {most} experts itself"
         if self.cost is not EXPERTS:
             if subject.decode_batch is None or subject.decode_batch < 2:
                 raise ParameterError(

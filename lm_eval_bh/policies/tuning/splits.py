@@ -1,4 +1,4 @@
-"""The three texts of a search: to calibrate and solve on, to choose on, and to confirm on."""
+"""The three texts of a search: for calibration, for choices, and for confirmation."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from lm_eval_bh.errors import DataError
 from lm_eval_bh.policies.paragraphs import read_paragraphs, unseen
 from lm_eval_bh.routing.tables.texts import wikitext_texts
 
-SHARES = (0.6, 0.2)  # of a given text: to calibrate, to choose; the rest confirms
-LEAST_DOCUMENTS = 10  # of a part: an interval over fewer says little
-LEAST_LINE = 60  # characters of a line that two texts do not share by chance
+SHARES = (0.6, 0.2)  # of a given text: calibration, validation; the rest is for confirmation
+LEAST_DOCUMENTS = 10  # per part: an interval over fewer says little
+LEAST_LINE = 60  # characters of a line that two texts hardly share by chance
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Documents of each part; no document is in two, nor twice in one.
+    """The documents of each part, without repetitions within or between parts.
 
     Attributes
     ----------
     name : str
-        Of the text.
+        Name of the text.
     calibration, validation, confirmation : sequence of str
-        What null models and levels are fitted on, what the winner is chosen on, and what it is
-        compared on, once.
+        Texts to fit null models and levels on, to choose the winner on, and to compare the winner
+        on, once.
     notes : tuple of str
         What was left out.
     """
@@ -41,7 +41,7 @@ class Splits:
 
     @property
     def digest(self) -> str:
-        """A SHA-256, in hex, of all documents."""
+        """SHA-256, in hex, of all documents."""
         parts = [list(part) for part in (self.calibration, self.validation, self.confirmation)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -55,10 +55,10 @@ class Splits:
 
     @classmethod
     def of_file(cls, path: Path) -> Splits:
-        """Cut the paragraphs of a text file into three parts, in their order.
+        """Cut the paragraphs of a text file into three consecutive parts.
 
-        Neighbours stay together: paragraphs of one article in two parts would not be unseen. Of
-        equal paragraphs the first is taken.
+        Neighbours stay together, since paragraphs of one article in two parts would not be unseen.
+        Only the first of equal paragraphs is used.
 
         Raises
         ------
@@ -71,19 +71,19 @@ class Splits:
         parts = found[:first], found[first:second], found[second:]
         if min(map(len, parts)) < LEAST_DOCUMENTS:
             least = int(LEAST_DOCUMENTS / min(*SHARES, 1 - sum(SHARES)))
-            several = f" that differ, and {repeats} that repeat one of them" if repeats else ""
+            several = f" that differ, and {repeats} that repeat others" if repeats else ""
             raise DataError(
                 f"The text {str(path)!r} has {len(found)} paragraphs{several}, too few to "
                 f"calibrate, choose and confirm on: use one with at least {least} that differ, "
-                "parted by empty lines."
+                "separated by empty lines."
             )
         return cls(path.name, *parts, _left_out(repeats))
 
     def confirmed_on(self, path: Path) -> Splits:
-        """Return the same texts to calibrate and choose on, and another file to confirm on.
+        """Return the same texts with another file for confirmation.
 
-        What was calibrated or chosen on is found by content: a paragraph is left out if one of its
-        lines of some length stands there too, whatever the file, spaces and capitals.
+        Overlap with the other parts is found by content: a paragraph is left out if one of its
+        longer lines occurs there too, regardless of file, spaces and capitals.
 
         Raises
         ------
@@ -95,15 +95,15 @@ class Splits:
         kept = [text for text in found if seen.isdisjoint(_lines(text))]
         if len(kept) < LEAST_DOCUMENTS:
             raise DataError(
-                f"The text {str(path)!r} has {len(kept)} paragraphs that are unseen, and "
-                f"{len(found) - len(kept)} of which {self.name} holds a part, which was calibrated "
-                f"on: use a text with at least {LEAST_DOCUMENTS} others."
+                f"The text {str(path)!r} has {len(kept)} unseen paragraphs; "
+                f"{len(found) - len(kept)} others share lines with {self.name}, which was "
+                f"calibrated on: use a text with at least {LEAST_DOCUMENTS} unseen ones."
             )
         notes = _left_out(repeats)
         if len(kept) < len(found):
             notes += (
-                f"{len(found) - len(kept)} paragraphs of {path.name} stand in the calibration text "
-                f"of {self.name} in part or whole, and were left out.",
+                f"{len(found) - len(kept)} paragraphs of {path.name} occur wholly or partly in the "
+                f"calibration text of {self.name}, and were left out.",
             )
         return dataclasses.replace(
             self, name=f"{path.name} after {self.name}", confirmation=kept, notes=self.notes + notes
@@ -111,7 +111,7 @@ class Splits:
 
 
 def _lines(text: str) -> set[str]:
-    """Return a text and its lines that are long enough to be nobody else's, as they compare."""
+    """Return a text and its longer lines, normalised for comparison."""
     whole, *lines = (" ".join(part.split()).casefold() for part in (text, *text.splitlines()))
     return {whole, *(line for line in lines if len(line) >= LEAST_LINE)}
 
@@ -120,6 +120,6 @@ def _left_out(repeats: int) -> tuple[str, ...]:
     if not repeats:
         return ()
     return (
-        f"{repeats} paragraphs repeat an earlier one and were left out: a text that was calibrated "
-        "on is not unseen, and the same text twice is no second document.",
+        f"{repeats} paragraphs repeat earlier ones and were left out: text used for calibration is "
+        "not unseen, and a repeated text is not a second document.",
     )

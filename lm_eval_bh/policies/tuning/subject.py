@@ -1,4 +1,4 @@
-"""The model of a search, and what every measurement of it shares."""
+"""The model of a search, and everything that its measurements share."""
 
 from __future__ import annotations
 
@@ -34,39 +34,39 @@ from lm_eval_bh.threads import CoresWatch
 
 SCREEN, VALIDATION, CONFIRMATION = "screen", "validation", "confirmation"
 SENSITIVITY_TOKENS = 16384
-SCREEN_TOKENS = 4096  # to solve on for a first look, and twice as many to measure on
-MEASURING = 3  # to be raised where the same model and texts would give other rows
-# What a method or a model that does not fit raises: a reason for its row, not for the end.
+SCREEN_TOKENS = 4096  # for solving in a first look, and twice as many for measuring
+MEASURING = 3  # increase if the same model and texts would give other rows
+# Errors of methods or models that do not fit: reasons in a row, which end nothing.
 FAILURES = (BHError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError)
 
 
 class Subject:
-    """Measures policies of one model, each once: what the journal knows is not measured again.
+    """Measures policies of one model, each once, unless the journal has them already.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Not patched.
+        The model, not patched.
     tokenizer : PreTrainedTokenizerBase
-        Of the model.
+        Tokenizer of the model.
     name : str
-        Of the model, for the files.
+        Name of the model for the files.
     splits : Splits
         The texts.
     folder : Path
-        Keeps the journal and the null models.
+        Folder of the journal and the null models.
     settings : mapping
-        What the journal is bound to besides model and text.
+        Settings that bind the journal, besides model and text.
     tokens, length, batch, tokens_per_document : int
-        Calibration tokens; window length in tokens; windows a batch; scored tokens of each
-        document that is chosen on.
+        Calibration tokens; window length in tokens; windows per batch; scored tokens per
+        document of validation text.
     most_tokens : int, optional
         Scored tokens of the unseen text; default all.
     decode_batch : int, optional
-        How many windows are decoded together, so that distinct experts are counted.
+        Number of windows decoded together, to count distinct experts.
     by_group : bool
-        Whether what is resampled are these groups, in place of documents: where policies of a step
-        are measured, a token's loss depends on what is decoded beside it.
+        Whether to resample these groups instead of documents: with policies of a step, a token's
+        loss depends on the tokens decoded with it.
     file : str
         Name of the journal.
     """
@@ -148,7 +148,7 @@ class Subject:
             found[CONFIRMATION] = found[CONFIRMATION].side_by_side(rows)
 
     def _digest_of_tokens(self) -> str:
-        """Return what differs where another tokenizer cuts the same texts."""
+        """Return a digest that depends on how the tokenizer cuts the texts."""
         found = hashlib.sha256()
         for documents in self.documents.values():
             windows = sorted(window for batch in documents.batches for window in batch)
@@ -158,11 +158,11 @@ class Subject:
     def measure(
         self, text: str, family: Family, config: RoutingConfig, faithful: bool = False
     ) -> Row:
-        """Solve a member of a family if it must be, run it over a text, and keep what came out.
+        """Solve a family's member if needed, run it over a text, and keep the result.
 
-        What cannot be had of this model, or is out of reach, is a row with the reason. A
-        ``faithful`` row has divergences and costs too, which takes a second pass where the model's
-        own distributions do not fit into memory; on confirmation text.
+        If the model does not support it, or a target is unreachable, the row holds the reason. A
+        ``faithful`` row, on confirmation text, also has divergences and costs, which takes a second
+        pass if the model's own distributions do not fit into memory.
         """
         key = config.as_dict()
         known = self.journal.get(text, key)
@@ -181,7 +181,7 @@ class Subject:
         self, row: Row, text: str, family: Family, config: RoutingConfig, faithful: bool
     ) -> None:
         if family.null_kind is not None:
-            self._null(family.null_kind)  # its own time is not that of solving
+            self._null(family.null_kind)  # so that its time does not count as solving
         start = time.perf_counter()
         routing = self._routing(family, config, text)
         row.seconds = time.perf_counter() - start
@@ -203,16 +203,16 @@ class Subject:
         row.solved = None if routing.solution is None else routing.solution.as_dict()
 
     def calibration_seconds(self, family: Family) -> float:
-        """Return how long what a family needs took to calibrate, which others may need too."""
+        """Return the calibration time of a family's tables, which others may share."""
         kind = family.null_kind
         return 0.0 if kind is None else self.journal.seconds.get(self._path(kind).name, 0.0)
 
     def policy(self, family: Family, config: RoutingConfig, **provenance: Any) -> Policy:
-        """Return the policy that was measured."""
+        """Return the measured policy."""
         return self._routing(family, config).policy(**provenance)
 
     def sensitivities(self) -> Floats:
-        """Return what each layer's loss depends on its experts, measured on calibration text."""
+        """Return the loss's sensitivity to each layer, measured on calibration text."""
         if self.journal.sensitivities is None:
             texts = self.splits.calibration[:64]
             size = min(self.tokens, SENSITIVITY_TOKENS)
@@ -241,7 +241,7 @@ class Subject:
             for text in (VALIDATION, CONFIRMATION)
             if (row := self.journal.get(text, config.as_dict())) and row.solution is not None
         ]
-        if solved and not config.affine:  # whose fit no row keeps: it is solved and fitted again
+        if solved and not config.affine:  # rows do not keep the affine fit
             policy = Policy(
                 config,
                 self.fingerprint,
@@ -261,7 +261,7 @@ class Subject:
         )
 
     def _texts(self, tokens: int) -> list[str]:
-        """Return the calibration documents up to about so many tokens, or all that are read."""
+        """Return the calibration documents up to about this many tokens, or all."""
         if tokens >= TOKENS:
             return list(self.splits.calibration)
         found: list[str] = []
@@ -303,7 +303,7 @@ class Subject:
             )
         except NullModelError:
             return None  # calibrated again, which replaces it
-        # One that another search left in the folder was calibrated on another text.
+        # A null model from another search was calibrated on another text.
         return found if found.digest() == self.journal.nulls.get(path.name) else None
 
     def _calibrated(self, kind: NullKind) -> NullModel:
@@ -330,9 +330,9 @@ class Subject:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Return what differs where a weight differs: of each its name, shape, sum and norms.
+    """Return a digest of the weights: of each its name, shape, sum and norms.
 
-    Rounded, since threads and devices add up in another order.
+    Rounded, since threads and devices add up in different orders.
     """
     found = hashlib.sha256()
     for name, weight in model.named_parameters():

@@ -1,7 +1,7 @@
-"""Methods that decide which experts serve a token, one published method a file.
+"""Methods that decide which experts serve a token, one published method per file.
 
-Adding a method is adding a file: every module of this folder is imported, and a class of it that
-has a ``name`` is what ``rule=`` takes. Tables, figures and reports take label and source from it.
+To add a method, add a file: every module of this folder is imported, and ``rule=`` takes the
+classes that have a ``name``. Tables, figures and reports take label and source from the class.
 """
 
 from __future__ import annotations

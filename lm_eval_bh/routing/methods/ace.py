@@ -1,4 +1,4 @@
-"""ACE: skip experts that two views of their weights agree to be of little use to the token."""
+"""ACE: skip experts that matter little to the token by two views of their weights."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SHARE = "share of the token's estimated contributions that an expert has to reac
 class ACE(MinW):
     """Keep the experts with ``max(share of w_i a_i, share of w_i b_i) >= alpha``, and the first.
 
-    The table ``spectra`` holds a, how much an expert can magnify any input, by the norms of its
-    projections; ``responses`` holds b, the norm of its output where the router prefers it most, at
-    its own centred direction. Both are made of the model's weights alone.
+    The table ``spectra`` holds a, the most that an expert can magnify any input, by the norms of
+    its projections; ``responses`` holds b, the norm of its output for its own centred router
+    direction, the input that the router prefers most. Both come from the model's weights alone.
 
-    The summaries that are public leave open how both views are normalised, and whether the
-    threshold is of a layer or of all. Assumed here: each is a share of its sum over the token's
-    native top-k, and one threshold serves all layers.
+    The public summaries leave open how both views are normalised, and whether layers share the
+    threshold. Assumed here: each view is a share of its sum over the token's native top-k, and one
+    threshold serves all layers.
 
     References
     ----------
@@ -39,16 +39,16 @@ class ACE(MinW):
 
     @property
     def follows_router(self) -> bool:
-        """Never: the weights are multiplied by what the experts can do."""
+        """False: weights are multiplied by the experts' factors."""
         return False
 
     @property
     def needs_native(self) -> bool:
-        """Always: shares are of the native top-k's sum."""
+        """True: shares are fractions of the native top-k's sum."""
         return True
 
     def fit(self, tables: Any, alpha: float) -> None:
-        """Take what the layer's experts can do; see :meth:`Method.fit`."""
+        """Take the factors of the layer's experts; see :meth:`Method.fit`."""
         super().fit(tables, alpha)
         views = [self.tables[name][self.settings["layer"]] for name in self.measured]
         self.keep("views", torch.stack([torch.from_numpy(view).log() for view in views]))

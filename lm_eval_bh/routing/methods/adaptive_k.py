@@ -1,4 +1,4 @@
-"""Adaptive-K: more experts for tokens whose router is undecided, by the entropy of its weights."""
+"""Adaptive-K: more experts for tokens whose router weights have a high entropy."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ ENTROPY = "entropy in nats below which a token gets the fewest experts"
 class AdaptiveK(Shares):
     """Take ``k_1`` experts below an entropy of ``alpha``, ``k_2`` below ``alpha + gap``, and so on.
 
-    The entropy is that of the softmax over all experts. By default k is ``min_k``, the middle of
-    ``min_k`` and ``max_k``, rounded down, and ``max_k``, with thresholds of 1.3 and 1.7.
+    The entropy is that of the softmax over all experts. By default the values of k are ``min_k``,
+    the midpoint rounded down, and ``max_k``, with thresholds of 1.3 and 1.7.
 
-    The pull request lets every threshold be chosen; one ``gap`` between all of them is this
-    project's, so that one parameter moves the mean number of experts.
+    In the pull request every threshold is free; a single ``gap`` between them is this project's
+    choice, so that one parameter moves the mean number of experts.
 
     References
     ----------
@@ -62,11 +62,11 @@ class AdaptiveK(Shares):
         return alpha + gap * steps
 
     def count(self, ranked: Tensor, level: Tensor | None) -> Tensor:
-        """Return the k of each token's entropy, int64 ``[tokens]``."""
+        """Return the k for each token's entropy, int64 ``[tokens]``."""
         assert level is not None
         entropy = torch.special.entr(torch.softmax(ranked, dim=-1)).sum(-1)
         return self.values[(entropy.unsqueeze(-1) >= level).sum(-1)]
 
     def shown(self, ranked: Tensor, alpha: float) -> Shown:
-        """Return what each expert adds to the entropy; what is compared differs by token."""
+        """Return each expert's part of the entropy; thresholds do not apply to single experts."""
         return "entropy", torch.special.entr(torch.softmax(ranked, dim=-1)), "threshold", None

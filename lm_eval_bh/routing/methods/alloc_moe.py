@@ -12,17 +12,17 @@ from .min_w import MinW
 
 
 class AllocMoE(MinW):
-    """Give each layer K of the budget, and its tokens the largest weights of all of them.
+    """Give each layer a budget K, spent on the largest weights over all its tokens.
 
-    Alloc-L: the table ``isolated`` holds what the loss on calibration text grows by where one layer
-    alone has top-k; dynamic programming finds the K of all layers with the least sum for the total
-    that ``alpha`` allows. Alloc-T: of a layer's T tokens the K T largest weights are kept.
+    Alloc-L: the table ``isolated`` holds by how much the loss on calibration text grows if one
+    layer alone has top-k; dynamic programming finds the K of all layers with the smallest sum for
+    the total that ``alpha`` allows. Alloc-T: of a layer's T tokens, the K T largest weights stay.
 
-    The paper takes the K T largest of the tokens at hand. Here a token's experts do not depend on
-    its neighbours: the threshold is the quantile that as many weights exceed on calibration text,
-    of the table ``slot_weights``. Between two whole totals a layer's K is interpolated, so that any
-    mean can be met. Candidates are 1 to the native k; all layers of the model share the sum, those
-    too that ``layers`` leaves alone.
+    The paper takes the K T largest weights of the current tokens. Here a token's experts do not
+    depend on its neighbours: the threshold is the quantile from the table ``slot_weights`` that as
+    many weights exceed on calibration text. Between two whole totals a layer's K is interpolated,
+    so that any mean can be met. Candidates are 1 to the native k; all layers of the model share the
+    sum, including those that ``layers`` leaves unrouted.
 
     References
     ----------
@@ -38,7 +38,7 @@ class AllocMoE(MinW):
     }
 
     def level(self, alpha: float) -> Tensor:
-        """Return the log of the least weight, float64 ``[1]``."""
+        """Return the log of the smallest weight kept, float64 ``[1]``."""
         costs, layer = torch.from_numpy(self.tables["isolated"]), self.settings["layer"]
         step, above = 1 / len(costs), alpha * len(costs) % 1
         low, high = (

@@ -1,4 +1,4 @@
-"""What methods share that divide a budget of experts among layers, or look quantiles up."""
+"""Helpers of methods that divide a budget among layers or look up quantiles."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def allocated(costs: Tensor, mean: float, least: int, most: int) -> list[int]:
-    """Return how many experts each layer gets, so that the sum of their costs is least.
+    """Return the number of experts per layer that minimises the sum of costs.
 
-    By dynamic programming, over layers and the experts given so far: exact.
+    Exact, by dynamic programming over layers and experts spent.
 
     Parameters
     ----------
     costs : Tensor
-        float64 ``[layers, k]``: what 1, 2, ... k experts a token cost in each layer.
+        float64 ``[layers, k]``: the cost of 1, 2, ... k experts per token in each layer.
     mean : float
-        Experts a layer; the sum over layers is rounded down.
+        Mean experts per layer; the sum over layers is rounded down.
     least, most : int
         Bounds for every layer.
     """
@@ -39,7 +39,7 @@ def allocated(costs: Tensor, mean: float, least: int, most: int) -> list[int]:
 
 
 def quantile(grid: Tensor, share: float) -> Tensor:
-    """Return the value below which a share lies, float64, from values at even shares 0 to 1."""
+    """Return a quantile, float64, from the quantiles at evenly spaced shares from 0 to 1."""
     place = min(max(share, 0.0), 1.0) * (len(grid) - 1)
     low = min(int(place), len(grid) - 2)
     return grid[low] + (place - low) * (grid[low + 1] - grid[low])

@@ -1,4 +1,4 @@
-"""What all methods share: declared parameters, calibrated tables, and three short functions."""
+"""The base of all methods: declared parameters, calibrated tables, and short functions."""
 
 from __future__ import annotations
 
@@ -50,25 +50,25 @@ class Method(nn.Module):
     Attributes
     ----------
     name, label, source : str
-        What ``rule=`` takes, what tables and figures say, and where it was published. The ``k`` of
-        a fixed count's label gives way to the number: top-k, top-8.
+        The value of ``rule=``, the name in tables and figures, and the publication. In a label that
+        ends in ``k`` with a fixed count, the number replaces it: top-k, top-8.
     alpha : str
-        What ``alpha`` means, in half a sentence; empty for a method without it.
+        Meaning of ``alpha`` as a phrase; empty for a method without it.
     declared : dict of str to Parameter
-        Its own parameters; no other is known to it.
+        Its own parameters; it takes no other method's.
     fixed_count, tests, random, recorded : bool
-        Whether every token gets ``max_k`` experts; whether it compares p-values, so that it needs a
-        null distribution; whether experts are drawn; whether they come from a log.
+        Whether every token gets ``max_k`` experts; whether the method compares p-values and so
+        needs a null distribution; whether experts are drawn; whether a log provides them.
     joint : bool
         Whether the tokens of a step are decided together, see :class:`~.batch.BatchMethod`.
     measured : tuple of str
-        Names of tables that it reads in :meth:`fit` or :meth:`level`, as ``self.tables[name]``,
+        Names of tables read in :meth:`fit` or :meth:`level`, as ``self.tables[name]``,
         float64 ``[layers, ...]``; see ``routing/tables/measurement.py``.
     runs_experts : bool
-        Whether it runs experts to decide, by ``run_experts``, which hf-bh alone sets: hidden states
+        Whether it runs experts to decide, by ``run_experts``, which only hf-bh sets: hidden states
         ``[tokens, hidden]`` and experts ``[tokens, k]`` to outputs ``[tokens, k, hidden]``.
     first_only : bool
-        Whether each expert is decided by itself, among the ``max_k`` that the router ranks first.
+        Whether each of the router's first ``max_k`` experts is decided independently.
     """
 
     name: ClassVar[str] = ""
@@ -100,8 +100,8 @@ class Method(nn.Module):
         self.num_experts: int = settings["num_experts"]
         self.fixed = self.fixed_count or self.min_k == self.max_k
         self.statistic = STATISTICS[self.scored_by(settings)]
-        # Always there, so that no engine takes a router that holds this for a plain top-k and
-        # replaces it by its own.
+        # Always there, so that no engine mistakes the router that holds this for a plain top-k and
+        # replaces it.
         self.register_buffer("bounds", torch.tensor([self.min_k, self.max_k]))
         for table, (kind, shape) in settings.get("tables", {}).items():
             self.register_buffer(table, _bits(torch.zeros(shape, dtype=getattr(torch, kind))))
@@ -109,20 +109,20 @@ class Method(nn.Module):
 
     @classmethod
     def scored_by(cls, settings: Mapping[str, Any]) -> str:
-        """Return the statistic that is scored; a method of weights may take these for the logit."""
+        """Return the statistic to score; methods of weights replace the logit by the weight."""
         statistic: str = settings.get("statistic", "logit")
         return statistic
 
     @classmethod
     def needs(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the names of the tables that have to be calibrated, such as null or benefits."""
+        """Return the names of the tables to calibrate, such as null or benefits."""
         table = STATISTICS[cls.scored_by(settings)].table
         own = (("null",) if cls.tests else ()) + ((table,) if table else ()) + cls.measured
         return own + (("folds",) if settings.get("fold") else ())
 
     @classmethod
     def describe(cls) -> dict[str, Any]:
-        """Return what results say about the method, see ``lm_eval_bh.schema.RuleInfo``."""
+        """Return the method's description in results, see ``lm_eval_bh.schema.RuleInfo``."""
         return {
             "name": cls.name,
             "label": cls.label,
@@ -134,7 +134,7 @@ class Method(nn.Module):
         }
 
     def fit(self, tables: Any, alpha: float) -> None:
-        """Take what was calibrated for a layer, and the level.
+        """Take a layer's calibrated tables and the level.
 
         Parameters
         ----------
@@ -143,7 +143,7 @@ class Method(nn.Module):
             ``[hidden + 2, experts]``), ``measured`` (by name) and for tests ``thresholds``, see
             :class:`~lm_eval_bh.routing.tables.null_model.NullModel`.
         alpha : float
-            The level, or another parameter of that place.
+            The level, or the method's other parameter ``alpha``.
         """
         self.tables = dict(tables.measured) if tables is not None else {}
         if self.statistic.table and not (self.fixed and self.follows_router):
@@ -172,15 +172,15 @@ class Method(nn.Module):
         return scores + factors
 
     def level(self, alpha: float) -> Tensor | None:
-        """Return what ranked scores are compared with, float64; None where nothing is compared."""
+        """Return the thresholds of ranked scores, float64; None if nothing is compared."""
         return None
 
     def rank(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scores by descending size, and the experts (or slots) in that order."""
+        """Return the scores in descending order, and the experts (or slots) in that order."""
         return scores.sort(dim=-1, descending=True, stable=True)
 
     def count(self, ranked: Tensor, level: Tensor | None) -> Tensor:
-        """Return how many experts are taken, whatever the bounds: int64 ``[tokens]``.
+        """Return how many experts are taken, ignoring the bounds: int64 ``[tokens]``.
 
         Parameters
         ----------
@@ -194,38 +194,38 @@ class Method(nn.Module):
     def decide(self, ranked: Tensor) -> Tensor:
         """Return how many of the ranked experts are taken: int64 ``[tokens]``.
 
-        A method may return a mask instead, bool of the shape of ``ranked``: which are kept.
+        A method may return a mask of the experts kept instead: bool, shaped like ``ranked``.
         """
         return self.count(ranked, self.table("thresholds") if "thresholds" in self._kinds else None)
 
     def keep_in_step(self, router: RouterOutput) -> Tensor:
         """Return which slots of the router serve each token, bool ``[tokens, slots]``.
 
-        Of a method whose decisions are ``joint``; the others never look at a step.
+        Only for methods whose decisions are ``joint``.
         """
         raise NotImplementedError(f"{type(self).__name__} does not decide over a step.")
 
     def shown(self, ranked: Tensor, alpha: float) -> Shown | None:
-        """Return what a page shows of a decision; None where nothing is compared.
+        """Return what a page shows of a decision; None if nothing is compared.
 
-        The name of what is compared and its values, ``[tokens, experts]`` in ranked order; the name
-        of what it is compared with and that at each rank, or None where it differs by token.
+        The name and values of what is compared, ``[tokens, experts]`` in ranked order; the name and
+        values of the thresholds at each rank, or None where they differ by token.
         """
         return None
 
     def weigh(self, kept: Tensor, router: RouterOutput, experts: Tensor) -> Tensor:
-        """Return the weights of the experts kept, both ``[tokens, max_k]``: by default a gain."""
+        """Return the weights of the kept experts, both ``[tokens, max_k]``; by default a gain."""
         kept = gained(kept, router, self.settings)
         return folded(kept, experts, router, self.table("folds_of_layer")) if self.folds else kept
 
     @property
     def follows_router(self) -> bool:
-        """Whether the experts that serve are those that the router ranks first."""
+        """Whether the kept experts are those that the router ranks first."""
         own = self.statistic.name == "weight" and self.settings.get("softmax", True)
         return self.statistic.name == "logit" or own
 
     def asks(self, native_k: int) -> int:
-        """Return how many experts the router has to rank, so that this method can choose."""
+        """Return how many experts the router has to rank for this method."""
         if not (self.follows_router or self.first_only):
             return self.num_experts
         k2 = self.settings.get("k2") or 0
@@ -233,14 +233,14 @@ class Method(nn.Module):
 
     @property
     def needs_native(self) -> bool:
-        """Whether weights are wanted in the scale that they have among the native top-k."""
+        """Whether the method needs weights in the scale of the native top-k."""
         given = self.settings.get("of") == "own" or not self.settings.get("softmax", True)
         own = self.statistic.weighs and given and not self.fixed
         return own or self.gains
 
     @property
     def gains(self) -> bool:
-        """Whether a gain says what weights are multiplied by, other than what the model does."""
+        """Whether a gain changes the weights beyond what the model does."""
         return self.folds or any(self.settings.get(name) is not None for name in ("mass", "k2"))
 
     @property
@@ -249,7 +249,7 @@ class Method(nn.Module):
         return bool(self.settings.get("fold"))
 
     def keep(self, name: str, table: Tensor) -> None:
-        """Keep a table as a buffer: as the bits of integers, which no cast of a model rounds."""
+        """Keep a table as a buffer, as integer bits, which casting a model does not round."""
         self._kinds[name] = table.dtype
         self.register_buffer(name, _bits(table.to(self.bounds.device)))
         self.settings["tables"] = {
@@ -258,7 +258,7 @@ class Method(nn.Module):
         }
 
     def table(self, name: str) -> Tensor:
-        """Return a table that was kept."""
+        """Return a kept table."""
         bits: Tensor = getattr(self, name)
         return bits.view(self._kinds[name])
 

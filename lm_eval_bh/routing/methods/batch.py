@@ -1,9 +1,9 @@
-"""Methods of a step: which experts the tokens that are decoded together load.
+"""Methods of a step: choose the experts that tokens decoded together load.
 
-While an engine decodes, a layer's time follows how many different experts the tokens of a step
-need, as each one's weights are read once (Oncescu et al. 2025, arXiv:2511.02237). So these methods
-decide for a step which experts are loaded, and each token is served by those of them that its
-router ranks first.
+While an engine decodes, a layer's time follows the number of different experts that the tokens of a
+step need, as each expert's weights are read once (Oncescu et al. 2025, arXiv:2511.02237). These
+methods therefore decide per step which experts are loaded, and each token is served by the loaded
+experts that its router ranks first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STEP_BUDGET = Parameter(
 class BatchMethod(Method):
     """Load some experts for a step, and serve each token by the loaded ones.
 
-    A method overrides :meth:`load`. Tokens whose step is -1 take the model's own top-k.
+    A method overrides :meth:`load`. Tokens with step -1 take the model's own top-k.
 
     Attributes
     ----------
@@ -48,13 +48,13 @@ class BatchMethod(Method):
 
     @classmethod
     def scored_by(cls, settings: Mapping[str, Any]) -> str:
-        """Return the statistic: the weight for the logit."""
+        """Return the statistic, with the weight in place of the logit."""
         found = super().scored_by(settings)
         return "weight" if found == "logit" else found
 
     @property
     def follows_router(self) -> bool:
-        """A token's experts are ranked as its router ranks them, whatever loads them."""
+        """True: a token's experts keep its router's order, whatever loads them."""
         return True
 
     def asks(self, native_k: int) -> int:
@@ -68,21 +68,21 @@ class BatchMethod(Method):
         Parameters
         ----------
         router : RouterOutput
-            Of the tokens of all steps.
+            Router output for the tokens of all steps.
         step : Tensor
-            int64 ``[tokens]``, below ``steps``; those of the last step are nobody's.
+            int64 ``[tokens]``, below ``steps``; tokens of the last step belong to no step.
         steps : int
-            How many there are at most, with that last one.
+            Upper bound of the number of steps, with that last one.
         """
         raise NotImplementedError(f"{type(self).__name__} has to define load.")
 
     def keep_in_step(self, router: RouterOutput) -> Tensor:
-        """Return which slots of the router serve a token: bool ``[tokens, slots]``."""
+        """Return which slots of the router serve each token, bool ``[tokens, slots]``."""
         indices = router.indices
         first = torch.arange(indices.shape[-1], device=indices.device)
         if router.step is None:
             step, steps = indices.new_zeros(len(indices)), 2
-        else:  # steps are numbered below the tokens, so nothing has to wait for their largest
+        else:  # the number of tokens bounds the steps: no wait for the largest number
             steps = len(indices) + 1
             step = torch.where(router.step < 0, steps - 1, router.step)
         loaded = self.load(router, step, steps)
@@ -90,20 +90,20 @@ class BatchMethod(Method):
         own = kept & (first < self.max_k)
         if not self.beyond and self.settings["fallback"] == "own":
             kept = own
-        elif not self.beyond:  # a further loaded one where there is none among its first
+        elif not self.beyond:  # take a further loaded expert only if none of the first is loaded
             short = own.sum(-1, keepdim=True) < self.min_k
             kept = torch.where(short, kept & (kept.cumsum(-1) <= self.min_k), own)
         alone = (step == steps - 1).unsqueeze(-1)
         return torch.where(alone, first < router.native_k, kept)
 
     def values(self, router: RouterOutput, power: float = 1.0) -> Tensor:
-        """Return what a token's first ``max_k`` experts add, float64 ``[tokens, max_k]``."""
+        """Return contributions of each first ``max_k`` experts, float64 ``[tokens, max_k]``."""
         found = self.score(router).gather(-1, router.indices[:, : self.max_k]).double()
         return (power * found).exp()
 
 
 def summed(values: Tensor, experts: Tensor, step: Tensor, steps: int, num_experts: int) -> Tensor:
-    """Return the sums over the tokens of a step of each expert's values, ``[steps, experts]``.
+    """Return each expert's values summed over the tokens of a step, ``[steps, experts]``.
 
     Parameters
     ----------
@@ -120,7 +120,7 @@ def summed(values: Tensor, experts: Tensor, step: Tensor, steps: int, num_expert
 def largest(totals: Tensor, budget: int) -> Tensor:
     """Return the ``budget`` largest of a step's totals, those above 0: bool ``[steps, experts]``.
 
-    Of equal ones the expert with the smaller index is loaded.
+    Ties go to the expert with the smaller index.
     """
     order = totals.argsort(dim=-1, descending=True, stable=True)[:, :budget]
     return torch.zeros_like(totals, dtype=torch.bool).scatter(-1, order, True) & (totals > 0)

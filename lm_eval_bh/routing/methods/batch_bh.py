@@ -1,4 +1,4 @@
-"""BH with a step as its family: an expert's p-values of all tokens are combined into one."""
+"""BH over a step: an expert's p-values over all tokens are combined into one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .router import RouterOutput
 from .step_up import FDR, TESTED, last_rank
 from .survival import survival
 
-SMALLEST = 1e-300  # whose logarithm is finite
+SMALLEST = 1e-300  # its logarithm is finite
 
 
 class BatchBH(BatchMethod):
     """Combine each expert's p-values over a step's tokens, and step up over the experts.
 
-    Simes' combination of n p-values is the least of n p_(i) / i; Fisher's is the survival of
-    -2 sum log p under chi-squared with 2 n degrees of freedom, which independence would give.
+    Simes' combination of n p-values is the minimum of n p_(i) / i; Fisher's is the survival of
+    -2 sum log p under chi-squared with 2 n degrees of freedom, exact for independent p-values.
 
     References
     ----------
@@ -46,7 +46,7 @@ class BatchBH(BatchMethod):
 
     @classmethod
     def scored_by(cls, settings: Any) -> str:
-        """Return the statistic as it is given."""
+        """Return the given statistic."""
         return str(settings.get("statistic", "logit"))
 
     def level(self, alpha: float) -> Tensor:
@@ -64,7 +64,7 @@ class BatchBH(BatchMethod):
         """Return which experts are rejected, see :meth:`BatchMethod.load`."""
         z = self.score(router).double()
         x, cdf = self.table("null_x"), self.table("null_cdf")
-        wide = x.ndim == 2  # a distribution of each expert
+        wide = x.ndim == 2  # one distribution per expert
         p = survival(x, cdf, z.T).T if wide else survival(x, cdf, z.flatten()).view(z.shape)
         everyone = torch.arange(self.num_experts, device=z.device).expand_as(z)
         ones = torch.ones_like(z)
@@ -83,7 +83,7 @@ class BatchBH(BatchMethod):
 
 
 def _simes(p: Tensor, step: Tensor, tokens: Tensor) -> Tensor:
-    """Return the least of n p_(i) / i over a step's tokens, float64 ``[steps, experts]``."""
+    """Return the minimum of n p_(i) / i over a step's tokens, float64 ``[steps, experts]``."""
     by_p = p.argsort(dim=0, stable=True)
     by_step = step[by_p].argsort(dim=0, stable=True)  # sorted by step, then by p
     order = by_p.gather(0, by_step)

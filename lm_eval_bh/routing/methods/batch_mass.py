@@ -1,4 +1,4 @@
-"""A fixed number of experts a step, those with the largest sums over its tokens."""
+"""A fixed number of experts per step: those with the largest sums over its tokens."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .router import RouterOutput
 class BatchMass(BatchMethod):
     """Load the ``step_budget`` experts with the largest sums of weights times factors.
 
-    Summed over the tokens that have the expert among their first ``max_k``; each token keeps those
-    of its own that are loaded. The control of ``batch_min_w``, whose number of experts adapts.
+    Sums run over the tokens that have the expert among their first ``max_k``; each token keeps its
+    loaded ones. The control of ``batch_min_w``, whose number of experts adapts.
     """
 
     name, label = "batch_mass", "batch mass"

@@ -1,4 +1,4 @@
-"""A threshold on what an expert adds to a whole step: the best method at equal distinct experts."""
+"""A threshold on an expert's contribution to a step: best at equal distinct experts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ REACH = "what the step's sum of (weight times the statistic's factor) to the `po
 
 
 class BatchMinW(BatchMethod):
-    """Load the experts of which a step's tokens together need at least ``alpha``.
+    """Load the experts whose contribution summed over a step's tokens reaches ``alpha``.
 
-    The sum, over the tokens that have the expert among their first ``max_k``, of (weight times
-    factor) to the power 1 or 2. One threshold serves all layers and steps, so that both get as many
-    experts as they need. This project's own.
+    The sum of (weight times factor) to the power 1 or 2 runs over the tokens that have the expert
+    among their first ``max_k``. One threshold serves all layers and steps, so each gets as many
+    experts as it needs. This project's own.
     """
 
     name, label = "batch_min_w", "batch min-w"

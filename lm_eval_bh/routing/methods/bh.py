@@ -12,8 +12,8 @@ from .step_up import FDR, StepUp
 class BH(StepUp):
     """Step up through ``p_(k) <= k alpha / n``.
 
-    The bound on the false discovery rate supposes independent or positively dependent p-values,
-    which nobody has shown for the experts of one token: alpha is a *level*.
+    The bound on the false discovery rate requires independent or positively dependent p-values,
+    which has not been shown for the experts of one token: alpha is a *level*.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""Bonferroni: the family-wise error rate by one critical value."""
+"""Bonferroni: bounds the family-wise error rate by one critical value."""
 
 from __future__ import annotations
 

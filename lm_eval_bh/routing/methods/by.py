@@ -1,4 +1,4 @@
-"""Benjamini-Yekutieli: Benjamini-Hochberg for p-values of any dependence."""
+"""Benjamini-Yekutieli: Benjamini-Hochberg for p-values under any dependence."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ class BY(StepUp):
 
     def critical_values(self, alpha: float, n: int) -> Tensor:
         """Return BH's critical values over the n-th harmonic number, float64 ``[1, n]``."""
-        harmonic = float(np.sum(1.0 / np.arange(1, n + 1)))  # rounded as statsmodels does it
+        harmonic = float(np.sum(1.0 / np.arange(1, n + 1)))  # rounded as in statsmodels
         return torch.arange(1, n + 1, dtype=torch.float64)[None] / n / harmonic * alpha

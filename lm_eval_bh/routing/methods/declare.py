@@ -19,17 +19,17 @@ class Parameter:
     Attributes
     ----------
     default : any
-        What serves where nothing is given.
+        Value if none is given.
     help : str
-        What it means, in a phrase.
+        Meaning, as a phrase.
     check : callable
-        Returns the value as it is kept; raises ValueError or TypeError for one that is not allowed.
+        Returns the value to store; raises ValueError or TypeError if it is not allowed.
     must : str
-        What a value must be, to go on after "must be"; empty for one of ``values``.
+        What a value must be, to complete "must be ..."; empty for one of ``values``.
     values : collection
-        What is allowed, where it takes names; it may grow.
+        Allowed names, if it takes names; the collection may grow.
     tries : tuple or None
-        What a search tries beside the default; None leaves it to ``values``.
+        Values that a search tries beside the default; None tries all of ``values``.
     """
 
     default: Any
@@ -40,12 +40,12 @@ class Parameter:
     tries: tuple[Any, ...] | None = None
 
     def checked(self, name: str, value: Any) -> Any:
-        """Return the value as it is kept.
+        """Return the value to store.
 
         Raises
         ------
         ValueError
-            If it is not allowed, with a sentence that says what is.
+            If it is not allowed; the message says what is.
         """
         try:
             return self.check(value)
@@ -57,13 +57,13 @@ class Parameter:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a hint such as ``" (did you mean 'alpha'?)"``, or ``""`` if nothing is near."""
+    """Return a hint such as ``" (did you mean 'alpha'?)"``, or ``""`` if no name is close."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def number(must: str, allowed: Callable[[float], bool]) -> tuple[Any, ...]:
-    """Return the check of a finite number; ints and NumPy's scalars are numbers, bools are not."""
+    """Return the check of a finite number; ints and NumPy scalars count, bools do not."""
 
     def check(value: Any) -> Any:
         value = _scalar(value)
@@ -78,7 +78,7 @@ def number(must: str, allowed: Callable[[float], bool]) -> tuple[Any, ...]:
 
 
 def integer(must: str, least: int, most: int = 2**31) -> tuple[Any, ...]:
-    """Return the check of an integer; NumPy's are integers, bools are not."""
+    """Return the check of an integer; NumPy integers count, bools do not."""
 
     def check(value: Any) -> int:
         value = _scalar(value)
@@ -93,7 +93,7 @@ def integer(must: str, least: int, most: int = 2**31) -> tuple[Any, ...]:
 
 
 def choice(values: Collection[Any], renamed: Mapping[str, str] | None = None) -> tuple[Any, ...]:
-    """Return the check of one of some names; ``renamed`` are earlier ones."""
+    """Return the check of a choice among names; ``renamed`` maps earlier names."""
 
     def check(value: Any) -> Any:
         found = _scalar(value)
@@ -107,12 +107,12 @@ def choice(values: Collection[Any], renamed: Mapping[str, str] | None = None) ->
 
 
 def or_none(check: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return a check that lets None pass."""
+    """Return a check that also accepts None."""
     return lambda value: None if value is None else check[0](value), *check[1:]
 
 
 def tried(check: tuple[Any, ...], *values: Any) -> tuple[Any, ...]:
-    """Return a check, with what a search tries beside the default."""
+    """Return a check, with the values that a search tries beside the default."""
     return *check, *([()] * (3 - len(check))), values
 
 
@@ -132,12 +132,12 @@ def level(meaning: str, default: float = 0.05) -> Parameter:
 
 
 def _scalar(value: Any) -> Any:
-    """Return the Python value of a scalar of NumPy or PyTorch, and all else as it is."""
+    """Return the Python value of a scalar of NumPy or PyTorch, and anything else unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def _shown(value: Any) -> str:
-    """Return a value's repr, cut short; numbers too long for one are named as such."""
+    """Return a shortened repr of a value; integers too long to print are described."""
     try:
         text = repr(value)
     except ValueError:  # Python refuses to print integers of more than 4,300 digits

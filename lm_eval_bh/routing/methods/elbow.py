@@ -15,14 +15,14 @@ STEEP = "how many times as steep as its chord the sorted curve is at the elbow; 
 class Elbow(Shares):
     """Sort a token's weights over all experts, and keep those before the elbow.
 
-    The elbow is the point that lies farthest below the chord from the first weight to the last,
-    ``argmax_i chord_i - w_(i)``: there the curve turns as flat as the chord. With ``alpha`` it is
-    where the curve is as steep as alpha times the chord, so that the mean number of experts can be
-    chosen: more takes fewer experts.
+    The elbow is the point farthest below the chord from the first weight to the last,
+    ``argmax_i chord_i - w_(i)``: there the curve becomes as flat as the chord. With ``alpha``, it
+    is where the curve is alpha times as steep as the chord, which makes the mean number of experts
+    adjustable: a larger alpha takes fewer experts.
 
-    The abstract says that the elbow of the sorted probabilities divides high from low ones. Assumed
-    here: the distance to the chord finds it, over all experts, and the elbow itself is not kept.
-    ``alpha`` is this project's.
+    The abstract says that the elbow of the sorted probabilities separates high from low. Assumed
+    here: the elbow is found by the distance to the chord, over all experts, and is not kept itself.
+    ``alpha`` is this project's addition.
 
     References
     ----------
@@ -36,7 +36,7 @@ class Elbow(Shares):
     }
 
     def count(self, ranked: Tensor, level: Tensor | None) -> Tensor:
-        """Return how many stand before it, int64 ``[tokens]``."""
+        """Return how many experts come before it, int64 ``[tokens]``."""
         assert level is not None
         weights = torch.softmax(ranked, dim=-1)
         last = weights.shape[-1] - 1

@@ -9,7 +9,7 @@ from .step_up import FDR, StepUp, last_rank
 
 
 class TwoStageBH(StepUp):
-    """Step up, then step up again at the level that the first number of rejections gives.
+    """Step up, then step up again at the level given by the first number of rejections.
 
     References
     ----------
@@ -21,7 +21,7 @@ class TwoStageBH(StepUp):
     source = "Benjamini and Hochberg 2000, J. Educ. Behav. Stat. 25:60; as in statsmodels"
 
     def critical_values(self, alpha: float, n: int) -> Tensor:
-        """Return BH's at the second stage's level, float64 ``[n + 1, n]``: a row a rejection."""
+        """Return BH's values at the second stage's level, float64 ``[n + 1, n]``, by rejections."""
         rejected = torch.arange(n + 1, dtype=torch.float64)
         null = torch.where((rejected == 0) | (rejected == n), n, n - rejected)
         level = torch.where(null == n, alpha, alpha * n / null)

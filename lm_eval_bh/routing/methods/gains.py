@@ -1,4 +1,4 @@
-"""What the weights of the experts kept are multiplied by, whatever method has kept them."""
+"""Gains: factors on the weights of the kept experts, with any method."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ PARAMETERS = {
 
 
 def renormalized(kept: Tensor, router: RouterOutput) -> Tensor:
-    """Rescale weights to the sum that the router gives them, or to one where it does not rescale.
+    """Rescale weights to the router's sum, or to one if the router does not rescale.
 
     Parameters
     ----------
     kept : Tensor
         float ``[tokens, max_k]``, 0 in unused slots.
     router : RouterOutput
-        Where they come from.
+        Source of the weights.
     """
     exact = kept.to(torch.promote_types(kept.dtype, torch.float32))
     wanted: Tensor | float = 1.0
@@ -64,29 +64,30 @@ def renormalized(kept: Tensor, router: RouterOutput) -> Tensor:
 def compensated(kept: Tensor, router: RouterOutput, mass: float, k2: int | None = None) -> Tensor:
     """Multiply weights by (sum of the first k2 experts' weights / their sum) to the power ``mass``.
 
-    ``k2`` is the native top-k by default: then at a mass of 0 kept weights stay as they are beside
-    the native top-k; at 1 they sum to what these do. A model that rescales divides its weights by
-    the sum of the native top-k: here by that of the first k2, so that at a mass of 0 the expert
-    branch is as strong as among k2 experts (Chen and Yao 2026, "Training-free halving of activated
-    experts in fine-grained mixture-of-experts models", arXiv:2609.04575, equation 2).
+    ``k2`` is the native top-k by default: a mass of 0 then leaves the kept weights as they are
+    beside the native top-k, and a mass of 1 makes them sum to the native top-k's. A model that
+    rescales divides its weights by the sum of the native top-k; here the first k2 replace it, so
+    that at a mass of 0 the expert branch is as strong as with k2 experts (Chen and Yao 2026,
+    "Training-free halving of activated experts in fine-grained mixture-of-experts models",
+    arXiv:2609.04575, equation 2).
     """
     k2 = k2 or router.native_k
     exact = kept.to(torch.promote_types(kept.dtype, torch.float32))
     own = router.weights.to(exact.dtype)
     reference = own[:, :k2].sum(-1, keepdim=True)
     factor = (reference / exact.sum(-1, keepdim=True)) ** mass
-    if router.rescales and own.shape[-1] != k2:  # to the sum that the router gives out
+    if router.rescales and own.shape[-1] != k2:  # to the router's sum
         factor = factor * (own.sum(-1, keepdim=True) / reference)
     return (exact * factor).to(kept.dtype)
 
 
 def folded(kept: Tensor, experts: Tensor, router: RouterOutput, folds: Tensor) -> Tensor:
-    """Fold the native experts that are left out into those that are kept.
+    """Fold the native experts that are left out into the kept ones.
 
-    Expert s adds ``w_s c_st`` to the weight of the kept t whose calibrated error is least. Nothing
-    is rescaled afterwards: c holds what the magnitudes differ by. The confidence that the paper
-    adds for DeepSeek-V4's router is left out (Wu et al. 2026, "ExFold: unified expert folding for
-    training-free MoE prefill-decode acceleration", arXiv:2608.24938).
+    Expert s adds ``w_s c_st`` to the weight of the kept t with the smallest calibrated error.
+    Nothing is rescaled afterwards, since c includes the ratio of magnitudes. The confidence that
+    the paper adds for DeepSeek-V4's router is left out (Wu et al. 2026, "ExFold: unified expert
+    folding for training-free MoE prefill-decode acceleration", arXiv:2608.24938).
 
     Parameters
     ----------
@@ -94,9 +95,9 @@ def folded(kept: Tensor, experts: Tensor, router: RouterOutput, folds: Tensor) -
         float and int64 ``[tokens, max_k]``, in the scale of the native top-k; unused slots hold 0
         and the number of experts.
     router : RouterOutput
-        Where they come from.
+        Source of the weights.
     folds : Tensor
-        float ``[2, experts, experts]``: c and its error, of the row's expert by the column's.
+        float ``[2, experts, experts]``: c and its error, to fold row experts into column experts.
     """
     exact = kept.to(torch.promote_types(kept.dtype, torch.float32))
     native = router.indices[:, : router.native_k]

@@ -1,4 +1,4 @@
-"""Hochberg: the family-wise error rate, stepping up through Holm's critical values."""
+"""Hochberg: controls the family-wise error rate, stepping up through Holm's critical values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Holm: the family-wise error rate, stepping down."""
+"""Holm: controls the family-wise error rate, stepping down."""
 
 from __future__ import annotations
 

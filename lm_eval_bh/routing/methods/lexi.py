@@ -16,15 +16,15 @@ MEAN = "mean number of experts over the layers, which share the sum"
 
 
 class Lexi(Method):
-    """Give each layer the k that together change the layers' outputs least.
+    """Give each layer a k, chosen so that the layers' outputs change least in sum.
 
-    The table ``perturbations`` holds, for each layer and k, the Frobenius norm of what the layer's
-    output differs by from that of the native top-k, on random normal hidden states. The k of all
-    layers minimise its sum for the total that ``alpha`` allows.
+    The table ``perturbations`` holds, per layer and k, the Frobenius norm of the change of the
+    layer's output against the native top-k, on random normal hidden states. The k of all layers
+    minimise its sum for the total that ``alpha`` allows.
 
-    The paper searches the allocation by an evolutionary algorithm; here dynamic programming finds
-    the minimum that it looks for. Candidates are 1 to the native k. All layers of the model share
-    the sum, those too that ``layers`` leaves alone.
+    The paper searches the allocation with an evolutionary algorithm; here dynamic programming finds
+    the exact minimum. Candidates are 1 to the native k. All layers of the model share the sum,
+    including those that ``layers`` leaves unrouted.
 
     References
     ----------
@@ -41,7 +41,7 @@ class Lexi(Method):
 
     @classmethod
     def scored_by(cls, settings: Mapping[str, Any]) -> str:
-        """Return the router's own weight: whatever ranks as the router does."""
+        """Return the router's own weight, which keeps the router's order."""
         return "weight"
 
     def level(self, alpha: float) -> Tensor:
@@ -51,6 +51,6 @@ class Lexi(Method):
         return torch.tensor([counts[self.settings["layer"]]], dtype=torch.float64)
 
     def count(self, ranked: Tensor, level: Tensor | None) -> Tensor:
-        """Return it for every token, int64 ``[tokens]``."""
+        """Return the layer's k for every token, int64 ``[tokens]``."""
         assert level is not None
         return level.long().expand(len(ranked))

@@ -1,4 +1,4 @@
-"""One threshold on what an expert adds: the best rule for a model whose weights are absolute."""
+"""One threshold on an expert's contribution: best for models with absolute weights."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .declare import Parameter, number
 class MinW(Method):
     """Keep the experts whose weight, times the statistic's factor, is at least ``alpha``.
 
-    Of the ``max_k`` that the router ranks first. The threshold is absolute, so that tokens and
-    layers share one scale; that of min-p is relative to the token's largest weight. This project's
-    own: with ``statistic=benefit`` and ``mass=0.2`` it lost least of all rules on tiny-olmoe.
+    Only the ``max_k`` experts that the router ranks first are considered. The threshold is
+    absolute, so tokens and layers share one scale; min-p's is relative to the token's largest
+    weight. This project's own: ``statistic=benefit, mass=0.2`` lost least of all on tiny-olmoe.
     """
 
     name, label = "min_w", "min-w"
@@ -31,7 +31,7 @@ class MinW(Method):
 
     @classmethod
     def scored_by(cls, settings: Mapping[str, Any]) -> str:
-        """Return the statistic: the weight for the logit."""
+        """Return the statistic, with the weight in place of the logit."""
         found = super().scored_by(settings)
         return "weight" if found == "logit" else found
 
@@ -40,10 +40,10 @@ class MinW(Method):
         return torch.tensor([math.log(alpha)], dtype=torch.float64)
 
     def count(self, ranked: Tensor, level: Tensor | None) -> Tensor:
-        """Return how many reach the threshold, int64 ``[tokens]``."""
+        """Return how many experts reach the threshold, int64 ``[tokens]``."""
         assert level is not None
         return (ranked >= level).sum(-1)
 
     def shown(self, ranked: Tensor, alpha: float) -> Shown:
-        """Return weights, times their factors, beside the threshold."""
+        """Return weights times their factors, and the threshold."""
         return "score", ranked.exp(), "threshold", ranked.new_full((1, ranked.shape[-1]), alpha)

@@ -17,10 +17,10 @@ IMPORTANCE = "what the weight, times the layer's share of all layers' importance
 class MoDES(MinW):
     """Keep the experts with ``a_l w_i >= alpha``, one threshold for all layers.
 
-    ``a_l`` is the table ``layer_kl``, divided by its sum over layers: the mean Kullback-Leibler
+    ``a_l`` is the table ``layer_kl`` divided by its sum over layers: the mean Kullback-Leibler
     divergence, on calibration text, of the next token's distribution without the experts of layer l
-    from that of the model. The paper has two thresholds, for the tokens of text and of pictures:
-    this is the one of text. What it finds by frontier search is ``target_experts`` here.
+    from the model's. The paper has separate thresholds for text and image tokens: this is the one
+    for text. ``target_experts`` replaces its frontier search.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""NAEE's dynamic skipping: experts far below the token's largest weight, by a calibrated ratio."""
+"""NAEE: skips experts far below the token's largest weight, by a calibrated ratio."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ QUANTILE = "quantile of the layer's weight ratios below which an expert is skipp
 class NAEE(MinP):
     """Skip experts whose ratio to the token's largest weight is below the layer's quantile.
 
-    The table ``ratios`` holds the quantiles, for each layer, of ``w_i / w_1`` on calibration text.
-    The paper has k = 2: the second expert is skipped below the median of ``w_2 / w_1``. Extended
-    here to k > 2: the ratios of all native slots but the first are pooled, and each later expert is
-    compared with their quantile. Another level than the median is this project's, so that the mean
-    number of experts can be chosen.
+    The table ``ratios`` holds the quantiles of ``w_i / w_1`` on calibration text, per layer. The
+    paper has k = 2: the second expert is skipped below the median of ``w_2 / w_1``. Extended here
+    to k > 2: the ratios of all native slots but the first are pooled, and each later expert is
+    compared with their quantile. Levels other than the median are this project's addition, so that
+    the mean number of experts can be chosen.
 
     References
     ----------
@@ -38,14 +38,14 @@ class NAEE(MinP):
 
     @classmethod
     def scored_by(cls, settings: Mapping[str, Any]) -> str:
-        """Return the weight, which the ratios are of."""
+        """Return the weight, from which ratios are computed."""
         return "weight"
 
     def level(self, alpha: float) -> Tensor:
-        """Return the least ratio, float64."""
+        """Return the smallest ratio kept, float64."""
         grid = torch.from_numpy(self.tables["ratios"][self.settings["layer"]])
         return quantile(grid, alpha)
 
     def shown(self, ranked: Tensor, alpha: float) -> Shown:
-        """Return the weights beside the least that is kept."""
+        """Return the weights and the smallest weight kept."""
         return super().shown(ranked, float(self.level(alpha)))

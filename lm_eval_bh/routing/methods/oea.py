@@ -16,7 +16,7 @@ class OEA(BatchMethod):
     """Load each token's first ``k0`` experts; then fill up to ``max_k`` with loaded ones.
 
     The paper's simplified form: the baseline is a number of experts, not a share of the weight, and
-    a token may take any loaded expert, in the order of its router, until it has ``max_k``.
+    a token may take any loaded expert, in its router's order, until it has ``max_k``.
 
     References
     ----------

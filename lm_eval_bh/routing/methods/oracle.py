@@ -13,16 +13,16 @@ from .declare import Parameter, number
 from .router import RouterOutput
 
 CHANGE = "norm of what a layer's output for a token may change by"
-CHUNK = 512  # tokens whose experts' outputs are held at a time
+CHUNK = 512  # tokens whose expert outputs are in memory at once
 
 
 class Oracle(Method):
-    """Remove experts one by one, each time the one without which the output changes least.
+    """Remove experts one by one, always the one that changes the layer's output least.
 
-    Of the native top-k, while the change's Euclidean norm is at most ``alpha``: an absolute norm,
-    so that tokens and layers share one scale. With ``min_k = max_k`` so many are left. It runs all
-    experts before it decides, so it saves nothing: it says how far other methods are from what the
-    layer's own output asks for. It is greedy, and looks at nothing behind the layer.
+    Starts from the native top-k and stops before the change's Euclidean norm exceeds ``alpha``: an
+    absolute norm, so tokens and layers share one scale. With ``min_k = max_k``, that many experts
+    remain. It runs all experts before it decides and so saves nothing: it shows how close other
+    methods come to the layer's own output. It is greedy and ignores later layers.
     """
 
     name, label, alpha = "oracle", "oracle", CHANGE
@@ -34,17 +34,17 @@ class Oracle(Method):
 
     @classmethod
     def scored_by(cls, settings: Mapping[str, Any]) -> str:
-        """Return the weight, which outputs are multiplied by."""
+        """Return the weight, by which outputs are multiplied."""
         return "weight"
 
     @property
     def follows_router(self) -> bool:
-        """Never: it looks at what the experts give out."""
+        """False: it looks at the experts' outputs."""
         return False
 
     @property
     def needs_native(self) -> bool:
-        """Always: experts are removed from the native top-k."""
+        """True: experts are removed from the native top-k."""
         return True
 
     def asks(self, native_k: int) -> int:
@@ -53,12 +53,12 @@ class Oracle(Method):
 
     @torch.no_grad()
     def score(self, router: RouterOutput) -> Tensor:
-        """Return the least change of any removal that includes the expert, -inf beyond the native.
+        """Return the smallest change of a removal with the expert, -inf beyond the native k.
 
         Float64 ``[tokens, experts]``.
         """
         if self.run_experts is None or router.hidden_states is None:
-            raise ValueError("rule=oracle runs experts, so that it needs a model: use hf-bh.")
+            raise ValueError("rule=oracle runs experts, so it needs a model: use hf-bh.")
         native = router.indices[:, : router.native_k]
         weights = router.native_weights[:, : router.native_k].double()
         found = []
@@ -74,13 +74,13 @@ class Oracle(Method):
         return torch.tensor([alpha], dtype=torch.float64)
 
     def count(self, ranked: Tensor, level: Tensor | None) -> Tensor:
-        """Return how many cannot be removed, int64 ``[tokens]``."""
+        """Return how many experts cannot be removed, int64 ``[tokens]``."""
         assert level is not None
         return (ranked > level).sum(-1)
 
 
 def _eliminated(parts: Tensor) -> Tensor:
-    """Return how large a change lets each of the weighted ``[tokens, k, hidden]`` go."""
+    """Return the change at which each weighted output ``[tokens, k, hidden]`` is removed."""
     gram = parts @ parts.transpose(1, 2)
     removed, orders, changes = torch.zeros_like(gram[..., 0]), [], []
     for _ in range(parts.shape[1]):
@@ -91,7 +91,7 @@ def _eliminated(parts: Tensor) -> Tensor:
         removed = removed.scatter(-1, best.indices, 1.0)
         orders.append(best.indices)
         changes.append(best.values.clamp(min=0).sqrt())
-    # What goes later may cancel what went before: then all of it may go at the smaller change.
+    # A later removal may cancel an earlier one: then both are allowed at the smaller change.
     least = torch.cat(changes, -1).flip(-1).cummin(-1).values.flip(-1)
-    later = 1 + 1e-9 * torch.arange(parts.shape[1], device=parts.device)  # among equal ones
+    later = 1 + 1e-9 * torch.arange(parts.shape[1], device=parts.device)  # breaks ties
     return torch.zeros_like(removed).scatter(-1, torch.cat(orders, -1), least * later)

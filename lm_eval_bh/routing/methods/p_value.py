@@ -1,4 +1,4 @@
-"""Uncorrected tests: each expert by its own p-value, whatever the token's others are."""
+"""Uncorrected tests: each expert by its own p-value, regardless of the token's others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEVEL = "level of each expert's own test"
 
 
 class PValue(StepUp):
-    """Keep the experts with ``p <= alpha``, of the ``max_k`` that the router ranks first."""
+    """Keep the experts with ``p <= alpha`` among the router's first ``max_k``."""
 
     name, label, alpha = "p_value", "p", LEVEL
     source = "uncorrected: p <= alpha"
@@ -39,11 +39,11 @@ class PValue(StepUp):
         return scores.masked_fill(~first, -torch.inf)
 
     def asks(self, native_k: int) -> int:
-        """Return ``max_k``: others do not compete."""
+        """Return ``max_k``: further experts are not considered."""
         k2 = self.settings.get("k2") or 0
         return max(self.max_k, native_k, k2) if self.needs_native else self.max_k
 
     def count(self, ranked: Tensor, level: Tensor | None) -> Tensor:
-        """Return how many reach the threshold, int64 ``[tokens]``."""
+        """Return how many experts reach the threshold, int64 ``[tokens]``."""
         assert level is not None
         return (ranked >= level[0]).sum(-1)

@@ -35,9 +35,9 @@ def pick(method: Method, router: RouterOutput) -> Picked:
     Parameters
     ----------
     method : Method
-        Fitted to the layer.
+        The method, fitted to the layer.
     router : RouterOutput
-        At least ``method.asks(native_k)`` slots, unless the router gives weights to fewer.
+        With ``method.asks(native_k)`` slots or more, unless the router weighs fewer experts.
     """
     if method.temperature != 1.0:
         router = router.tempered(method.temperature)
@@ -46,7 +46,7 @@ def pick(method: Method, router: RouterOutput) -> Picked:
         experts, weights = router.indices[:, :k], router.weights[:, :k]
         counts = torch.full(experts.shape[:1], k, dtype=torch.int64, device=experts.device)
         own = router.weights.shape[-1] == k and method.settings["renormalize"] is not True
-        if own and not method.gains:  # the very weights of a model with this top-k
+        if own and not method.gains:  # exactly the weights of a model with this top-k
             return Picked(experts, weights, counts)
         return Picked(experts, method.weigh(weights, router, experts), counts)
     counts, experts, weights = _decided(method, router)
@@ -57,14 +57,14 @@ def pick(method: Method, router: RouterOutput) -> Picked:
 
 
 def repeated(picked: Picked, num_experts: int) -> Picked:
-    """Fill unused slots with the token's first expert, at weight 0, for engines that know none."""
+    """Fill unused slots with the first expert at weight 0, for engines that cannot skip slots."""
     first = picked.indices[:, :1]
     indices = torch.where(picked.indices == num_experts, first, picked.indices)
     return picked._replace(indices=indices)
 
 
 def _decided(method: Method, router: RouterOutput) -> tuple[Tensor, Tensor, Tensor]:
-    """Return how many experts each token gets, of which ``[tokens, max_k]``, with what weights."""
+    """Return each token's number of experts, the experts ``[tokens, max_k]``, and weights."""
     k, seen = method.max_k, router
     if torch.is_grad_enabled():  # decisions have no gradient, weights do
         seen = router._replace(logits=router.logits.detach(), weights=router.weights.detach())
@@ -78,7 +78,7 @@ def _decided(method: Method, router: RouterOutput) -> tuple[Tensor, Tensor, Tens
             ranked, order = method.rank(ranked)
             experts, weights = experts.gather(-1, order), weights.gather(-1, order)
     elif method.follows_router:
-        ranked = scores.sort(dim=-1, descending=True).values  # the order is the router's
+        ranked = scores.sort(dim=-1, descending=True).values  # the router's order is kept
     else:
         ranked, order = method.rank(scores)
         experts = order[:, :k]

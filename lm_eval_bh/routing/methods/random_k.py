@@ -1,9 +1,9 @@
-"""Random experts, the control for which experts are taken.
+"""Random experts: the control for the choice of experts.
 
-A generator's state would make a token's experts depend on which tokens came before it, and so on
-the batch size; so the draw is a hash of the seed, the layer, and the order of the token's largest
-logits. The order, and not the logits' bits: these differ in the last digit between batch shapes,
-while the order changes only where two logits all but tie.
+With a generator's state, a token's experts would depend on the tokens before it, and so on the
+batch size; the draw is therefore a hash of the seed, the layer, and the order of the token's
+largest logits. Not of the logits' bits: their last digits differ between batch shapes, whereas the
+order changes only between near ties.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HASHED = 8  # a token is identified by the experts of its 8 largest logits
 
 
 class RandomK(Method):
-    """Draw ``max_k`` different experts for every token, each set equally likely over seeds."""
+    """Draw ``max_k`` distinct experts per token, with all sets equally likely over seeds."""
 
     name, label = "random_k", "random-k"
     source = "random baseline: max_k experts drawn at random"
@@ -34,7 +34,7 @@ class RandomK(Method):
 
     @property
     def follows_router(self) -> bool:
-        """Never: it draws."""
+        """False: experts are drawn."""
         return False
 
     def score(self, router: RouterOutput) -> Tensor:

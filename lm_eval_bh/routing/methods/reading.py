@@ -1,4 +1,4 @@
-"""From what a router returns to what methods look at, wherever the router runs."""
+"""Turns a router's result into the input of methods, in every host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .base import Method
 from .router import RouterOutput, softmax_output
 
-# How a router's logits become the score, to which a bias is added, that its experts are chosen by.
+# How router logits become the scores that, plus a bias, choose the experts.
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "softmax": lambda logits: torch.softmax(logits, dim=-1),
@@ -28,11 +28,11 @@ class Reading:
     Attributes
     ----------
     slots : int
-        How many experts have to be ranked; a softmax that ranks fewer is computed here.
+        Number of experts to rank; a softmax router that ranks fewer is computed here.
     native_k, softmax, rescales, scores
         As in :class:`~lm_eval_bh.routing.methods.router.RouterOutput`.
     sorted_by : str or None
-        The key of :data:`SCORES` that slots are sorted by; None where they are in order.
+        The key of :data:`SCORES` to sort slots by; None where they are in order.
     """
 
     slots: int
@@ -48,16 +48,16 @@ class Reading:
         hidden_states: Tensor,
         bias: Tensor | None = None,
     ) -> RouterOutput:
-        """Return what a router says of ``[tokens]``.
+        """Return a router's output for ``[tokens]``.
 
         Parameters
         ----------
         output : tuple of Tensor
             Its logits, weights and indices.
         hidden_states : Tensor
-            float ``[..., hidden]``, what it was given.
+            float ``[..., hidden]``, the router's input.
         bias : Tensor or None
-            float, of each expert: what it adds to its scores when it ranks them.
+            float ``[experts]``, added to the scores for ranking.
         """
         logits, weights, indices = output
         hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -87,12 +87,12 @@ class Reading:
 
 
 def plain(method: Method, asked: int) -> bool:
-    """Whether a router's very triple serves, in whatever order, if it is asked for so many."""
+    """Return whether a router's own triple serves, in any order, with so many slots."""
     return method.fixed and method.follows_router and method.max_k == asked
 
 
 def choice_scores(score: str, router_logits: Tensor, bias: Tensor | None) -> Tensor:
-    """Return what a router ranks its experts by, float32 or better ``[tokens, experts]``."""
+    """Return the scores that rank a router's experts, float32 or better ``[tokens, experts]``."""
     logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
     scores = SCORES[score](logits)
     return scores if bias is None else scores + bias.flatten().to(scores)

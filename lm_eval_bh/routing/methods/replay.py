@@ -1,4 +1,4 @@
-"""Replay: the experts that a routing log has for each token, whatever the router ranks first."""
+"""Replay: the experts that a routing log holds for each token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _folder(value: Any) -> str:
 
 
 class Replay(Method):
-    """Serve recorded experts, with the weights that the router itself gives them now.
+    """Serve recorded experts, with the router's current weights.
 
     References
     ----------
@@ -43,18 +43,18 @@ class Replay(Method):
 
     @property
     def follows_router(self) -> bool:
-        """Never: it follows a log."""
+        """False: it follows a log."""
         return False
 
     def score(self, router: RouterOutput) -> Tensor:
-        """Return each recorded expert's place, counted from the last, and -inf for all others."""
+        """Return each recorded expert's place, counted from the last; -inf for others."""
         if router.recorded is None:
-            raise ValueError("rule=replay needs the experts that a log has recorded.")
+            raise ValueError("rule=replay needs the experts recorded in a log.")
         tokens, k = router.recorded.shape
         places = torch.arange(k, 0, -1.0, device=router.logits.device).expand(tokens, k)
-        scores = places.new_full((tokens, self.num_experts + 1), -torch.inf)  # and of unused slots
+        scores = places.new_full((tokens, self.num_experts + 1), -torch.inf)  # one for unused slots
         return scores.scatter(-1, router.recorded, places)[:, :-1]
 
     def decide(self, ranked: Tensor) -> Tensor:
-        """Return how many experts were recorded, int64 ``[tokens]``."""
+        """Return the number of recorded experts, int64 ``[tokens]``."""
         return (ranked > -torch.inf).sum(-1)

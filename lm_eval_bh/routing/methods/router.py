@@ -1,4 +1,4 @@
-"""What a method may look at: one layer's router, for the tokens of a pass."""
+"""The input of a method: one layer's router output for the tokens of a pass."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from torch import Tensor
 
 
 class RouterOutput(NamedTuple):
-    """What a router says of some tokens.
+    """A router's output for some tokens.
 
     Attributes
     ----------
     logits : Tensor
         float ``[tokens, experts]``.
     weights, indices : Tensor
-        float and int64 ``[tokens, slots]``: the experts that the router ranks first, the first one
-        first, and the weights that it multiplies them by.
+        float and int64 ``[tokens, slots]``: the experts in the router's order, the first one first,
+        and the weights that multiply their outputs.
     native_k : int
-        How many of these the model itself takes.
+        How many of these the model itself uses.
     softmax : bool
         Whether weights are the softmax over all experts of the logits, rescaled or not.
     rescales : bool
         Whether the router rescales the weights of a token's slots to a fixed sum.
     scores : str
-        What its logits become before any bias: "softmax", "sigmoid" or "sqrtsoftplus".
+        How logits become scores, before any bias: "softmax", "sigmoid" or "sqrtsoftplus".
     hidden_states : Tensor or None
-        float ``[tokens, hidden]``, what the router was given.
+        float ``[tokens, hidden]``, the router's input.
     step : Tensor or None
-        int64 ``[tokens]``, which tokens are decided together: those of one number, from 0 and below
-        the number of tokens; -1 takes the model's own top-k. None where all are decided together.
+        int64 ``[tokens]``: tokens with the same number, from 0 and below the number of tokens, are
+        decided together; -1 takes the model's own top-k. None if all are decided together.
     recorded : Tensor or None
-        int64 ``[tokens, k]``, the experts that a log has for these tokens, the best first, and the
-        number of experts where a slot is unused; None where no log is replayed.
+        int64 ``[tokens, k]``, the experts that a log holds for these tokens, the best first, and
+        the number of experts in unused slots; None if no log is replayed.
     """
 
     logits: Tensor
@@ -49,7 +49,7 @@ class RouterOutput(NamedTuple):
 
     @property
     def native_weights(self) -> Tensor:
-        """The weights ``[tokens, slots]`` in the scale that they have where native_k are taken."""
+        """The weights ``[tokens, slots]`` in the scale of the native top-k."""
         if not self.rescales or self.weights.shape[-1] == self.native_k:
             return self.weights
         exact = self.weights.to(torch.promote_types(self.weights.dtype, torch.float32))
@@ -57,7 +57,7 @@ class RouterOutput(NamedTuple):
         return exact * (exact.sum(-1, keepdim=True) / native)
 
     def tempered(self, temperature: float) -> RouterOutput:
-        """Return it with weights that are a softmax of the logits over a temperature."""
+        """Return a copy whose weights are a softmax of the logits over a temperature."""
         kind = torch.promote_types(self.logits.dtype, torch.float32)
         weights = torch.softmax(self.logits.to(kind) / temperature, dim=-1)
         weights = weights.gather(-1, self.indices)
@@ -76,7 +76,7 @@ def softmax_output(
     hidden_states: Tensor | None = None,
     step: Tensor | None = None,
 ) -> RouterOutput:
-    """Return what a router says whose weights are a softmax over all experts of its logits.
+    """Return the output of a router whose weights are a softmax over all its logits.
 
     Parameters
     ----------
@@ -87,14 +87,14 @@ def softmax_output(
     rescales : bool
         Whether the weights of a token's experts are rescaled to sum to one.
     dtype : torch.dtype or None
-        Of the weights; by default float32, or float64 where the logits are.
+        Dtype of the weights; by default float32, or float64 where the logits are.
     hidden_states : Tensor or None
         float ``[tokens, hidden]``.
     step : Tensor or None
         int64 ``[tokens]``, see :class:`RouterOutput`.
     """
     kind = torch.promote_types(logits.dtype, torch.float32)
-    # The very calls that OLMoE's router makes, so that ties fall the same way.
+    # Exactly the calls of OLMoE's router, so that ties are broken alike.
     weights, indices = torch.topk(torch.softmax(logits, dim=-1, dtype=kind), slots, dim=-1)
     if rescales:
         weights = weights / weights.sum(-1, keepdim=True)

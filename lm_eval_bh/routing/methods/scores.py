@@ -1,8 +1,8 @@
-"""What is tested, compared and ranked: the scores of a token's experts.
+"""The scores of a token's experts, which are tested, compared and ranked.
 
-Apart from the router logit all scores are the log of what an expert adds to a token: the weight
-that the router multiplies it by, times a factor that is measured once. Absolute weights make tokens
-and layers comparable, whatever the token's largest weight is.
+Apart from the router logit, every score is the log of an expert's contribution to a token: its
+router weight times a factor that is measured once. Absolute weights make tokens and layers
+comparable, regardless of the token's largest weight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .router import RouterOutput
 
 OF = ("auto", "own", "score")  # which weight a statistic starts from
-LEAST = 0.05  # share of an expert's mean norm that a predicted norm does not fall below
+LEAST = 0.05  # lower bound of a predicted norm, as a share of the expert's mean norm
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Statistic:
     Attributes
     ----------
     name : str
-        What ``statistic=`` takes.
+        Value of ``statistic=``.
     meaning : str
-        What it is, in a phrase.
+        Description, as a phrase.
     table : str
-        The table that is calibrated for it; empty where there is none.
+        The calibrated table; empty if there is none.
     predicts : bool
-        Whether the factor depends on the token, by its hidden state.
+        Whether the factor is predicted from the token's hidden state.
     weighs : bool
-        Whether it is made of the expert's weight, or is the router logit itself.
+        Whether it uses the expert's weight; False for the router logit.
     """
 
     name: str
@@ -65,7 +65,7 @@ STATISTICS: dict[str, Statistic] = {
     )
 }
 
-# From logits to the log of the score that weights come from.
+# From logits to the log of the score that determines weights.
 RAW: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: torch.log_softmax(logits, dim=-1),
     "sigmoid": F.logsigmoid,
@@ -79,12 +79,12 @@ def log_weights(router: RouterOutput, of: str = "auto") -> Tensor:
     Parameters
     ----------
     router : RouterOutput
-        What the router says.
+        Router output.
     of : "own", "score" or "auto"
-        ``own`` is the weight that the router itself gives out, in the scale that its native top-k
-        have; -inf where it has given none. ``score`` is the weight before any bias and rescaling:
-        the softmax over all experts, or the sigmoid. ``auto`` takes the score of a softmax router
-        and the own weight of any other.
+        ``own`` is the weight that the router itself returns, in the scale of its native top-k;
+        -inf where it returns none. ``score`` is the weight before any bias and rescaling: the
+        softmax over all experts, or the sigmoid. ``auto`` takes the score of a softmax router and
+        the own weight of any other.
     """
     logits = router.logits.to(torch.promote_types(router.logits.dtype, torch.float32))
     if of == "score" or (of == "auto" and router.softmax):
@@ -100,7 +100,7 @@ def log_weights(router: RouterOutput, of: str = "auto") -> Tensor:
 
 
 def log_predicted_norms(predictor: Tensor, hidden_states: Tensor) -> Tensor:
-    """Return the logs of the output norms that hidden states predict, float ``[tokens, experts]``.
+    """Return the logs of output norms predicted from hidden states, float ``[tokens, experts]``.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ def log_predicted_norms(predictor: Tensor, hidden_states: Tensor) -> Tensor:
         float ``[hidden + 2, experts]``: the coefficients of the hidden state, the intercept, and
         the mean norm of each expert.
     hidden_states : Tensor
-        float ``[tokens, hidden]``, what the router is given; computed in the predictor's dtype.
+        float ``[tokens, hidden]``, the router's input; computed in the predictor's dtype.
     """
     norms = torch.addmm(predictor[-2], hidden_states.to(predictor.dtype), predictor[:-2])
     return torch.maximum(norms, LEAST * predictor[-1]).log()

@@ -1,4 +1,4 @@
-"""What methods share that look at an expert's share of its token's weight."""
+"""The base of methods that compare shares of a token's weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Shares(Method):
 
     @classmethod
     def scored_by(cls, settings: Mapping[str, Any]) -> str:
-        """Return the statistic; the weight for logits that weights are no softmax of."""
+        """Return the statistic; the weight if weights are not a softmax of the logits."""
         found = super().scored_by(settings)
         return "weight" if found == "logit" and not settings.get("softmax", True) else found
 

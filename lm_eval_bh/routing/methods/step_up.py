@@ -1,12 +1,12 @@
 """Stepwise multiple-testing procedures: a token's experts are its hypotheses.
 
-For scores s and a null distribution F the p-value of expert i is ``1 - F(s_i)``. F does not
-decrease, so comparing the k-th smallest p-value with the k-th critical value is comparing the k-th
-largest *score* with a threshold that depends only on the layer. The thresholds are computed once;
-what remains is one sort and one comparison. Only where every expert has a null distribution of its
-own are p-values computed.
+For scores s and a null distribution F, the p-value of expert i is ``1 - F(s_i)``. F does not
+decrease, so comparing the k-th smallest p-value with the k-th critical value is the same as
+comparing the k-th largest *score* with a threshold that depends only on the layer. Thresholds are
+computed once; what remains is one sort and one comparison. P-values are computed only if every
+expert has its own null distribution.
 
-The arithmetic of critical values is statsmodels' own where it has the procedure, to the last bit,
+The arithmetic of critical values follows statsmodels bit for bit where it has the procedure,
 so that no decision can differ.
 """
 
@@ -47,20 +47,20 @@ TESTED: dict[str, Parameter] = SCORED | {
 
 
 class StepUp(Method):
-    """Reject everything up to the last p-value that is at most its critical value."""
+    """Reject up to the last p-value that does not exceed its critical value."""
 
     declared: ClassVar[dict[str, Parameter]] = {"alpha": level(FDR)} | TESTED
     tests = True
 
     def critical_values(self, alpha: float, n: int) -> Tensor:
-        """Return what the ascending p-values are compared with, float64 ``[rows, n]``.
+        """Return the critical values of ascending p-values, float64 ``[rows, n]``.
 
-        Procedures that look once have one row.
+        Procedures with one stage have one row.
         """
         raise NotImplementedError(f"{type(self).__name__} has to define critical_values.")
 
     def level(self, alpha: float) -> Tensor:
-        """Return the negated critical values: ranked are negated p-values."""
+        """Return the negated critical values, since negated p-values are ranked."""
         return -self.critical_values(alpha, self.num_experts)
 
     def fit(self, tables: Any, alpha: float) -> None:
@@ -71,27 +71,27 @@ class StepUp(Method):
         if self.by_p_value:
             self.keep("null_x", torch.tensor(tables.x))
             self.keep("null_cdf", torch.tensor(tables.cdf))
-        else:  # the thresholds that stand for the critical values, on the scores themselves
+        else:  # thresholds on the scores themselves, equivalent to the critical values
             self.keep("thresholds", tables.thresholds(-self.table("thresholds")))
 
     @property
     def by_p_value(self) -> bool:
-        """Whether every expert has a null distribution of its own, so that p-values rank them."""
+        """Whether every expert has its own null distribution, so that p-values rank them."""
         return bool(self.settings["null_scope"] == "expert")
 
     @property
     def follows_router(self) -> bool:
-        """Whether the experts that serve are those that the router ranks first."""
+        """Whether the kept experts are those that the router ranks first."""
         return not self.by_p_value and super().follows_router
 
     def rank(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scores by size, or negated p-values, of equal ones the larger score first."""
+        """Return sorted scores, or negated p-values with ties ordered by score."""
         if not self.by_p_value:
             return super().rank(scores)
         by_score = scores.argsort(dim=-1, descending=True, stable=True)
         z = scores.double().T.contiguous()
         p = survival(self.table("null_x"), self.table("null_cdf"), z).T
-        p = p.masked_fill(scores == -torch.inf, torch.inf)  # no candidate
+        p = p.masked_fill(scores == -torch.inf, torch.inf)  # not a candidate
         ranked, by_p = (-p).gather(-1, by_score).sort(dim=-1, descending=True, stable=True)
         return ranked, by_score.gather(-1, by_p)
 
@@ -101,13 +101,13 @@ class StepUp(Method):
         return last_rank(ranked >= level[0])
 
     def shown(self, ranked: Tensor, alpha: float) -> Shown:
-        """Return p-values beside critical values; several rows differ by token."""
+        """Return p-values and critical values; None for several rows, which differ by token."""
         critical = self.critical_values(alpha, ranked.shape[-1]).to(ranked.device)
         return "p-value", -ranked, "critical value", critical if len(critical) == 1 else None
 
 
 class StepDown(StepUp):
-    """Reject everything before the first p-value that exceeds its critical value."""
+    """Reject up to the first p-value that exceeds its critical value."""
 
     def count(self, ranked: Tensor, level: Tensor | None) -> Tensor:
         """Return how many ranks reach their thresholds without a gap, int64 ``[tokens]``."""
@@ -116,7 +116,7 @@ class StepDown(StepUp):
 
 
 def last_rank(passes: Tensor) -> Tensor:
-    """Return the last True rank of bool ``[tokens, n]``, 0 if there is none: int64 ``[tokens]``."""
+    """Return the last True rank of bool ``[tokens, n]``, 0 if none: int64 ``[tokens]``."""
     # int16 is the fastest to reduce
     rank = torch.arange(1, passes.shape[-1] + 1, dtype=torch.int16, device=passes.device)
     return (passes * rank).amax(-1).long()

@@ -1,8 +1,8 @@
-"""Which tokens are decoded together, and how many different experts they read.
+"""Which tokens are decoded together, and how many distinct experts they read.
 
-A step is what an engine decodes at once: one token of each row. In a pass over whole rows, the
-tokens at one position of a batch of rows are a step: a causal model gives them what it would give
-if the rows were decoded side by side, token by token.
+A step is what an engine decodes at once: one token per row. In a pass over whole rows, the tokens
+at one position of a batch of rows form a step: a causal model computes the same for them as if the
+rows were decoded side by side, token by token.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Steps(NamedTuple):
     Attributes
     ----------
     of : Tensor
-        int64 ``[tokens]``, the step of each token; -1 for those of none, such as padding.
+        int64 ``[tokens]``, the step of each token; -1 for tokens in no step, such as padding.
     number : int
-        How many steps there are.
+        Number of steps.
     """
 
     of: Tensor
@@ -40,13 +40,13 @@ def steps_of(
     Parameters
     ----------
     rows, length : int
-        Of the pass, whose tokens come row by row.
+        Shape of the pass, whose tokens are ordered by row.
     decode_batch : int or None
         How many rows are decoded together, in their order; None for all.
     counted : Tensor or None
         bool ``[tokens]``, which tokens belong to a step; None for all.
     device : torch.device, optional
-        Where the steps shall be; by default where ``counted`` is.
+        Device of the result; by default that of ``counted``.
     """
     if device is None:
         device = torch.device("cpu") if counted is None else counted.device
@@ -58,16 +58,16 @@ def steps_of(
 
 
 def distinct_experts(indices: Tensor, steps: Steps, num_experts: int) -> Tensor:
-    """Return how many different experts the steps of each layer read, int64 ``[layers]``.
+    """Return the distinct experts of each layer, added up over steps, int64 ``[layers]``.
 
     Parameters
     ----------
     indices : Tensor
         int64 ``[layers, tokens, slots]``, ``num_experts`` in unused slots.
     steps : Steps
-        Of the tokens; the numbers of all steps are added up.
+        The tokens' steps.
     num_experts : int
-        Experts of a layer.
+        Experts per layer.
     """
     wide = num_experts + 1
     step = torch.where(steps.of < 0, steps.number, steps.of)

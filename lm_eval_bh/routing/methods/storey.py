@@ -18,7 +18,7 @@ def null_share(above: Tensor, n: int) -> Tensor:
 class Storey(StepUp):
     """Step up at ``alpha / pi0``, with ``pi0 = (1 + #{p > 1/2}) / (n / 2)``: lambda is 1/2.
 
-    The estimate is not capped at 1: only so is the level kept for a finite number of tests.
+    The estimate is not capped at 1, which keeps the level for a finite number of tests.
 
     References
     ----------
@@ -31,7 +31,7 @@ class Storey(StepUp):
     source = "Storey, Taylor and Siegmund 2004, J. R. Stat. Soc. B 66:187"
 
     def critical_values(self, alpha: float, n: int) -> Tensor:
-        """Return lambda, then BH's for 0 to n p-values above lambda: float64 ``[n + 2, n]``."""
+        """Return lambda, then BH's values for 0 to n p-values above it: float64 ``[n + 2, n]``."""
         share = null_share(torch.arange(n + 1, dtype=torch.float64), n)
         levels = torch.arange(1, n + 1, dtype=torch.float64) / n * (alpha / share)[:, None]
         first = torch.full((1, n), LAMBDA, dtype=torch.float64)

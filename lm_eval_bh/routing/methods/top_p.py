@@ -26,12 +26,12 @@ class TopP(Shares):
     declared = SCORED | {"alpha": level(SHARE)}
 
     def count(self, ranked: Tensor, level: Tensor | None) -> Tensor:
-        """Return how many it takes, int64 ``[tokens]``."""
+        """Return how many experts it takes, int64 ``[tokens]``."""
         assert level is not None
         cumulative = torch.softmax(ranked, dim=-1).cumsum(-1)
         return 1 + (cumulative < level.to(cumulative.dtype)).sum(-1)
 
     def shown(self, ranked: Tensor, alpha: float) -> Shown:
-        """Return the weights so far beside the share to reach."""
+        """Return the cumulative weights and the share to reach."""
         level = ranked.new_full((1, ranked.shape[-1]), alpha)
         return "weights so far", torch.softmax(ranked, dim=-1).cumsum(-1), "to reach", level

@@ -7,7 +7,7 @@ from .declare import Parameter, counts, or_none
 
 
 class TopK(Method):
-    """Take the ``max_k`` experts that the router ranks first, or that the statistic does."""
+    """Take the ``max_k`` experts that the router, or the statistic, ranks first."""
 
     name, label, source = "topk", "top-k", "static top-k: always max_k experts"
     fixed_count = True

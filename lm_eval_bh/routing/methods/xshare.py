@@ -1,4 +1,4 @@
-"""XShare: a budget of experts a step by gate mass, and top-k within it."""
+"""XShare: a budget of experts per step by gate mass, and top-k within it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .router import RouterOutput
 
 
 class XShare(BatchMethod):
-    """Load the experts with the largest gate mass of a step, and take top-k among the loaded.
+    """Load the experts with the largest gate mass in a step, and take top-k among them.
 
-    Each token's first ``k0`` experts are loaded whatever their mass (the paper's warm-up), and the
-    rest of ``step_budget`` is filled by the sum over the step's tokens of all gating scores. Then
-    each token takes the ``max_k`` of the loaded experts that its router ranks first.
+    Each token's first ``k0`` experts are always loaded (the paper's warm-up), and the rest of
+    ``step_budget`` is filled by the gating scores summed over the step's tokens. Then each token
+    takes the ``max_k`` loaded experts that its router ranks first.
 
     References
     ----------
     Vankov et al. 2026, "XShare: collaborative in-batch expert sharing for faster MoE inference",
-    arXiv:2602.07265. What its refinement for several GPUs does is left out.
+    arXiv:2602.07265. Its refinement for several GPUs is left out.
     """
 
     name, label = "xshare", "XShare"

@@ -1,1 +1,1 @@
-"""Model surgery: hooks in the routers, experts without work for unused slots, counters."""
+"""Patches models: hooks in routers, experts that skip unused slots, counters."""

@@ -1,13 +1,13 @@
-"""The gain ``affine``: a layer's routed output gets back the mean and deviation that it had.
+"""The gain ``affine``: restores the mean and deviation of a layer's routed output.
 
-Fewer experts change not only what a layer's experts give out, but its distribution, which all that
-follows was trained on. A scale and a shift for each channel restore it. They act on the output and
-not on weights, so no engine's router can apply them: hf-bh alone has this gain.
+Fewer experts change the distribution of a layer's output, on which everything after it was trained.
+A scale and a shift per channel restore it. They act on the output and not on weights, so no
+engine's router can apply them: only hf-bh has this gain.
 
 Kim, Soro and Hwang 2026, "Distribution-consistent inference for dynamic sparse mixture-of-experts",
 arXiv:2609.09241. The abstract leaves open what is aligned: here it is the sum of a layer's routed
-experts, on calibration text, one layer after the other, so that each is fitted to what the
-corrected layers below make of the text.
+experts, on calibration text, layer by layer, so that each fit sees the output of the corrected
+layers below.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from lm_eval_bh.routing.tables.measurement import experts_beside
 from lm_eval_bh.routing.target import calibration_batches
 
 Array = NDArray[np.float64]
-FLAT = 1e-12  # a deviation below which a channel tells no scale
+FLAT = 1e-12  # a channel with a smaller deviation is not scaled
 
 
 class AffineHook:
-    """A forward hook of a layer's experts: scales and shifts what they give out together."""
+    """A forward hook of a layer's experts: scales and shifts their summed output."""
 
     def __init__(self, patch: Patch, table: Array) -> None:
         self.patch, self._table = patch, torch.from_numpy(table)
@@ -49,7 +49,7 @@ class AffineHook:
 
 
 class Routed(Protocol):
-    """What is corrected: a model that can be run with the rule at work and without."""
+    """The model to correct, which can run with and without the rule."""
 
     model: nn.Module
     routers: list[Router]
@@ -70,7 +70,7 @@ def align(
     hooks: Iterable[tuple[Router, RouterHook]],
     table: Array | None,
 ) -> None:
-    """Put a hook beside each router's, where something was fitted."""
+    """Add a hook beside each router's, where a correction was fitted."""
     for router, hook in hooks if table is not None else ():
         assert table is not None
         experts = experts_beside(model, router.module)
@@ -78,9 +78,9 @@ def align(
 
 
 def fit_affine(routed: Routed, tokenizer: Any, texts: Sequence[str] | None) -> Array:
-    """Return scales and shifts, float64 ``[layers, 2, hidden]``; 1 and 0 in layers left alone.
+    """Return scales and shifts, float64 ``[layers, 2, hidden]``; 1 and 0 in unrouted layers.
 
-    It takes a pass over the text that parameters are solved on, and one more for each layer; see
+    It takes one pass over the text on which parameters are solved, and one more per layer; see
     :func:`~lm_eval_bh.routing.target.solve`.
     """
     batches = calibration_batches(routed.model, tokenizer, texts)
@@ -101,7 +101,7 @@ def fit_affine(routed: Routed, tokenizer: Any, texts: Sequence[str] | None) -> A
 def _moments(
     routed: Routed, modules: Sequence[nn.Module], layers: Sequence[int], batches: Sequence[Tensor]
 ) -> dict[int, tuple[Array, Array]]:
-    """Return the mean and the deviation of some layers' routed output, over all tokens."""
+    """Return mean and deviation of the routed output of some layers, over all tokens."""
     sums: dict[int, Tensor] = {}
     tokens = dict.fromkeys(layers, 0)
 

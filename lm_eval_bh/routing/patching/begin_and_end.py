@@ -24,7 +24,7 @@ from lm_eval_bh.routing.patching.rerun import OwnPass
 from lm_eval_bh.routing.patching.routes import remember
 from lm_eval_bh.routing.releases import given_cache, returned_cache
 
-CHECKPOINTING = "_gradient_checkpointing_func"  # where transformers' layers keep it
+CHECKPOINTING = "_gradient_checkpointing_func"  # attribute of transformers' layers
 
 
 class Begin:
@@ -36,7 +36,7 @@ class Begin:
         self._layers = [m for m in base.modules() if hasattr(m, "gradient_checkpointing")]
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Learn from the caller, or else from the attention mask, which tokens are padding."""
+        """Find out which tokens are padding, from the caller or else from the attention mask."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         real = self._real(module, given)
         shape = _shape(given)
@@ -63,8 +63,8 @@ class Begin:
         told, _ = what_was_told(module)
         if told is not None and told.shape != tokens.shape[:2]:
             raise ParameterError(
-                f"real_tokens() was told of {tuple(told.shape)} tokens, but the forward pass has "
-                f"{(rows, length)}: give a mask [rows, length] of the same tokens."
+                f"real_tokens() was given a mask for {tuple(told.shape)} tokens, but the forward "
+                f"pass has {(rows, length)}: give a mask [rows, length] of the same tokens."
             )
         mask = kwargs.get("attention_mask") if told is None else told
         if mask is None:
@@ -78,12 +78,12 @@ class Begin:
         return real.reshape(-1).to(tokens.device)
 
     def _decoded(self, module: nn.Module, given: Mapping[str, Any]) -> Tensor | None:
-        """Return which tokens belong to a step; None where all do, or nobody asks."""
+        """Return which tokens belong to a step; None if all do, or if steps are not needed."""
         tokens = _tokens(given)
         if tokens is None or not self.patch.has_steps:
             return None
         ends, (rows, length) = what_ends(), tokens.shape[:2]
-        if length == 1:  # decoding; a row that is fed its end has finished
+        if length == 1:  # decoding; a row whose input is an end token has finished
             if ends is None or tokens.is_floating_point():
                 return None
             return ~torch.isin(tokens.reshape(-1), ends.to(tokens.device))
@@ -93,7 +93,7 @@ class Begin:
         return torch.zeros(rows * length, dtype=torch.bool) if told is None else told.reshape(-1)
 
     def _look_for_padding(self, module: nn.Module, tokens: Tensor) -> None:
-        """Look, in the first pass without a mask, whether its rows look as if they were padded."""
+        """Check in the first pass without a mask whether its rows look padded."""
         if self.patch.looked or len(tokens) == 1 or tokens.is_floating_point():
             return
         self.patch.looked = True
@@ -103,13 +103,13 @@ class Begin:
 
 
 class End:
-    """A forward hook of the base model, called whatever happens: ends the pass."""
+    """A forward hook of the base model, called even after an error: ends the pass."""
 
     def __init__(self, patch: Patch) -> None:
         self.patch = patch
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Put the outer pass back; count, and check the logits, unless the pass has failed."""
+        """Restore the outer pass; count, and check logits, unless the pass has failed."""
         ended = end_pass(self.patch)
         if ended is None or output is None:
             return

@@ -1,4 +1,4 @@
-"""Exact counters of what routing selected, kept on the device: no sync, no Python per token."""
+"""Exact counters of selections, kept on the device: no sync, no Python per token."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 from lm_eval_bh.routing.methods.pick import Picked
 from lm_eval_bh.routing.methods.steps import Steps, distinct_experts, step_sizes
 
-Selections = Sequence[tuple[int, Picked]]  # each with its position among the layers
+Selections = Sequence[tuple[int, Picked]]  # (position among the layers, selection)
 
 
 class LayerSums:
-    """Integers that are summed up layer by layer, where they are made; :meth:`total` waits."""
+    """Integers summed per layer on their own device; only :meth:`total` waits."""
 
     def __init__(self, num_layers: int, width: int) -> None:
         self._shape = num_layers, width
-        # A device's layers that are counted together; int64 [layers, width].
+        # By device and the layers counted together there; int64 [layers, width].
         self._parts: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
     def of(self, device: torch.device, layers: tuple[int, ...]) -> Tensor:
-        """Return the sums of some layers on a device, int64 ``[layers, width]``, to be added to."""
+        """Return the running sums of some layers on a device, int64 ``[layers, width]``."""
         key = device, layers
         if key not in self._parts:
-            with torch.inference_mode(False):  # or nothing could be added outside of it
+            with torch.inference_mode(False):  # so that sums can be updated outside of it
                 shape = len(layers), self._shape[1]
                 self._parts[key] = torch.zeros(shape, dtype=torch.int64, device=device)
         return self._parts[key]
@@ -44,7 +44,7 @@ class RoutingCounters:
     Parameters
     ----------
     num_layers, num_experts : int
-        Of the model.
+        Numbers of MoE layers and of experts per layer.
     decode_batch : int or None
         How many rows are decoded together; None counts no distinct experts.
     """
@@ -52,10 +52,10 @@ class RoutingCounters:
     def __init__(self, num_layers: int, num_experts: int, decode_batch: int | None = None) -> None:
         self.num_experts = num_experts
         self.decode_batch = decode_batch
-        # The distinct experts of all steps; and how many steps had 0, 1, ... tokens.
+        # Distinct experts summed over steps; then how many steps had 0, 1, ... tokens.
         self._distinct = LayerSums(num_layers, 1)
         self._sizes = LayerSums(num_layers, (decode_batch or 0) + 1)
-        # How many tokens got 0, 1, ... experts; then how many tokens each expert served, and last
+        # How many tokens got 0, 1, ... experts; then how many tokens each expert served; last,
         # how many slots were unused.
         self._sums = LayerSums(num_layers, 2 * (num_experts + 1))
 
@@ -67,10 +67,10 @@ class RoutingCounters:
         Parameters
         ----------
         selections : sequence of (int, Selection)
-            What was selected for ``[tokens]``.
+            (layer position, selection for ``[tokens]``).
         weight : Tensor or None
-            int64 or bool ``[tokens]``, how often each token counts (0 for padding). None, or
-            another number of tokens than were selected for, counts all once.
+            int64 or bool ``[tokens]``, how often each token counts (0 for padding). With None, or
+            if its length differs from the selections', every token counts once.
         steps : Steps or None
             Which tokens are decoded together; None counts no distinct experts.
         """
@@ -101,17 +101,17 @@ class RoutingCounters:
 
     @property
     def histogram(self) -> list[Tensor]:
-        """How many tokens got 0, 1, ... experts: one int64 ``[experts + 1]`` a layer."""
+        """How many tokens got 0, 1, ... experts: one int64 ``[experts + 1]`` per layer."""
         return list(self._sums.total()[:, : self.num_experts + 1].unbind())
 
     @property
     def usage(self) -> list[Tensor]:
-        """How many tokens each expert served: one int64 ``[experts]`` a layer."""
+        """How many tokens each expert served: one int64 ``[experts]`` per layer."""
         return list(self._sums.total()[:, self.num_experts + 1 : -1].unbind())
 
     @property
     def distinct(self) -> list[int]:
-        """The distinct experts of all steps, added up: one number a layer."""
+        """The distinct experts summed over steps: one number per layer."""
         return [int(found) for found in self._distinct.total()]
 
     @property
@@ -129,7 +129,7 @@ class RoutingCounters:
         return int(self.histogram[layer].sum())
 
     def mean(self, layer: int | None = None) -> float | None:
-        """Return the mean number of experts per token, of a layer or all; None before any token."""
+        """Return the mean experts per token, of one layer or all; None before any token."""
         return self.moments(layer)[0]
 
     def moments(self, layer: int | None = None) -> tuple[float | None, float | None]:
@@ -151,10 +151,10 @@ class RoutingCounters:
 def routing_stats(
     counters: RoutingCounters, top_k: int, *, analyze: bool
 ) -> dict[str, float | None]:
-    """Return statistics of the experts per token under the names of the earlier prototype.
+    """Return statistics of experts per token, under the earlier prototype's names.
 
-    ``sparsity_gain`` is one minus the mean as a share of the model's own top-k. Where a method only
-    counts, the model has run with its top-k.
+    ``sparsity_gain`` is one minus the mean's share of the model's own top-k. With
+    ``mode=analyze``, the model has run with its own top-k.
     """
     mean, deviation = counters.moments()
     distinct = {}

@@ -1,27 +1,27 @@
-"""An experts forward that does no work for unused slots, nor for padding.
+"""An experts forward that skips unused slots and padding.
 
-Registered with transformers as an experts implementation, so that a model dispatches to it like to
-its own. A slot whose index is ``num_experts`` is unused. On the CPU such slots are dropped *before*
-any row is gathered: they cost no memory, no arithmetic, and nothing uninitialised can leak from
-them. A token all of whose slots are unused, as padding is, costs nothing either.
+It is registered with transformers as an experts implementation, so models dispatch to it like to
+their own. A slot with index ``num_experts`` is unused. On the CPU such slots are dropped *before*
+any row is gathered: they cost no memory and no arithmetic, and no uninitialised value can leak from
+them. A token whose slots are all unused, such as padding, costs nothing either.
 
-Which algorithm runs, by measurement at OLMoE's size (``scripts/bench_routing.py``):
+The algorithm is chosen by measurements at OLMoE's size (``scripts/bench_routing.py``):
 
-- CPU: expert by expert over the rows of each. The matrix product is transposed, ``W @ rows.T``, in
-  bfloat16 and, for 4 to 48 rows, in float32: there that way round takes 0.6 to 0.8, and 0.5 to 0.9,
-  of the time of ``rows @ W.T``. For fewer rows in float32 it takes 1.7 times as long, for more up
-  to 1.15 times (unless they are a multiple of 16), and in float16 it is no better.
-- CPU, one token: the same, with no sorting and one activation for all its experts. Reading their
-  weights once is all the time there is; copying them first (``batched_mm``) takes 5 to 9 times it.
-- CPU, many experts with little to do each (a batch of decoding steps; small experts):
-  transformers' ``grouped_mm`` over the used rows only. It is a loop inside torch, always the plain
-  way round, and saves the Python of ours: 0.4 to 0.9 of the time at 32 tokens, but up to 2.0 of it
-  at 1,024, and no gain with large experts in bfloat16.
+- CPU: expert by expert over each one's rows. The matrix product is transposed, ``W @ rows.T``, in
+  bfloat16 and, for 4 to 48 rows, in float32, where it takes 0.6 to 0.8 and 0.5 to 0.9 of the time
+  of ``rows @ W.T``. With fewer rows, float32 takes 1.7 times as long that way, with more up to 1.15
+  times (unless they are a multiple of 16), and float16 does not gain.
+- CPU, one token: the same, without sorting and with one activation for all its experts. Reading
+  their weights once takes all the time; copying them first (``batched_mm``) takes 5 to 9 times it.
+- CPU, many experts with few rows each (a batch of decoding steps; small experts): transformers'
+  ``grouped_mm`` over the used rows only. It is a loop inside torch, never transposed, and avoids
+  our Python: 0.4 to 0.9 of the time at 32 tokens, but up to 2.0 times the time at 1,024, and no
+  gain with large experts in bfloat16.
 - CPU, bfloat16 and float16: oneDNN compiles a kernel for every new number of rows (1 to 2 ms), and
-  its kernels work on blocks of 16 rows anyway. So beyond 16 rows a matrix product takes the next
-  multiple of 16, made up of rows that lie there already; what they give is thrown away.
+  its kernels work on blocks of 16 rows anyway. Beyond 16 rows, a matrix product therefore takes the
+  next multiple of 16, filled with rows that are in memory already; their results are discarded.
 - Elsewhere: transformers' ``grouped_mm`` with the unused slots masked. Its kernel skips them and
-  the host waits for nothing, where the loop would wait once a layer.
+  the host never waits, whereas the loop would wait once per layer.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from transformers.integrations.moe import (
 from lm_eval_bh.routing.releases import after_expert
 
 RAGGED = "bh_ragged"
-FEW, MANY = 3, 48  # rows between which float32 is faster the transposed way round
-LITTLE = 2**20  # rows x weights of the down projection, up to which calls take the time
+FEW, MANY = 3, 48  # between these rows float32 is faster transposed
+LITTLE = 2**20  # up to this (rows x down-projection weights), call overhead dominates
 BLOCK = 16  # rows of one block of a kernel that oneDNN compiles for half precision
 
 
 class RowsComputed:
-    """Counts the expert rows that were really computed: one is one expert applied to one token.
+    """Counts the computed expert rows; one row is one expert applied to one token.
 
-    Rows that only fill up a block are computed, so they count. The host never waits for a device.
+    Rows that fill up a block count too. The host never waits for a device.
     """
 
     def __init__(self) -> None:
@@ -66,14 +66,14 @@ class RowsComputed:
 
     @property
     def total(self) -> int:
-        """The number of rows; asking for it waits for the devices."""
+        """The number of rows; reading it waits for the devices."""
         return self._host + sum(int(rows) for rows in self._device.values())
 
 
 def ragged_experts_forward(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Apply to each token the experts of its used slots, and nothing else.
+    """Apply only the experts of used slots to each token.
 
     Parameters
     ----------
@@ -90,11 +90,11 @@ def ragged_experts_forward(
     Returns
     -------
     Tensor
-        float ``[tokens, hidden]``, of the dtype of ``hidden_states``; summed over a token's experts
-        in float32 at the least.
+        float ``[tokens, hidden]``, in the dtype of ``hidden_states``; summed over a token's experts
+        in float32 or better.
     """
     if hidden_states.device.type == "cpu":
-        # A compiled model calls the loop as it is, between two graphs.
+        # A compiled model calls the loop uncompiled, between two graphs.
         return _uncompiled(module, hidden_states, top_k_index, top_k_weights)
     _count(module, (top_k_index.detach() < module.num_experts).sum())
     return _grouped(module, hidden_states, top_k_index, top_k_weights)
@@ -140,7 +140,7 @@ def _expert_by_expert(
 def each_expert(
     module: Any, hidden_states: Tensor, top_k_index: Tensor
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield (expert, its tokens, what it gives out for them) for every expert in use.
+    """Yield (expert, its tokens, its outputs for them) for every expert in use.
 
     Parameters
     ----------
@@ -160,7 +160,7 @@ def each_expert(
 
 
 def slot_outputs(experts: Any, hidden_states: Tensor, indices: Tensor) -> Tensor:
-    """Return what each slot's expert gives its token, not weighted: ``[tokens, slots, hidden]``."""
+    """Return the unweighted output of each slot's expert: ``[tokens, slots, hidden]``."""
     found = torch.zeros(
         *indices.shape, hidden_states.shape[-1], dtype=torch.float64, device=indices.device
     )
@@ -171,12 +171,12 @@ def slot_outputs(experts: Any, hidden_states: Tensor, indices: Tensor) -> Tensor
 
 
 def _grouping_pays(module: Any, rows_of: Sequence[int], dtype: torch.dtype) -> bool:
-    """Whether many experts have little to do each, and torch's own loop is the faster one."""
+    """Return whether many experts have few rows each, so that torch's loop is faster."""
     in_use = sum(1 for rows in rows_of if rows)
     weights = module.down_proj[0]
-    if in_use <= 8 or dtype == torch.float64:  # its kernels know no float64
+    if in_use <= 8 or dtype == torch.float64:  # its kernels lack float64
         return False
-    if any(side * dtype.itemsize % 16 for side in weights.shape):  # nor other strides
+    if any(side * dtype.itemsize % 16 for side in weights.shape):  # and other strides
         return False
     rows = sum(rows_of) / in_use
     return bool(rows * weights.numel() <= LITTLE or (dtype == torch.float32 and rows < 8))
@@ -185,7 +185,7 @@ def _grouping_pays(module: Any, rows_of: Sequence[int], dtype: torch.dtype) -> b
 def _one_token(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Decode: every expert in use has the one row, so nothing is sorted, gathered or scattered."""
+    """Decode one token: no sorting, gathering or scattering."""
     slots = [
         (slot, expert)
         for slot, expert in enumerate(top_k_index[0].tolist())
@@ -219,7 +219,7 @@ _grouped: ExpertsForward = grouped_mm_experts_forward
 class _Parameters:
     """The parameters of an experts module, expert by expert.
 
-    Where gradients are wanted the stack is taken apart once: the gradient of ``stack[expert]`` is a
+    If gradients are needed, the stack is unbound once: the gradient of ``stack[expert]`` would be a
     tensor as large as the whole stack, for every expert.
     """
 

@@ -1,4 +1,4 @@
-"""Gives a model another experts implementation while it is patched, and its own back."""
+"""Switches a model's experts implementation while it is patched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lm_eval_bh.errors import ParameterError, did_you_mean
 from lm_eval_bh.routing.patching.experts import RAGGED, RowsComputed
 from lm_eval_bh.routing.routers import transformers_model
 
-# What `experts=` takes, and the name of the implementation within transformers.
+# Values of `experts=`, and the names of the implementations within transformers.
 EXPERTS: dict[str, str | None] = {
     "auto": None,
     "ragged": RAGGED,
@@ -32,7 +32,7 @@ def check_implementation(name: str) -> None:
 
 
 class ExpertsSwitch:
-    """Gives a model another experts implementation, and its own back.
+    """Switches a model's experts implementation, and restores it.
 
     It holds no module, so that it can be copied and saved with the hooks of a patched model.
 
@@ -43,19 +43,19 @@ class ExpertsSwitch:
     experts : str
         A key of :data:`EXPERTS`.
     unused_slots : bool
-        Whether slots can stay unused. If none can, "auto" changes nothing. If some can, the stock
-        implementations must be told (they know such slots from expert parallelism only, and read
+        Whether slots can stay unused. If not, "auto" changes nothing. If so, the stock
+        implementations must be told (they know unused slots only from expert parallelism, and read
         uninitialised memory otherwise).
 
     Attributes
     ----------
     skips_unused : bool
-        Whether the model now knows unused slots, so that padding may be given nothing else.
+        Whether the model now skips unused slots, so that padding can have only those.
 
     Raises
     ------
     ParameterError
-        If slots can stay unused and the model's own code cannot run so; nothing is changed then.
+        If slots can stay unused but the model's own code cannot skip them.
     """
 
     def __init__(self, model: nn.Module, experts: str, *, unused_slots: bool) -> None:
@@ -82,13 +82,13 @@ class ExpertsSwitch:
     def rows_computed(self) -> int | None:
         """Expert rows computed so far, over all layers; None if transformers' own code ran.
 
-        With "ragged" on a CPU in float32 it is the sum of the counts over real tokens and layers
-        that are patched, plus top-k for every token in the others. Waits for the devices.
+        With "ragged" on a CPU in float32, it is the sum of counts over real tokens and patched
+        layers, plus top-k per token in the others. Waits for the devices.
         """
         return None if self._rows is None else self._rows.total
 
     def restore(self, model: nn.Module) -> None:
-        """Undo in a model what the constructor did."""
+        """Restore the model's own implementation."""
         whole = transformers_model(model)
         for module in _experts_of(whole):
             if hasattr(module, "_rows_computed"):
@@ -118,7 +118,7 @@ def _refuse_unused(model: nn.Module) -> None:
 
 
 def _fault_of_unused(module: Any) -> str | None:
-    """Run the family's own code on an unused slot, with weights of nothing that take no memory."""
+    """Run the family's own code on an unused slot, with empty weights."""
     twin = copy.copy(module)
     twin.__dict__["_parameters"] = {
         name: None if p is None else nn.Parameter(torch.zeros(1).expand(p.shape), False)

@@ -1,8 +1,8 @@
-"""The state of one forward pass: which of its tokens are real, and what its routers have noted.
+"""The state of one forward pass: its real tokens, and the selections of its routers.
 
-It belongs to the pass: hooks of the base model begin and end it, and while it lasts a context
-variable, of which every thread has its own, says which it is. Activation checkpointing runs layers
-again when their pass has long ended; :class:`OwnPass` has kept it for them.
+It belongs to the pass: hooks of the base model begin and end it, and a context variable, one per
+thread, holds the current pass. Activation checkpointing runs layers again after their pass has
+ended; :class:`OwnPass` keeps it for them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lm_eval_bh.routing.patching.patch import Patch
 from lm_eval_bh.routing.patching.routes import Paths
 
 _current: ContextVar[ForwardPass | None] = ContextVar("bh_forward_pass", default=None)
-# By base model: which tokens are real, and which of them decoded.
+# By base model: the real tokens, and those of them that are decoded.
 _told: ContextVar[Mapping[int, tuple[Tensor, Tensor | None]]] = ContextVar("bh_real_tokens")
 _ends: ContextVar[Tensor | None] = ContextVar("bh_ending_tokens", default=None)
 _counting = threading.Lock()
@@ -34,22 +34,22 @@ class ForwardPass:
     Attributes
     ----------
     patch : Patch
-        What was put into the model.
+        The patch of the model.
     real : Tensor or None
-        bool ``[tokens]``, False for padding; None where all tokens are real, or nobody can tell.
+        bool ``[tokens]``, False for padding; None if all tokens are real, or if it is unknown.
     shape : (int, int) or None
         Rows and length, where they are known.
     decoded : Tensor or None
-        bool ``[tokens]``, which tokens belong to a step, apart from padding; None for all.
+        bool ``[tokens]``, which tokens other than padding belong to a step; None for all.
     recomputed : bool
-        Whether activation checkpointing runs it again, so that nothing of it counts.
+        Whether activation checkpointing repeats the pass, so that it is not counted.
     alone : bool
-        Whether it is of one router only, which was called outside of a pass of the model.
+        Whether it holds a single router that was called outside of a model's pass.
     places, paths : Tensor and list, or None
-        int64 ``[tokens]``, where they stand in the log that is replayed, if one is; and all that
-        was read of their rows until then.
+        int64 ``[tokens]``, the tokens' places in the replayed log, if there is one; and all places
+        of their rows read so far.
     outer : ForwardPass or None
-        The pass, of another model, that this one runs within.
+        The pass of another model around this one.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class ForwardPass:
         self._steps: dict[torch.device, Steps] = {}
 
     def note(self, layer: int, router_logits: Tensor, selection: Picked) -> None:
-        """Keep what a router said, until the end of the pass.
+        """Keep a router's output until the end of the pass.
 
-        Of its logits their sum, which is not finite if one of them is not: asking each layer at
-        once would make the host wait for a device.
+        Of the logits, only the sum is kept, which is not finite if one of them is not: checking
+        each layer immediately would make the host wait for a device.
         """
         self._sums.append((layer, router_logits.detach().sum(dtype=torch.float32)))
         if self.patch.counters is not None:
@@ -90,8 +90,8 @@ class ForwardPass:
         """Return which tokens are padding, bool ``[tokens, 1]`` on a device; None if none are."""
         if self.real is None:
             return None
-        if len(self.real) != tokens:  # virtual tokens, say, that the model adds on its own
-            self.patch.tell_once("its routers were given other tokens than the model")
+        if len(self.real) != tokens:  # for example virtual tokens that the model adds
+            self.patch.tell_once("its routers and the model received different tokens")
             return None
         found = self._padding.get(device)
         if found is None:
@@ -99,7 +99,7 @@ class ForwardPass:
         return found
 
     def steps(self, device: torch.device) -> Steps | None:
-        """Return which tokens are decoded together, on a device; None where rows are not known."""
+        """Return which tokens are decoded together, on a device; None if rows are unknown."""
         if self.shape is None:
             return None
         if device not in self._steps:
@@ -112,12 +112,12 @@ class ForwardPass:
         return self._steps[device]
 
     def end(self) -> None:
-        """Count what was selected, and ask all layers at once whether their logits were finite.
+        """Count the selections, and check for all layers at once that logits are finite.
 
         Raises
         ------
         RoutingError
-            If they were not.
+            If logits are not finite.
         """
         sums, selections = self._sums, self.selections
         self._sums, self.selections = [], []
@@ -143,13 +143,13 @@ class ForwardPass:
 
 
 def current_pass(patch: Patch) -> ForwardPass:
-    """Return the pass that a router of this model runs in.
+    """Return the pass in which a router of this model runs.
 
     Raises
     ------
     RoutingError
-        If it is run again in a backward pass by a checkpointing that is not transformers' own, so
-        that nobody knows which tokens are padding.
+        If the router runs in a backward pass because of checkpointing other than transformers' own,
+        so that padding is unknown.
     """
     found = _current.get()
     if found is not None and found.patch is patch:
@@ -166,9 +166,9 @@ def current_pass(patch: Patch) -> ForwardPass:
 
 @contextmanager
 def real_tokens(base: nn.Module, mask: Tensor, decoded: Tensor | None = None) -> Iterator[None]:
-    """Say which tokens of the passes of a base model inside are real, bool ``[rows, length]``.
+    """State which tokens of a base model's passes are real, bool ``[rows, length]``.
 
-    And which of these are decoded: where nothing is said, those of passes of one token a row.
+    And which of these are decoded: by default those of passes with one token per row.
     """
     token = _told.set({**_told.get({}), id(base): (mask, decoded)})
     try:
@@ -179,9 +179,9 @@ def real_tokens(base: nn.Module, mask: Tensor, decoded: Tensor | None = None) ->
 
 @contextmanager
 def ending_with(tokens: Sequence[int | Sequence[int] | None]) -> Iterator[None]:
-    """Say which tokens end a row, in the passes inside.
+    """State which tokens end a row, in the enclosed passes.
 
-    ``generate`` goes on feeding rows that have ended until all have; they belong to no step.
+    ``generate`` feeds finished rows until all have finished; they belong to no step.
     """
     ids = [torch.tensor(one).reshape(-1) for one in tokens if one is not None]
     token = _ends.set(torch.cat(ids) if ids else None)
@@ -192,26 +192,26 @@ def ending_with(tokens: Sequence[int | Sequence[int] | None]) -> Iterator[None]:
 
 
 def what_was_told(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Return what :func:`real_tokens` says of a base model: which tokens are real, and decoded."""
+    """Return the real and the decoded tokens that :func:`real_tokens` stated."""
     return _told.get({}).get(id(base), (None, None))
 
 
 def what_ends() -> Tensor | None:
-    """Return what :func:`ending_with` says: the tokens that end a row."""
+    """Return the tokens that end a row, as :func:`ending_with` stated."""
     return _ends.get()
 
 
 def begin_pass(begun: ForwardPass) -> None:
-    """Make a pass the current one, within the one that was."""
+    """Make a pass the current one, inside the previous one."""
     outer = _current.get()
-    if outer is not None and outer.patch is begun.patch:  # it died before its end
+    if outer is not None and outer.patch is begun.patch:  # it failed before its end
         outer = outer.outer
     begun.outer = outer
     _current.set(begun)
 
 
 def end_pass(patch: Patch) -> ForwardPass | None:
-    """Put the outer pass back, and return the one that has ended; None if it is another's."""
+    """Restore the outer pass and return the ended one; None if it is another patch's."""
     ended = _current.get()
     if ended is None or ended.patch is not patch:
         return None
@@ -221,7 +221,7 @@ def end_pass(patch: Patch) -> ForwardPass | None:
 
 @contextmanager
 def entering(again: ForwardPass) -> Iterator[None]:
-    """Make a pass the current one inside."""
+    """Make a pass the current one within the context."""
     token = _current.set(again)
     try:
         yield

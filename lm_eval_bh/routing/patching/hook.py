@@ -1,4 +1,4 @@
-"""The hook of one router: what the router has selected goes in, what the rule selects comes out."""
+"""The hook of one router, which replaces the router's selection by the rule's."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lm_eval_bh.routing.routers import Router
 
 
 class RouterHook:
-    """A forward hook of one router: replaces what the router selected, or only watches it.
+    """A forward hook of one router: replaces its selection, or only observes it.
 
-    It runs after the router, so whatever the router computes stays the router's own business.
+    It runs after the router and does not change what the router computes.
     """
 
     def __init__(self, patch: Patch, layer: int, router: Router, method: Method) -> None:
@@ -30,13 +30,13 @@ class RouterHook:
         self._read = RouterReader(router, slots, in_order=not plain(method, slots))
 
     def asks(self, router: Router) -> int:
-        """Return how many experts the router is asked for."""
+        """Return how many experts the router has to return."""
         return self.method.asks(router.top_k)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Return the router's output with the selection in it, or None to leave it as it is."""
         analyze, now = self.patch.mode == "analyze", current_pass(self.patch)
-        # What only counts leaves no trace in the graph, nor in what checkpointing recomputes.
+        # Counting leaves no trace in the graph, nor in what checkpointing recomputes.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not analyze):
             said = self._read(module, args, output)
             if self.patch.routes is not None:
@@ -53,7 +53,7 @@ class RouterHook:
             now.note(self.layer, said.logits, selection)
             for observe in self.patch.observers:
                 observe(self.layer, said.logits, selection)
-            if now.alone:  # a layer that is called by itself: nothing else will end its pass
+            if now.alone:  # a layer called by itself: nothing else ends its pass
                 now.end()
         if analyze:
             return None

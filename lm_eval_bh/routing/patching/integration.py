@@ -45,26 +45,26 @@ class BHRoutingIntegration:
         A transformers model with MoE routers, possibly wrapped (PEFT, accelerate); not yet
         compiled.
     alpha : float or RoutingConfig, optional
-        The level, by default the rule's own; or the whole configuration.
+        The level, by default the rule's; or a whole configuration.
     temperature, min_k, max_k, mode, **parameters
-        Those of :class:`~lm_eval_bh.routing.config.RoutingConfig`. With ``target_experts`` alpha is
-        solved.
+        Parameters of :class:`~lm_eval_bh.routing.config.RoutingConfig`. With ``target_experts``
+        alpha is solved.
     collect_stats : bool
-        Whether :meth:`get_routing_stats` is served. Padding never counts.
+        Whether to count for :meth:`get_routing_stats`. Padding never counts.
     null_model : "auto", path or NullModel
         The null model; "auto", or None, finds or calibrates one for this router. Alias ``kde=``.
     policy : Policy or path, optional
-        Everything about routing from a file, in place of all parameters of it.
+        The whole routing from a file, in place of all routing parameters.
     texts : sequence of str, optional
-        What a target is solved and ``affine`` fitted on; default WikiText-2's training text.
-    experts_implementation : "auto", "ragged" or the name of one of transformers
-        What computes the experts while patched; "auto" keeps the model's own where no slot can stay
-        unused, and takes "ragged" elsewhere. ``experts=`` is an alias.
+        Texts to solve a target and fit ``affine``; by default WikiText-2's training text.
+    experts_implementation : "auto", "ragged" or the name of one of transformers'
+        The experts implementation while patched; "auto" keeps the model's own if no slot can stay
+        unused, and otherwise takes "ragged". ``experts=`` is an alias.
 
     Raises
     ------
     ParameterError, NullModelError, ModelError
-        If the parameters, the null model or the model cannot serve, before anything is changed.
+        If the parameters, the null model or the model are unsuitable; nothing is changed.
 
     Examples
     --------
@@ -98,15 +98,12 @@ class BHRoutingIntegration:
         self.config = one_configuration(alpha, config, given)
         if policy is not None:
             if self.config != RoutingConfig() or null_model != "auto":
-                raise ParameterError(
-                    "A policy decides everything about routing: leave out parameters beside it."
-                )
+                raise ParameterError("A policy holds all routing parameters: leave out the others.")
             self.config, null_model = policy.config, policy.null_model or "auto"
         check_implementation(experts_implementation)
         if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
             raise ModelError(
-                "The model is compiled and would never call the hooks: "
-                "patch it before torch.compile."
+                "The model is compiled and would not call the hooks: patch it before torch.compile."
             )
         self.model = model
         self.experts_implementation = experts_implementation
@@ -137,12 +134,12 @@ class BHRoutingIntegration:
 
     @property
     def patched(self) -> bool:
-        """Whether the hooks sit in the model now."""
+        """Whether the hooks are in the model now."""
         return self._patch is not None and self._patch.alive
 
     @property
     def layers(self) -> list[int]:
-        """Positions of the routers that the rule applies to."""
+        """Positions of the routed layers' routers."""
         return self.config.select_layers(len(self.routers))
 
     @property
@@ -153,11 +150,11 @@ class BHRoutingIntegration:
         return dict.fromkeys(self.layers, self.config.alpha)
 
     def describe(self) -> dict[str, Any]:
-        """Return the configuration as plain values, with what was solved."""
+        """Return the configuration as plain values, with solved values."""
         return described(self.config, self.solution)
 
     def policy(self, **provenance: Any) -> Policy:
-        """Return everything that decides experts now, with what is said of its origin."""
+        """Return the routing now in force as a policy, with its provenance."""
         own = transformers_model(self.model)
         return Policy(
             self.config,
@@ -174,14 +171,14 @@ class BHRoutingIntegration:
         )
 
     def configure(self, config: RoutingConfig) -> None:
-        """Take another configuration, patched or not; the statistics start anew.
+        """Change the configuration, patched or not, and reset the statistics.
 
-        A :class:`BHError` says if it does not fit the model; then the old one stays in force.
+        If it does not fit, a :class:`BHError` is raised and the old one stays in force.
         """
         check_fit(config, self.routers)
         patched = self.patched
         before = self.config, self.null_model, self.solution, self.affine
-        self.unpatch_model()  # first: a null model may be calibrated, and on the model as it is
+        self.unpatch_model()  # a null model may be calibrated, on the unpatched model
         try:
             self.null_model = self._nulls.of(config)
             self.config = config
@@ -200,7 +197,7 @@ class BHRoutingIntegration:
         Raises
         ------
         ModelError, NullModelError
-            If a router carries hooks already, or has changed since its null model was found.
+            If a router has hooks already, or has changed since its null model was found.
         """
         refuse_patched(self.model)
         refuse_stale(self.null_model, self.routers)
@@ -222,7 +219,7 @@ class BHRoutingIntegration:
         return self
 
     def method(self, layer: int) -> Method:
-        """Return the method of a routed layer, fitted to it."""
+        """Return the fitted method of a routed layer."""
         router = self.routers[layer]
         return fitted_method(
             self.config.for_layer(layer, len(self.routers)),
@@ -235,8 +232,8 @@ class BHRoutingIntegration:
         )
 
     def unpatch_model(self) -> None:
-        """Take every hook out and give the model its own experts implementation back."""
-        if self.patched:  # else the hooks in the model may be another integration's
+        """Remove every hook and restore the model's own experts implementation."""
+        if self.patched:  # otherwise hooks may be another integration's
             unpatch(self.model)
         self._patch = None
 
@@ -253,11 +250,11 @@ class BHRoutingIntegration:
 
     @contextmanager
     def real_tokens(self, mask: Tensor, decoded: Tensor | None = None) -> Iterator[None]:
-        """Say which tokens of the forward passes inside are real, where no attention mask does.
+        """State which tokens of forward passes are real, where no attention mask does.
 
-        The mask is bool ``[rows, length]``, False for padding. What is not real is not counted, and
-        given no experts wherever unused slots cost no work: a causal model's real tokens never see
-        what is padded behind them. ``decoded`` says which tokens ``phase=decode`` is about.
+        The mask is bool ``[rows, length]``, False for padding. Padding is not counted, and gets no
+        experts where unused slots cost no work: a causal model's real tokens never see the padding
+        after them. ``decoded`` marks the tokens for ``phase=decode``.
         """
         with real_tokens(transformers_model(self.model).base_model, mask, decoded):
             yield
@@ -271,17 +268,17 @@ class BHRoutingIntegration:
     def get_routing_stats(self) -> dict[str, float | None]:
         """Return :func:`~lm_eval_bh.routing.patching.counters.routing_stats` since the last reset.
 
-        A :class:`ParameterError` says if there are none, by ``collect_stats=False``.
+        Raises :class:`ParameterError` with ``collect_stats=False``.
         """
         if self.counters is None:
             raise ParameterError(
-                "No statistics were collected: make the integration with collect_stats=True."
+                "No statistics were collected: create the integration with collect_stats=True."
             )
         analyze = self.config.mode == "analyze"
         return routing_stats(self.counters, self.routers[0].top_k, analyze=analyze)
 
     def reset_stats(self) -> None:
-        """Start the statistics anew."""
+        """Reset the statistics."""
         rows = self.config.decode_batch
         self.counters = RoutingCounters(len(self.routers), self.num_experts, rows)
         if self._patch is not None:

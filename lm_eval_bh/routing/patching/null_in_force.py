@@ -1,4 +1,4 @@
-"""The null model that a configuration needs, found once for all configurations of a model."""
+"""The null model that a configuration needs, found once per model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from lm_eval_bh.routing.tables.null_model import NullModel
 
 
 class NullInForce:
-    """Finds null models, and keeps one while methods without a test are in force.
+    """Finds null models, and keeps the last one while a method needs none.
 
     Parameters
     ----------
     given : "auto", path or NullModel
-        What the user asked for.
+        The user's choice.
     model, routers, tokenizer
         As :func:`~lm_eval_bh.routing.tables.find.resolve_null` takes them.
     """
@@ -50,7 +50,7 @@ class NullInForce:
             wanted = replace(wanted, trim=wanted.trim or 0)
         if self._known is None or mismatch(self._known.header, wanted):
             if is_auto(self._given):
-                refuse_patched(self._model)  # it may be calibrated, and on the model as it is
+                refuse_patched(self._model)  # it may be calibrated, on the unpatched model
             self._known = resolve_null(
                 self._given, self._model, self._routers, self._tokenizer, wanted
             )
@@ -62,7 +62,7 @@ def refuse_stale(null_model: NullModel | None, routers: Sequence[Router]) -> Non
     known = None if null_model is None else null_model.header.fingerprint
     if known is not None and known != router_fingerprint(r.weight for r in routers):
         raise NullModelError(
-            "The routers are no longer those that the null model was fitted on (trained "
-            "since?): make a new BHRoutingIntegration, whose null model is calibrated on "
-            "them as they are."
+            "The routers have changed since the null model was fitted (was the model trained?): "
+            "make a new BHRoutingIntegration, whose null model is calibrated on the current "
+            "routers."
         )

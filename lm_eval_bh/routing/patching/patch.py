@@ -1,4 +1,4 @@
-"""What all hooks of one patching of a model share."""
+"""The state shared by all hooks of one patched model."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ Observer = Callable[[int, Tensor, Picked], None]
 
 
 class Patch:
-    """What all hooks of one patching of a model share.
+    """The state shared by all hooks of one patched model.
 
-    A copy of a patched model, or one that was saved, routes like it, but tells nobody.
+    A copy of a patched model, or a saved one, routes alike but reports to no observer.
 
     Attributes
     ----------
     mode : "patch" or "analyze"
         Whether selections replace the model's own.
     observers : list of callable
-        Who hears of every layer's selection: (layer, router logits, selection).
+        Called with every layer's selection: (layer, router logits, selection).
     counters : RoutingCounters or None
-        What selections are counted by.
+        Counters of selections.
     routes : Routes or None
-        What a log has recorded, where it is replayed.
+        The recorded experts, if a log is replayed.
     switch : ExpertsSwitch or None
-        What computes the experts.
+        The switch of the experts implementation.
     decode_batch : int or None
-        How many rows are decoded together; None: all of a pass, and no distinct experts count.
+        Rows decoded together; None for all of a pass, without counting distinct experts.
     decoded_only : bool
         Whether the tokens of prompts belong to no step.
     has_steps : bool
-        Whether anybody asks which tokens are decoded together.
+        Whether anything needs to know which tokens are decoded together.
     alive : bool
         Whether the hooks are still in the model.
     padded, looked : bool
@@ -73,11 +73,11 @@ class Patch:
 
     @property
     def skips_unused(self) -> bool:
-        """Whether the model knows unused slots, so that padding may be given nothing else."""
+        """Whether the model skips unused slots, so that padding can have only those."""
         return self.switch is not None and self.switch.skips_unused
 
     def tell_once(self, why: str) -> None:
-        """Say that padding cannot be told from text."""
+        """Warn once that padding cannot be told from text."""
         if not self._told:
             self._told = True
             logger.warning(

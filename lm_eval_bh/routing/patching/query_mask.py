@@ -1,4 +1,4 @@
-"""Which tokens of a pass an attention mask takes for real."""
+"""Reads from an attention mask which tokens of a pass are real."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 
 
 def query_mask(mask: Any, rows: int, length: int, cache: Any = None) -> Tensor | None:
-    """Return which of a pass's tokens an attention mask takes for real, bool ``[rows, length]``.
+    """Return which tokens of a pass are real by its attention mask, bool ``[rows, length]``.
 
     Parameters
     ----------
     mask : Tensor, or dict of layer type to Tensor
-        ``[rows, cached + length]``, 0 for padding; or ``[rows, 1, length, keys]``, bool or what is
-        added to the attention scores. There a token is real if it may attend to itself.
+        ``[rows, cached + length]``, 0 for padding; or ``[rows, 1, length, keys]``, bool or added to
+        the attention scores. In the latter, a token is real if it may attend to itself.
     rows, length : int
-        Of the pass.
+        Shape of the pass.
     cache : Cache or None
-        Which tells how many tokens went before.
+        The cache, which knows the number of earlier tokens.
 
     Returns
     -------
     Tensor or None
-        None if the mask is nothing of the kind.
+        None for any other format.
     """
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
@@ -38,10 +38,10 @@ def query_mask(mask: Any, rows: int, length: int, cache: Any = None) -> Tensor |
     allowed = mask[:, 0]
     if allowed.is_floating_point():
         allowed = allowed > torch.finfo(allowed.dtype).min / 2
-    if cache is not None and not hasattr(cache, "get_seq_length"):  # continuous batching's, say
+    if cache is not None and not hasattr(cache, "get_seq_length"):  # as in continuous batching
         return None
     seen = 0 if cache is None else cache.get_seq_length()
-    latest = mask.shape[-1] - length  # the place of the first query where the last keys are theirs
+    latest = mask.shape[-1] - length  # first query's place, if the last keys are its own
     place = torch.arange(length, device=mask.device)
     place = place + (seen.clamp(max=latest) if isinstance(seen, Tensor) else min(seen, latest))
     own = allowed.gather(-1, place.expand(len(allowed), length).unsqueeze(-1))

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what is run again meets the pass that it first ran in."""
+"""Activation checkpointing: layers that run again use their original pass."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lm_eval_bh.routing.patching.patch import Patch
 
 
 class OwnPass:
-    """Wraps a checkpointing function: what is run again meets the pass that it first ran in.
+    """Wraps a checkpointing function: layers that run again use their original pass.
 
     Parameters
     ----------
     function : callable
-        Takes what to run, and its arguments; as ``torch.utils.checkpoint.checkpoint``.
+        Takes a function and its arguments, like ``torch.utils.checkpoint.checkpoint``.
     patch : Patch
-        What was put into the model.
+        The patch of the model.
     """
 
     def __init__(self, function: Callable[..., Any], patch: Patch) -> None:

@@ -1,8 +1,8 @@
-"""Which experts a log has for the tokens of a forward pass, found by their text.
+"""Finds the logged experts of a forward pass's tokens by their text.
 
-All tokens before a token decide its routing, so it is found by the ids of its row up to it, in a
-tree of all rows of the log. Neither documents nor positions are asked for: they are known to an
-evaluation alone, and whoever runs the model, ``generate`` or a training loop, need not tell them.
+A token's routing depends on all tokens before it, so it is found by the token ids of its row up to
+it, in a tree of all rows of the log. Documents and positions are not used: only an evaluation knows
+them, whereas ``generate`` or a training loop does not.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from lm_eval_bh.logged_rows import Ints, LoggedRow, LoggedRows, read_logged_rows
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.routers import Router
 
-READ = "_read_before_replay"  # where a cache keeps what it holds, and copies of it do too
-Paths = list[list[int]]  # of each row, where each of its tokens stands in the log
+READ = "_read_before_replay"  # attribute of a cache, which its copies keep
+Paths = list[list[int]]  # per row, the places of its tokens in the log
 ROOT = NO_TOKEN = -1
-SHOWN = 6  # token ids of a text in a message
+SHOWN = 6  # token ids shown in a message
 
 
 class Routes:
@@ -31,11 +31,11 @@ class Routes:
     Parameters
     ----------
     log : LoggedRows
-        Of a text that comes more than once, the first time serves.
+        The log; of repeated texts, the first one serves.
     layers : sequence of int
-        Of the log, one for each router of the model.
+        Layers of the log, one per router of the model.
     num_experts : int
-        Of a layer.
+        Experts per layer.
     """
 
     def __init__(self, log: LoggedRows, layers: Sequence[int], num_experts: int) -> None:
@@ -44,7 +44,7 @@ class Routes:
         experts = np.pad(log.experts, [(0, 1), (0, 0), (0, 0)], constant_values=-1)  # and no token
         experts[experts < 0] = num_experts
         self._experts = torch.from_numpy(experts)
-        self._next: dict[int, int] = {}  # from the token before and an id to the token
+        self._next: dict[int, int] = {}  # (previous token, id) -> token
         for row in log.rows:
             if _begins(log, row):
                 before = ROOT
@@ -54,16 +54,16 @@ class Routes:
     def places(
         self, input_ids: Tensor | None, real: Tensor | None, cache: Any
     ) -> tuple[Tensor, Paths]:
-        """Return where the tokens of a pass stand in the log, and all that was read until then.
+        """Return the places of a pass's tokens in the log, and those of everything read so far.
 
         Parameters
         ----------
         input_ids : Tensor or None
             int64 ``[rows, length]``.
         real : Tensor or None
-            bool ``[rows * length]``, False for padding, which stands nowhere.
+            bool ``[rows * length]``, False for padding, which has no place.
         cache : object or None
-            What the model has read before.
+            The model's cache.
 
         Returns
         -------
@@ -73,7 +73,7 @@ class Routes:
         Raises
         ------
         RoutingError
-            If the log lacks a token, or nobody knows which tokens these are.
+            If the log lacks a token, or the tokens are unknown.
         """
         if input_ids is None:
             raise RoutingError("rule=replay finds tokens by their ids: give the model input_ids.")
@@ -81,8 +81,8 @@ class Routes:
         read: Paths = getattr(cache, READ, None) or [[]] * len(input_ids)
         if len(read) != len(input_ids) or any(len(row) < start for row in read):
             raise RoutingError(
-                f"The cache holds {start} tokens that nobody saw being read, so rule=replay does "
-                "not know what text goes on: begin with an empty cache."
+                f"The cache holds {start} tokens that were read without rule=replay, so it does "
+                "not know which text continues: begin with an empty cache."
             )
         paths, found = [row[:start] for row in read], []
         text = torch.ones_like(input_ids) if real is None else real.view_as(input_ids)
@@ -104,18 +104,18 @@ class Routes:
         Raises
         ------
         RoutingError
-            If nobody knows which tokens these are.
+            If the tokens are unknown.
         """
         if places is None:
             raise RoutingError(
-                "A layer was called outside of its model, so rule=replay does not know which "
+                "A layer was called outside of its model, so rule=replay cannot tell which "
                 "tokens it serves: call the model."
             )
         return self._experts[places, self._columns[layer]].to(device, torch.int64)
 
     def _lacks(self, token: int, place: int, before: list[int]) -> RoutingError:
         shown = " ".join(map(str, before[-SHOWN:]))
-        # Whoever generates in batches runs rows on until all have ended, and no log has that.
+        # Batched generation feeds finished rows until all have ended, which no log holds.
         hint = "" if before or not place else "; replay generations one row at a time"
         return RoutingError(
             f"The log {self.folder} does not have the token with the id {token} at place {place} of"
@@ -125,20 +125,20 @@ class Routes:
 
 
 def remember(cache: Any, paths: Paths) -> None:
-    """Keep with a cache what was read into it: it dies with the cache, and goes into its copies."""
+    """Keep the paths of a cache's tokens with the cache, as long as it and its copies live."""
     if cache is not None:
         setattr(cache, READ, paths)
 
 
 def routes_for(config: RoutingConfig, routers: Sequence[Router]) -> Routes | None:
-    """Return the routes that a configuration replays; None if it replays none.
+    """Return the routes that a configuration replays; None without a replay.
 
     Raises
     ------
     ParameterError
-        If no log is named, or it is of another model.
+        If no log is named, or it belongs to another model.
     DataError
-        If it cannot be read.
+        If the log cannot be read.
     """
     if not config.method.recorded:
         return None
@@ -147,19 +147,19 @@ def routes_for(config: RoutingConfig, routers: Sequence[Router]) -> Routes | Non
     log, experts = read_logged_rows(config.routes), routers[0].num_experts
     if (most := int(log.experts.max())) >= experts:
         raise ParameterError(
-            f"routes={config.routes} has an expert {most}, and the model has {experts} experts in "
-            "a layer: give a log of this model."
+            f"routes={config.routes} has an expert {most}, and the model has {experts} experts per "
+            "layer: give a log of this model."
         )
     if (most := log.experts.shape[-1]) > config.max_k:
         raise ParameterError(
-            f"routes={config.routes} has up to {most} experts a token, and max_k is "
+            f"routes={config.routes} has up to {most} experts per token, and max_k is "
             f"{config.max_k}: give max_k={most}."
         )
     return Routes(log, _layers(config, log.layers, len(routers)), experts)
 
 
 def _layers(config: RoutingConfig, logged: Ints, routers: int) -> list[int]:
-    """Return the log's layer of each router; engines may count layers without one too."""
+    """Return the log's layer of each router; engines may also count layers without routers."""
     if len(logged) == routers:
         return [int(layer) for layer in logged]
     if missing := sorted(set(config.select_layers(routers)) - set(logged.tolist())):
@@ -171,7 +171,7 @@ def _layers(config: RoutingConfig, logged: Ints, routers: int) -> list[int]:
 
 
 def _begins(log: LoggedRows, row: LoggedRow) -> bool:
-    """Whether a row is a text from its begin, or a window; a trace may lack the begin of a text."""
+    """Return whether a row starts a text or window; traces may lack the start of a text."""
     return row.position == 0 or not np.isnan(log.loss[row.tokens]).all()
 
 

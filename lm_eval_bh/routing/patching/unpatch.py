@@ -1,4 +1,4 @@
-"""Puts the hooks of one patching into a model, and takes out whatever of ours is in one."""
+"""Adds the hooks of a patch to a model, and removes this package's hooks from one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lm_eval_bh.routing.patching.patch import Patch
 from lm_eval_bh.routing.patching.rerun import OwnPass
 from lm_eval_bh.routing.routers import OWN_TOP_K, Router, transformers_model
 
-# Where a module keeps its hooks, and what they were registered with.
+# Attributes of a module's hooks, and the arguments they were registered with.
 KINDS = ("_forward_pre_hooks", "_forward_hooks")
 KEPT = (
     *KINDS,
@@ -26,19 +26,19 @@ KEPT = (
 
 
 def put_in(model: nn.Module, patch: Patch, hooks: Iterable[tuple[Router, RouterHook]]) -> None:
-    """Put the hooks of one patching into a model.
+    """Add the hooks of a patch to a model.
 
-    A router that selects as many experts as it is told is told to select as many as the method
-    chooses from: then its own weights serve, in its own order and rescaled its own way.
+    A router with an adjustable number of experts is told to select as many as the method chooses
+    from: the router's own weights then serve, in its own order and with its own rescaling.
 
     Parameters
     ----------
     model : nn.Module
         A transformers model, possibly wrapped.
     patch : Patch
-        What the hooks share.
+        The state that the hooks share.
     hooks : iterable of (Router, RouterHook)
-        A hook for every router; its inactive copies get it too.
+        One hook per router, which the router's inactive copies get too.
     """
     base = transformers_model(model).base_model
     assert isinstance(base, nn.Module)
@@ -54,14 +54,14 @@ def put_in(model: nn.Module, patch: Patch, hooks: Iterable[tuple[Router, RouterH
 
 
 def unpatch(model: nn.Module) -> None:
-    """Take every hook of :class:`BHRoutingIntegration` out of a model, whoever put it there.
+    """Remove every hook of :class:`BHRoutingIntegration` from a model, whatever added it.
 
-    The model can be a copy of one that was patched, or one that was saved while it was.
+    The model may be a copy of a patched model, or one that was saved while patched.
 
     Parameters
     ----------
     model : nn.Module
-        Any model; one that is not patched is left as it is.
+        Any model; an unpatched one stays unchanged.
     """
     patches = []
     for module in model.modules():
@@ -84,7 +84,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 def refuse_patched(model: nn.Module) -> None:
-    """Raise :class:`ModelError` if a model carries hooks of this or another integration."""
+    """Raise :class:`ModelError` if a model has hooks of any integration."""
     for name, module in model.named_modules():
         if any(isinstance(hook, RouterHook) for hook in module._forward_hooks.values()):
             raise ModelError(

@@ -1,1 +1,1 @@
-"""Null models: what scores are tested against, how it is fitted, kept and found."""
+"""Null models and other calibrated tables: how they are fitted, stored and found."""

@@ -1,9 +1,9 @@
-"""Measures how much the loss cares about each expert: the gradient of the loss by its weight.
+"""Measures how much the loss depends on each expert: its gradient by the expert's weight.
 
 The layer's output is the sum of weights times expert outputs, so the derivative of the loss by a
-weight is the dot product of the loss gradient with that expert's output: what the loss changes by,
-to first order, for each unit of weight that is taken away (Michel et al. 2019, arXiv:1905.10650,
-gate heads so). One backward pass gives it for all tokens, layers and experts in use.
+weight is the dot product of the loss gradient with that expert's output: to first order, the change
+of the loss per unit of weight taken away (Michel et al. 2019, arXiv:1905.10650, gate heads
+likewise). One backward pass gives it for all tokens, layers and experts in use.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lm_eval_bh.routing.tables.measurement import Array, Measurement
 
 
 class Benefits(Measurement):
-    """Root mean square of loss gradient . expert's output, by a backward pass of its own."""
+    """Root mean square of loss gradient . expert's output, by a backward pass."""
 
     name = "benefits"
 
@@ -35,7 +35,7 @@ class Benefits(Measurement):
         self._found = measure_benefits(self.model, self.routers, batches, experts, progress)
 
     def result(self) -> Array:
-        """Return what :func:`measure_benefits` gave, float64 ``[layers, experts]``."""
+        """Return the result of :func:`measure_benefits`, float64 ``[layers, experts]``."""
         return self._found
 
 
@@ -48,8 +48,8 @@ def measure_benefits(
 ) -> NDArray[np.float64]:
     """Return the root mean square, over the tokens of each expert, of dloss / dweight.
 
-    Memory holds one batch and, where the model knows gradient checkpointing, one layer of its
-    activations at a time. No parameter gets a gradient.
+    Memory holds one batch at a time and, if the model supports gradient checkpointing, the
+    activations of one layer. No parameter gets a gradient.
 
     Parameters
     ----------
@@ -60,20 +60,20 @@ def measure_benefits(
     batches : iterable of Tensor, int64 ``[batch, length]``
         Token ids without padding; the loss is the sum of the tokens' negative log-likelihoods.
     experts : int
-        Experts of a layer.
+        Experts per layer.
     progress : bool
         Whether to show a progress bar, which is quiet when not in a terminal.
 
     Returns
     -------
     ndarray, float64 ``[layers, experts]``
-        In nats for a weight of one. An expert that no token was routed to takes the root mean
-        square of its layer's others.
+        In nats per unit of weight. An expert without tokens takes the root mean square of its
+        layer's other experts.
 
     Raises
     ------
     ModelError
-        If gradients cannot be had.
+        If gradients cannot be computed.
     DataError
         If there are no batches.
     """
@@ -97,7 +97,7 @@ def measure_benefits(
                 )
                 loss.backward()
                 del logits, loss
-    except RuntimeError as error:  # torch's, whatever has no backward pass
+    except RuntimeError as error:  # from torch, for anything without a backward pass
         reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
         raise ModelError(
             f"The gradients of {type(model).__name__} cannot be computed ({reason}): "
@@ -123,7 +123,7 @@ def measure_benefits(
 def _gradients_of_weights(
     model: nn.Module, routers: Sequence[nn.Module], note: Any
 ) -> Iterator[None]:
-    """Hand on the gradients by the routers' weights; the model is as it was afterwards."""
+    """Pass on the gradients by the routers' weights, and restore the model afterwards."""
     needed = [parameter.requires_grad for parameter in model.parameters()]
     was_training = model.training
     checkpoints = bool(getattr(model, "supports_gradient_checkpointing", False))
@@ -136,7 +136,7 @@ def _gradients_of_weights(
             parameter.requires_grad_(False)
         if checkpoints and not was_checkpointing:
             _checkpointing(model, "enable")({"use_reentrant": False})
-        # Layers checkpoint in training mode only; what dropout there is stays off.
+        # Layers checkpoint only in training mode; dropout stays off.
         model.train(checkpoints)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -153,7 +153,7 @@ def _gradients_of_weights(
 
 
 def _checkpointing(model: nn.Module, what: str) -> Any:
-    """Return transformers' method to enable or disable it, which version 5.2x has renamed."""
+    """Return transformers' method to enable or disable it, which 5.2x renamed."""
     old = f"gradient_checkpointing_{what}"
     new = f"activation_checkpointing_{what}"
     return getattr(model, new if hasattr(model, new) else old)
@@ -162,7 +162,7 @@ def _checkpointing(model: nn.Module, what: str) -> Any:
 def _hook(layer: int, note: Any) -> Any:
     def listen(module: nn.Module, args: Any, output: Any) -> Any:
         logits, weights, indices = output
-        if not weights.requires_grad:  # nothing below has a gradient: the graph begins here
+        if not weights.requires_grad:  # nothing below has a gradient: the graph starts here
             weights = weights.detach().requires_grad_()
         weights.register_hook(lambda gradient: note(layer, indices, gradient))
         return logits, weights, indices

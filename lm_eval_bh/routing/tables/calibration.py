@@ -1,4 +1,4 @@
-"""Runs a model over text, collects its router logits, and fits and examines null models on them."""
+"""Fits null models to a model's router logits on text, and checks them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def calibrate(
     experts: int | None = None,
     progress: bool = True,
 ) -> NullModel:
-    """Fit a null model on the router logits that a model gives on text.
+    """Fit a null model to a model's router logits on text.
 
     Parameters
     ----------
@@ -66,21 +66,21 @@ def calibrate(
     tokenizer, texts, tokens, length, batch
         As in :func:`text_batches`.
     model_name, revision, text_name : str
-        What the header says about model and text.
+        Names of model and text for the header.
     kind : NullKind
-        What the null distribution is of, and what further tables are measured. All of it takes one
-        forward pass, and what needs gradients, or models that are changed, passes of its own.
+        The kind of null distribution, and further tables to measure. One forward pass serves them
+        all, except tables that need gradients or changed models, which take their own passes.
     kernel, bandwidth
         As in :meth:`NullModel.fit`.
     experts : int, optional
-        The number of experts that the routers should have; checked if given.
+        The expected number of experts of the routers; checked if given.
 
     Raises
     ------
     ParameterError, DataError, ModelError, NullModelError
-        If a parameter, the text, the routers, or their logits are unfit.
+        If a parameter, the text, the routers, or their logits are unsuitable.
     """
-    check_kernel(kernel)  # the run takes minutes, so what can be checked is checked before it
+    check_kernel(kernel)  # the run takes minutes, so check first
     kind = kind.made()
     if experts is not None:
         check_trim(kind.trim or 0, experts)
@@ -93,11 +93,11 @@ def calibrate(
     batches = text_batches(tokenizer, texts, tokens=tokens, length=length, batch=batch)
     row = STATISTICS[kind.statistic]
     factors, wanted, scored = None, [*kind.tables, row.table], kind
-    if row.predicts:  # a score needs it token by token, so it is known before the pass
+    if row.predicts:  # scores need it for each token, so it is measured first
         wanted.remove(row.table)
         few = predictor_batches(batches)
         factors = measure([row.table], model, routers, few, progress)[row.table]
-    elif row.table:  # an expert's factor is added after the pass
+    elif row.table:  # factors are added after the pass
         scored = replace(kind, statistic="weight")
     heard: list[list[Tensor]] = [[] for _ in routers]
     own = find_routers(model)
@@ -113,7 +113,7 @@ def calibrate(
     found = heard[0][0].shape[1]
     if experts is not None and experts != found:
         raise NullModelError(
-            f"The routers of {model_name} give {found} logits a token, not {experts}; "
+            f"The routers of {model_name} give {found} logits per token, not {experts}; "
             "check the list of routers."
         )
     scores = [torch.cat(parts) for parts in heard]
@@ -135,7 +135,7 @@ def calibrate(
 def _scorers(
     kind: NullKind, routers: Sequence[Router], factors: NDArray[np.float64] | None
 ) -> list[Method]:
-    """Return for each layer a method that scores experts as the null model shall."""
+    """Return for each layer a method with the null model's scores."""
     config = RoutingConfig(rule="min_w" if kind.statistic != "logit" else "topk", **kind.scored)
     found = []
     for layer, router in enumerate(routers):
@@ -147,7 +147,7 @@ def _scorers(
 
 
 def _slots(kind: NullKind, routers: Sequence[Router]) -> int:
-    """Return how many experts routers have to rank, so that all have a score."""
+    """Return how many experts routers have to rank so that all have a score."""
     plain = kind.statistic == "logit" or all(router.softmax for router in routers)
     return 1 if plain else routers[0].num_experts
 
@@ -164,7 +164,7 @@ def calibrate_and_check(
     progress: bool = True,
     **others: Any,
 ) -> tuple[NullModel, list[LayerHealth]]:
-    """Fit a null model, and compare it with the text that follows, an eighth as much.
+    """Fit a null model, and check it on the following text, an eighth as long.
 
     Parameters
     ----------
@@ -174,8 +174,8 @@ def calibrate_and_check(
     Returns
     -------
     (NullModel, list of LayerHealth)
-        The null model with its health in its header; without, and an empty list, where the text
-        leaves no window of ``length`` tokens beyond those to fit on.
+        The null model with its health in its header; without it, and an empty list, if the text
+        has no window of ``length`` tokens left after those used for the fit.
 
     Raises
     ------

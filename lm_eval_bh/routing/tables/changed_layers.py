@@ -1,4 +1,4 @@
-"""What the model's output depends on one layer's experts: passes with that layer changed."""
+"""Measures how the model's output depends on one layer's experts, by changing it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lm_eval_bh.routing.router_reader import RouterReader
 from lm_eval_bh.routing.routers import Router, find_routers
 from lm_eval_bh.routing.tables.measurement import Array, Measurement
 
-TOKENS = 4096  # of the text: each layer needs passes of its own
+TOKENS = 4096  # tokens of text: each layer needs its own passes
 
 
 class ChangedLayers(Measurement):
-    """Runs a model with one layer's number of experts changed, for each of some numbers."""
+    """Runs a model with several numbers of experts in one layer."""
 
     def run(self, batches: Sequence[Tensor], progress: bool) -> None:
-        """Add up what each change does to the log-probabilities of the next token."""
+        """Sum each change's effect on the log-probabilities of the next token."""
         routers = find_routers(self.model)
         counts = self.counts(routers[0].top_k)
         self._sums = np.zeros((len(routers), len(counts)))
@@ -50,7 +50,7 @@ class ChangedLayers(Measurement):
         raise NotImplementedError(f"{type(self).__name__} has to define counts.")
 
     def difference(self, native: Tensor, changed: Tensor, ids: Tensor) -> Tensor:
-        """Return the sum over tokens of what log-probabilities ``[..., words]`` differ by."""
+        """Return the difference of log-probabilities ``[..., words]``, summed over tokens."""
         raise NotImplementedError(f"{type(self).__name__} has to define difference.")
 
     def result(self) -> Array:
@@ -67,26 +67,26 @@ class ChangedLayers(Measurement):
 
 
 class IsolatedLosses(ChangedLayers):
-    """What the loss grows by, in nats a token, where one layer alone has top-k: ``[layers, k]``."""
+    """Loss increase in nats per token if only one layer has top-k: ``[layers, k]``."""
 
     name = "isolated"
 
     def counts(self, native_k: int) -> Sequence[int]:
-        """Return 1 to the native k, at which nothing is changed."""
+        """Return 1 to the native k, which changes nothing."""
         return range(1, native_k + 1)
 
     def difference(self, native: Tensor, changed: Tensor, ids: Tensor) -> Tensor:
-        """Return the sum of what the tokens' log-probabilities fall by."""
+        """Return the decrease of log-probabilities, summed over tokens."""
         return (native - changed).gather(-1, ids[:, 1:, None]).double().sum()
 
 
 class LayerDivergences(ChangedLayers):
-    """KL divergence, in nats a token, of the model without a layer's experts: ``[layers]``."""
+    """KL divergence in nats per token of the model without a layer's experts: ``[layers]``."""
 
     name = "layer_kl"
 
     def counts(self, native_k: int) -> Sequence[int]:
-        """Return 0 alone: no expert of the layer."""
+        """Return 0 only: no experts in the layer."""
         return (0,)
 
     def difference(self, native: Tensor, changed: Tensor, ids: Tensor) -> Tensor:
@@ -94,13 +94,13 @@ class LayerDivergences(ChangedLayers):
         return F.kl_div(changed, native, reduction="none", log_target=True).double().sum()
 
     def result(self) -> Array:
-        """Return the means; a layer that changes nothing has the least positive number."""
+        """Return the means, at least the smallest positive number."""
         return np.maximum(super().result()[:, 0], np.finfo(np.float64).tiny)
 
 
 @contextmanager
 def _at_most(router: Router, k: int) -> Iterator[None]:
-    """Give the weight 0 to all but a router's first k experts; rescaled where it rescales."""
+    """Give weight 0 to all but a router's first k experts, and rescale as the router does."""
     read = RouterReader(router, 1)
 
     def keep_first(module: nn.Module, args: Any, output: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Measures how much each expert adds: the norm of its output, for the tokens routed to it."""
+"""Measures each expert's output norm over the tokens routed to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lm_eval_bh.routing.tables.measurement import Array, Measurement, experts_be
 
 
 class OutputNorms(Measurement):
-    """Mean Euclidean norm of what every expert of every layer gives out, before its weight."""
+    """Mean Euclidean norm of every expert's output, before its weight."""
 
     name, listens = "norms", "experts"
 
@@ -29,7 +29,7 @@ class OutputNorms(Measurement):
     def hear_experts(
         self, layer: int, module: Any, hidden_states: Tensor, indices: Tensor, weights: Tensor
     ) -> None:
-        """Apply to each token its experts, once more, and note the norms of what they give."""
+        """Apply each token's experts again, and add up their output norms."""
         for expert, _, output in each_expert(module, hidden_states, indices):
             self._sums[layer][expert] += float(output.double().norm(dim=-1).sum())
             self._tokens[layer][expert] += len(output)
@@ -37,12 +37,12 @@ class OutputNorms(Measurement):
     def result(self) -> Array:
         """Return the mean norms, float64 ``[layers, experts]``, in units of the hidden state.
 
-        An expert that no token was routed to takes the mean of its layer's others.
+        An expert without tokens takes the mean of its layer's other experts.
 
         Raises
         ------
         DataError
-            If no token was seen.
+            If there were no tokens.
         """
         if any(float(tokens.sum()) == 0 for tokens in self._tokens):
             raise DataError("There is no text to measure output norms on; pass at least one batch.")

@@ -1,4 +1,4 @@
-"""What experts can do, by the model's weights alone: no text is looked at."""
+"""Tables computed from the model's weights, without text."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ NORMS = ("post_attention_layernorm", "pre_feedforward_layernorm")  # before the 
 
 
 class OfWeights(Measurement):
-    """A table that is made layer by layer of the weights."""
+    """A table computed from the weights layer by layer."""
 
     @torch.no_grad()
     def run(self, batches: Sequence[Tensor], progress: bool) -> None:
-        """Make every layer's row."""
+        """Compute every layer's row."""
         routers = find_routers(self.model)
         beside = [experts_beside(self.model, router.module) for router in routers]
         self._rows = [self.row(*both) for both in zip(routers, beside, strict=True)]
@@ -40,7 +40,7 @@ class OfWeights(Measurement):
 
 
 class Perturbations(OfWeights):
-    """Frobenius norms of what a layer's output differs by at top-k: ``[layers, native k]``.
+    """Frobenius norms of the change of a layer's output at top-k: ``[layers, native k]``.
 
     On random normal hidden states; arXiv:2509.02753.
     """
@@ -48,7 +48,7 @@ class Perturbations(OfWeights):
     name = "perturbations"
 
     def row(self, router: Router, experts: Any) -> Tensor:
-        """Return them for k = 1 to the native k, where it is 0."""
+        """Return the norms for k = 1 to the native k, where it is 0."""
         weight = router_weight(router.module)
         draw = torch.Generator().manual_seed(0)
         hidden = torch.randn(TOKENS, weight.shape[1], generator=draw).to(weight)
@@ -66,18 +66,18 @@ class Perturbations(OfWeights):
 
 
 class Spectra(OfWeights):
-    """How much an expert can magnify what it is given, ``[layers, experts]``; arXiv:2609.05228.
+    """How much an expert can magnify its input, ``[layers, experts]``; arXiv:2609.05228.
 
-    The geometric mean of two paths: the norm of the up projection times that of the gate, and the
-    norm of the gate times that of the down projection; both inputs scaled by the norm before the
-    experts. The summaries that are public name the two paths: that the norms are spectral is
-    assumed. Where experts have no gate the two paths are one.
+    The geometric mean over two paths: the norm of the up projection times that of the gate, and the
+    norm of the gate times that of the down projection; both inputs are scaled by the norm before
+    the experts. The public summaries name the two paths; that the norms are spectral is assumed.
+    For experts without a gate the two paths are one.
     """
 
     name = "spectra"
 
     def row(self, router: Router, experts: Any) -> Tensor:
-        """Return a layer's."""
+        """Return a layer's row."""
         scale = self._scale(router)
         down = _spectral(experts.down_proj)
         if not experts.has_gate:
@@ -88,7 +88,7 @@ class Spectra(OfWeights):
         return ((up * gate) * (gate * down)).sqrt()
 
     def _scale(self, router: Router) -> Tensor | float:
-        """Return the weight of the norm before the experts, 1 where none is found."""
+        """Return the weight of the norm before the experts, 1 if none is found."""
         above = router.name.rsplit(".", 2)[0]
         layer = (
             self.model.get_submodule(above) if above in dict(self.model.named_modules()) else None
@@ -101,16 +101,16 @@ class Spectra(OfWeights):
 
 
 class Responses(OfWeights):
-    """Norms of the experts' outputs at the directions that the router prefers for them.
+    """Norms of the experts' outputs for the router directions that prefer them.
 
-    ``[layers, experts]``; the direction of an expert is its row of the router's projection, less
-    the mean of all rows, with a root mean square of 1; arXiv:2609.05228.
+    ``[layers, experts]``; an expert's direction is its row of the router's projection minus the
+    mean of all rows, scaled to a root mean square of 1; arXiv:2609.05228.
     """
 
     name = "responses"
 
     def row(self, router: Router, experts: Any) -> Tensor:
-        """Return a layer's."""
+        """Return a layer's row."""
         weight = router_weight(router.module).float()
         centred = weight - weight.mean(0)
         hidden = centred / centred.square().mean(-1, keepdim=True).sqrt()
@@ -121,7 +121,7 @@ class Responses(OfWeights):
 
 
 def _asked(router: Router, hidden: Tensor) -> RouterOutput:
-    """Return what a router says of hidden states ``[tokens, hidden]``."""
+    """Return a router's output for hidden states ``[tokens, hidden]``."""
     forward = type(router.module).forward
     try:
         try:
@@ -137,7 +137,7 @@ def _asked(router: Router, hidden: Tensor) -> RouterOutput:
 
 
 def _inputs(stack: Tensor, experts: Any) -> Tensor:
-    """Return projections ``[experts, out, in]``, float64, however they are stored."""
+    """Return projections ``[experts, out, in]``, float64, regardless of how they are stored."""
     return (stack.transpose(1, 2) if experts.is_transposed else stack).double()
 
 

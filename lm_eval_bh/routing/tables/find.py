@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_auto(null_model: str | Path | NullModel) -> bool:
-    """Return whether a null model shall be looked for, and else calibrated."""
+    """Return whether to look for a null model, and to calibrate one if none is found."""
     return not isinstance(null_model, NullModel) and str(null_model) == "auto"
 
 
@@ -35,25 +35,25 @@ def resolve_null(
     tokenizer: Any = None,
     kind: NullKind = LOGITS_OF_A_LAYER,
 ) -> NullModel:
-    """Return the null model that serves the model's routers.
+    """Return the null model for a model's routers.
 
     Parameters
     ----------
     null_model : "auto", path or NullModel
-        "auto" looks, by the routers' fingerprint, among the null models that ship and in the user's
+        "auto" looks for the routers' fingerprint among the shipped null models and in the user's
         cache, and otherwise calibrates one on WikiText train text and caches it. A path may be a
         null model file or a folder of the earlier prototype's pickles.
     model, routers, tokenizer
-        The model, its routers, and what "auto" may need to calibrate; without a tokenizer the one
-        that belongs to the model is loaded.
+        The model, its routers, and what "auto" may need to calibrate; without a tokenizer, the
+        model's own is loaded.
     kind : NullKind
-        What the null model must be of; "auto" finds or calibrates one that is, and takes a trim of
-        None for 0. A scope of None may be any, where only the output norms are wanted.
+        The required kind; "auto" finds or calibrates one of it, and takes a trim of None as 0. A
+        scope of None accepts any, if only the output norms are needed.
 
     Raises
     ------
     NullModelError
-        If the file is missing, damaged, belongs to another router, or is of something else.
+        If the file is missing, damaged, belongs to another router, or is of another kind.
     """
     name = transformers_model(model).name_or_path or type(model).__name__
     fingerprint = router_fingerprint(router.weight for router in routers)
@@ -87,17 +87,17 @@ def resolve_null(
 
 
 def rounded(routers: Sequence[Router]) -> str:
-    """Return what to add where a fingerprint differs: float16 changes the smallest weights."""
+    """Return advice for a differing fingerprint: float16 changes the smallest weights."""
     if any(router.weight.dtype == torch.float16 for router in routers):
         return (
             "; or load the model with dtype=bfloat16 or float32, as float16 rounds the router "
-            "weights that the fingerprint is of"
+            "weights from which the fingerprint is computed"
         )
     return ""
 
 
 def known_null(fingerprint: str, kind: NullKind) -> tuple[Path, NullModel] | None:
-    """Return the null model of a kind that ships or is cached for some routers, and its file."""
+    """Return the shipped or cached null model of a kind for some routers, and its file."""
     for path in _candidates():
         try:
             found = NullModel.load(path)
@@ -119,7 +119,7 @@ def _candidates() -> Iterator[Path]:
 
 
 def cached_null(fingerprint: str, kind: NullKind = LOGITS_OF_A_LAYER) -> Path:
-    """Return where the user's cache keeps the null model of a router, of a kind."""
+    """Return the path of a router's null model of a kind in the user's cache."""
     return cache_folder() / "null" / f"{fingerprint[:16]}{kind.suffix}.safetensors"
 
 
@@ -149,7 +149,7 @@ def _calibrate(
     path = cached_null(fingerprint, kind)
     fault = unwritable(path.parent)
     kept = f"kept as {path}"
-    if fault is not None:  # a cache is no required output
+    if fault is not None:  # the cache is optional
         kept = (
             f"used now, but not kept ({fault}): set XDG_CACHE_HOME to a folder that can be written"
         )
@@ -181,7 +181,7 @@ def tokenizer_of(model: nn.Module) -> Any:
     Raises
     ------
     ModelError
-        If there is none.
+        If there is no tokenizer.
     """
     from transformers import AutoTokenizer
 

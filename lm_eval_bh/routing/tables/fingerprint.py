@@ -1,4 +1,4 @@
-"""Tells routers apart: a digest of their weights, which travels with what was made for them."""
+"""Identifies routers by a digest of their weights, stored with everything made for them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lm_eval_bh.errors import NullModelError
 def router_fingerprint(weights: Iterable[torch.Tensor]) -> str:
     """Return the SHA-256 of the routers' weights in the order of the layers.
 
-    The weights are rounded to bfloat16 first, so that one model loaded in float32 and in bfloat16
-    has one fingerprint. (float16 cannot hold bfloat16's smallest numbers: there it may differ.)
+    The weights are rounded to bfloat16 first, so that a model loaded in float32 and in bfloat16 has
+    the same fingerprint. (float16 cannot hold bfloat16's smallest numbers: there it may differ.)
 
     Raises
     ------

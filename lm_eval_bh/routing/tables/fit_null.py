@@ -1,4 +1,4 @@
-"""Fits null distributions to router logits, or to scores: what a null model is made of."""
+"""Fits null distributions to router logits or scores."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lm_eval_bh.routing.tensors import numbers_of
 def softmax_scores(
     router_logits: torch.Tensor, statistic: str, log_factors: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return what a statistic makes of softmax routers' logits, same shape and device.
+    """Return a statistic of softmax routers' logits, same shape and device.
 
     The logits themselves; or the log of weight times factor, float32, or float64 where these are.
     """
@@ -41,12 +41,12 @@ def statistic_of(
     factors: NDArray[Any] | None,
     hidden_states: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return what a statistic makes of softmax routers' logits and a layer's measured factors.
+    """Return a statistic of softmax routers' logits and a layer's measured factors.
 
     Raises
     ------
     ParameterError
-        If the hidden states are needed and missing.
+        If required hidden states are missing.
     """
     row = STATISTICS[statistic]
     if factors is None:
@@ -56,8 +56,7 @@ def statistic_of(
         return softmax_scores(router_logits, statistic, found.log())
     if hidden_states is None:
         raise ParameterError(
-            "statistic=predicted needs the hidden states that the router was given: "
-            "give hidden_states."
+            "statistic=predicted needs the router's hidden states: give hidden_states."
         )
     dtype = torch.promote_types(router_logits.dtype, torch.float32)
     norms = log_predicted_norms(found.to(dtype), hidden_states)
@@ -73,7 +72,7 @@ def scores_of(
     norms: NDArray[Any] | None,
     top_k: int | None,
 ) -> tuple[NullKind, list[torch.Tensor], NDArray[Any] | None]:
-    """Return the kind, every layer's scores and the factors of what ``NullModel.fit`` is given.
+    """Return kind, scores per layer, and factors for the arguments of ``NullModel.fit``.
 
     Raises
     ------
@@ -124,14 +123,14 @@ def fitted(
     points: int | None = None,
     header: Mapping[str, Any] | None = None,
 ) -> tuple[tuple[Table, ...], NullHeader, NDArray[Any] | None]:
-    """Return tables, header and factors of a null model that is fitted to scores.
+    """Return tables, header and factors of a null model fitted to scores.
 
     Parameters
     ----------
-    found : sequence of Tensor, one a layer
-        Scores ``[tokens, experts]``; -inf for the experts that the null leaves out.
+    found : sequence of Tensor, one per layer
+        Scores ``[tokens, experts]``; -inf for experts that are left out.
     kind : NullKind
-        What they are.
+        The kind of the scores.
     factors, kernel, bandwidth, points, header
         As in ``NullModel.fit``.
 
@@ -149,7 +148,8 @@ def fitted(
     experts, tokens = {s.shape[1] for s in found}, {s.shape[0] for s in found}
     if len(experts) > 1:
         raise ParameterError(
-            f"A null model needs as many experts in every layer; found {sorted(experts)}."
+            "A null model needs the same number of experts in every layer; found "
+            f"{sorted(experts)}."
         )
     known["versions"] = library_versions() | known.get("versions", {})
     known |= {"num_layers": len(tables), "num_experts": experts.pop()}

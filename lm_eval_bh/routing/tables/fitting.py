@@ -1,4 +1,4 @@
-"""Fits null distributions to the scores of tokens: one a layer, one an expert, or one for all."""
+"""Fits null distributions to the scores of tokens: one per layer, per expert, or for all."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ EXPERT_POINTS = 512
 def points_of(null_scope: str, points: int | None) -> int:
     """Return how many grid points a distribution has.
 
-    Experts' own have 512, whose error of 2e-5 is far below the sampling error of one expert's
-    scores.
+    Distributions of single experts have 512, whose error of 2e-5 is far below the sampling error of
+    one expert's scores.
     """
     if points is not None:
         return points
@@ -40,8 +40,8 @@ def fit_tables(
 
     Parameters
     ----------
-    scores : sequence of Tensor, one a layer
-        float ``[tokens, experts]``; -inf for what is left out.
+    scores : sequence of Tensor, one per layer
+        float ``[tokens, experts]``; -inf for experts left out.
     null_scope, trim, kernel, bandwidth, points
         See :meth:`lm_eval_bh.routing.tables.null_model.NullModel.fit`.
 
@@ -49,7 +49,7 @@ def fit_tables(
     -------
     (tables, bandwidths)
         For every layer x and cdf, float64 ``[points]``, or ``[experts, points]`` with a scope of
-        "expert"; and its bandwidth, the mean of its experts' there.
+        "expert"; and its bandwidth, there the mean over experts.
 
     Raises
     ------
@@ -85,13 +85,13 @@ def unselected(
 ) -> torch.Tensor:
     """Return the scores ``[tokens, experts]``, -inf for the ``top_k`` experts that are selected.
 
-    These are the first of ``ranked``, int64 ``[tokens, slots]``; or those of largest logit where a
-    router has not ranked as many.
+    Those experts are the first of ``ranked``, int64 ``[tokens, slots]``, or have the largest logits
+    if the router ranked fewer.
 
     Raises
     ------
     ParameterError
-        If none or all experts are selected.
+        If no expert or every expert is selected.
     """
     if top_k is None:
         return scores
@@ -107,7 +107,7 @@ def unselected(
 
 
 def check_trim(trim: int, experts: int) -> None:
-    """Raise a :class:`ParameterError` unless so many can be left out at either end."""
+    """Raise a :class:`ParameterError` unless ``trim`` scores can be left out at either end."""
     if isinstance(trim, bool) or not isinstance(trim, int) or not 0 <= 2 * trim < experts:
         raise ParameterError(
             f"trim must be an integer from 0 to {(experts - 1) // 2} with {experts} experts: "
@@ -126,15 +126,15 @@ def _fit(
 
 
 def _finite(values: Array) -> Array:
-    """Return what is not left out, flat."""
+    """Return the values that are not left out, flattened."""
     left_out = np.isnan(values)
     return values[~left_out] if left_out.any() else values.ravel()
 
 
 def _untrimmed(layer: int, scores: torch.Tensor, trim: int) -> Array:
-    """Return one layer's scores in float64, NaN for each token's ``trim`` largest and smallest.
+    """Return a layer's float64 scores, NaN for each token's ``trim`` largest and smallest.
 
-    So are those of -inf, which are left out already; ``trim`` counts among the others.
+    Scores of -inf, already left out, become NaN too; ``trim`` counts the others.
     """
     values = scores.detach().cpu().double().numpy()
     if values.ndim != 2:
@@ -144,7 +144,7 @@ def _untrimmed(layer: int, scores: torch.Tensor, trim: int) -> Array:
     experts = values.shape[1]
     check_trim(trim, experts)
     left_out = np.isneginf(values)
-    if not (np.isfinite(values) | left_out).all():  # NaN shall stay the fault that it is
+    if not (np.isfinite(values) | left_out).all():  # NaN remains an error
         bad = int((~np.isfinite(values) & ~left_out).sum())
         raise NullModelError(
             f"The router logits of layer {layer} cannot be fitted: "

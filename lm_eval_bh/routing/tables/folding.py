@@ -1,4 +1,4 @@
-"""How well an expert can stand in for another: one scalar, and its error, for each ordered pair."""
+"""How well one expert can replace another: a scalar and its error per ordered pair."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from lm_eval_bh.routing.patching.experts import slot_outputs
 from lm_eval_bh.routing.tables.measurement import Array, Measurement, experts_beside
 
-TOKENS = 8192  # of the text, whose experts' outputs are compared in pairs
-CHUNK = 512  # at a time
-NEVER = 2.0  # error of a pair that no token had, more than any other
+TOKENS = 8192  # tokens of text for comparing expert outputs in pairs
+CHUNK = 512  # tokens at a time
+NEVER = 2.0  # error of a pair without tokens, larger than any other
 
 
 class Folds(Measurement):
-    """Scalars and errors, ``[layers, 2, experts, experts]``, of the row's expert by the column's.
+    """Scalars and errors, ``[layers, 2, experts, experts]``, to replace row by column.
 
-    The scalar c minimises ``sum w_s^2 |E_s - c E_t|^2`` over the tokens that both serve; the error
-    is that sum at its least, over that at c = 0.
+    The scalar c minimises ``sum w_s^2 |E_s - c E_t|^2`` over the tokens that have both; the error
+    is the minimum divided by the sum at c = 0.
     """
 
     name, listens = "folds", "experts"
@@ -50,7 +50,7 @@ class Folds(Measurement):
                 total.index_put_(pairs, squares * part, accumulate=True)
 
     def result(self) -> Array:
-        """Return them; 0 and :data:`NEVER` for pairs that no token had."""
+        """Return scalars and errors; 0 and :data:`NEVER` for pairs without tokens."""
         found = []
         for both, of_target, of_source in self._sums:
             seen = (of_target > 0) & (of_source > 0)

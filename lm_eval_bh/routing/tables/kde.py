@@ -1,8 +1,8 @@
-"""Fits the CDF of a kernel density estimate on a grid, without evaluating samples x grid kernels.
+"""Fits the CDF of a kernel density estimate on a grid, without samples x grid evaluations.
 
 The CDF of a kernel density estimate is the mean of kernel CDFs, ``F(x) = mean_i K((x - x_i) / h)``.
-Once the samples are binned on a regular grid this is one discrete convolution, which the fast
-Fourier transform does in M log M steps for M grid points, however many samples there are.
+With samples binned on a regular grid this is one discrete convolution, which the fast Fourier
+transform computes in M log M steps for M grid points, however many samples there are.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _linear(u: Array) -> Array:
     return np.where(u < 0, (1 + u) ** 2 / 2, 1 - (1 - u) ** 2 / 2)
 
 
-# CDF of each kernel at bandwidth 1, and beyond how many bandwidths it is 0 or 1 in float64
+# CDF of each kernel at bandwidth 1, and the bandwidths beyond which it is 0 or 1 in float64
 KERNELS: dict[str, tuple[Callable[[Array], Array], float]] = {
     "gaussian": (ndtr, 8.5),
     "epanechnikov": (_epanechnikov, 1.0),
@@ -65,8 +65,8 @@ def bandwidth_of(samples: Array, bandwidth: str | float = "scott") -> float:
         The samples, at least two of them different.
     bandwidth : "scott" or float
         Scott's rule, ``n ** (-1 / 5)`` times the standard deviation (``ddof=1``) as in
-        ``scipy.stats.gaussian_kde``, for every kernel alike; or h itself, as in scikit-learn's
-        ``KernelDensity`` (so *not* the factor that scipy's ``bw_method`` would take).
+        ``scipy.stats.gaussian_kde``, for every kernel; or h itself, as in scikit-learn's
+        ``KernelDensity`` (*not* the factor that scipy's ``bw_method`` takes).
 
     Raises
     ------
@@ -113,7 +113,7 @@ def bandwidth_of(samples: Array, bandwidth: str | float = "scott") -> float:
 
 
 def linear_binning(samples: Array, start: float, step: float, bins: int) -> Array:
-    """Share every sample between its two neighbouring grid points, in proportion to nearness.
+    """Split every sample between its two neighbouring grid points, by proximity.
 
     Returns the weights of the points ``start + step * arange(bins)``, float64 [bins], sum 1.
 
@@ -137,12 +137,12 @@ def fit_cdf(
 ) -> tuple[Array, Array]:
     """Fit the CDF of a kernel density estimate.
 
-    The grid covers all samples and every kernel's reach. Between grid points the CDF is meant to be
-    read by linear interpolation, whose error is at most ``step**2 / 8`` times the steepest slope of
-    the density: about ``0.03 * (step / s)**2`` for bell-shaped samples of standard deviation s,
-    that is 1e-7 where the default 8,192 points span 15 s. Outliers widen the grid: at 150 s it is
+    The grid covers all samples and every kernel's reach. Between grid points the CDF is to be
+    interpolated linearly, with an error of at most ``step**2 / 8`` times the steepest slope of the
+    density: about ``0.03 * (step / s)**2`` for bell-shaped samples of standard deviation s, that is
+    1e-7 where the default 8,192 points span 15 s. Outliers widen the grid: at 150 s the error is
     1e-5, and ten times the points bring it back. The samples are binned more finely than the grid,
-    to a small part of the bandwidth, so that binning adds next to nothing.
+    to a small part of the bandwidth, so binning adds almost no error.
 
     Parameters
     ----------
@@ -178,7 +178,7 @@ def fit_cdf(
     h = bandwidth_of(samples, bandwidth)
     kernel_cdf, reach = KERNELS[kernel]
     low, high = float(samples.min()) - reach * h, float(samples.max()) + reach * h
-    # one step more at both ends, so that binning cannot move weight beyond the last point
+    # one more step at both ends, so that binning moves no weight beyond the last point
     step = (high - low) / (points - 3)
     if not step <= h:
         needed = (high - low) / h + 4
@@ -201,7 +201,7 @@ def fit_cdf(
 
     cdf = np.asarray(fftconvolve(lags, weights, mode="valid")[::refine], dtype=np.float64)
     cdf = cdf.clip(0, 1)
-    cdf[0] = 0.0  # as it is to float64 accuracy; the transform leaves rounding errors of 1e-16
+    cdf[0] = 0.0  # exact; the transform leaves rounding errors of 1e-16
     cdf = np.maximum.accumulate(cdf)
     cdf[-1] = 1.0
     return x, cdf

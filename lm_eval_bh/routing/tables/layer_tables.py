@@ -1,4 +1,4 @@
-"""What was calibrated for one layer: what a method is fitted to."""
+"""The calibrated tables of one layer, to which a method is fitted."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class LayerTables:
-    """What was calibrated for one layer.
+    """The calibrated tables of one layer.
 
     Attributes
     ----------
     x, cdf : ndarray
         Its null distribution, float64 [points] or [experts, points].
     factors : ndarray or None
-        What multiplies the experts' weights, float64 [experts]; or a predictor of norms.
+        Factors of the experts' weights, float64 [experts]; or a predictor of norms.
     measured : mapping of str to ndarray
-        Further tables by name, of all layers: float64 [layers, ...].
+        Further tables of all layers by name: float64 [layers, ...].
     """
 
     x: Array
@@ -43,7 +43,7 @@ class LayerTables:
         Parameters
         ----------
         scores : Tensor [any shape], any float dtype
-            [..., experts] for a distribution of each expert.
+            [..., experts] with one distribution per expert.
         """
         x, cdf = (torch.tensor(values, device=scores.device) for values in (self.x, self.cdf))
         z = scores.double()
@@ -53,13 +53,13 @@ class LayerTables:
         return survival(x, cdf, by_expert).T.reshape(z.shape)
 
     def thresholds(self, critical_values: Any) -> Any:
-        """Return the least scores whose p-values do not exceed critical values, float64.
+        """Return the smallest scores whose p-values do not exceed critical values, float64.
 
-        See :meth:`NullModel.thresholds`. Of the shape and kind of the critical values.
+        See :meth:`NullModel.thresholds`. Shape and type are those of the critical values.
         """
         if self.x.ndim == 2:
             raise ParameterError(
-                "One threshold a critical value cannot stand for a distribution of each expert; "
+                "With one distribution per expert, a critical value has no single threshold; "
                 "compare p_values()."
             )
         if not isinstance(critical_values, torch.Tensor):

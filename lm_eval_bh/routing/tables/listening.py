@@ -1,4 +1,4 @@
-"""Runs a model over text and hands on what its routers say."""
+"""Runs a model over text and passes on the output of its routers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Hear = Callable[[int, RouterOutput], None]
 def collect_router_logits(
     model: nn.Module, routers: Sequence[nn.Module], batches: Iterable[Tensor], progress: bool = True
 ) -> dict[int, Tensor]:
-    """Run the model over token ids and return what its routers said, without its language head.
+    """Run the model without its language head and return its router logits.
 
     Parameters
     ----------
     model : PreTrainedModel
-        A mixture-of-experts model; put into evaluation mode for the run and back after it.
+        A mixture-of-experts model; put into evaluation mode during the run.
     routers : sequence of nn.Module
         Its routers in the order of the layers; element 0 of their output is the router logits.
     batches : iterable of Tensor, int64 [batch, length]
@@ -42,7 +42,7 @@ def collect_router_logits(
     Raises
     ------
     ModelError
-        If there are no routers, one does not run, or one returns something else.
+        If there are no routers, or one does not run or returns anything else.
     DataError
         If there are no batches.
     """
@@ -65,17 +65,17 @@ def listen(
     progress: bool = True,
     slots: int = 1,
 ) -> None:
-    """Run the model over token ids and hand on what its routers say, without its language head.
+    """Run the model without its language head and pass on its routers' output.
 
     Parameters
     ----------
     model, routers, batches, progress
         As in :func:`collect_router_logits`.
     hear : callable
-        Takes a layer, and what its router says of a batch, on its device; the tokens at one
-        position of the batch are a step.
+        Takes a layer, and its router's output for a batch, on its device; the tokens at one
+        position of the batch form a step.
     slots : int
-        How many experts the routers have to rank at least.
+        Minimum number of experts that the routers have to rank.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def listen(
         raise ModelError("There are no routers to listen to; give a mixture-of-experts model.")
     known = {id(router.module): router for router in find_routers(model)}
     heard = [0] * len(routers)
-    steps: list[Tensor] = []  # of the batch that runs
+    steps: list[Tensor] = []  # of the current batch
     handles = []
     backbone = getattr(model, "base_model", model)
     device = next(model.parameters()).device
@@ -96,7 +96,7 @@ def listen(
     try:
         for layer, router in enumerate(routers):
             reader = RouterReader(known[id(router)], slots) if id(router) in known else None
-            # First: what the router says itself, also where the model is routed otherwise.
+            # Before other hooks: the router's own output, even if the model is patched.
             note = _listener(layer, heard, hear, reader, steps)
             handles.append(router.register_forward_hook(note, prepend=True))
         with torch.inference_mode():
@@ -112,7 +112,7 @@ def listen(
         raise DataError("There is no text to collect router logits on; pass at least one batch.")
     for layer, times in enumerate(heard):
         if not times:
-            raise ModelError(f"Router {layer} never ran; give the routers of this very model.")
+            raise ModelError(f"Router {layer} never ran; give the routers of this model.")
 
 
 def _listener(

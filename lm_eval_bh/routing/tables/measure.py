@@ -1,4 +1,4 @@
-"""Measures all tables that are asked for: those of forward statistics in one pass over the text."""
+"""Measures tables: those of forward statistics share one pass over the text."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def measure(
     Parameters
     ----------
     names : iterable of str
-        Of :data:`~lm_eval_bh.routing.tables.measurement.TABLES`.
+        Keys of :data:`~lm_eval_bh.routing.tables.measurement.TABLES`.
     model, routers, batches, progress, slots
         As in :func:`~lm_eval_bh.routing.tables.listening.listen`.
     hear : callable, optional
-        Takes part in the same pass.
+        A further listener of the shared pass.
 
     Raises
     ------
     ModelError, DataError
-        If the model or the text cannot serve.
+        If the model or the text is unsuitable.
     """
     made = [TABLES[name](model, routers) for name in names]
     for each in made:
@@ -68,6 +68,6 @@ def measure(
 
 
 def predictor_batches(batches: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the first batches, as many as the regression of norms looks at."""
+    """Return the first batches, as many as the regression of norms uses."""
     seen = itertools.accumulate(batch.numel() for batch in batches)
     return batches[: 1 + sum(tokens < norm_regression.TOKENS for tokens in seen)]

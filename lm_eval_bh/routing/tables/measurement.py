@@ -1,6 +1,6 @@
-"""A table that methods need: how it is measured, one small class a table.
+"""How tables that methods need are measured, one small class per table.
 
-A class with a ``name`` is what :meth:`~lm_eval_bh.routing.methods.base.Method.needs` may ask for.
+:meth:`~lm_eval_bh.routing.methods.base.Method.needs` names a table by its class's ``name``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ TABLES: dict[str, type[Measurement]] = {}
 class Measurement:
     """One table of a model, measured on text.
 
-    A table overrides :meth:`hear` or :meth:`hear_experts`, which serve in the one forward pass that
-    all share, or :meth:`run`, which makes passes of its own; and :meth:`result`.
+    A table overrides :meth:`hear` or :meth:`hear_experts`, which take part in one shared forward
+    pass, or :meth:`run`, which makes its own passes; and :meth:`result`.
 
     Parameters
     ----------
@@ -36,14 +36,14 @@ class Measurement:
     Attributes
     ----------
     name : str
-        What methods and files call it.
+        Name in methods and files.
     listens : "", "routers" or "experts"
-        What it listens to in the shared pass, if it takes part.
+        The outputs it needs from the shared pass, if any.
 
     Raises
     ------
     ModelError
-        If the experts beside a router are of a family that cannot be run one by one.
+        If the experts beside a router cannot be run one by one.
     """
 
     name: ClassVar[str]
@@ -57,15 +57,15 @@ class Measurement:
         self.model, self.routers = model, list(routers)
 
     def run(self, batches: Sequence[Tensor], progress: bool) -> None:
-        """Make passes of its own over int64 ``[batch, length]`` token ids without padding."""
+        """Make separate passes over int64 ``[batch, length]`` token ids without padding."""
 
     def hear(self, layer: int, said: RouterOutput) -> None:
-        """Note what a layer's router says of a batch."""
+        """Record the output of a layer's router for a batch."""
 
     def hear_experts(
         self, layer: int, module: Any, hidden_states: Tensor, indices: Tensor, weights: Tensor
     ) -> None:
-        """Note what a layer's experts are given: ``[tokens, hidden]`` and ``[tokens, slots]``."""
+        """Record the input of a layer's experts: ``[tokens, hidden]`` and ``[tokens, slots]``."""
 
     def result(self) -> Array:
         """Return the table, float64 ``[layers, ...]``."""
@@ -81,7 +81,7 @@ def experts_beside(model: nn.Module, router: nn.Module) -> Any:
                 return experts
     raise ModelError(
         f"The experts beside {type(router).__name__} cannot be run one by one, so their output "
-        "norms are not known: use statistic=logit."
+        "norms cannot be measured: use statistic=logit."
     )
 
 
@@ -89,7 +89,7 @@ def experts_beside(model: nn.Module, router: nn.Module) -> Any:
 def hearing_experts(
     model: nn.Module, routers: Sequence[nn.Module], ears: Sequence[Measurement]
 ) -> Iterator[None]:
-    """Hand on what the experts of every layer are given in the forward passes inside."""
+    """Pass on the input of every layer's experts during forward passes."""
     handles = []
     try:
         for layer, router in enumerate(routers if ears else ()):

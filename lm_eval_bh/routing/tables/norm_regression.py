@@ -12,8 +12,8 @@ from lm_eval_bh.errors import DataError
 from lm_eval_bh.routing.patching.experts import each_expert
 from lm_eval_bh.routing.tables.measurement import Array, Measurement, experts_beside
 
-PENALTY = 1e-3  # of the mean variance of a hidden state's entries
-TOKENS = 8192  # whose norms are measured, for all experts: far more than a hidden state's entries
+PENALTY = 1e-3  # relative to the mean variance of a hidden state's entries
+TOKENS = 8192  # tokens to measure all experts on: far more than hidden dimensions
 
 
 class NormRegression(Measurement):
@@ -24,7 +24,7 @@ class NormRegression(Measurement):
     def __init__(self, model: nn.Module, routers: Sequence[nn.Module]) -> None:
         super().__init__(model, routers)
         for router in routers:
-            experts_beside(model, router)  # refuses those that cannot be run one by one
+            experts_beside(model, router)  # refuses experts that cannot be run one by one
         self._gram: list[Any] = [None] * len(routers)
         self._cross: list[Any] = [None] * len(routers)
         self._seen = [0] * len(routers)
@@ -33,7 +33,7 @@ class NormRegression(Measurement):
     def hear_experts(
         self, layer: int, module: Any, hidden_states: Tensor, indices: Tensor, weights: Tensor
     ) -> None:
-        """Apply every expert to the tokens ``[tokens, hidden]``, and note the norms."""
+        """Apply every expert to the tokens ``[tokens, hidden]``, and add up the norms."""
         hidden_states = hidden_states[: TOKENS - self._seen[layer]]
         if not len(hidden_states):
             return
@@ -61,14 +61,14 @@ class NormRegression(Measurement):
         Raises
         ------
         DataError
-            If no token was seen.
+            If there were no tokens.
         """
         if not all(self._seen):
             raise DataError("There is no text to measure output norms on; pass at least one batch.")
         found = []
         for gram, cross, seen in zip(self._gram, self._cross, self._seen, strict=True):
             penalty = PENALTY * gram.diagonal()[:-1].mean() * torch.eye(len(gram), dtype=gram.dtype)
-            penalty[-1, -1] = 0  # the intercept is free
+            penalty[-1, -1] = 0  # the intercept is not penalised
             coefficients = torch.linalg.solve(gram + penalty, cross)
             found.append(torch.cat([coefficients, cross[-1:] / seen]))
         return torch.stack(found).numpy()

@@ -1,4 +1,4 @@
-"""Whether header, tables and factors of a null model belong together."""
+"""Checks that header, tables and factors of a null model agree."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check(
     factors: NDArray[Any] | None,
     measured: Mapping[str, NDArray[Any]],
 ) -> None:
-    """Raise a :class:`NullModelError` if a table is no CDF, or header and tables disagree."""
+    """Raise a :class:`NullModelError` if a table is not a CDF, or header and tables disagree."""
     _check_factors(header, factors)
     for name in sorted({*measured, *header.tables}):
         found = measured.get(name)
@@ -37,17 +37,17 @@ def check(
     if len(tables) != header.num_layers or not tables:
         raise NullModelError(
             f"A null model of {header.num_layers} layers cannot have {len(tables)} "
-            "tables; give one a layer."
+            "tables; give one per layer."
         )
     for layer, (x, cdf) in enumerate(tables):
         fault = table_checks.fault(x, cdf)
         if fault is None and header.points not in (None, x.shape[-1]):
-            fault = f"it has {x.shape[-1]} points where the header says {header.points}"
+            fault = f"it has {x.shape[-1]} points, but the header says {header.points}"
         if fault is None and (x.ndim == 2) != (header.null_scope == "expert"):
             fault = f"its shape {x.shape} is not one of null_scope={header.null_scope}"
         if fault:
             raise NullModelError(
-                f"The null model's table of layer {layer} is no CDF: {fault}; calibrate again."
+                f"The null model's table of layer {layer} is not a CDF: {fault}; calibrate again."
             )
 
 

@@ -15,7 +15,7 @@ from lm_eval_bh.routing.sealed_file import broken_seal, write_sealed
 from lm_eval_bh.routing.tables.null_header import COPY_AGAIN, NullHeader
 
 METADATA_KEY = "lm_eval_bh_null"
-AFFINE = "affine"  # what a policy's file holds beside its null model
+AFFINE = "affine"  # a policy's table beside its null model
 
 Tables = tuple[tuple[NDArray[Any], NDArray[Any]], ...]
 Measured = Mapping[str, NDArray[Any]]
@@ -30,7 +30,7 @@ def write(
 ) -> None:
     """Write ``layer.<i>.x`` and ``layer.<i>.cdf``, factors and tables if any, and the header.
 
-    ``path`` never holds half of it.
+    The file is written completely or not at all.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def read_tensors(
     Raises
     ------
     NullModelError
-        With half a sentence, if header and arrays disagree.
+        If header and arrays disagree; its message is half a sentence.
     """
     parsed = NullHeader.from_json(header)
     name = STATISTICS[parsed.statistic].table
@@ -86,13 +86,13 @@ def read_tensors(
 
 
 def affine_of(file: Any) -> NDArray[Any] | None:
-    """Return what a policy's open file holds beside its null model."""
+    """Return the affine table of a policy's open file, if it has one."""
     found: NDArray[Any] | None = file.get_tensor(AFFINE) if AFFINE in file.keys() else None  # noqa: SIM118
     return found
 
 
 def read(path: Path) -> tuple[Tables, NullHeader, NDArray[Any] | None, Measured]:
-    """Read what :func:`write` wrote; whether the tables are CDFs is for the caller to check.
+    """Read a written file; the caller checks that the tables are CDFs.
 
     Raises
     ------
@@ -101,16 +101,16 @@ def read(path: Path) -> tuple[Tables, NullHeader, NDArray[Any] | None, Measured]
     """
     if path.is_dir():
         raise NullModelError(
-            f"{path} is a folder and not a null model; import pickles with NullModel.from_pickles."
+            f"{path} is a folder, not a null model; import pickles with NullModel.from_pickles."
         )
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise NullModelError(f"{path} is no file and so no null model; give one.")
+    if path.exists() and not path.is_file():  # a pipe would block
+        raise NullModelError(f"{path} is not a file; give a null model file.")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if METADATA_KEY not in metadata:
                 raise NullModelError(
-                    f"its metadata have no {METADATA_KEY!r}, so it is no null model; give one"
+                    f"its metadata have no {METADATA_KEY!r}, so it is not a null model; give one"
                 )
             if fault := broken_seal(path, metadata, METADATA_KEY):
                 raise NullModelError(f"{fault}; {COPY_AGAIN}")

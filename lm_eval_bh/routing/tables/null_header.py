@@ -1,4 +1,4 @@
-"""What a null model says about itself, and how that is written into and read from its file."""
+"""The header of a null model, and how it is written and read."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lm_eval_bh.routing.tables.null_kind import NullKind
 
 FORMAT_VERSION = 1
 COPY_AGAIN = "copy it again or calibrate one"
-# Files and results of the first release call the scope so; they stay as they are.
+# Names of the scope in files and results of the first release, which stay.
 _SCOPE_IN_FILES = {"layer": "pooled", "expert": "expert", "model": "model"}
 
 
 @dataclasses.dataclass(frozen=True)
 class NullHeader:
-    """Where a null model comes from. What is not known is None.
+    """The origin of a null model. Unknown fields are None.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class NullHeader:
     model, revision : str or None
         The model whose routers it was fitted on: hub name or path, and commit.
     num_experts : int or None
-        Router logits a token has in each layer.
+        Router logits per token and layer.
     fingerprint : str or None
         :func:`lm_eval_bh.routing.tables.null_model.router_fingerprint` of those routers.
     text : str or None
@@ -43,27 +43,27 @@ class NullHeader:
     kernel : str or None
         Kernel of the density estimate.
     bandwidth : list of float or None
-        Bandwidth of every layer, in units of the statistic; the mean of its experts' where each
-        has a distribution of its own.
+        Bandwidth of every layer, in units of the statistic; the mean over experts if each has its
+        own distribution.
     trim : int or None
-        How many of each token's largest, and as many of its smallest, logits were left out.
+        How many of each token's largest, and of its smallest, logits were left out.
     points : int or None
-        Grid points of a distribution, where all have as many.
+        Grid points per distribution, if all have the same number.
     statistic : str
-        What is distributed so, see :data:`lm_eval_bh.routing.methods.scores.STATISTICS`.
+        The statistic, see :data:`lm_eval_bh.routing.methods.scores.STATISTICS`.
     null_scope : "layer", "expert" or "model"
-        What one distribution is fitted to. In files the key is ``null``, and "layer" is "pooled".
+        Scope of one distribution. In files the key is ``null``, and "layer" is "pooled".
     null_from : "all" or "unselected"
-        Whether it is made of all experts, or of those that the router itself does not select.
+        Whether all experts were used, or only those that the router does not select.
     of : "auto", "own" or "score"
         Which weight the statistic starts from.
     tables : list of str
         Names of further tables.
     health : list of dict or None
-        How well every layer fits text that it was not fitted on, see
+        Fit of every layer on held-out text, see
         :class:`lm_eval_bh.routing.tables.null_health.LayerHealth`.
     versions : dict of str to str
-        Versions of the libraries it was fitted with.
+        Versions of the libraries used.
     """
 
     num_layers: int
@@ -90,12 +90,12 @@ class NullHeader:
         if self.bandwidth is not None and len(self.bandwidth) != self.num_layers:
             raise NullModelError(
                 f"its header has {len(self.bandwidth)} bandwidths for {self.num_layers} layers; "
-                "give one a layer"
+                "give one per layer"
             )
 
     @property
     def kind(self) -> NullKind:
-        """What it is the distribution of."""
+        """The kind of null model."""
         return NullKind(
             self.statistic,
             self.null_scope,
@@ -106,7 +106,7 @@ class NullHeader:
         )
 
     def to_json(self) -> str:
-        """Return the header as one line of JSON."""
+        """Return the header as a line of JSON."""
         return json.dumps(self.as_dict(), sort_keys=True, allow_nan=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -114,18 +114,18 @@ class NullHeader:
         content = dataclasses.asdict(self)
         content["null"] = _SCOPE_IN_FILES[content.pop("null_scope")]
         for name, usual in (("null_from", "all"), ("of", "auto"), ("tables", [])):
-            if content[name] == usual:  # as the first release wrote it, and can read
+            if content[name] == usual:  # omitted, as in the first release, which can read it
                 del content[name]
         return content
 
     @classmethod
     def from_json(cls, text: str) -> NullHeader:
-        """Read what :meth:`to_json` wrote.
+        """Read a header from :meth:`to_json`.
 
         Raises
         ------
         NullModelError
-            With half a sentence, for the caller to begin, if it is anything else.
+            If it is anything else; the message is half a sentence for the caller to begin.
         """
         try:
             fields = json.loads(text)

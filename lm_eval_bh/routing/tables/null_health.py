@@ -1,4 +1,4 @@
-"""How well a null model fits text that it was not fitted on."""
+"""How well a null model fits held-out text."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ _UNFIT = (
 
 @dataclass(frozen=True)
 class LayerHealth:
-    """How well a null model fits one layer's logits on text it was not fitted on.
+    """How well a null model fits one layer's logits on held-out text.
 
     Attributes
     ----------
     layer : int
         Index of the MoE layer.
     ks_distance : float
-        Kolmogorov-Smirnov distance of the p-values from the uniform distribution, 0 to 1; where
-        every expert has a distribution of its own, the mean of the experts' distances. No p-value
-        goes with it: the pooled logits of one token, and of tokens in one text, are not
-        independent, so the test's own would be far too small.
+        Kolmogorov-Smirnov distance of the p-values from the uniform distribution, 0 to 1; if every
+        expert has its own distribution, the mean over experts. It has no p-value: the pooled logits
+        of one token, and of tokens in one text, are not independent, so the test's own would be far
+        too small.
     floor_share : float
         Share of p-values that are exactly 1: logits below the whole null distribution.
     ceiling_share : float
-        Share of p-values that are exactly 0: logits above it, which every level rejects.
+        Share of p-values that are exactly 0: logits above the null, which every level rejects.
     tokens : int
         Tokens examined.
     quantiles : tuple of float
-        The p-values' 0, 1, ..., 100 % quantiles; of a perfect null 0, 0.01, ..., 1.
+        The p-values' 0, 1, ..., 100 % quantiles; for a perfect null 0, 0.01, ..., 1.
     """
 
     layer: int
@@ -50,7 +50,7 @@ class LayerHealth:
 
 
 def with_health(null: NullModel, report: Sequence[LayerHealth]) -> NullModel:
-    """Return the null model with its health, less the quantiles, in its header."""
+    """Return the null model with its health, without quantiles, in its header."""
     kept = [dataclasses.asdict(layer) for layer in report]
     for layer in kept:
         del layer["quantiles"]
@@ -60,7 +60,7 @@ def with_health(null: NullModel, report: Sequence[LayerHealth]) -> NullModel:
 def health(null: NullModel, logits_by_layer: Mapping[int, Tensor]) -> list[LayerHealth]:
     """Compare held-out router logits with their null model.
 
-    With ``trim`` the null leaves out the experts that were called for, so a distance is intended.
+    With ``trim`` the null leaves out the relevant experts, so a distance is expected.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def health(null: NullModel, logits_by_layer: Mapping[int, Tensor]) -> list[Layer
 
 
 def layer_health(layer: int, p_values: Tensor, null_scope: str) -> LayerHealth:
-    """Compare p-values ``[tokens, experts]`` with the uniform distribution; -inf is left out.
+    """Compare p-values ``[tokens, experts]`` with the uniform distribution; -inf is excluded.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What a null model is of: which statistic, how finely fitted, and from which experts."""
+"""The kind of a null model: its statistic, its scope, and the experts used."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from lm_eval_bh.routing.methods.step_up import ORIGINS, SCOPES
 
 @dataclass(frozen=True)
 class NullKind:
-    """What is asked of a null model; what may be anything is None.
+    """Requirements on a null model; None accepts anything.
 
     Attributes
     ----------
     statistic : str
         One of :data:`~lm_eval_bh.routing.scores.statistic.STATISTICS`.
     null_scope : "layer", "expert", "model" or None
-        What one distribution is fitted to.
+        Scope of one distribution.
     trim : int or None
         How many of each token's largest and smallest scores are left out.
     null_from : "all", "unselected" or None
-        Whether it is made of all experts, or of those that the router itself does not select.
+        Whether all experts are used, or only those that the router does not select.
     of : "auto", "own" or "score"
         Which weight the statistic starts from.
     tables : tuple of str
-        What else is measured, by names of :data:`~lm_eval_bh.routing.tables.measurement.TABLES`.
+        Further measured tables, keys of :data:`~lm_eval_bh.routing.tables.measurement.TABLES`.
 
     Raises
     ------
@@ -59,7 +59,7 @@ class NullKind:
                 )
 
     def made(self) -> NullKind:
-        """Return what is made where anything may be: what is None takes its default."""
+        """Return the kind to calibrate: None takes the default."""
         return NullKind(
             self.statistic,
             self.null_scope or "layer",
@@ -71,12 +71,12 @@ class NullKind:
 
     @property
     def scored(self) -> dict[str, str]:
-        """The parameters of a method that scores experts so."""
+        """The parameters of a method with these scores."""
         return {"statistic": self.statistic, "of": self.of}
 
     @property
     def suffix(self) -> str:
-        """What the names of files add for it; empty for the plain logits of a layer."""
+        """Suffix of file names; empty for the plain logits of a layer."""
         kind = self.made()
         if kind == LOGITS_OF_A_LAYER:
             return ""

@@ -1,4 +1,4 @@
-"""Whether a null model serves: some routers, and what is asked of it."""
+"""Checks that a null model fits some routers and requirements."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from lm_eval_bh.routing.tables.null_kind import NullKind
 
 
 def mismatch(own: NullHeader, wanted: NullKind) -> str | None:
-    """Say in half a sentence why a null model of a header cannot serve, or None if it can."""
+    """Return in half a sentence why a null model is unsuitable, or None if it is suitable."""
     if own.statistic != wanted.statistic:
-        return f"is of statistic={own.statistic}, not statistic={wanted.statistic}"
+        return f"has statistic={own.statistic}, not statistic={wanted.statistic}"
     if own.of != wanted.of:
-        return f"is of of={own.of}, not of={wanted.of}"
+        return f"has of={own.of}, not of={wanted.of}"
     if wanted.null_scope not in (None, own.null_scope):
-        return f"is of null_scope={own.null_scope}, not null_scope={wanted.null_scope}"
+        return f"has null_scope={own.null_scope}, not null_scope={wanted.null_scope}"
     if wanted.trim not in (None, own.trim or 0):
         return f"was fitted with trim={own.trim or 0}, not trim={wanted.trim}"
     if wanted.null_from not in (None, own.null_from):
-        return f"is of null_from={own.null_from}, not null_from={wanted.null_from}"
+        return f"has null_from={own.null_from}, not null_from={wanted.null_from}"
     if missing := [name for name in wanted.tables if name not in own.tables]:
         return f"has no {', '.join(missing)}"
     return None
@@ -32,10 +32,10 @@ def check_routers(
     model_name: str,
     hint: str = "",
 ) -> None:
-    """Raise a :class:`NullModelError` that names both models if the routers are others.
+    """Raise a :class:`NullModelError` that names both models if the routers differ.
 
-    What is None on either side (imported tables know little) is not compared. The hint ends the
-    sentence.
+    Fields that are None on either side (imported tables know little) are not compared. The hint
+    ends the message.
     """
     differences = [
         f"{what} {mine} there and {theirs} here"

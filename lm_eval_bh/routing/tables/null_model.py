@@ -1,4 +1,4 @@
-"""The null model: per layer, the distribution of router logits that p-values are taken from."""
+"""The null model: per layer, the distribution of router logits for computing p-values."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class NullModel:
-    """The null distribution of every layer's router logits, or of a statistic made of them.
+    """The null distribution of every layer's router logits, or of a statistic of them.
 
     Attributes
     ----------
@@ -44,11 +44,11 @@ class NullModel:
         [points], non-decreasing, in [0, 1], linear between grid points. With
         ``header.null_scope == "expert"`` both are [experts, points].
     header : NullHeader
-        Where it comes from, and what statistic it is the distribution of.
+        Origin and statistic of the null model.
     factors : ndarray or None
-        What multiplies each expert's weight, float64 [layers, experts]: for the statistic
-        "contribution" the mean Euclidean norm of its outputs, for "benefit" the root mean square of
-        the loss gradient . output. For "predicted", [layers, hidden + 2, experts], see
+        Factors of the experts' weights, float64 [layers, experts]: for the statistic "contribution"
+        the mean Euclidean norm of an expert's outputs, for "benefit" the root mean square of the
+        loss gradient . output. For "predicted", [layers, hidden + 2, experts], see
         :meth:`~lm_eval_bh.routing.tables.norm_regression.NormRegression.result`.
     measured : mapping of str to ndarray
         Further tables that methods need, by name, float64 [layers, ...].
@@ -56,7 +56,7 @@ class NullModel:
     Raises
     ------
     NullModelError
-        If a table is no CDF, or header and tables disagree.
+        If a table is not a CDF, or header and tables disagree.
     """
 
     tables: tuple[tuple[Array, Array], ...]
@@ -94,7 +94,7 @@ class NullModel:
         top_k: int | None = None,
         header: Mapping[str, Any] | None = None,
     ) -> NullModel:
-        """Fit one kernel density estimate a layer, pooled over its experts; or as the scope says.
+        """Fit one kernel density estimate per layer, pooled over experts, or as the scope says.
 
         Parameters
         ----------
@@ -104,22 +104,22 @@ class NullModel:
             As in :func:`lm_eval_bh.routing.tables.kde.fit_cdf`.
         trim : int
             Leave out the ``trim`` largest and ``trim`` smallest scores of every token, so that the
-            null is made of the experts that were not called for. The tails are then lighter than
-            those of true nulls, so that alpha is no level any more.
+            null excludes the relevant experts. The tails are then lighter than those of true nulls,
+            so alpha is no longer a level.
         points : int, optional
-            Grid points; default 8,192 where experts share a distribution, else 512 each.
+            Grid points; default 8,192 if experts share a distribution, else 512 each.
         null_scope : "layer", "expert" or "model"
-            What one distribution is fitted to; ``null=`` is an alias, "pooled" one of "layer". That
-            of the model serves every layer, so that all share one scale.
+            Scope of one distribution; ``null=`` is an alias, "pooled" one of "layer". With "model",
+            one distribution serves every layer, so that all share one scale.
         statistic : str, optional
-            What is tested, one of :data:`~lm_eval_bh.routing.methods.scores.STATISTICS`; default
-            the logit, or the contribution where norms are given. "predicted" needs the hidden
-            states: use :func:`~lm_eval_bh.routing.tables.calibration.calibrate`.
+            The statistic, one of :data:`~lm_eval_bh.routing.methods.scores.STATISTICS`; default the
+            logit, or the contribution if norms are given. "predicted" needs the hidden states: use
+            :func:`~lm_eval_bh.routing.tables.calibration.calibrate`.
         factors : ndarray, optional
-            What multiplies the weights, [layers, experts]. ``norms=`` are those of contributions.
+            Factors of the weights, [layers, experts]. ``norms=`` are those of contributions.
         top_k : int, optional
             Leave out the ``top_k`` experts of every token with the largest logits, which the router
-            itself selects: the null is made of the unselected.
+            selects: the null uses the unselected ones.
         header : mapping, optional
             Further fields of :class:`NullHeader`: model, revision, fingerprint, text, versions.
 
@@ -146,7 +146,7 @@ class NullModel:
         measured: Mapping[str, Array] | None = None,
         **options: Any,
     ) -> NullModel:
-        """Fit to scores that were computed already, see :func:`fit_null.fitted`."""
+        """Fit to computed scores, see :func:`fit_null.fitted`."""
         return cls(*fit_null.fitted(found, kind, factors, **options), measured or {})
 
     @classmethod
@@ -156,14 +156,14 @@ class NullModel:
         Parameters
         ----------
         folder : path
-            One pickle a layer, ``{'x': float[n], 'cdf': float[n]}``; nothing in it is executed.
+            One pickle per layer, ``{'x': float[n], 'cdf': float[n]}``; nothing in it is executed.
         **header
-            What is known of it: fields of :class:`NullHeader`, for example ``model=``.
+            Known fields of :class:`NullHeader`, for example ``model=``.
 
         Raises
         ------
         NullModelError
-            If the folder or a table is missing, damaged, or asks for anything but numpy arrays.
+            If the folder or a table is missing, damaged, or holds anything but numpy arrays.
         """
         own = ("format_version", "num_layers", "points", "null_scope")
         check_fields(header, settable=[f.name for f in fields(NullHeader) if f.name not in own])
@@ -174,18 +174,18 @@ class NullModel:
         return found._checked(folder)
 
     def save(self, path: Path | str) -> None:
-        """Write the null model as one safetensors file; ``path`` never holds half of it.
+        """Write the null model as one safetensors file, completely or not at all.
 
         Raises
         ------
         NullModelError
-            If it cannot be written.
+            If the file cannot be written.
         """
         null_file.write(as_path(path), self.tables, self.header, self.factors, self.measured)
 
     @classmethod
     def load(cls, path: Path | str) -> NullModel:
-        """Read what :meth:`save` wrote; nothing in the file is executed.
+        """Read a saved null model; nothing in the file is executed.
 
         Raises
         ------
@@ -200,15 +200,15 @@ class NullModel:
         return found._checked(path)
 
     def _checked(self, path: Path | str) -> NullModel:
-        """Return the null model if it can serve, after a warning if that is unlikely."""
+        """Return the null model if it is usable, with a warning if it is doubtful."""
         if reason := table_checks.flat(self.tables):
-            raise NullModelError(f"The null model {path} cannot serve: {reason}; calibrate one.")
+            raise NullModelError(f"The null model {path} cannot be used: {reason}; calibrate one.")
         if doubt := table_checks.doubt(self.tables, self.header.tokens):
             logger.warning("The null model %s %s: calibrate one on more text.", path, doubt)
         return self
 
     def digest(self) -> str:
-        """Return a SHA-256 of the tables, in hex: what decisions depend on."""
+        """Return a SHA-256, in hex, of the tables on which decisions depend."""
         digest = hashlib.sha256()
         for x, cdf in self.tables:
             digest.update(x.tobytes())
@@ -237,9 +237,9 @@ class NullModel:
         return self.tables[checked_integer("layer", layer, must, 0, last)]
 
     def layer(self, layer: int) -> LayerTables:
-        """Return what a method is fitted to in one layer.
+        """Return the tables of one layer, to which a method is fitted.
 
-        A :class:`ParameterError` says if there is no such layer.
+        Raises :class:`ParameterError` if there is no such layer.
         """
         x, cdf = self.cdf(layer)
         factors = None if self.factors is None else self.factors[layer]
@@ -251,7 +251,7 @@ class NullModel:
         router_logits: torch.Tensor,
         hidden_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return what is tested, as this null model has it.
+        """Return the null model's statistic of router logits.
 
         The logits [..., experts] themselves; or log(softmax weight * factor) of the same shape, in
         float32, or float64 where these are. The statistic "predicted" needs the hidden states.
@@ -273,15 +273,15 @@ class NullModel:
         layer : int
             Index of the MoE layer.
         router_logits : Tensor [any shape], any float dtype
-            NaN gives NaN. Any other statistic than the logit, and a distribution for each expert,
-            need [..., experts].
+            NaN gives NaN. Statistics other than the logit, and one distribution per expert, need
+            [..., experts].
         hidden_states : Tensor [..., hidden], optional
             See :meth:`scores`.
 
         Returns
         -------
         Tensor, float64, same shape and device
-            In bfloat16 a p-value could not go below 0.0078, where small levels are decided.
+            float64, since bfloat16 could not resolve p-values at small levels.
         """
         router_logits = numbers_of(router_logits, "router_logits")
         return self.p_values_of(layer, self.scores(layer, router_logits, hidden_states))
@@ -293,8 +293,8 @@ class NullModel:
     def thresholds(self, layer: int, critical_values: NDArray[np.float64]) -> Array:
         """Return the smallest logits whose p-values do not exceed the critical values.
 
-        For every finite z, ``z >= threshold`` and ``p_values(z) <= critical_value`` are the same
-        decision, exactly: see :func:`~lm_eval_bh.routing.tables.thresholds.thresholds`.
+        For every finite z, ``z >= threshold`` and ``p_values(z) <= critical_value`` are exactly the
+        same decision: see :func:`~lm_eval_bh.routing.tables.thresholds.thresholds`.
         """
         found: Array = self.layer(layer).thresholds(np.asarray(critical_values, dtype=np.float64))
         return found

@@ -1,9 +1,9 @@
-"""Reads the earlier prototype's pickled CDF tables without running anything that a pickle asks for.
+"""Reads the earlier prototype's pickled CDF tables without executing anything in a pickle.
 
 A pickle is a program: it names Python objects and calls them. Here the few names that rebuild a
-numpy array stand for inert records of our own, every other name is refused, and numpy is called by
-us, afterwards, on plain bytes. Not even numpy's own functions are within the pickle's reach: object
-dtypes and forged dtype states make them read memory that is not theirs.
+numpy array map to inert records, every other name is refused, and numpy is called afterwards, on
+plain bytes. Not even numpy's own functions are within the pickle's reach: object dtypes and forged
+dtype states make them read memory out of bounds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FILE_NAME = "distribution_model_layer_{}.pkl"
 
 
 class _DType:
-    """Stands for ``numpy.dtype``: keeps the type code, for example "f8", and the byte order."""
+    """Replaces ``numpy.dtype``: keeps the type code, for example "f8", and the byte order."""
 
     def __init__(self, code: object, *_: object) -> None:
         self.code, self.order = code, "="
@@ -35,12 +35,12 @@ class _DType:
     def resolve(self) -> np.dtype[Any]:
         text = f"{self.order if self.order in ('<', '>') else '='}{self.code}"
         if not re.fullmatch(r"[<>=]f[248]", text):
-            raise ValueError(f"an array of type {str(self.code)[:40]!r} where floats belong")
+            raise ValueError(f"an array of type {str(self.code)[:40]!r} where floats are expected")
         return np.dtype(text)
 
 
 class _Array:
-    """Stands for ``numpy.ndarray``, and for the function that makes an empty one to be filled."""
+    """Replaces ``numpy.ndarray``, and the function that makes an empty one to fill."""
 
     def __init__(self, *_: object) -> None:
         self.shape: Any = None
@@ -56,13 +56,13 @@ class _Array:
         values = np.frombuffer(self.data, self.dtype.resolve()).astype(np.float64)
         if self.shape != (values.size,):
             raise ValueError(
-                f"an array of shape {str(self.shape)[:40]} where one dimension belongs"
+                f"an array of shape {str(self.shape)[:40]} where one dimension is expected"
             )
         return values
 
 
 class _Buffer(_Array):
-    """Stands for the function that makes an array in protocol 5, Python 3.14's default."""
+    """Replaces the function that makes an array in protocol 5, Python 3.14's default."""
 
     def __init__(self, data: object, dtype: object, shape: object, _order: object = "C") -> None:
         self.data, self.dtype, self.shape = data, dtype, shape
@@ -72,18 +72,18 @@ _STAND_INS: dict[tuple[str, str], type] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _DType,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", "scalar"): _Array for core in ("core", "_core")},  # read past
+    **{(f"numpy.{core}.multiarray", "scalar"): _Array for core in ("core", "_core")},  # ignored
     **{(f"numpy.{core}.numeric", "_frombuffer"): _Buffer for core in ("core", "_core")},
 }
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """An unpickler that knows :data:`_STAND_INS` and nothing else."""
+    """An unpickler that only knows :data:`_STAND_INS`."""
 
     def find_class(self, module: str, name: str, /) -> type:
         if (module, name) not in _STAND_INS:
             raise NullModelError(
-                f"it asks for {module}.{name}, and only numpy arrays are allowed in a table"
+                f"it uses {module}.{name}, but only numpy arrays are allowed in a table"
             )
         return _STAND_INS[module, name]
 
@@ -94,17 +94,17 @@ def read_table(path: Path | str) -> tuple[NDArray[np.float64], NDArray[np.float6
     Returns
     -------
     x, cdf : ndarray, float64 [n]
-        As they lie in the file; whether they make a CDF is for the caller to check.
+        As stored; the caller checks that they form a CDF.
 
     Raises
     ------
     NullModelError
-        If the file is missing, damaged, no such table, or names anything but numpy arrays.
+        If the file is missing, damaged, not such a table, or names anything but numpy arrays.
     """
     path = Path(path)
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ValueError("it is no file")
+        if path.exists() and not path.is_file():  # a pipe would block
+            raise ValueError("it is not a file")
         with path.open("rb") as file:
             table = _ArrayUnpickler(file).load()
         if not isinstance(table, dict) or not all(
@@ -116,7 +116,7 @@ def read_table(path: Path | str) -> tuple[NDArray[np.float64], NDArray[np.float6
         raise NullModelError(
             f"The table {path} is missing; copy all layers' tables into one folder."
         ) from error
-    except Exception as error:  # damaged pickles raise whatever the opcode at fault raises
+    except Exception as error:  # damaged pickles can raise anything
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise NullModelError(
             f"The table {path} could not be read: {reason}; copy it again from a source you trust."
@@ -130,7 +130,7 @@ def read_folder(folder: Path | str) -> list[tuple[NDArray[np.float64], NDArray[n
     ------
     NullModelError
         If the folder is missing or holds no tables, a layer is missing in between, or a table
-        cannot be read or is no CDF.
+        cannot be read or is not a CDF.
     """
     folder = as_path(folder)
     if not folder.is_dir():
@@ -153,7 +153,7 @@ def read_folder(folder: Path | str) -> list[tuple[NDArray[np.float64], NDArray[n
     for layer, (x, cdf) in enumerate(tables):
         if reason := fault(x, cdf):
             raise NullModelError(
-                f"The table {folder / FILE_NAME.format(layer)} is no CDF: {reason}; copy it again "
-                "from a source you trust."
+                f"The table {folder / FILE_NAME.format(layer)} is not a CDF: {reason}; copy it "
+                "again from a source you trust."
             )
     return tables

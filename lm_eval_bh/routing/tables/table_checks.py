@@ -1,4 +1,4 @@
-"""Whether a table is a CDF that p-values can be taken from, and what it would select if not."""
+"""Checks that a table is a CDF fit for p-values, and what it would select if not."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 RISE = 0.5  # a fitted CDF rises from 0 to 1, up to its kernel's tails
-NARROW = 1e-9  # of the largest number of the grid: rounding of a logit is more
+NARROW = 1e-9  # relative to the grid's largest number: less than a logit's rounding
 FEW_TOKENS = 8
 
 
 def fault(x: NDArray[Any], cdf: NDArray[Any]) -> str | None:
-    """Say in half a sentence why (x, cdf) is not a CDF on a grid, or return None if it is."""
+    """Return in half a sentence why (x, cdf) is not a CDF on a grid, or None if it is."""
     if x.ndim not in (1, 2) or x.shape != cdf.shape or x.shape[-1] < 2 or not x.size:
         return f"x and cdf have shapes {x.shape} and {cdf.shape}, not both [2 or more points]"
     if x.dtype != np.float64 or cdf.dtype != np.float64:
@@ -31,7 +31,7 @@ def fault(x: NDArray[Any], cdf: NDArray[Any]) -> str | None:
 
 
 def flat(tables: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> str | None:
-    """Say in half a sentence which layer has a CDF that never rises, or return None."""
+    """Return in half a sentence which layer has a CDF that never rises, or None."""
     for layer, (_, cdf) in enumerate(tables):
         never = np.atleast_1d(cdf[..., -1] == cdf[..., 0])
         if never.any():
@@ -45,17 +45,17 @@ def flat(tables: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> str | None:
 
 
 def doubt(tables: Sequence[tuple[NDArray[Any], NDArray[Any]]], tokens: int | None) -> str | None:
-    """Say in half a sentence why whole tables are unlikely to serve, or return None.
+    """Return in half a sentence why valid tables are doubtful, or None.
 
     Parameters
     ----------
     tables : sequence of (x, cdf)
-        Without :func:`fault`.
+        Tables without a :func:`fault`.
     tokens : int or None
-        How many they were fitted to, if that is known.
+        Number of tokens of the fit, if known.
     """
     if tokens is not None and tokens < FEW_TOKENS:
-        return f"was fitted to {tokens} {'token' if tokens == 1 else 'tokens'}, which tell little"
+        return f"was fitted to {tokens} {'token' if tokens == 1 else 'tokens'}, which is too few"
     for layer, (x, cdf) in enumerate(tables):
         low, high = (np.atleast_1d(cdf[..., end]) for end in (0, -1))
         if (high - low < RISE).any():
@@ -63,13 +63,13 @@ def doubt(tables: Sequence[tuple[NDArray[Any], NDArray[Any]]], tokens: int | Non
             largest, smallest = 1 - float(low[worst]), 1 - float(high[worst])
             effect = "nearly all experts" if largest < RISE else "hardly any expert"
             return (
-                f"has in layer {layer} p-values from {smallest:.3g} to {largest:.3g} alone, so "
-                f"that tests would select {effect}"
+                f"has in layer {layer} only p-values from {smallest:.3g} to {largest:.3g}, so "
+                f"tests would select {effect}"
             )
         width = np.atleast_1d(x[..., -1] - x[..., 0])
         if (width <= NARROW * np.abs(x).max()).any():
             return (
                 f"has a distribution in layer {layer} that is {float(width.min()):.3g} wide, so "
-                "that tests would select all experts above one point"
+                "tests would select all experts above one point"
             )
     return None

@@ -14,19 +14,19 @@ WIKITEXT = "EleutherAI/wikitext_document_level wikitext-2-raw-v1 train"
 
 
 def wikitext_train_texts() -> list[str]:
-    """Return the articles of WikiText-2's raw training split, which null models are fitted on."""
+    """Return the articles of WikiText-2's raw training split, to fit null models on."""
     return wikitext_texts("train")
 
 
 def wikitext_texts(split: str, instead: str = "pass a text file or a null model") -> list[str]:
-    """Return the articles of a split of raw WikiText-2, detokenised as lm-eval does it.
+    """Return the articles of a split of raw WikiText-2, detokenised as in lm-eval.
 
     Parameters
     ----------
     split : str
-        Of the data set.
+        The split of the data set.
     instead : str
-        What the error says to do without it.
+        The error's advice if it cannot be loaded.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def wikitext_texts(split: str, instead: str = "pass a text file or a null model"
     name, config, _ = WIKITEXT.split()
     try:
         pages = datasets.load_dataset(name, config, split=split)["page"]
-    except Exception as error:  # hub, network and cache each raise their own; the answer is one
+    except Exception as error:  # hub, network and cache raise different errors
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise DataError(f"WikiText-2 ({name}) cannot be loaded ({reason}); {instead}.") from error
     from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
@@ -51,17 +51,17 @@ def text_batches(
 ) -> list[Tensor]:
     """Cut concatenated documents into batches of token ids, without padding.
 
-    Every document is prefixed by the tokenizer's beginning-of-sequence token, or else its
-    end-of-sequence token, or else by none.
+    Every document starts with the tokenizer's beginning-of-sequence token, or else its
+    end-of-sequence token, if it has either.
 
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
         The model's tokenizer.
     texts : iterable of str
-        Documents; no more of them are read than needed.
+        Documents; only as many as needed are read.
     tokens, length, batch : int
-        Stop at so many tokens; window length; windows a batch.
+        Maximum number of tokens; window length; windows per batch.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""The exact thresholds that stand for comparing p-values with critical values."""
+"""Exact thresholds equivalent to comparing p-values with critical values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lm_eval_bh.routing.methods.survival import survival
 
 Array = NDArray[np.float64]
 
-NEAR = 2**16  # float64 numbers; what rounding moves a quantile by, where F is not all but flat
+NEAR = 2**16  # float64 numbers by which rounding moves a quantile, unless F is nearly flat
 
 
 def thresholds(x: Array, cdf: Array, critical_values: Array) -> Array:
@@ -19,8 +19,8 @@ def thresholds(x: Array, cdf: Array, critical_values: Array) -> Array:
 
     For every finite float64 z, ``z >= threshold`` and ``survival(z) <= c`` are the same decision:
     the segment is found among the survival values at the knots, and the number in it by bisection
-    over the float64 numbers themselves, with :func:`survival` as the judge. It begins around the
-    quantile, so that most are found in 17 steps instead of 64.
+    over the float64 numbers, evaluating :func:`survival`. The bisection starts around the quantile,
+    so that most thresholds are found in 17 steps instead of 64.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def thresholds(x: Array, cdf: Array, critical_values: Array) -> Array:
     Returns
     -------
     ndarray, float64 [n]
-        -inf where every z qualifies, +inf where none does.
+        -inf if every z qualifies, +inf if none does.
 
     Raises
     ------
@@ -41,7 +41,7 @@ def thresholds(x: Array, cdf: Array, critical_values: Array) -> Array:
     """
     if critical_values.ndim != 1 or np.isnan(critical_values).any():
         raise ParameterError(
-            f"critical_values={critical_values} are unfit; give one dimension and no NaN."
+            f"critical_values={critical_values} are invalid; give one dimension and no NaN."
         )
     levels, every = np.unique(critical_values, return_inverse=True)
     grid, values = torch.tensor(x), torch.tensor(cdf)
@@ -55,10 +55,10 @@ def thresholds(x: Array, cdf: Array, critical_values: Array) -> Array:
 
 
 def _bisect(x: Array, cdf: Array, at_knots: Array, levels: Array) -> Array:
-    """Return the thresholds of levels, each after the first and not after the second of two knots.
+    """Return the thresholds of levels, each in (first knot, second knot].
 
-    ``x``, ``cdf`` and ``at_knots``, what :func:`survival` says of x, are float64 [n, 2]. Between
-    two knots the value depends on these two alone.
+    ``x``, ``cdf`` and ``at_knots``, the survival values at x, are float64 [n, 2]. Between two knots
+    the value depends only on these two.
     """
     share = (at_knots[:, 0] - levels) / (at_knots[:, 0] - at_knots[:, 1])
     quantile = _ordered(x[:, 0] + share * (x[:, 1] - x[:, 0]))
@@ -66,7 +66,7 @@ def _bisect(x: Array, cdf: Array, at_knots: Array, levels: Array) -> Array:
     segments, values = torch.from_numpy(x), torch.from_numpy(cdf)
 
     def narrow(at: NDArray[np.int64], some: NDArray[np.int64]) -> None:
-        """Move an end of each bracket there: low never qualifies, high always does."""
+        """Move one end of each bracket there: low never qualifies, high always does."""
         z = torch.from_numpy(_from_ordered(at)).unsqueeze(-1)
         passes = survival(segments[some], values[some], z).squeeze(-1).numpy() <= levels[some]
         low[some], high[some] = np.where(passes, low[some], at), np.where(passes, at, high[some])
@@ -80,7 +80,7 @@ def _bisect(x: Array, cdf: Array, at_knots: Array, levels: Array) -> Array:
 
 
 def _ordered(values: Array) -> NDArray[np.int64]:
-    """Map float64 to int64 so that order is kept and neighbours differ by one."""
+    """Map float64 to int64, preserving order, so that neighbours differ by one."""
     bits = values.view(np.int64)
     return np.where(bits >= 0, bits, np.iinfo(np.int64).min - bits)
 

@@ -12,11 +12,11 @@ from lm_eval_bh.routing.methods.router import RouterOutput
 from lm_eval_bh.routing.methods.scores import log_weights
 from lm_eval_bh.routing.tables.measurement import Array, Measurement
 
-POINTS = 1025  # quantiles at even shares from 0 to 1
+POINTS = 1025  # quantiles at evenly spaced shares from 0 to 1
 
 
 class SlotWeights(Measurement):
-    """Logs of the weights of the native slots, as a method that scores weights has them."""
+    """Logs of the native slots' weights, as in methods that score weights."""
 
     name, listens = "slot_weights", "routers"
 
@@ -25,12 +25,12 @@ class SlotWeights(Measurement):
         self._heard: list[list[Tensor]] = [[] for _ in routers]
 
     def hear(self, layer: int, said: RouterOutput) -> None:
-        """Keep them, float32."""
+        """Keep the logs, float32."""
         logs = log_weights(said).gather(-1, said.indices[:, : said.native_k])
         self._heard[layer].append(self.values(logs).flatten().float().cpu())
 
     def values(self, logs: Tensor) -> Tensor:
-        """Return what is kept of ``[tokens, native k]``."""
+        """Return the values to keep from ``[tokens, native k]``."""
         return logs
 
     def result(self) -> Array:
@@ -45,5 +45,5 @@ class WeightRatios(SlotWeights):
     name = "ratios"
 
     def values(self, logs: Tensor) -> Tensor:
-        """Return them, ``[tokens, native k - 1]``; of a native top-1 the one ratio, 1."""
+        """Return the ratios, ``[tokens, native k - 1]``; the single ratio 1 for a native top-1."""
         return (logs[:, 1:] - logs[:, :1]).exp() if logs.shape[1] > 1 else torch.ones_like(logs)

@@ -1,4 +1,4 @@
-"""What is compared is confirmed first: a mean by results.json, documents by what samples say."""
+"""Comparisons need evidence: a mean confirmed by results.json, documents by samples."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def lines_of(scores, **more):
 
 
 def ruler(right):
-    """RULER: a document counts for the length that it is of, and has -1 for all others."""
+    """RULER: a document counts for its own length, and has -1 for all others."""
     short = [{"4096": float(i < right), "8192": -1.0, "16384": -1.0} for i in range(20)]
     return short + [{"4096": -1.0, "8192": float(i % 2), "16384": -1.0} for i in range(20)]
 
@@ -100,7 +100,7 @@ def test_a_task_s_own_aggregation_is_honoured_or_named(tmp_path):
         "its own way (its documents give -0.25, results.json has 0.7) in B"
         in (rows.loc["8192", "sentence"])
     )
-    assert "does not count" in rows.loc["16384", "reason"]
+    assert "do not count" in rows.loc["16384", "reason"]
     assert rows["p_value"].notna().tolist() == [True, False, False]
     assert [sentence for _, sentence in found.notes] == [
         "niah 4096: 20 of 40 documents, for the task leaves out the others."
@@ -161,12 +161,12 @@ NO_HASHES = {"doc_hash": None, "prompt_hash": None, "target_hash": None}
         ({}, {"doc_hash": "other"}, "the documents differ", None),
         (NO_HASHES, NO_HASHES | {"doc": {"text": "other"}}, "the documents differ", None),
         (NO_HASHES, {"doc": {"text": "other"}}, "the documents differ", None),
-        (NO_HASHES | {"doc": None}, {}, "do not say which documents", None),
-        (NO_HASHES | {"doc": None}, NO_HASHES | {"doc": None}, "do not say which", None),
+        (NO_HASHES | {"doc": None}, {}, "do not identify their documents", None),
+        (NO_HASHES | {"doc": None}, NO_HASHES | {"doc": None}, "do not identify", None),
         ({}, {"prompt_hash": "other"}, None, "the prompts differ"),
         (NO_HASHES, NO_HASHES | {"arguments": [["other"]]}, None, "the prompts differ"),
-        (NO_HASHES | {"arguments": None}, {}, None, "do not say what the prompts were"),
-        ({"prompt_hash": None, "arguments": None}, {}, None, "do not say what the prompts were"),
+        (NO_HASHES | {"arguments": None}, {}, None, "do not contain the prompts"),
+        ({"prompt_hash": None, "arguments": None}, {}, None, "do not contain the prompts"),
     ],
 )
 def test_missing_evidence_is_not_agreement(a, b, reason, note, tmp_path):
@@ -182,7 +182,7 @@ def test_missing_evidence_is_not_agreement(a, b, reason, note, tmp_path):
 
 
 def two_filters(order):
-    """Return samples as lm-eval wrote them before it named the filter: a line for each."""
+    """Return samples of earlier releases of lm-eval: one line per filter, without its name."""
     plain = {"filter": None, "metrics": None}
     strict = lines_of([{"exact_match": float(i % 2)} for i in range(12)], **plain)
     flexible = lines_of([{"exact_match": 1.0} for _ in range(12)], **plain)
@@ -288,7 +288,7 @@ def drop_hashes(number, line):
     [
         (lambda side: {"doc": {"q": "same"}, "arguments": []}, None),
         (lambda side: {"doc": {"q": side}, "arguments": []}, "the documents differ"),
-        (lambda side: {}, "do not say which documents"),
+        (lambda side: {}, "do not identify their documents"),
     ],
 )
 def test_aggregate_without_hashes(doc, reason, write):

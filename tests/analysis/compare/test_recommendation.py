@@ -92,7 +92,7 @@ def test_the_rule_must_hold_on_every_task():
 
 @pytest.mark.parametrize("experts", [3, 4, 4.05])  # within 2 % counts as equal
 def test_no_adaptive_rule_that_a_static_top_k_beats(experts):
-    # The static one is better but too uncertain to qualify itself: then neither is recommended.
+    # The static one is better but too uncertain to qualify: then neither is recommended.
     found = the_only(("BH", 4, 1.004, 1.009), ("top-4", experts, 1.0, 1.02))
     assert found.chosen.strategy == "top-8"
     verdicts = {c.strategy: c.verdict for c in found.candidates}

@@ -43,7 +43,7 @@ def test_perplexities_are_compared_document_by_document(two_runs, write):
     assert row["difference"] == pytest.approx(row["value"] - row["baseline_value"])
     perplexities = two_runs.frame.query("task == @WIKITEXT").set_index("strategy")["perplexity"]
     assert row["value"] == pytest.approx(perplexities["BH a=0.40, max 4"])
-    # No drawing of documents can be better than the best or worse than the worst of them.
+    # No resample of documents can be better than the best or worse than the worst of them.
     assert 1 <= row["ratio_low"] < row["ratio"] < row["ratio_high"] <= math.exp(0.2) + 1e-12
     assert row["difference_low"] < row["difference"] < row["difference_high"]
 
@@ -85,7 +85,7 @@ def test_identical_runs_are_equivalent_where_that_can_be_known(write):
     assert (wikitext["ratio"], wikitext["ratio_low"], wikitext["ratio_high"]) == (1, 1, 1)
     assert (wikitext["p_value"], wikitext["equivalence_p"]) == (1, 0)
     assert wikitext["equivalent"] is True
-    # Four documents without a flip are no proof that fewer than 1 % of them flip.
+    # Four documents without a flip do not prove that fewer than 1 % flip.
     hellaswag = table.loc[(HELLASWAG, "acc_norm")]
     assert (hellaswag["p_value"], hellaswag["equivalent"]) == (1, False)
     assert hellaswag["equivalence_p"] == pytest.approx(0.99**4)

@@ -74,7 +74,7 @@ def logged(folder, scores, *, task="qa", higher=True, model="dense/one", prompts
 
 @pytest.fixture
 def right():
-    """Return what two models got right of the same questions, float [documents] each."""
+    """Return two models' correct answers to the same questions, float [documents] each."""
     rng = np.random.default_rng(0)
     difficulty = rng.normal(size=DOCUMENTS)
     return tuple(
@@ -129,7 +129,7 @@ def test_perplexities_are_ratios_of_totals(tmp_path):
     assert row["ratio_low"] < row["ratio"] < row["ratio_high"]
     assert row["verdict"] == "worse"
     assert f"B is {100 * (row['ratio'] - 1):.3g} % worse than A [+" in row["sentence"]
-    # The same numbers seen from B: everything turns round.
+    # The same numbers seen from B: everything is reversed.
     (other,) = compare_runs(runs[1], runs[0]).table.to_dict(orient="records")
     assert other["ratio"] == pytest.approx(1 / row["ratio"])
     assert (other["verdict"], other["p_value"]) == ("better", pytest.approx(row["p_value"]))
@@ -197,7 +197,7 @@ def test_equivalent_is_said_of_what_is_shown_to_be(tmp_path):
 
 
 def test_the_documents_needed_have_the_power():
-    """Drawn from the differences of a measured size: 80 % of t tests see it, and n - 20 % fewer."""
+    """Simulated: 80 % of t tests detect the difference, and fewer with 20 % fewer documents."""
     rng = np.random.default_rng(5)
     needed = documents_needed(0.05, 0.2, 0.05, 0.8)
     assert needed == 128  # G*Power's and R's pwr.t.test(d = .25, type = "paired"): 127.5

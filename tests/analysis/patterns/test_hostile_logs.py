@@ -1,4 +1,4 @@
-"""Logs that nobody should have written: each is left out and named, and the others are read."""
+"""Invalid logs: each is left out and named, and the others are read."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_correction_takes_away_what_chance_gives():
 
     served, tokens = np.array([30, 60, 90, 20]), np.array([100, 200, 300, 400])
     table = np.stack([served, tokens - served])
-    # Tables of the same margins where nothing tells anything, as if classes were shuffled.
+    # Tables with the same margins but without information, as if classes were shuffled.
     null = stats.random_table(table.sum(1), table.sum(0)).rvs(4000, random_state=0).astype(int)
     found, _, p = independent_tokens(null[:, 0], null.sum(1))
     assert found.mean() == pytest.approx(3 / (2 * tokens.sum()), rel=0.05)
@@ -145,7 +145,7 @@ def test_an_expert_that_serves_all_or_nothing_tells_nothing(served):
 
 
 def test_documents_that_differ_are_no_experts_of_a_task():
-    # Every document has a rate of its own, but the tasks have nothing to do with it.
+    # Every document has its own rate, independent of its task.
     rng = np.random.default_rng(0)
     tokens = np.full(40, 200)
     served = rng.binomial(200, rng.beta(2, 2, (40, 300)).T.reshape(300, 40).T)

@@ -1,4 +1,4 @@
-"""The page of finished runs: what their logs say, against the model run again."""
+"""The page of finished runs: logs compared with running the model again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names in figures are shown as they are: no mathematics, no traceback, no warning a character."""
+"""Names in figures are literal: no mathematics, no traceback, no warning per character."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_dollars_are_drawn_as_they_are_and_powers_as_powers():
 
 
 def test_another_font_is_taken_where_one_has_the_characters(monkeypatch):
-    """DejaVu Sans Mono ships with matplotlib; here it plays the font that has what others lack."""
+    """DejaVu Sans Mono ships with matplotlib; here it has the missing characters."""
     own = names._own()
     has = names._has
     monkeypatch.setattr(

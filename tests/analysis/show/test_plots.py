@@ -1,4 +1,4 @@
-"""Nine panels that show what was measured, and say what was not."""
+"""Nine panels show measurements, and name missing ones."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_no_text_lies_on_other_text_or_is_cut_off(drawn):
 
 
 def messages_of(part):
-    """Return the texts of a panel in boxes: what it says instead of drawing."""
+    """Return the boxed texts of a panel, which replace a drawing."""
     return [text.get_text().replace("\n", " ") for text in part.texts if text.get_bbox_patch()]
 
 

@@ -49,7 +49,7 @@ def output(runs, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """Leave the figures out: they take longer than all else."""
+    """Leave the figures out, which take longest."""
     monkeypatch.setattr("lm_eval_bh.analysis.show.report_page._figures", lambda loaded, folder: [])
 
 
@@ -64,7 +64,7 @@ def written(folder: Path, output: Path, **options) -> tuple[str, str]:
 
 
 class Page(HTMLParser):
-    """Everything about a page that a test asks for; every element must be closed."""
+    """Parses a page for tests; every element must be closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ def test_a_fence_is_longer_than_any_in_the_text():
 
 
 def test_twice_the_same(runs, output, tmp_path):
-    # matplotlib rounds a layout now this way, now that.
+    # matplotlib's rounding of a layout varies.
     drawing = re.compile('base64,[^"]*')
     for one, other in zip(written(runs, tmp_path), read(output), strict=True):
         assert drawing.sub("", one) == drawing.sub("", other)

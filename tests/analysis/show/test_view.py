@@ -1,4 +1,4 @@
-"""The page on which routing can be seen: what it holds, and that it can be used."""
+"""The page that shows routing: its content and its use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs on the demo texts, and the slow reference that their logs must equal."""
+"""Runs on the demo texts, and the slow reference for their logs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small runs whose routing logs are known exactly, and what is compared of them."""
+"""Small runs with exactly known routing logs, and functions to compare them."""
 
 from __future__ import annotations
 

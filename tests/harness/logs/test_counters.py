@@ -85,7 +85,7 @@ def test_equal_rows_count_once_for_each_request(logits_cache):
 
 
 def test_no_expert_works_for_padding_or_for_slots_that_stay_unused(run):
-    """What the experts really computed is what was selected for real tokens, and nothing else."""
+    """The experts compute exactly the selections for real tokens."""
     scoring = ["bh_demo_wikitext", "bh_demo_lambada", "bh_demo_hellaswag"]
     long = ARGS.replace("max_length=48", "max_length=512")
     results = run("logits_cache=False", batch_size=4, tasks=scoring, model_args=long)

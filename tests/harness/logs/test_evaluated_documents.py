@@ -1,4 +1,4 @@
-"""Logs know which documents they are about: by lm-eval's own hash, whatever chose them."""
+"""Logs identify their documents by lm-eval's own hash, however they were chosen."""
 
 from __future__ import annotations
 

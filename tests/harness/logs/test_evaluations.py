@@ -1,4 +1,4 @@
-"""Every evaluation has logs of its own, whatever became of the one before."""
+"""Every evaluation has its own logs, whatever happened to the previous one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def evaluate(lm, tasks, limit=2, **options):
 
 
 def logged(results, folder):
-    """Return all that one evaluation has logged, without when and how fast."""
+    """Return everything that one evaluation has logged, except times."""
     bh = results["config"]["bh"]
     run = folder / bh["run_id"]
     manifest = read_manifest(run)
@@ -51,7 +51,7 @@ def logged(results, folder):
 
 
 def interrupt(monkeypatch, owner, name, calls):
-    """Let the given call of a function, counted from 1, end as Ctrl-C would end it."""
+    """Interrupt the given call of a function, counted from 1, like Ctrl-C."""
     real, left = getattr(owner, name), [calls]
 
     @functools.wraps(real)  # generate() looks at the signature of what it calls

@@ -1,4 +1,4 @@
-"""Generation is logged by position, whatever passes ``generate`` makes, and never stops it."""
+"""Generation is logged by position for any passes of ``generate``, and never interrupted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of a routing log, and that a run which fails leaves none that reads as whole."""
+"""The files of a routing log; a failing run leaves none that seems complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be logged where, refused before a model is looked for."""
+"""Log options, which are checked before a model is looked up."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lm_eval_bh.harness.model import BHLM
         ("log_logits=True,log_routing=samples,log_dir=x", "needs log_routing=full"),
         ("log_routing=samples", "needs a folder to write to: give log_dir"),
         ("log_routing=full", "needs a folder to write to: give log_dir"),
-        ("log_dir=somewhere", "has no use with log_routing=summary"),
-        ("log_samples=50", "has no use with log_routing=summary"),
+        ("log_dir=somewhere", "has no effect with log_routing=summary"),
+        ("log_samples=50", "has no effect with log_routing=summary"),
     ],
 )
 def test_bad_options_are_refused_before_a_model_is_looked_for(arguments, sentence):

@@ -1,4 +1,4 @@
-"""A log is served again: every token gets the experts that it had, whoever runs the model."""
+"""A log is replayed: every token gets its logged experts, whatever runs the model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_its_own_log_gives_the_same_log_probabilities(run, tmp_path):
 
 
 def test_another_precision_is_brought_to_the_same_experts(run, full_logs, tmp_path):
-    """What routing replay is for: bfloat16 routes as float32 did."""
+    """The purpose of routing replay: bfloat16 routes like float32."""
     arguments = f"rule=replay,routes={full_logs['float32']},log_routing=full,log_dir={tmp_path}"
     model = "pretrained=tiny-olmoe,max_length=48,dtype=bfloat16"
     tasks = ["bh_demo_wikitext", "bh_demo_hellaswag"]

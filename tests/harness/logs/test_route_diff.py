@@ -1,4 +1,4 @@
-"""What route-diff says of two logs is what a slow plain recomputation finds in their Parquet."""
+"""route-diff agrees with a slow plain recomputation from the Parquet files of two logs."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_what_follows_another_token_is_another_text(tmp_path):
         ([[1, 9, 9, 9]] * 3, {}, r"different texts.*document 0 has the token id 2 at position 1"),
         ([text[1:] for text in TEXTS], {}, "are logs of different texts"),
         (TEXTS, {"layers": (4, 5)}, "have a layer in common"),
-        (TEXTS, {"ids": False}, "does not tell its tokens' ids"),
+        (TEXTS, {"ids": False}, "has no token ids"),
     ],
 )
 def test_logs_that_cannot_be_compared(tmp_path, texts, arguments, sentence):

@@ -1,4 +1,4 @@
-"""What an evaluation's passes take: known later, without the logs' own time, after a warm-up."""
+"""Time of an evaluation's passes: read later, without the logs' time, after a warm-up."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_time_of_the_logs_is_not_the_model_s():
 
 
 class AskedSpan(Span):
-    """A span that knows whether anybody asked for it."""
+    """A span that records whether it was read."""
 
     asked = 0
 

@@ -1,7 +1,7 @@
-"""How lm-eval finds us, in fresh interpreters: the release of today, and a later one.
+"""How lm-eval finds this package in fresh interpreters: today's release, and a later one.
 
-That later release does not exist yet, so ``later_release`` is a stand-in for the parts of it that
-discovery touches: a registry with ``load_plugins``, which reads entry points on first use.
+That later release does not exist yet, so ``later_release`` replaces the parts of it that discovery
+uses: a registry with ``load_plugins``, which reads entry points on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Policies are configurations of a sweep, run by the model that is loaded."""
+"""Policies are configurations of a sweep, run by the loaded model."""
 
 from __future__ import annotations
 

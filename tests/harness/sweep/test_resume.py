@@ -1,4 +1,4 @@
-"""What a sweep takes for done: what is there as it was written, under the settings of now."""
+"""Experiments count as done if their files are unchanged and the settings are current."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BASELINE, ADAPTIVE = "8experts_topk_baseline_demo_lambada", "8experts_bh_a040_de
 
 
 def planned(folder, **change):
-    """Return why which experiments would run again, and which would run at all."""
+    """Return the experiments that would run again with reasons, and all that would run."""
     todo = runner.plan(SweepConfig(**SETTINGS | change), folder)
     again = {experiment.name: why for experiment, why in todo.again.items()}
     return again, [experiment.name for experiment in todo.missing]
@@ -57,7 +57,7 @@ def edit(file, *removed, **change):
 
 
 def resealed(folder, **change):
-    """Write a summary that somebody has edited with care, digest and all."""
+    """Write a carefully edited summary with a matching digest."""
     from lm_eval_bh.harness.sweep.done import _seal
 
     file = folder / "logs" / f"{ADAPTIVE}.json"
@@ -85,7 +85,7 @@ DAMAGES = {
     "summary edited": (lambda f: edit(f / SUMMARY, k_or_max_k=9), "its summary was changed"),
     "summary of another": (
         lambda f: shutil.copy(f / "logs" / f"{BASELINE}.json", f / SUMMARY),
-        f"its summary is that of {BASELINE}",
+        f"its summary belongs to {BASELINE}",
     ),
     "summary empty": (lambda f: (f / SUMMARY).write_text(""), "could not be read"),
     "summary {}": (lambda f: (f / SUMMARY).write_text("{}"), "no schema version"),
@@ -100,7 +100,7 @@ DAMAGES = {
     "names a file outside": (lambda f: resealed(f, files={"../x": "0"}), "is missing"),
     "other settings": (
         lambda f: resealed(f, settings={"pretrained": "tiny-olmoe", "limit": 9}),
-        "it ran with another limit",
+        "it ran with a different limit",
     ),
 }
 
@@ -149,13 +149,13 @@ def test_results_of_other_settings_are_not_done_though_the_settings_were_deleted
     assert planned(folder) == ({}, [])
     again, missing = planned(folder, limit=4)
     assert missing == [BASELINE, ADAPTIVE]
-    assert set(again.values()) == {"it ran with another limit"}
+    assert set(again.values()) == {"it ran with a different limit"}
     # What only names experiments may change.
     assert planned(folder, alphas=[0.4, 0.5])[1] == ["8experts_bh_a050_demo_lambada"]
 
 
 def test_a_sweep_of_the_first_release_goes_on(folder):
-    """It wrote no version, no digests, and did not know some of today's settings."""
+    """It wrote no version and no digests, and lacked some of today's settings."""
     edit(folder / "sweep.json", "schema_version", "log_samples", "rules", "seed")
     for name in (BASELINE, ADAPTIVE):
         edit(folder / "logs" / f"{name}.json", "settings", "files", "digest")
@@ -166,7 +166,7 @@ def test_a_sweep_of_the_first_release_goes_on(folder):
     assert planned(folder)[0] == {ADAPTIVE: "its results are missing"}
     (folder / "sweep.json").unlink()
     again, _ = planned(folder)
-    assert set(again.values()) == {"nothing says which settings it ran with"}
+    assert set(again.values()) == {"the settings of its run are unknown"}
 
 
 def test_the_settings_have_a_version_and_a_newer_one_is_refused(folder):

@@ -1,4 +1,4 @@
-"""Whole sweeps: as the stock command would, resumed after a kill, on several processes, on Ray."""
+"""Whole sweeps: like the stock command, resumed after a kill, on processes, on Ray."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_two_processes_share_the_documents_of_every_experiment(finished, tmp_pat
 def test_ray_gives_the_same_table_beside_busy_programs_and_though_a_worker_is_killed(
     finished, tmp_path, monkeypatch
 ):
-    """A lost worker's experiment runs again, workers are as nice as this, and waiting is said."""
+    """A lost worker's experiment runs again, workers keep the niceness, waiting is reported."""
     pytest.importorskip("ray", reason="needs the extra ray")
     from lm_eval_bh.harness.sweep import cluster, waiting
 
@@ -275,7 +275,7 @@ def test_ray_gives_the_same_table_beside_busy_programs_and_though_a_worker_is_ki
             busy.kill()
     assert killed
     assert niceness == {psutil.Process().nice()}
-    told = [line for line in lines if "workers are alive. Waiting for " in line]
+    told = [line for line in lines if "workers are running. Waiting for " in line]
     assert told
     assert re.match(
         r"\d of \d workers are alive. Waiting for 8experts_\w+_demo_lambada, \d+ s", told[0]
@@ -380,7 +380,7 @@ def test_an_error_on_a_ray_worker_is_the_sentence_it_would_be_here(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_sweep_with_one_line(tmp_path, sent, code):
-    """In a folder that is no repository: nobody hears of that either."""
+    """In a folder outside of a repository, git's complaint is hidden too."""
     process = subprocess.Popen(
         [*COMMAND, *FLAGS, "--limit", "40", "--output-dir", tmp_path / "sweep"],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},

@@ -1,4 +1,4 @@
-"""What a sweep consists of, where its settings come from, and what is refused."""
+"""The experiments of a sweep, the sources of its settings, and invalid ones."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def _has(text: Any, name: str) -> bool:
 
 @functools.cache
 def stock(family: str) -> torch.nn.Module:
-    """Return the family's model, built once: whoever patches it takes everything out again."""
+    """Return the family's model, built once: tests that patch it unpatch it again."""
     return build(family)
 
 
@@ -177,7 +177,7 @@ def _model_class(config: Any) -> Any:
 
 
 def scramble(model: torch.nn.Module) -> None:
-    """Give routers logits that differ, biases that change the order, and scales that are no 1."""
+    """Give routers distinct logits, biases that change the order, and scales other than 1."""
     generator = torch.Generator().manual_seed(1)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point():
@@ -214,7 +214,7 @@ def _layers(text: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Examined:
-    """What became of a family; ``fault`` says why it is not supported, or was not built."""
+    """The result for a family; ``fault`` says why it is unsupported or was not built."""
 
     family: str
     behaviour: Behaviour | None = None
@@ -225,7 +225,7 @@ class Examined:
 
 @functools.cache
 def examine(family: str) -> Examined:
-    """Build a family, patch it, and say what it can do."""
+    """Build a family, patch it, and report what works."""
     try:
         model = stock(family)
         run(model, IDS)
@@ -245,7 +245,7 @@ def examine(family: str) -> Examined:
 
 
 def null_of(model: torch.nn.Module) -> NullModel:
-    """Fit a null model on what the routers say of ``IDS``."""
+    """Fit a null model to the routers' output for ``IDS``."""
     routers = [router.module for router in find_routers(model)]
     heard: dict[int, torch.Tensor] = {}
     handles = [

@@ -1,7 +1,7 @@
-"""What ``min_w``, ``top_p`` and ``min_p`` have to pick in any family: slow and plain, by token.
+"""Slow plain references of ``min_w``, ``top_p`` and ``min_p`` in any family, by token.
 
-Nothing here knows how a router ranks or weighs its experts. It is asked for 1, 2, ... experts of
-the same hidden states: what it adds at k is its k-th, with the weight that it gives it.
+Nothing here knows how a router ranks or weighs experts. It is queried for 1, 2, ... experts of the
+same hidden states: the expert added at k is its k-th, with the weight that it then has.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ MASS, MAX_K = 0.2, 6
 
 
 class OwnPicks:
-    """What one router itself does with some tokens.
+    """The behaviour of one router on some tokens.
 
     Attributes
     ----------
     logits : ndarray ``[tokens, experts]``
     native_k : int
-        How many experts it takes when nobody has told it anything.
+        Its own top-k.
     softmax, rescales : bool
-        What it was found to do with its logits.
+        Its observed use of logits.
     at : list of dict, by token, then by number of experts
-        Expert to weight, when it is asked for so many.
+        Expert -> weight, when queried for this number.
     """
 
     def __init__(self, router: Any, args: Any, numbers: list[int]) -> None:
@@ -53,7 +53,7 @@ class OwnPicks:
                 self.at[token][k] = dict(zip(row, own, strict=True))
 
     def first(self, token: int, k: int) -> list[int]:
-        """Return its first k experts in its order; those taken only together, as they come."""
+        """Return its first k experts in its order; experts added together are in any order."""
         taken: list[int] = []
         for number in sorted(n for n in self.at[token] if n <= k):
             taken += [e for e in self.at[token][number] if e not in taken]
@@ -126,12 +126,12 @@ def benefits_of(layers: int) -> NullModel:
 
 
 def own_picks(model: torch.nn.Module) -> list[OwnPicks]:
-    """Return what every router does with ``IDS``, in the model as it is."""
+    """Return every router's behaviour on ``IDS`` in the unchanged model."""
     return ask(model, hear(model))
 
 
 def hear(model: torch.nn.Module) -> list[Any]:
-    """Return what every router is given for ``IDS``."""
+    """Return every router's input for ``IDS``."""
     heard: dict[int, Any] = {}
     handles = [
         router.module.register_forward_pre_hook(
@@ -146,7 +146,7 @@ def hear(model: torch.nn.Module) -> list[Any]:
 
 
 def ask(model: torch.nn.Module, given: list[Any]) -> list[OwnPicks]:
-    """Return what every router does with what it is given, for 1 to 16 experts if it obeys."""
+    """Return every router's behaviour on its input, for 1 to 16 experts if adjustable."""
     every = list(range(1, EXPERTS + 1))
     return [
         OwnPicks(router, args, every if router.behaviour.obeys else [router.top_k])
@@ -156,7 +156,7 @@ def ask(model: torch.nn.Module, given: list[Any]) -> list[OwnPicks]:
 
 @functools.cache
 def faults(family: str, rule: str) -> tuple[str, ...]:
-    """Return where a rule picks otherwise than it has to; empty where it is exact."""
+    """Return the differences of a rule from the reference; empty if it is exact."""
     model, behaviour = stock(family), examine(family).behaviour
     before = own_picks(model)
     null = benefits_of(len(before))

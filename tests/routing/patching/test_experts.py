@@ -1,4 +1,4 @@
-"""The ragged experts forward: right, free of leaks, and no work for what no token asked for."""
+"""The ragged experts forward: correct, without leaks, and without work for unused slots."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IMPLEMENTATIONS = ["ragged", "eager", "grouped_mm", "batched_mm"]
 
 
 class PlainExperts(nn.Module):
-    """Experts without a gate, with biases and a norm behind: the other branches of the forward."""
+    """Experts without a gate, with biases and a norm after them: the forward's other branches."""
 
     has_gate, has_bias, is_transposed, has_post_expert_norm = False, True, False, True
     num_experts = EXPERTS
@@ -275,7 +275,7 @@ def test_the_way_taken_on_accelerators_gives_the_same(dtype, monkeypatch, some_i
 
 
 def elsewhere(module, states, indices, weights):
-    """Take the branch of ``ragged_experts_forward`` for devices that are no CPU."""
+    """Take the branch of ``ragged_experts_forward`` for devices other than a CPU."""
     ragged._count(module, (indices < module.num_experts).sum())
     return ragged._grouped(module, states, indices, weights)
 

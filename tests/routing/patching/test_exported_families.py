@@ -1,4 +1,4 @@
-"""An exported folder of any family gives hf-bh's logits where nothing of ours can be imported."""
+"""An exported folder of any family gives hf-bh's logits where this package cannot be imported."""
 
 from __future__ import annotations
 

@@ -33,14 +33,14 @@ EAGER_CRASHES = {"gpt_oss", "nemotron_h", "openai_privacy_filter"}
 
 @pytest.fixture(params=SUPPORTED)
 def family(request):
-    """Return a family that works; in the version of the constraints all of these have to."""
+    """Return a working family; with the constraints' version all of these have to work."""
     if transformers.__version__ != TRANSFORMERS and examine(request.param).behaviour is None:
         pytest.skip(f"{request.param} here: {examine(request.param).fault}")
     return request.param
 
 
 def test_no_family_gets_lost():
-    """Most give the triple that ``min_w`` starts from; transformers 5.19 has fewer families."""
+    """Most return the triple that ``min_w`` needs; transformers 5.19 has fewer families."""
     assert sum(examine(name).behaviour is not None for name in families()) > 45
     if transformers.__version__ == TRANSFORMERS:
         assert {name for name in families() if not examine(name).built} == NOT_BUILT
@@ -54,7 +54,7 @@ def test_what_is_refused_is_refused_when_constructed_in_one_sentence(family):
 
 
 def test_static_k_is_the_stock_model_of_that_k_bit_for_bit(family):
-    """Correction biases are nonzero here, so that experts are not ranked by their logits."""
+    """Correction biases are nonzero here, so that the order of experts differs from the logits'."""
     model = stock(family)
     own = run(model, IDS)
     for k in (1, TOP_K, 6):
@@ -106,7 +106,7 @@ def test_phimoe_has_two_slots_whatever_it_says():
 
 
 def test_fewer_experts_are_the_first_of_the_routers_own(family):
-    """A token that is given c experts has those, with those weights, that it has at top-c."""
+    """A token with c experts has the experts and weights of top-c."""
     model = copy.deepcopy(stock(family))
     behaviour = examine(family).behaviour
     max_k = behaviour.slots if family in RIGID else TOP_K

@@ -120,7 +120,7 @@ def test_a_model_that_is_checkpointed_as_a_whole_is_counted_once(tiny, null, ids
 
 
 def test_a_checkpointing_that_is_not_transformers_own(tiny, null, ids, masks):
-    """Without padding there is nothing to be told; with it the gradients would be wrong."""
+    """Without padding nothing needs to be stated; with padding, gradients would be wrong."""
     with BHRoutingIntegration(tiny, alpha=0.5, kde=null) as routing:
         tiny(ids, labels=ids, use_cache=False).loss.backward()
         expected, counted = gradients(tiny), routing.counters.histogram[2].clone()
@@ -175,7 +175,7 @@ def test_gradients_are_finite_differences(tiny, null, ids, experts, checkpointed
 
 
 def test_all_ways_to_compute_experts_have_the_same_gradients(tiny, null, ids, masks):
-    """Of every parameter in float64, checkpointed or not, where experts a token vary."""
+    """Of every parameter in float64, checkpointed or not, with varying experts per token."""
     tiny.double()
     found = []
     for checkpointed in (False, True):
@@ -194,7 +194,7 @@ def test_all_ways_to_compute_experts_have_the_same_gradients(tiny, null, ids, ma
 @pytest.mark.parametrize("experts", ["ragged", "eager"])
 @pytest.mark.parametrize("models", [1, 2])
 def test_threads_do_not_meet(tiny_model_folder, null, ids, masks, experts, models):
-    """One patched model in two threads, or two models: padding of the other is never met."""
+    """One patched model in two threads, or two models: padding of the other never interferes."""
     loaded = [
         AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
         for _ in range(models)
@@ -296,7 +296,7 @@ def test_a_static_cache_changes_no_count(tiny, null, ids):
 
 
 class TestQueryMask:
-    """What an attention mask says of a pass's own tokens."""
+    """The tokens of a pass that an attention mask marks as real."""
 
     @pytest.mark.parametrize("side", ["left", "right"])
     @pytest.mark.parametrize("kind", ["bool", "float", "dict"])

@@ -1,4 +1,4 @@
-"""BHRoutingIntegration on tiny-olmoe: what it changes, what it must not, and its removal."""
+"""BHRoutingIntegration on tiny-olmoe: its effects, its limits, and its removal."""
 
 from __future__ import annotations
 

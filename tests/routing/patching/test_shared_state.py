@@ -1,4 +1,4 @@
-"""What others do with a model, its masks and its caches: believed only where it is understood."""
+"""Other users of a model, its masks and its caches: used only if understood."""
 
 from __future__ import annotations
 

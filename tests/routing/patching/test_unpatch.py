@@ -1,4 +1,4 @@
-"""Whatever of ours is in a model can be taken out; copies, adapters and offloaded routers."""
+"""Hooks can always be removed: from copies, adapters and offloaded routers too."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def logits(model, ids, **kwargs):
 
 
 def state(model):
-    """All that patching could have left behind, module by module."""
+    """Everything that patching could leave behind, module by module."""
     kinds = [kind for kind in vars(torch.nn.Linear(1, 1)) if kind.endswith(("_hooks", "_kwargs"))]
     kinds.append("_forward_hooks_always_called")
     return [
@@ -102,7 +102,7 @@ def test_a_null_model_gone_stale_by_training_is_noticed(tiny, null, ids):
     optimizer = torch.optim.SGD(tiny.parameters(), lr=10.0)
     tiny(ids, labels=ids).loss.backward()
     optimizer.step()
-    with pytest.raises(NullModelError, match="no longer those that the null model was fitted on"):
+    with pytest.raises(NullModelError, match="have changed since the null model was fitted"):
         routing.patch_model()
     assert state(tiny) == before
 

@@ -7,9 +7,9 @@ index. A copy to the CPU does not raise; it is listed here.
 
 What cannot run so:
 
-- values: that the kernels compute what the CPU does is not shown;
-- the expert loop for a CPU, which is for a CPU, and the "full" log, which copies to the host as it
-  is told;
+- values: it is not shown that kernels compute the same as the CPU;
+- the expert loop, which is only for a CPU, and the "full" log, which copies to the host by
+  design;
 - transformers' attention masks for sdpa, whose shape depends on whether there is padding: the model
   has "eager" attention here;
 - the stopwatch of the summary log, which waits for the device before and after a pass, and the

@@ -211,7 +211,7 @@ class TestCalibrate:
 
 
 class TestCheck:
-    """The text that follows what the null model was fitted on says how well it fits."""
+    """The text after the null model's own shows how well it fits."""
 
     def run(self, model, tokenizer, routers, tokens, texts=TEXTS):
         return calibrate_and_check(

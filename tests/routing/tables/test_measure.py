@@ -1,4 +1,4 @@
-"""Every table is what a slow, plain way of measuring it gives, on tiny-olmoe."""
+"""Every table equals a slow plain measurement, on tiny-olmoe."""
 
 from __future__ import annotations
 

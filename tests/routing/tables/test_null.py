@@ -311,7 +311,7 @@ class TestFile:
             NullModel.load(path)
         for metadata in (None, {"format": "pt"}):
             save_file({"weight": np.zeros(3)}, path, metadata=metadata)
-            with pytest.raises(NullModelError, match="no null model; give one"):
+            with pytest.raises(NullModelError, match="not a null model; give one"):
                 NullModel.load(path)
 
     @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ class TestFile:
             ({"layer.1.cdf": None, "layer.2.x": np.zeros(64)}, r"layer\.1\.cdf"),
             ({"layer.1.cdf": np.zeros(63)}, "shapes"),
             ({"layer.1.cdf": np.zeros(64, np.float32)}, "not float64"),
-            ({"layer.1.x": np.zeros(64)}, "layer 1 is no CDF: x is not strictly ascending"),
+            ({"layer.1.x": np.zeros(64)}, "layer 1 is not a CDF: x is not strictly ascending"),
             ({"layer.1.x": np.full(64, np.nan)}, "not finite"),
             ({"layer.1.cdf": np.full(64, 1.5)}, "does not rise within"),
         ],
@@ -455,7 +455,7 @@ class TestCheck:
 
 
 class TestDegenerate:
-    """What would select all experts or none is refused, or warned of, when it is loaded."""
+    """A null model that would select all experts or none is refused or warned about on loading."""
 
     X = np.linspace(-1.0, 1.0, 5)
 

@@ -162,7 +162,7 @@ def test_no_numpy_object_is_within_reach(tmp_path):
         ({"x": list(X), "cdf": list(CDF)}, "not a dictionary with the arrays"),
         ({"x": X, "cdf": np.float64(1)}, "array without data"),
         ({"x": X.astype(object), "cdf": CDF}, "array without data"),
-        ({"x": X.astype(int), "cdf": CDF}, "'i8' where floats belong"),
+        ({"x": X.astype(int), "cdf": CDF}, "'i8' where floats are expected"),
         ({"x": X.reshape(5, 10), "cdf": CDF}, "one dimension"),
         ({"x": X, "cdf": CDF[:-1]}, r"shapes \(50,\) and \(49,\)"),
         ({"x": X[:1], "cdf": CDF[:1]}, "2 or more points"),

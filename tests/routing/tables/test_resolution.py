@@ -1,4 +1,4 @@
-"""Where kde= finds a null model: what ships, the user's cache, and else a calibration."""
+"""Sources of kde=: shipped null models, the user's cache, and otherwise calibration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def own_cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def stranger(tiny):
-    """Return a model whose routers no null model is known for."""
+    """Return a model without a known null model."""
     with torch.no_grad():
         for router in find_routers(tiny):
             router.weight.mul_(1.01)

@@ -1,8 +1,8 @@
-"""The nine panels: one figure of all, or each by itself.
+"""The nine panels, in one figure or separately.
 
 A panel is a function ``(figure, data, style, labels) -> None`` that draws into a part of a figure,
 or raises :class:`~lm_eval_bh.analysis.show.plots.data.NoDataError` with a message to show instead.
-A new panel is one more in :data:`PANELS`. matplotlib is loaded on use, pyplot never: no window, no
+To add a panel, add it to :data:`PANELS`. matplotlib is loaded on use, pyplot never: no window, no
 global state.
 """
 

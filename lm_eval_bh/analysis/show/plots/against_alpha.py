@@ -36,7 +36,7 @@ NO_ADAPTIVE = (
 
 
 def perplexity(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
-    """Draw perplexity against alpha, a line per ``max_k``; static top-k of the same k is dashed."""
+    """Draw perplexity against alpha, one line per ``max_k``; static top-k is dashed."""
     tasks = {task: data.perplexity_of(task) for task in data.tasks}
     shown = {task: column for task, column in tasks.items() if column is not None}
     _against_alpha(figure, data, style, labels, shown, "a perplexity", "bh_wikitext")
@@ -44,7 +44,7 @@ def perplexity(figure: SubFigure, data: Experiments, style: Style, labels: Label
 
 
 def accuracy(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
-    """Draw accuracy against alpha in the same way, where any document was answered rightly."""
+    """Draw accuracy against alpha likewise, if any document was answered correctly."""
     notes = {task: data.accuracy_notes(task) for task in data.tasks}
     shown = {task: "accuracy" for task, found in notes.items() if found - {NONE_RIGHT}}
     nothing = [data.dataset(task) for task, found in notes.items() if found == {NONE_RIGHT}]
@@ -68,7 +68,7 @@ def _against_alpha(
     what: str,
     example: str,
 ) -> None:
-    """Draw a column of each task against alpha, small multiples one above the other."""
+    """Draw a column against alpha for each task, as stacked small multiples."""
     with_alpha = data.adaptive[data.adaptive["on_axis"].notna()]
     if with_alpha.empty:
         raise NoDataError(NO_ADAPTIVE)
@@ -96,7 +96,7 @@ def _against_alpha(
         fit_scale(axes, "y", focus(core, list(values), log), log)
         if not log:
             bottom, top = axes.get_ylim()
-            axes.set_ylim(max(bottom, -0.05 * top), top)  # no share is negative
+            axes.set_ylim(max(bottom, -0.05 * top), top)  # shares are not negative
         for _, row in static.iterrows():
             value, error = percent * row[column], percent * row[f"{column}_stderr"]
             colour = style.colour(row["max_k"])
@@ -116,7 +116,7 @@ def _lines(axes: Axes, rows: pd.DataFrame, style: Style) -> None:
     for (variant, max_k), line in rows.groupby(["variant", "max_k"], sort=True):
         line = line.sort_values("alpha")
         bars = np.maximum([line["value"] - line["low"], line["high"] - line["value"]], 0)
-        # A little apart, or configurations that never reach their max_k would hide each other.
+        # Shifted slightly, or configurations that never reach max_k would hide each other.
         number = style.sizes.index(int(max_k)) - (len(style.sizes) - 1) / 2
         axes.errorbar(
             line["alpha"] + 0.05 * step * number,
@@ -134,14 +134,14 @@ def _smallest_step(alphas: pd.Series) -> float:
 
 
 def _baselines(data: Experiments, task: str, style: Style) -> pd.DataFrame:
-    """Return static top-k of the sizes that are drawn, and the model's own."""
+    """Return static top-k of the drawn sizes, and the model's own."""
     static = data.of(task, data.static)
     named = static["max_k"].isin([*style.sizes, data.native]) | static["max_k"].isna()
     return static[named]
 
 
 def title(data: Experiments, task: str, column: str) -> str:
-    """Return the title of a task: its data set, and the unit of its perplexity or what it is."""
+    """Return the title of a task: its data set, and the unit of its perplexity."""
     if column == "accuracy" and data.accuracy_notes(task) == {AT_CHANCE}:
         return f"{data.dataset(task)}, all {AT_CHANCE}"
     unit = PERPLEXITY_UNITS.get(column)
@@ -149,7 +149,7 @@ def title(data: Experiments, task: str, column: str) -> str:
 
 
 def multiples(figure: SubFigure, titles: dict[str, str]) -> dict[str, Axes]:
-    """Return axes for the first :data:`MOST_TASKS` tasks, one above the other, titled."""
+    """Return stacked axes with titles for the first :data:`MOST_TASKS` tasks."""
     shown = list(titles)[:MOST_TASKS]
     grid = figure.subplots(len(shown), 1, sharex=True, squeeze=False)
     found = dict(zip(shown, grid[:, 0], strict=True))
@@ -161,7 +161,7 @@ def multiples(figure: SubFigure, titles: dict[str, str]) -> dict[str, Axes]:
 
 
 def alpha_ticks(axes: Axes, alphas: pd.Series) -> None:
-    """Put a tick at every level that was run, unless they are too many."""
+    """Put a tick at every measured level, unless there are too many."""
     levels = np.unique(alphas)
     step = _smallest_step(alphas)
     axes.set_xlim(levels[0] - step / 2, levels[-1] + step / 2)
@@ -193,7 +193,7 @@ def experts(figure: SubFigure, data: Experiments, style: Style, labels: Labels) 
 
 
 def _savings(axes: Axes, native: int) -> None:
-    """Label the right axis with how many percent fewer experts that is."""
+    """Label the right axis with the saving in percent."""
     right = axes.secondary_yaxis("right")
     low, high = axes.get_ylim()
     ticks = [float(tick) for tick in axes.get_yticks() if low <= tick <= high]

@@ -1,4 +1,4 @@
-"""What the panels draw: the table of one group, repeats averaged, and its layers."""
+"""The data of the panels: the table of one group with averaged repeats, and its layers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ TEXTS = (
 
 
 class NoDataError(Exception):
-    """A panel has nothing to draw; the message says which run would change that."""
+    """A panel has no data; the message says which run would provide it."""
 
 
 class Experiments:
@@ -58,17 +58,17 @@ class Experiments:
     rows : DataFrame
         One row per task and configuration.
     adaptive, static, controls : DataFrame
-        Those of adaptive rules; of plain static top-k; and of other fixed numbers of experts.
+        Rows of adaptive rules, of plain static top-k, and of other fixed numbers of experts.
     layers : DataFrame or None
         One row per task, configuration and layer: ``max_k``, ``alpha``, ``variant``, ``layer``,
         ``mean``, ``on_axis``.
     alpha_is : str
-        What the axis of alpha shows, "level" or "threshold": what most adaptive rows have. Both
-        cannot stand on one axis; ``on_axis`` is alpha where it is that, else NaN.
+        Meaning of the alpha axis, "level" or "threshold": that of most adaptive rows. One axis
+        cannot show both; ``on_axis`` is alpha if it has that meaning, else NaN.
     tasks : list of str
-        In the order of the table.
+        Tasks in the order of the table.
     sizes : list of int
-        Every ``max_k`` of an adaptive rule, ascending; of static top-k where there is none.
+        Every ``max_k`` of adaptive rules, or without any of static top-k, ascending.
     variants : list of str
         The kinds of adaptive rule, for instance "BH" and "BH, contribution".
     native : int or None
@@ -92,7 +92,7 @@ class Experiments:
                 "draw one, for instance frame[frame['group'] == 1]."
             )
         rows = _typed(frame)
-        rows = rows[rows["mode"] != "analyze"]  # there the model's own k served
+        rows = rows[rows["mode"] != "analyze"]  # those ran with the model's own k
         self.alpha_is = _what_alpha_is(rows)
         rows["on_axis"] = rows["alpha"].where(rows["alpha_is"] == self.alpha_is)
         self.rows = _repeats_averaged(rows)
@@ -116,18 +116,18 @@ class Experiments:
         return perplexity_column(self.of(task, self.rows))
 
     def dataset(self, task: str) -> str:
-        """Return the name that a task's data set is shown by."""
+        """Return the displayed name of a task's data set."""
         return str(self.of(task, self.rows)["dataset"].iloc[0] or task)
 
     def accuracy_notes(self, task: str) -> set[str | None]:
-        """Return what the accuracies of a task are noted to be, None where they tell something."""
+        """Return the notes on a task's accuracies; None for informative ones."""
         return set(self.of(task, self.rows).dropna(subset="accuracy")["accuracy_note"])
 
     def over_tasks(self, rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-        """Return the means over tasks of each configuration, in the order of rule, size and level.
+        """Return each configuration's means over tasks, sorted by rule, size and level.
 
-        Only configurations that did all tasks that any of these rows did: means over different
-        tasks cannot be compared.
+        Only configurations that ran all tasks of these rows: means over different tasks cannot be
+        compared.
         """
         rows = rows.dropna(subset=columns[0])
         of_configuration = rows.groupby(CONFIGURATION, dropna=False)
@@ -139,7 +139,7 @@ class Experiments:
 
 
 def level_of(row: pd.Series) -> str:
-    """Return what a configuration is steered by: ``"0.4"``, or ``"target 4"`` where solved."""
+    """Return a configuration's control: ``"0.4"``, or ``"target 4"`` if solved."""
     target = row["target_experts"]
     return f"{row['alpha']:g}" if np.isnan(target) else f"target {target:g}"
 
@@ -150,7 +150,7 @@ def _what_alpha_is(rows: pd.DataFrame) -> str:
 
 
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the columns that panels use, with the types that a CSV loses."""
+    """Return the columns for panels, with the types that a CSV loses."""
     frame = own_perplexities(frame)
     rows = frame.reindex(
         columns=list(dict.fromkeys((*REQUIRED, *NUMBERS, *TEXTS, "configuration")))
@@ -162,8 +162,8 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
                 f"The column {name} of the table must be numbers, not {wrong.iloc[0]!r}: "
                 "write the table again with aggregate."
             )
-        rows[name] = numbers.where(np.isfinite(numbers))  # infinity has no place on an axis
-    # A level that was solved for a target is a result, not a place on the axis of levels.
+        rows[name] = numbers.where(np.isfinite(numbers))  # an axis cannot show infinity
+    # A solved level is a result, not a coordinate on the axis of levels.
     rows["alpha"] = rows["alpha"].where(rows["target_experts"].isna())
     for name in ("baseline", "adaptive"):
         rows[name] = frame[name].astype(bool)
@@ -179,7 +179,7 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
         for name in ("matched_by", "matched_metric"):
             rows[name] = matched[name]
         rows["matched_perplexity"] = pd.to_numeric(matched["matched_perplexity"])
-    # Static top-k is the same whoever ran it, the stock model or hf-bh.
+    # Static top-k is the same in the stock model and in hf-bh.
     top = rows["max_k"].map(lambda k: "top-k" if np.isnan(k) else f"top-{k:.0f}").astype(object)
     known = rows["configuration"].notna()
     rows["configuration"] = rows["configuration"].where(known, rows["strategy"])
@@ -198,7 +198,7 @@ def _repeats_averaged(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _layers_averaged(layers: pd.DataFrame | None, rows: pd.DataFrame) -> pd.DataFrame | None:
-    """Return the mean experts of each configuration and layer, pooled over tasks and repeats."""
+    """Return the mean experts per configuration and layer, pooled over tasks and repeats."""
     if layers is None or layers.empty:
         return None
     adaptive = rows[rows["adaptive"]]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-# Column -> name, shade, hatch: distinct without colour, which stands for max_k.
+# Column -> name, shade, hatch: distinct without colour, which encodes max_k.
 SHARES = {
     "floor_hit_rate": ("floor", "#E3E3E3", ""),
     "mid_range_rate": ("between", "#A6A6A6", "////"),
@@ -40,11 +40,11 @@ NO_LOG = (
 )
 FEWEST_ROWS = 6
 SAMPLE = 18.0  # points: the length of a line beside the name of a row
-INCH_OF_ROWS = 2.2  # what a panel of nine has for its rows
+INCH_OF_ROWS = 2.2  # height of the rows in one of the nine panels
 
 
 def constraints(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
-    """Draw the shares of tokens at the floor, between, and at the ceiling, stacked."""
+    """Draw stacked shares of tokens at the floor, in between, and at the ceiling."""
     means = data.over_tasks(data.adaptive, list(SHARES))
     if not len(means):
         raise NoDataError(NO_LOG)
@@ -116,7 +116,7 @@ def utilization(figure: SubFigure, data: Experiments, style: Style, labels: Labe
 
 
 def _rows(axes: Axes, means: pd.DataFrame, style: Style, names: list[str]) -> list[float]:
-    """Give every configuration a row, grouped by ``max_k``; return their places from the top."""
+    """Give every configuration a row, grouped by ``max_k``; return positions from the top."""
     places: list[float] = []
     of_size = dict(list(means.groupby("max_k", sort=False)))
     for rows in of_size.values():
@@ -146,7 +146,7 @@ def _rows(axes: Axes, means: pd.DataFrame, style: Style, names: list[str]) -> li
             fontweight="bold",
             fontsize=SMALL + 0.5,
         )
-    room = 0.6 + max(0.0, FEWEST_ROWS - places[-1] - 1) / 2  # or two bars would be blocks
+    room = 0.6 + max(0.0, FEWEST_ROWS - places[-1] - 1) / 2  # so that two bars do not become blocks
     axes.set_ylim(places[-1] + room, -room)
     write_beside(axes, ALPHA, (0, 1), (-4, 3), xycoords="axes fraction", ha="right")
     axes.tick_params(axis="y", length=0)
@@ -155,7 +155,7 @@ def _rows(axes: Axes, means: pd.DataFrame, style: Style, names: list[str]) -> li
 
 
 def _line_sample(axes: Axes, place: float, left: float, style: Style, row: pd.Series) -> None:
-    """Draw the line that other panels give a rule, beside the name of its row."""
+    """Draw a rule's line of the other panels beside the name of its row."""
     across: Any = ("axes points", "data")
     line = {
         "arrowstyle": "-",
@@ -177,7 +177,7 @@ def _line_sample(axes: Axes, place: float, left: float, style: Style, row: pd.Se
 
 
 def _size_of(rows: int) -> float:
-    """Return the font size in points that fits so many rows."""
+    """Return the font size in points that fits this many rows."""
     return float(min(SMALL + 0.5, 0.9 * 72 * INCH_OF_ROWS / (rows + 2)))
 
 

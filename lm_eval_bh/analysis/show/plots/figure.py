@@ -1,4 +1,4 @@
-"""Puts panels together into figures, with one legend outside of the data, and saves them."""
+"""Combines panels into figures with one legend outside of the data, and saves them."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ LEGEND_ROW = 0.24  # inches
 
 @dataclass(frozen=True)
 class Panel:
-    """One of the nine.
+    """One of the nine panels.
 
     Attributes
     ----------
     title : str
-        What stands above it.
+        Title of the panel.
     draw : callable
-        What draws it.
+        Function that draws it.
     legend : tuple of str
-        What of the figure's legend it needs: "sizes", "kinds", "front", "matched".
+        Parts of the figure's legend that it needs: "sizes", "kinds", "front", "matched".
     """
 
     title: str
@@ -78,26 +78,24 @@ def create_comprehensive_visualization(
     Parameters
     ----------
     results_df : DataFrame
-        One row per experiment: the frame of
-        ``load_experiments``, or a ``bh_routing_results.csv`` that
-        was read again. Of one group.
+        One row per experiment of one group: the frame of ``load_experiments``, or a
+        ``bh_routing_results.csv`` read back.
     output_path : Path or str, optional
         A file to write: png (300 dots an inch), pdf or svg, by its suffix.
     layers : DataFrame, optional
-        The layers of ``load_experiments``; without them the panel of the
-        layers says so.
+        The layers of ``load_experiments``; without them the panel of layers says so.
 
     Returns
     -------
     Figure
-        A notebook shows it as it is.
+        Displayed by notebooks.
 
     Raises
     ------
     DataError
         If the table lacks columns or mixes groups.
     ParameterError
-        If the suffix is of no format that is written.
+        If the suffix is not a supported format.
     """
     return _create(results_df, list(PANELS), output_path, layers, SIZE)
 
@@ -114,7 +112,7 @@ def create_single_panel(
     Parameters
     ----------
     panel : str
-        Its name.
+        Name of the panel.
     results_df, output_path, layers
         As for :func:`create_comprehensive_visualization`.
 
@@ -198,7 +196,7 @@ def _write(figure: Figure, path: Path, suffix: str) -> None:
 
 
 def _legend_rows(data: Experiments, style: Style, needed: set[str], most: int) -> list[list[Any]]:
-    """Return the rows of the figure's legend, sizes first, at most ``most`` entries in a row."""
+    """Return the rows of the figure's legend, sizes first, with at most ``most`` entries."""
     from matplotlib.lines import Line2D
 
     def entry(label: str, **how: Any) -> Line2D:

@@ -1,4 +1,4 @@
-"""Labels beside what they name, moved until nothing overlaps.
+"""Labels beside their points and lines, placed without overlaps.
 
 Overlaps are known only once the figure is laid out: panels request labels, and
 :meth:`Labels.place` positions them after the layout.
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
     from matplotlib.transforms import BboxBase
 
-GAP = 1.15  # of the height of a line
-# Where a label may stand: on which side of its point, and how far off in points; best places first.
+GAP = 1.15  # relative to the height of a line
+# Possible positions of a label: side of its point, and distance in points; best first.
 PLACES = tuple(
     (x, y, distance)
     for distance in (3, 8, 14, 22)
@@ -33,7 +33,7 @@ PLACES = tuple(
 
 @dataclass
 class Labels:
-    """The labels that the panels of one figure requested."""
+    """The labels requested by the panels of one figure."""
 
     _at_lines: dict[Axes, list[tuple[float, Annotation]]] = field(default_factory=dict)
     _at_points: list[tuple[Axes, Annotation]] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Labels:
         self._at_lines.setdefault(axes, []).append((y, label))
 
     def at_point(self, axes: Axes, x: float, y: float, text: str, colour: str) -> None:
-        """Label a point, on the side where there is room."""
+        """Label a point, on the side with free space."""
         label = axes.annotate(
             text,
             (x, y),
@@ -55,11 +55,11 @@ class Labels:
             color=colour,
             fontsize=SMALL,
         )
-        label.set_in_layout(False)  # it stays within the axes
+        label.set_in_layout(False)  # it stays inside the axes
         self._at_points.append((axes, label))
 
     def place(self, figure: Figure) -> None:
-        """Lay the figure out, then move every label to where it overlaps with nothing."""
+        """Lay the figure out, then move labels so that they do not overlap."""
         settle(figure)
         points = figure.dpi / 72
         for axes, labels in self._at_lines.items():
@@ -75,8 +75,8 @@ class Labels:
 
 
 def _put(axes: Axes, label: Annotation, placed: list[BboxBase], points: float) -> None:
-    """Choose the place that overlaps least with the lines of the axes and with other labels."""
-    # Lines across the axes have their labels at their end.
+    """Choose the position with the smallest overlap with lines and other labels."""
+    # Lines across the axes have their labels at the end.
     paths = [
         line.get_path().transformed(axes.transData)
         for line in axes.lines
@@ -102,7 +102,7 @@ def _put(axes: Axes, label: Annotation, placed: list[BboxBase], points: float) -
 
 
 def spread(wanted: Sequence[float], gap: float) -> NDArray[np.float64]:
-    """Return places at least ``gap`` apart, in the same order, as near as possible to the wanted.
+    """Return ordered positions at least ``gap`` apart, as close as possible to the wanted.
 
     Parameters
     ----------
@@ -114,8 +114,8 @@ def spread(wanted: Sequence[float], gap: float) -> NDArray[np.float64]:
     Returns
     -------
     float64 [places]
-        With the least sum of squared distances: less ``gap`` times its number, each place must be
-        no smaller than the one before, which is isotonic regression.
+        The least-squares solution: with ``gap`` times its index subtracted, each position must be
+        no smaller than the previous one, which is isotonic regression.
     """
     from scipy.optimize import isotonic_regression
 

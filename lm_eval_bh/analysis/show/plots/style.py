@@ -1,4 +1,4 @@
-"""How figures look: a colour and a marker per ``max_k``, a line style per rule, axes, text."""
+"""The style of figures: colour and marker per ``max_k``, line style per rule, axes, text."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-# Okabe and Ito 2008, Color Universal Design, without the yellow that white paper swallows. The
-# lightness of neighbours differs, and so do their markers: they can be told apart in grey.
+# Okabe and Ito 2008, Color Universal Design, without yellow, which is invisible on white.
+# Neighbours differ in lightness and marker, so they can be told apart in grey.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 ALPHA = "\N{GREEK SMALL LETTER ALPHA}"
 MARKERS = "os^DvPX*"
@@ -49,12 +49,12 @@ RC: dict[Any, Any] = {
     "errorbar.capsize": 2.0,
     "hatch.linewidth": 0.6,
     "pdf.fonttype": 42,  # text in a PDF can be searched and edited
-    "svg.hashsalt": "lm-eval-bh",  # the same figure is the same file
+    "svg.hashsalt": "lm-eval-bh",  # equal figures give equal files
 }
 
-# From which ratio of the largest to the smallest value on an axis is logarithmic.
+# An axis is logarithmic from this ratio of largest to smallest value.
 WIDE = 2.5
-# How many times as long as for what matters an axis may get to show what is beside it.
+# Factor by which an axis may be extended beyond the core to show other values.
 STRETCH = 2.0
 
 
@@ -64,9 +64,9 @@ class Style:
     Parameters
     ----------
     sizes : sequence of int
-        Every ``max_k`` that is drawn, ascending.
+        Every drawn ``max_k``, ascending.
     variants : sequence of str
-        Every kind of rule that is drawn.
+        Every drawn kind of rule.
     """
 
     def __init__(self, sizes: Sequence[int], variants: Sequence[str]) -> None:
@@ -74,7 +74,7 @@ class Style:
         from matplotlib.colors import to_hex
 
         self.sizes = tuple(sizes)
-        self.several = len(variants) > 1  # then a line tells which
+        self.several = len(variants) > 1  # then lines distinguish them
         colours: Sequence[str] = PALETTE
         if len(sizes) > len(PALETTE):
             shades = colormaps["viridis"](np.linspace(0, 0.9, len(sizes)))
@@ -84,7 +84,7 @@ class Style:
         self._lines = dict(zip(variants, cycle(LINES), strict=False))
 
     def colour(self, max_k: float) -> str:
-        """Return the colour of a ``max_k``; a neutral one where no adaptive run has it."""
+        """Return the colour of a ``max_k``; neutral if no adaptive run has it."""
         return self._colours.get(max_k, NEUTRAL)
 
     def line(self, variant: str) -> Any:
@@ -92,11 +92,11 @@ class Style:
         return self._lines.get(variant, LINES[0])
 
     def point(self, max_k: float) -> dict[str, Any]:
-        """Return how an adaptive configuration is drawn."""
+        """Return the style of an adaptive configuration."""
         return {"color": self.colour(max_k), "marker": self._markers.get(max_k, "o")}
 
     def hollow(self, max_k: float) -> dict[str, Any]:
-        """Return how static top-k is drawn."""
+        """Return the style of static top-k."""
         return self.point(max_k) | {"markerfacecolor": "white", "markeredgewidth": 1.2}
 
 
@@ -108,10 +108,10 @@ def interval(values: Any, errors: Any, log: bool = True) -> tuple[Floats, Floats
     values, errors : float64 [points] or float
         Standard errors of the values.
     log : bool
-        Whether the values are positive, as perplexities are, which are exp of a mean: then the
+        Whether the values are positive like perplexities, which are exp of a mean: then the
         interval is symmetric in their logarithm (the delta method) and never reaches zero. An
-        error of more than :data:`LARGEST_ERROR` times its value, as the bootstrap over a handful
-        of documents may give, bounds nothing and is left out.
+        error of more than :data:`LARGEST_ERROR` times its value, as a bootstrap over a few
+        documents may give, is meaningless and left out.
 
     Returns
     -------
@@ -131,12 +131,12 @@ def focus(core: Sequence[float], others: Sequence[float], log: bool = True) -> l
     Parameters
     ----------
     core : sequence of float
-        Values that are shown in any case, at least one.
+        Values to show in any case, at least one.
     others : sequence of float
-        Values that are taken in, the nearest first, as long as the axis gets no longer than
-        :data:`STRETCH` times what the core takes.
+        Values to include, the nearest first, as long as the axis is not longer than
+        :data:`STRETCH` times the core.
     log : bool
-        Whether distances are those on a logarithmic axis, if all of the core is positive.
+        Whether distances are logarithmic, if the core is positive.
     """
     log = log and min(core) > 0  # an error bar may reach below 0
     scale = np.log if log else np.asarray
@@ -158,13 +158,13 @@ def fit_scale(axes: Axes, which: str, values: Iterable[float], log: bool = True)
     Parameters
     ----------
     axes : Axes
-        With its data drawn.
+        Axes with the data drawn.
     which : "x" or "y"
         The axis.
     values : iterable of float
-        All that is to be seen along it.
+        All values to show along it.
     log : bool
-        Whether it may be logarithmic.
+        Whether the axis may be logarithmic.
     """
     from matplotlib import ticker
 
@@ -187,7 +187,7 @@ def fit_scale(axes: Axes, which: str, values: Iterable[float], log: bool = True)
 
 
 def beyond(axes: Axes, value: float) -> tuple[float, str]:
-    """Return where to show a value on the y axis, and what to add to its name: nothing if in range.
+    """Return the position of a value on the y axis, and a suffix for its name if out of range.
 
     An outlier is shown at the edge, with an arrow and its value.
     """
@@ -201,7 +201,7 @@ def beyond(axes: Axes, value: float) -> tuple[float, str]:
 def write_beside(
     axes: Axes, text: str, place: tuple[float, float], offset: tuple[float, float], **how: Any
 ) -> Annotation:
-    """Write a text some points off a place, by default of axes fraction across and data along y."""
+    """Write a text some points off a position, by default axes fraction in x and data in y."""
     usual: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "fontsize": SMALL}
     return axes.annotate(
         text,
@@ -214,7 +214,7 @@ def write_beside(
 
 
 def write_message(figure: SubFigure, sentence: str) -> None:
-    """Write what is missing in place of a panel, in lines that fit into it."""
+    """Write a wrapped message in place of a panel."""
     size = 8.5
     width = figure.bbox.width / figure.figure.dpi * 72
     letters = max(20, int(0.85 * width / (0.55 * size)))

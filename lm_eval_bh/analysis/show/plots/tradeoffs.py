@@ -1,4 +1,4 @@
-"""Panels of what quality costs: the Pareto front, and speed."""
+"""Panels of trade-offs: the Pareto front, and speed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lm_eval_bh.analysis.show.plots.style import (
 )
 from lm_eval_bh.analysis.table.perplexities import PERPLEXITIES
 
-MOST_NAMED = 2  # points of a line that are named; the legend tells of longer ones
+MOST_NAMED = 2  # lines with at most this many points have them named
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def pareto(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
     """Draw perplexity against mean experts, with every baseline and the Pareto front.
 
-    Beside each adaptive point is static top-k at the same number of experts, from the table:
+    Each adaptive point is compared with static top-k at the same number of experts, from the table:
     measured, or interpolated between two measured k.
     """
     missing = (
@@ -65,9 +65,9 @@ def pareto(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -
 
 
 def _unmatched(data: Experiments) -> str:
-    """Return which static top-k should be run, if some points have none beside them."""
+    """Return the static top-k to run, if some points have none to compare with."""
     scored = data.adaptive[list(PERPLEXITIES)].notna().any(axis=1)
-    scored &= data.adaptive["avg_experts_model"].notna()  # unknown where nothing was logged
+    scored &= data.adaptive["avg_experts_model"].notna()  # unknown without a log
     alone = data.adaptive[scored & data.adaptive["matched_by"].isna()]
     if not len(alone):
         return ""
@@ -77,10 +77,10 @@ def _unmatched(data: Experiments) -> str:
 
 
 def speed(figure: SubFigure, data: Experiments, style: Style, labels: Labels) -> None:
-    """Draw perplexity against how many times as fast a configuration is as the model as it is.
+    """Draw perplexity against the speed relative to the unchanged model.
 
-    Bars along the axis are the intervals of the ratios: one that crosses the line at 1 shows no
-    difference. Ratios come from the speed phase alone.
+    Horizontal bars are the intervals of the ratios: one that crosses 1 shows no difference. Ratios
+    only come from the speed phase.
     """
     missing = (
         "No perplexity with a speed ratio yet. Run lm-eval-bh sweep with --speed, or lm-eval-bh "
@@ -103,7 +103,7 @@ def speed(figure: SubFigure, data: Experiments, style: Style, labels: Labels) ->
                 zorder=2,
             )
         axes.axvline(1.0, color=NEUTRAL, linewidth=0.8, zorder=1)
-        fit_scale(axes, "x", along)  # all tasks share it
+        fit_scale(axes, "x", along)  # shared by all tasks
     axes.set_xlabel("times as fast as the stock model (prefill)")
     figure.supylabel("perplexity", fontsize="medium")
 
@@ -147,9 +147,9 @@ def _scatter(
 ) -> None:
     """Draw adaptive rules filled, static top-k hollow and named on a dashed line.
 
-    The points of an adaptive rule are named where its line has at most :data:`MOST_NAMED`. The y
-    axis shows all adaptive rules, the model's own top-k and what is drawn ``further``; outliers
-    that would flatten them are drawn at its edge.
+    Points of an adaptive rule are named if its line has at most :data:`MOST_NAMED`. The y axis
+    shows all adaptive rules, the model's own top-k and the rows ``further``; outliers that would
+    flatten them are drawn at its edge.
     """
     adaptive, static = rows[rows["adaptive"]], rows[rows["baseline"]].sort_values("max_k")
     own = static["max_k"] == static["native_top_k"]
@@ -195,17 +195,17 @@ def _error_bars(axes: Axes, rows: pd.DataFrame, x: str, y: str, colour: str) -> 
 
 
 def pareto_front(cost: Floats, loss: Floats) -> NDArray[np.intp]:
-    """Return the Pareto-optimal points: no other point is as good in both and better in one.
+    """Return the Pareto-optimal points: no other is as good in both and better in one.
 
     Parameters
     ----------
     cost, loss : float64 [points]
-        Both better where smaller.
+        Both are better if smaller.
 
     Returns
     -------
     intp [front]
-        Positions, by ascending cost; of equal points the first.
+        Indices by ascending cost; the first of equal points.
     """
     order = np.lexsort((loss, cost))
     best = np.minimum.accumulate(loss[order])
