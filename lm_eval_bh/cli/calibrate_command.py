@@ -128,7 +128,7 @@ def calibrate(
 def _known(names: list[str]) -> tuple[str, ...]:
     """Return the names of tables in order; a :class:`ParameterError` says which is unknown."""
     from lm_eval_bh.routing.methods.scores import STATISTICS
-    from lm_eval_bh.routing.tables.measure import TABLES
+    from lm_eval_bh.routing.tables.measurement import TABLES
 
     known = sorted(TABLES.keys() - {row.table for row in STATISTICS.values()})
     for name in names:

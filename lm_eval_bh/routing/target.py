@@ -4,66 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lm_eval_bh.errors import ParameterError, UnreachableError
 from lm_eval_bh.routing.bisection import LOG_ODDS, Mean, bisect, parameter_at
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.family import family_cutoff, family_level
-from lm_eval_bh.routing.methods import Method
-from lm_eval_bh.routing.methods.router import RouterOutput
-from lm_eval_bh.routing.ranked import ranked_scores
-from lm_eval_bh.routing.routers import Router
+from lm_eval_bh.routing.heard import Heard, Routed, calibration_batches, collect, p_values
 from lm_eval_bh.routing.solution import Solution
-from lm_eval_bh.routing.step_target import (
-    Ranking,
-    joined,
-    mean_distinct,
-    on_cpu,
-    rankings,
-    served,
-    whole_steps,
-)
-from lm_eval_bh.routing.tables.calibration import listen
-from lm_eval_bh.routing.tables.find import tokenizer_of
-from lm_eval_bh.routing.tables.null_model import NullModel
-from lm_eval_bh.routing.tables.texts import WIKITEXT, text_batches, wikitext_texts
+from lm_eval_bh.routing.step_target import mean_distinct, served
+from lm_eval_bh.routing.tables.texts import WIKITEXT
 
 logger = logging.getLogger(__name__)
 
-INSTEAD = "give alpha in place of target_experts, or in Python texts= to solve it on"
-TOKENS, LENGTH, BATCH = 16384, 512, 8
 TOLERANCE = 0.02  # largest relative error of the mean
 AIM = 0.01  # relative error that ends the search
 ROUNDS = 8
-# Input of a layer's method: ranked scores; for a step also their experts, or all.
-Heard = Tensor | Ranking | RouterOutput
-
-
-class Routed(Protocol):
-    """The model to solve for, which can run with and without the rule."""
-
-    model: nn.Module
-    routers: list[Router]
-    num_experts: int
-    config: RoutingConfig
-    null_model: NullModel | None
-    solution: Solution | None
-
-    @property
-    def layers(self) -> list[int]:
-        """The layers that the rule applies to."""
-
-    def method(self, layer: int) -> Method:
-        """Return a layer's fitted method."""
-
-    def __enter__(self) -> Any: ...
-
-    def __exit__(self, *error: Any) -> Any: ...
 
 
 def solve(
@@ -98,116 +57,75 @@ def solve(
     batches = calibration_batches(
         integration.model, tokenizer, texts, config.decode_batch if config.target_distinct else None
     )
-    unchanged = _p_values(integration, batches) if config.family == "all" else None
-    scores: Mapping[int, Heard] = {}
+    found = _solved(integration, batches)
+    found = dataclasses.replace(found, text=WIKITEXT if texts is None else "given")
+    logger.info("Solved for %s experts: %s", _target(config), found)
+    return found
+
+
+def _solved(integration: Routed, batches: Sequence[Tensor]) -> Solution:
+    config = integration.config
+    if config.family != "all":
+        return _towards_target(integration, batches)
+    unchanged = p_values(integration, batches)
+    if _target(config) is None:  # the level is given: it leaves one cut-off
+        cutoff = family_cutoff(unchanged, config.alpha)
+        found, _ = _run_with(integration, batches, dict.fromkeys(integration.layers, cutoff))
+        return dataclasses.replace(found, level=config.alpha)
+    found = _towards_target(integration, batches)
+    level = family_level(unchanged, next(iter(found.alphas.values())))
+    return dataclasses.replace(found, level=level)
+
+
+def _towards_target(integration: Routed, batches: Sequence[Tensor]) -> Solution:
+    """Solve, run, and solve again on what the routers then say, until the mean is met."""
+    heard = collect(integration, batches)
     best: Solution | None = None
     tried: list[dict[int, float]] = []
     while len(tried) < ROUNDS and (best is None or best.miss > AIM):
-        if _target(config) is None:
-            assert unchanged is not None
-            alphas = dict.fromkeys(integration.layers, family_cutoff(unchanged, config.alpha))
-        else:
-            scores = scores or _collect(integration, batches)
-            alphas = _solve_on(integration, scores)
+        alphas = _solve_on(integration, heard)
         if alphas in tried:
             break
         tried.append(alphas)
-        integration.solution = Solution(
-            config.target_experts,
-            config.budget,
-            alphas,
-            0.0,
-            {},
-            0,
-            "",
-            target_distinct=config.target_distinct,
-        )
-        with integration:
-            scores = _collect(integration, batches)
-        means = {layer: _mean(integration, layer, scores[layer])(alphas[layer]) for layer in alphas}
-        mean = sum(means.values()) / len(means)
-        found = dataclasses.replace(
-            integration.solution,
-            mean_experts=_experts(integration, scores, alphas) if config.target_distinct else mean,
-            distinct_experts=mean if config.target_distinct else None,
-            layer_means=means,
-            tokens=sum(batch.numel() for batch in batches),
-            text=WIKITEXT if texts is None else "given",
-        )
+        found, heard = _run_with(integration, batches, alphas)
         if best is None or found.miss < best.miss:
             best = found
     assert best is not None
     if best.miss > TOLERANCE:
-        _give_up(integration, scores, best, len(tried))
-    if unchanged is not None:
-        cutoff = next(iter(best.alphas.values()))
-        level = config.alpha if _target(config) is None else family_level(unchanged, cutoff)
-        best = dataclasses.replace(best, level=level)
-    logger.info("Solved for %s experts: %s", _target(config), best)
+        _give_up(integration, heard, best, len(tried))
     return best
+
+
+def _run_with(
+    integration: Routed, batches: Sequence[Tensor], alphas: dict[int, float]
+) -> tuple[Solution, dict[int, Heard]]:
+    """Run the model with parameters; return them with their means, and what was heard."""
+    config = integration.config
+    solution = Solution(
+        target_experts=config.target_experts,
+        budget=config.budget,
+        alphas=alphas,
+        mean_experts=0.0,
+        layer_means={},
+        tokens=sum(batch.numel() for batch in batches),
+        text="",
+        target_distinct=config.target_distinct,
+    )
+    integration.solution = solution
+    with integration:
+        heard = collect(integration, batches)
+    means = {layer: _mean(integration, layer, heard[layer])(alphas[layer]) for layer in alphas}
+    mean = sum(means.values()) / len(means)
+    solution = dataclasses.replace(solution, mean_experts=mean, layer_means=means)
+    if config.target_distinct:
+        experts = _experts(integration, heard, alphas)
+        solution = dataclasses.replace(solution, mean_experts=experts, distinct_experts=mean)
+    return solution, heard
 
 
 def _target(config: RoutingConfig) -> float | None:
     target: float | None = config.target_distinct or config.target_experts
     return target
-
-
-def calibration_batches(
-    model: nn.Module,
-    tokenizer: Any = None,
-    texts: Sequence[str] | None = None,
-    decode_batch: int | None = None,
-) -> list[Tensor]:
-    """Return the text to solve on as token ids; see :func:`solve`.
-
-    With ``decode_batch``, in whole batches of that many rows.
-    """
-    found = text_batches(
-        tokenizer or tokenizer_of(model),
-        wikitext_texts("train", INSTEAD) if texts is None else texts,
-        tokens=TOKENS,
-        length=LENGTH,
-        batch=BATCH,
-    )
-    return found if decode_batch is None else whole_steps(found, decode_batch, LENGTH)
-
-
-def _p_values(integration: Routed, batches: Sequence[Tensor]) -> Tensor:
-    """Return the p-values of all experts in all routed layers, ascending: one family."""
-    null_model = integration.null_model
-    assert null_model is not None
-    parts: list[Tensor] = []
-
-    def hear(layer: int, method: Method, said: RouterOutput) -> None:
-        found = null_model.p_values_of(layer, Method.score(method, said))  # for all experts
-        parts.append(found.flatten().cpu())
-
-    _listen(integration, batches, hear)
-    return torch.cat(parts).sort().values
-
-
-def _collect(integration: Routed, batches: Sequence[Tensor]) -> dict[int, Heard]:
-    """Run the model as it is now, and return the rule's input in every routed layer."""
-    parts: dict[int, list[Any]] = {layer: [] for layer in integration.layers}
-    joint, by_step = integration.config.method.joint, integration.config.target_distinct
-
-    def hear(layer: int, method: Method, said: RouterOutput) -> None:
-        if joint:
-            parts[layer].append(on_cpu(said, method.statistic.predicts))
-            return
-        ranked, order = ranked_scores(method, integration.null_model, layer, said)
-        if not by_step:
-            parts[layer].append(ranked.cpu())
-            return
-        assert said.step is not None
-        experts = (said.indices if method.follows_router else order)[:, : method.max_k]
-        parts[layer].append(Ranking(ranked.cpu(), experts.cpu(), said.step.cpu()))
-
-    _listen(integration, batches, hear)
-    join: Callable[[list[Any]], Heard] = torch.cat
-    if joint or by_step:
-        join = joined if joint else rankings
-    return {layer: join(found) for layer, found in parts.items()}
 
 
 def _experts(integration: Routed, heard: Mapping[int, Heard], alphas: Mapping[int, float]) -> float:
@@ -221,32 +139,13 @@ def _experts(integration: Routed, heard: Mapping[int, Heard], alphas: Mapping[in
     return sum(means) / len(means)
 
 
-def _listen(
-    integration: Routed,
-    batches: Sequence[Tensor],
-    hear: Callable[[int, Method, RouterOutput], None],
-) -> None:
-    """Run the model as it is now, and pass on the output of the routed layers' routers."""
-    methods: dict[int, Method] = {}
-
-    def note(layer: int, said: RouterOutput) -> None:
-        if layer in methods:
-            exact = said._replace(logits=said.logits.float())
-            hear(layer, methods[layer].to(said.logits.device), exact)
-
-    methods |= {layer: integration.method(layer) for layer in integration.layers}
-    modules = [router.module for router in integration.routers]
-    slots = max(methods[layer].asks(integration.routers[layer].top_k) for layer in methods)
-    listen(integration.model, modules, batches, note, slots=slots)
-
-
 def _give_up(
-    integration: Routed, scores: Mapping[int, Heard], best: Solution, rounds: int
+    integration: Routed, heard: Mapping[int, Heard], best: Solution, rounds: int
 ) -> NoReturn:
     """Raise for the first unmet budget, saying whether any parameter could meet it."""
     target, rule = _target(integration.config) or 0.0, integration.config.rule
     name = "target_experts" if best.target_distinct is None else "target_distinct"
-    for layers, mean in _budgets(integration, scores).items():
+    for layers, mean in _budgets(integration, heard).items():
         met = sum(best.layer_means[layer] for layer in layers) / len(layers)
         if abs(met / target - 1) <= TOLERANCE:
             continue
@@ -266,18 +165,18 @@ def _give_up(
     raise AssertionError("a solution that misses its target misses one of its budgets")
 
 
-def _solve_on(integration: Routed, scores: Mapping[int, Heard]) -> dict[int, float]:
+def _solve_on(integration: Routed, heard: Mapping[int, Heard]) -> dict[int, float]:
     """Return every layer's parameter, solved on given logits, or the nearest one."""
     target = float(_target(integration.config) or 0)
     alphas: dict[int, float] = {}
-    for layers, mean in _budgets(integration, scores).items():
+    for layers, mean in _budgets(integration, heard).items():
         alphas |= dict.fromkeys(layers, bisect(mean, target, integration.config.method))
     return alphas
 
 
-def _budgets(integration: Routed, scores: Mapping[int, Heard]) -> dict[tuple[int, ...], Mean]:
+def _budgets(integration: Routed, heard: Mapping[int, Heard]) -> dict[tuple[int, ...], Mean]:
     """Return the layers that share a parameter, and their mean as a function of it."""
-    means = {layer: _mean(integration, layer, scores[layer]) for layer in integration.layers}
+    means = {layer: _mean(integration, layer, heard[layer]) for layer in integration.layers}
     if integration.config.budget == "layer":
         return {(layer,): mean for layer, mean in means.items()}
 
@@ -287,14 +186,14 @@ def _budgets(integration: Routed, scores: Mapping[int, Heard]) -> dict[tuple[int
     return {tuple(means): over_layers}
 
 
-def _mean(integration: Routed, layer: int, ranked: Heard) -> Mean:
+def _mean(integration: Routed, layer: int, heard: Heard) -> Mean:
     """Return a layer's mean number of experts as a function of the parameter."""
     method = integration.method(layer).cpu()
-    if not isinstance(ranked, Tensor):
-        return mean_distinct(method, ranked)
+    if not isinstance(heard, Tensor):
+        return mean_distinct(method, heard)
 
     def mean(alpha: float) -> float:
-        counts = method.count(ranked, method.level(alpha))
+        counts = method.count(heard, method.level(alpha))
         return float(counts.clamp(method.min_k, method.max_k).double().mean())
 
     return mean

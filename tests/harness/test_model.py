@@ -69,7 +69,7 @@ def test_mean_experts_rise_with_the_level_and_are_reported(evaluate):
 def test_a_solved_target_is_in_the_results(evaluate, monkeypatch, tmp_path):
     lines = (shipped("tasks") / "demo" / "wikitext.jsonl").read_text().splitlines()[:8]
     pages = [json.loads(line)["page"] for line in lines]
-    monkeypatch.setattr("lm_eval_bh.routing.target.wikitext_texts", lambda *_: pages)
+    monkeypatch.setattr("lm_eval_bh.routing.heard.wikitext_texts", lambda *_: pages)
     arguments = f"{TINY},target_experts=5,budget=layer,log_routing=samples,log_dir={tmp_path}"
     results = evaluate("hf-bh", arguments, DEMO[1:2], limit=2)
     config = json.loads(json.dumps(results["config"]["bh"]["config"]))

@@ -21,6 +21,7 @@ from lm_eval_bh import (
     RoutingConfig,
     select_experts,
 )
+from lm_eval_bh.routing.family import family_cutoff, family_level
 from lm_eval_bh.routing.methods.scores import LEAST, STATISTICS, log_predicted_norms
 from lm_eval_bh.routing.routers import find_routers
 from lm_eval_bh.routing.tables.benefit import measure_benefits
@@ -28,7 +29,6 @@ from lm_eval_bh.routing.tables.calibration import calibrate, calibrate_and_check
 from lm_eval_bh.routing.tables.measure import measure
 from lm_eval_bh.routing.tables.norm_regression import PENALTY
 from lm_eval_bh.routing.tables.null_kind import NullKind
-from lm_eval_bh.routing.target import family_cutoff, family_level
 
 FACTORED = [name for name, row in STATISTICS.items() if row.table]
 

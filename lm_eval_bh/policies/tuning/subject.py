@@ -21,6 +21,7 @@ from lm_eval_bh.policies.tuning.candidates import Family
 from lm_eval_bh.policies.tuning.journal import FILE, Journal, Row
 from lm_eval_bh.policies.tuning.splits import Splits
 from lm_eval_bh.routing.config import RoutingConfig
+from lm_eval_bh.routing.heard import TOKENS
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.routing.policy import Policy
 from lm_eval_bh.routing.routers import find_routers
@@ -29,7 +30,6 @@ from lm_eval_bh.routing.tables.fingerprint import router_fingerprint
 from lm_eval_bh.routing.tables.null_kind import NullKind
 from lm_eval_bh.routing.tables.null_match import check_routers
 from lm_eval_bh.routing.tables.null_model import NullModel
-from lm_eval_bh.routing.target import TOKENS
 from lm_eval_bh.threads import CoresWatch
 
 SCREEN, VALIDATION, CONFIRMATION = "screen", "validation", "confirmation"

@@ -20,13 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lm_eval_bh.routing.heard import calibration_batches
 from lm_eval_bh.routing.methods.router import RouterOutput
 from lm_eval_bh.routing.patching.hook import RouterHook
 from lm_eval_bh.routing.patching.patch import Patch
 from lm_eval_bh.routing.routers import Router
 from lm_eval_bh.routing.tables.listening import listen
 from lm_eval_bh.routing.tables.measurement import experts_beside
-from lm_eval_bh.routing.target import calibration_batches
 
 Array = NDArray[np.float64]
 FLAT = 1e-12  # a channel with a smaller deviation is not scaled

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lm_eval_bh import BHRoutingIntegration, Policy
-from lm_eval_bh.routing.target import calibration_batches
+from lm_eval_bh.routing.heard import calibration_batches
 
 
 @pytest.fixture
