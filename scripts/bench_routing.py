@@ -24,6 +24,7 @@ share of the time of one MoE layer with the model's own top-8, all measured in t
 from __future__ import annotations
 
 import copy
+import csv
 import datetime
 import itertools
 import json
@@ -781,7 +782,10 @@ def main(
     small: Annotated[
         bool, typer.Option(help="Small matrices and two mean counts: says nothing of the speed.")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="JSON file for the numbers; ratios and milliseconds also as CSV."),
+    ] = None,
 ) -> None:
     """Measure router, MoE layer and whole model, side by side, in one run."""
     if shared and not device.startswith("cpu"):
@@ -846,6 +850,31 @@ def main(
         with replacing(output) as temporary:
             temporary.write_text(json.dumps(numbers, indent=2) + "\n")
         console.print(f"Written to {output}")
+        if "checks" in numbers:
+            write_csvs(numbers, output)
+
+
+def write_csvs(numbers: dict[str, Any], output: Path) -> None:
+    """Write the ratios and the milliseconds of a run beside its JSON file."""
+    ratios = [
+        (check["what"], *(f"{r:.4f}" for r in (check["ratio"], *check["interval"])), check["limit"])
+        for check in numbers["checks"]
+    ]
+    milliseconds = [
+        (
+            *(row["part"], row["workload"], row["row"], f"{row['wanted_k']:g}"),
+            *(f"{1e3 * row['median_seconds']:.3g}", f"{row['times_floor']:.1f}"),
+        )
+        for row in numbers["results"]
+    ]
+    names = ["part", "workload", "row", "k", "milliseconds", "times_floor"]
+    for suffix, header, rows in (
+        ("", ["ratio_of", "ratio", "low", "high", "target"], ratios),
+        ("_milliseconds", names, milliseconds),
+    ):
+        path = output.with_name(f"{output.stem}{suffix}.csv")
+        with replacing(path) as temporary, temporary.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 def measure(
