@@ -59,7 +59,9 @@ class LayerSummary(TypedDict):
 class StepSummary(TypedDict, total=False):
     """What the steps of a decode batch read, where ``decode_batch`` was given."""
 
-    decode_batch: int  # rows that are decoded together; the last group of a task may have fewer
+    # Rows that are decoded together; the last group of a task may have fewer. None where an engine
+    # decided, step by step, and its trace was imported.
+    decode_batch: int | None
     distinct_experts: float | None  # mean number of different experts a routed layer and step
     layer_distinct_experts: list[float | None]  # of each routed layer
     steps_by_rows: dict[str, int]  # how many rows a step really had -> number of steps
@@ -244,7 +246,7 @@ class ExperimentSummary(_SummaryOfThisRelease):
 class SpeedWorkload(TypedDict):
     """What is fed to every configuration of a speed phase, the same tokens to each."""
 
-    name: str  # prefill, decode 1 or decode 8
+    name: str  # prefill, decode 1, decode 8 or decode 32
     task: str  # whose text it is
     batch_size: int
     passes: int  # forward passes of one measurement

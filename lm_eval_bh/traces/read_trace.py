@@ -122,7 +122,7 @@ def by_format(files: Iterable[Path], name: str | None) -> dict[str, list[Path]]:
 
 
 def read_traces(files: dict[str, list[Path]], notes: Notes) -> Iterator[TraceDocument]:
-    """Yield the documents of some files as they were recorded, numbered through.
+    """Yield the documents of some files as they were recorded, numbered through, and steps.
 
     Parameters
     ----------
@@ -140,4 +140,4 @@ def read_traces(files: dict[str, list[Path]], notes: Notes) -> Iterator[TraceDoc
     for name, of_format in files.items():
         for document in READERS[name](of_format, first, notes):
             yield document
-            first = document.document + 1
+            first = max(first, document.document + 1)  # a step has no number

@@ -28,20 +28,20 @@ from lm_eval_bh.schema import UNUSED
 from lm_eval_bh.traces.integers import Ints, of_lists
 from lm_eval_bh.traces.notes import Notes
 from lm_eval_bh.traces.torch_file import Tensor, read_torch_file
-from lm_eval_bh.traces.trace_document import MOST_EXPERTS, TraceDocument
+from lm_eval_bh.traces.trace_document import MOST_EXPERTS, STEP, TraceDocument
 from lm_eval_bh.validation import shown
 
 PER_TOKEN = "record with --expert-distribution-recorder-mode per_token"
 EXTEND, DECODE, MIXED, IDLE = 1, 2, 3, 4  # forward_mode: others are of speculation and the like
-MODES = {DECODE: "decoding passes", IDLE: "idle passes"}
 RANK = re.compile(r"_(\d+)$")
 
 
 def read_sglang(files: Sequence[Path], first: int, notes: Notes) -> Iterator[TraceDocument]:
-    """Yield the documents of records: the prompts of the passes that read any.
+    """Yield the documents of records: the prompts of the passes that read any; and decoding passes.
 
     A prompt that the engine read in chunks is one document. A record does not say whose tokens a
-    decoding pass, or a mixed one, continues: those are left out. What another rank recorded of the
+    decoding pass, or a mixed one, continues: the one is a step, of no document, and the tokens of
+    the other are left out. What another rank recorded of the
     same pass is counted once.
 
     Parameters
@@ -63,6 +63,9 @@ def read_sglang(files: Sequence[Path], first: int, notes: Notes) -> Iterator[Tra
         waiting: _Sequence | None = None  # the last of a pass, which the next one may go on with
         for found in _passes(file, notes):
             if ranks.repeats(found):
+                continue
+            if found.mode == DECODE and len(found.tokens):
+                yield found.step(notes)
                 continue
             for number, sequence in enumerate(found.sequences(notes)):
                 if waiting is not None and number == 0 and sequence.goes_on_from(waiting):
@@ -134,14 +137,24 @@ class _Pass:
     lengths: list[int] | None
     experts: Ints  # logical, [tokens, layers, slots]
 
+    def step(self, notes: Notes) -> TraceDocument:
+        """Return a decoding pass: one token of each request that was served."""
+        notes.count(
+            len(self.tokens),
+            "tokens of decoding passes",
+            "count for distinct experts alone, since the record does not say whose they are.",
+        )
+        layers = np.arange(self.experts.shape[1])
+        return TraceDocument.of(self.where, STEP, self.experts, layers=layers)
+
     def sequences(self, notes: Notes) -> Iterator[_Sequence]:
         """Yield the prompts of the pass, or their chunks."""
         lengths = self.lengths
         if self.mode not in (EXTEND, MIXED) or lengths is None:
-            mode = MODES.get(self.mode, f"passes with forward_mode {self.mode}")
+            idle = self.mode == IDLE
             notes.count(
                 len(self.tokens),
-                f"tokens of {mode}",
+                f"tokens of {'idle passes' if idle else f'passes with forward_mode {self.mode}'}",
                 "are left out, since the record does not say whose they are.",
             )
             return
