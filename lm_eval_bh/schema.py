@@ -59,7 +59,9 @@ class LayerSummary(TypedDict):
 class StepSummary(TypedDict, total=False):
     """The steps of decode batches, if ``decode_batch`` was given."""
 
-    decode_batch: int  # rows decoded together; the last group of a task may have fewer
+    # Rows decoded together; the last group of a task may have fewer. None where an engine decided,
+    # step by step, and its trace was imported.
+    decode_batch: int | None
     distinct_experts: float | None  # mean number of distinct experts per routed layer and step
     layer_distinct_experts: list[float | None]  # the same for each routed layer
     steps_by_rows: dict[str, int]  # actual rows of a step -> number of steps
@@ -244,7 +246,7 @@ class ExperimentSummary(_SummaryOfThisRelease):
 class SpeedWorkload(TypedDict):
     """The input of a speed phase, equal for every configuration."""
 
-    name: str  # prefill, decode 1 or decode 8
+    name: str  # prefill, decode 1, decode 8 or decode 32
     task: str  # task of its text
     batch_size: int
     passes: int  # forward passes of one measurement

@@ -35,9 +35,9 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeModel
 from lm_eval_bh import BHRoutingIntegration, NullModel, RoutingConfig
 from lm_eval_bh.files import write_text
 from lm_eval_bh.routing.methods import METHODS
+from lm_eval_bh.routing.methods.scores import STATISTICS
 from lm_eval_bh.routing.patching.hook import RouterHook
 from lm_eval_bh.routing.patching.patch import Patch
-from lm_eval_bh.routing.tables.null_kind import NullKind
 
 # Experts read per step, and used per token.
 CELLS = (
@@ -129,13 +129,12 @@ def main(
         index = experts_of_step(rows, distinct, k, config.num_experts, generator).to(where)
         weights = torch.full(index.shape, 1 / k, device=where, dtype=kind)
         calls[f"{distinct}/{k}"] = lambda i=index, w=weights: block.experts(states, i, w)
-    null = _null_of(block.gate, hidden)
     with torch.inference_mode():
         with BHRoutingIntegration(model, RoutingConfig(rule="oea")):
             seconds = interleaved(calls, rounds, where)
         layer = next(iter(seconds))
         table = _layer_table(seconds, layer, rows)
-        decisions = interleaved(_decisions(model, states, null), rounds * 20, where)
+        decisions = interleaved(_decisions(model, states), rounds * 20, where)
     whole = float(np.median(seconds[layer]))
     shares = {name: float(np.median(found)) / whole for name, found in decisions.items()}
     console = Console()
@@ -153,24 +152,30 @@ def main(
         write_text(output, json.dumps(content, indent=1) + "\n")
 
 
-def _null_of(gate: Any, hidden: int) -> NullModel:
-    """Return tables of the router's own logits, with random factors."""
-    logits = gate(torch.randn(2000, hidden, device=gate.weight.device, dtype=gate.weight.dtype))[0]
-    scores = torch.log_softmax(logits.detach().float().cpu(), -1)
-    factors = np.random.default_rng(0).uniform(0.5, 1.5, (1, logits.shape[-1]))
-    return NullModel.from_scores([scores], NullKind("benefit").made(), factors)
+def _null_of(scores: Tensor, config: RoutingConfig) -> NullModel | None:
+    """Return the method's tables, of the router's log weights; factors and tables are random."""
+    if not config.needs_null:
+        return None
+    kind, experts, draw = config.null_kind.made(), scores.shape[-1], np.random.default_rng(0)
+    factors = draw.uniform(0.5, 1.5, (1, experts)) if STATISTICS[kind.statistic].table else None
+    tables = {name: draw.uniform(0, 1, (1, experts, experts)) for name in kind.tables}
+    return NullModel.from_scores([scores], kind, factors, tables)
 
 
-def _decisions(model: OlmoeModel, states: Tensor, null: NullModel) -> dict[str, Callable[[], Any]]:
+def _decisions(model: OlmoeModel, states: Tensor) -> dict[str, Callable[[], Any]]:
     """Return a call of each step method's hook."""
     gate = model.layers[0].mlp.gate
     output = gate(states)
+    scores = torch.log_softmax(gate(torch.randn(2000, *states.shape[1:]).to(states))[0].float(), -1)
     calls: dict[str, Callable[[], Any]] = {}
     for name, method in METHODS.items():
         if not method.joint or method.tests:
             continue  # a test needs its own null model, and takes as long
         config = RoutingConfig(rule=name, **STEP.get(name, {}))
-        routing = BHRoutingIntegration(model, config, null_model=null, collect_stats=False)
+        null = _null_of(scores.cpu(), config)
+        routing = BHRoutingIntegration(
+            model, config, null_model=null or "auto", collect_stats=False
+        )
         hook = RouterHook(Patch(config, [], None), 0, routing.routers[0], routing.method(0))
         calls[name] = lambda hook=hook: hook(gate, (states,), output)
     return calls

@@ -74,6 +74,14 @@ def import_routing(
         f"{counters.documents} documents, {counters.tokens} tokens, {len(counters.layers)} layers, "
         f"{low if low == high else f'{low} to {high}'} of {counters.experts(num_experts)} experts."
     )
+    distinct = counters.mean_distinct
+    say(
+        "Distinct experts are not counted: the trace does not say which tokens were decoded "
+        "together."
+        if distinct is None
+        else f"{distinct:.2f} distinct experts per layer and step, over {len(counters.steps)} "
+        f"decoding passes of {min(counters.steps)} to {max(counters.steps)} rows."
+    )
     for note in notes:
         warn(f"note: {note}")
     say(f"Written to {output_dir}: aggregate and report read it.")

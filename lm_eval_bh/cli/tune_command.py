@@ -55,7 +55,12 @@ def tune(
         typer.Option(help="Mean number of distinct experts per layer and step of --decode-batch."),
     ] = None,
     decode_batch: Annotated[
-        int, typer.Option(min=2, help="Rows that are decoded together, for --target-distinct.")
+        int,
+        typer.Option(
+            min=2,
+            help="Rows that are decoded together, for --target-distinct; given with --preview, it "
+            "shows their distinct experts.",
+        ),
     ] = 32,
     max_loss: Annotated[
         str | None,
@@ -143,17 +148,20 @@ def tune(
     With --preview, show what a grid of configurations would select instead.
     """
     if preview:
-        if target_experts is not None or max_loss is not None or output_dir is not None:
+        if any(one is not None for one in (target_experts, target_distinct, max_loss, output_dir)):
             raise ParameterError(
-                "--preview has no goal and no folder: leave out --target-experts, --max-loss and "
-                "--output-dir, or --preview."
+                "--preview has no goal and no folder: leave out --target-experts, "
+                "--target-distinct, --max-loss and --output-dir, or --preview."
             )
+        source = context.get_parameter_source("decode_batch")
+        given = source is not None and source.name == "COMMANDLINE"
         preview_grid(
             pretrained,
             rules=rules,
             alphas=alphas,
             max_k=max_k,
             min_k=min_k,
+            decode_batch=decode_batch if given else None,
             statistic=statistic,
             null_scope=null_scope,
             null_from=null_from,

@@ -29,6 +29,7 @@ def preview(
     alphas: Sequence[str] | None,
     max_k: Sequence[str] | None,
     min_k: int,
+    decode_batch: int | None,
     statistic: str,
     null_scope: str,
     null_from: str,
@@ -47,6 +48,7 @@ def preview(
             words(rules or RULES),
             numbers("alphas", alphas or ALPHAS, float),
             numbers("max-k", max_k or MAX_K, int),
+            decode_batch=decode_batch,
             min_k=min_k,
             statistic=statistic,
             null_scope=null_scope,
@@ -60,6 +62,8 @@ def preview(
         "The model ran unchanged. When a rule selects the experts, it changes the hidden states "
         "and so the router logits of the layers above, and the mean number of experts differs."
     )
+    if decode_batch is not None:
+        say(f"Distinct experts are of a layer and a step of {decode_batch} rows.")
     if output is not None:
         content = {"tokens": seen, "rows": [_plain(row) for row in rows]}
         with replacing(output) as temporary:
@@ -69,7 +73,7 @@ def preview(
 
 def _plain(row: GridRow) -> dict[str, object]:
     """Return a row as JSON knows it; a rule without a level has a null alpha."""
-    config = row.config.as_dict() | ({} if row.config.adaptive else {"alpha": None})
+    config = row.config.as_dict() | ({} if row.config.method.alpha else {"alpha": None})
     return dataclasses.asdict(row) | {"config": config}
 
 
@@ -77,18 +81,22 @@ def _table(title: str, rows: list[GridRow]) -> Table:
     from rich.table import Table
 
     table = Table(title=title)
-    names = ("rule", "alpha", "max_k", "mean experts", "at min_k (%)", "at max_k (%)")
-    for column in (*names, "overlap with top-k", "softmax mass kept"):
+    names: tuple[str, ...] = ("rule", "alpha", "max_k", "mean experts")
+    names += ("at min_k (%)", "at max_k (%)", "overlap with top-k", "softmax mass kept")
+    names += ("distinct experts",) * any(row.distinct_experts is not None for row in rows)
+    for column in names:
         table.add_column(column, justify="left" if column == "rule" else "right")
     for row in rows:
+        distinct = [] if row.distinct_experts is None else [f"{row.distinct_experts:.1f}"]
         table.add_row(
             row.config.rule,
-            f"{row.config.alpha:g}" if row.config.adaptive else "",
+            f"{row.config.alpha:g}" if row.config.method.alpha else "",
             str(row.config.max_k),
             f"{row.mean_experts:.2f}",
             f"{100 * row.floor_share:.1f}",
             f"{100 * row.ceiling_share:.1f}",
             f"{row.overlap:.3f}",
             f"{row.retained_mass:.3f}",
+            *distinct,
         )
     return table

@@ -17,6 +17,7 @@ from lm_eval_bh.resources import TINY_OLMOE
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.placement import placement
 from lm_eval_bh.routing.routers import find_routers
+from lm_eval_bh.routing.step_target import whole_steps
 from lm_eval_bh.routing.tables.calibration import calibrate_and_check
 from lm_eval_bh.routing.tables.find import cached_null, resolve_null
 from lm_eval_bh.routing.tables.null_health import LayerHealth
@@ -142,6 +143,8 @@ def analyze_pretrained(
         for kind in sorted(kinds, key=lambda kind: kind.null_scope is None)
     }
     batches = text_batches(tokenizer, texts, tokens=tokens, length=length, batch=batch)
+    if configs[0].decode_batch is not None:  # as all of the grid
+        batches = whole_steps(batches, configs[0].decode_batch, length)
     rows = analyze_grid(model, routers, batches, configs, nulls)
     return rows, sum(ids.numel() for ids in batches)
 

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.routing.config import RoutingConfig
 from lm_eval_bh.routing.fitted import fitted_method
 from lm_eval_bh.routing.methods import Method
 from lm_eval_bh.routing.methods.router import RouterOutput
+from lm_eval_bh.routing.methods.steps import Steps, distinct_experts
 from lm_eval_bh.routing.ranked import ranked_scores
 from lm_eval_bh.routing.routers import Router
+from lm_eval_bh.routing.step_target import served
 from lm_eval_bh.routing.tables.calibration import listen
 from lm_eval_bh.routing.tables.null_kind import NullKind
 from lm_eval_bh.routing.tables.null_model import NullModel
@@ -43,6 +46,8 @@ class GridRow:
         Mean share of a token's softmax weight that the selected experts hold.
     layer_means : tuple of float
         Mean number of experts of each of the configuration's layers.
+    distinct_experts : float or None
+        Mean number of different experts of a layer and step, where ``decode_batch`` is given.
     """
 
     config: RoutingConfig
@@ -52,6 +57,7 @@ class GridRow:
     overlap: float
     retained_mass: float
     layer_means: tuple[float, ...]
+    distinct_experts: float | None
 
 
 def analyze_grid(
@@ -69,7 +75,7 @@ def analyze_grid(
     model, routers : nn.Module, sequence of Router
         A mixture-of-experts model and its routers, whose weights are a softmax of their logits.
     batches : iterable of Tensor, int64 [batch, length]
-        Token ids without padding.
+        Token ids without padding; of ``decode_batch`` rows where configurations have one.
     configs : sequence of RoutingConfig
         The grid.
     nulls : mapping of NullKind to NullModel
@@ -96,6 +102,11 @@ def analyze_grid(
         )
     for config in configs:
         config.check_experts(routers[0].num_experts)
+        if config.method.joint and config.decode_batch is None:
+            raise ParameterError(
+                f"rule={config.rule} decides for the rows that are decoded together: say by "
+                "decode_batch how many these are."
+            )
         if config.solves:
             asked = "family=all" if config.target_experts is None else "target_experts"
             raise ParameterError(
@@ -109,15 +120,20 @@ def analyze_grid(
         batches,
         lambda layer, said: layers[layer].add(said),
         progress,
-        max(config.max_k for config in configs),
+        max(grid.asks(router.top_k) for grid, router in zip(layers, routers, strict=True)),
     )
     histogram = torch.stack([grid.histogram.cpu() for grid in layers]).double()
     sums = torch.stack([grid.sums.cpu() for grid in layers])
-    return [_row(config, histogram[:, at], sums[:, at]) for at, config in enumerate(configs)]
+    distinct = torch.tensor([grid.distinct for grid in layers], dtype=torch.float64)
+    distinct /= torch.tensor([grid.steps for grid in layers]).clamp(min=1)
+    return [
+        _row(config, histogram[:, at], sums[:, at], distinct[:, at])
+        for at, config in enumerate(configs)
+    ]
 
 
-def _row(config: RoutingConfig, histogram: Tensor, sums: Tensor) -> GridRow:
-    """Return the means over a configuration's layers of ``[layers, N + 1]`` and ``[layers, 2]``."""
+def _row(config: RoutingConfig, histogram: Tensor, sums: Tensor, distinct: Tensor) -> GridRow:
+    """Return the means over a configuration's layers of ``[layers, ...]``."""
     chosen = config.select_layers(len(histogram))
     tokens = histogram[chosen].sum(-1, keepdim=True)
     shares = histogram[chosen] / tokens
@@ -133,6 +149,7 @@ def _row(config: RoutingConfig, histogram: Tensor, sums: Tensor) -> GridRow:
         overlap,
         mass,
         tuple(means.tolist()),
+        None if config.decode_batch is None else float(distinct[chosen].mean()),
     )
 
 
@@ -145,6 +162,8 @@ class _LayerGrid:
         int64 ``[configs, experts + 1]``, numbers of tokens with 0, 1, ... experts.
     sums : Tensor
         float64 ``[configs, 2]``, sums of overlap and mass.
+    distinct, steps : list of int
+        Distinct experts summed over steps, and number of steps, of each configuration.
     """
 
     def __init__(
@@ -156,6 +175,7 @@ class _LayerGrid:
     ) -> None:
         self.histogram = torch.zeros(len(configs), router.num_experts + 1, dtype=torch.int64)
         self.sums = torch.zeros(len(configs), 2, dtype=torch.float64)
+        self.distinct, self.steps = [0] * len(configs), [0] * len(configs)
         self._layer, self._configs = layer, configs
         self._nulls = [nulls[config.null_kind] if config.needs_null else None for config in configs]
         experts = router.num_experts
@@ -170,51 +190,63 @@ class _LayerGrid:
             for config, method in zip(configs, self._methods, strict=True)
         }
 
+    def asks(self, native_k: int) -> int:
+        """Return how many experts the router has to rank."""
+        joint = [method.asks(native_k) for method in self._methods if method.joint]
+        return max(joint + [config.max_k for config in self._configs])
+
     def add(self, said: RouterOutput) -> None:
         """Count the selections of each configuration."""
-        device = said.logits.device
+        device, number = said.logits.device, said.logits.shape[-1]
         self.histogram, self.sums = self.histogram.to(device), self.sums.to(device)
-        views: dict[object, _View] = {}
+        weights = F.pad(torch.softmax(said.logits.float(), dim=-1), (0, 1))  # unused slots: none
+        native = said.logits.topk(said.native_k, dim=-1).indices
+        own = torch.zeros_like(weights).scatter_(-1, native, 1)
+        ranked: dict[object, tuple[Tensor, Tensor]] = {}
         counts: dict[object, Tensor] = {}
-        for at, (config, null) in enumerate(zip(self._configs, self._nulls, strict=True)):
-            method = self._methods[at].to(device)
-            viewed = _viewed(config)
-            if viewed not in views:
-                views[viewed] = _View(said, *ranked_scores(method, null, self._layer, said), method)
-            if config.adaptive:
-                key = viewed, config.rule, config.alpha
-                if key not in counts:
-                    level = self._levels[config.rule, config.alpha]
-                    level = None if level is None else level.to(device)
-                    counts[key] = method.count(views[viewed].ranked, level)
-                count = counts[key].clamp(config.min_k, config.max_k)
-            else:
-                count = torch.full(said.logits.shape[:1], config.max_k, device=device)
+        for at, config in enumerate(self._configs):
+            experts = self._experts(at, said, ranked, counts)
+            count = (experts < number).sum(-1)
             self.histogram[at] += torch.bincount(count, minlength=self.histogram.shape[1])
-            self.sums[at] += views[viewed].sums(count)
+            common = own.gather(-1, experts).sum(-1)
+            overlap = common / (count + said.native_k - common)
+            mass = weights.gather(-1, experts).sum()
+            self.sums[at] += torch.stack([overlap.sum(), mass]).double()
+            if config.decode_batch is not None:
+                assert said.step is not None
+                steps = Steps(said.step, int(said.step.max()) + 1)
+                self.distinct[at] += int(distinct_experts(experts[None], steps, number))
+                self.steps[at] += steps.number
 
-
-class _View:
-    """The experts of a batch of tokens in one order."""
-
-    def __init__(self, said: RouterOutput, ranked: Tensor, order: Tensor, method: Method) -> None:
-        self.ranked = ranked
-        top_k = said.native_k
-        weights = torch.softmax(said.logits.float(), dim=-1)
-        native = said.logits.topk(top_k, dim=-1).indices
-        if method.follows_router and not method.first_only:  # the router's order of equal logits
-            order = said.logits.argsort(dim=-1, descending=True, stable=True)
-        taken = torch.arange(1, order.shape[-1] + 1, device=order.device)
-        own = torch.zeros_like(weights, dtype=torch.int64).scatter_(-1, native, 1)
-        common = own.gather(-1, order).cumsum(-1)
-        self._mass = weights.gather(-1, order).cumsum(-1)
-        self._overlap = common / (taken + top_k - common)
-
-    def sums(self, count: Tensor) -> Tensor:
-        """Return the sums of overlap and mass for these numbers of experts: float64 [2]."""
-        last = (count - 1).unsqueeze(-1)
-        both = [values.gather(-1, last).sum() for values in (self._overlap, self._mass)]
-        return torch.stack(both).double()
+    def _experts(
+        self,
+        at: int,
+        said: RouterOutput,
+        ranked: dict[object, tuple[Tensor, Tensor]],
+        counts: dict[object, Tensor],
+    ) -> Tensor:
+        """Return what a configuration selects, int64 ``[tokens, max_k]``."""
+        config, method = self._configs[at], self._methods[at].to(said.logits.device)
+        if method.joint:
+            return served(method, said, config.alpha)
+        viewed = _viewed(config)
+        if viewed not in ranked:
+            scores, order = ranked_scores(method, self._nulls[at], self._layer, said)
+            if method.follows_router and not method.first_only:  # equal logits have its own order
+                order = said.logits.argsort(dim=-1, descending=True, stable=True)
+            ranked[viewed] = scores, order
+        scores, order = ranked[viewed]
+        order = order[:, : config.max_k]
+        if not config.adaptive:
+            return order
+        key = viewed, config.rule, config.alpha
+        if key not in counts:
+            level = self._levels[config.rule, config.alpha]
+            level = None if level is None else level.to(said.logits.device)
+            counts[key] = method.count(scores, level)
+        count = counts[key].clamp(config.min_k, config.max_k).unsqueeze(-1)
+        used = torch.arange(config.max_k, device=order.device) < count
+        return torch.where(used, order, method.num_experts)
 
 
 def _scored(config: RoutingConfig) -> tuple[object, ...]:

@@ -13,11 +13,15 @@ from lm_eval_bh.routing.parameters import canonical
 
 
 def grid_of(
-    rules: Iterable[str], alphas: Iterable[float], max_ks: Iterable[int], **others: Any
+    rules: Iterable[str],
+    alphas: Iterable[float],
+    max_ks: Iterable[int],
+    decode_batch: int | None = None,
+    **others: Any,
 ) -> list[RoutingConfig]:
     """Return all combinations, each with the parameters that its rule takes.
 
-    Rules without alpha take neither alpha nor ``others``.
+    Rules without alpha take neither alpha nor ``others``; all take ``decode_batch``.
 
     Raises
     ------
@@ -27,14 +31,13 @@ def grid_of(
     alphas, max_ks, others = list(alphas), list(max_ks), canonical(others)
     configs = []
     for name in rules:
-        if not RoutingConfig(rule=name).adaptive:
-            configs += [RoutingConfig(rule=name, max_k=max_k) for max_k in max_ks]
-            continue
-        fitting = {key: value for key, value in others.items() if serves(key, name)}
-        for alpha, max_k in itertools.product(alphas, max_ks):
-            configs.append(
-                RoutingConfig.named({"alpha": alpha, "rule": name, "max_k": max_k, **fitting})
-            )
+        one = {"rule": name, "decode_batch": decode_batch}
+        plain = RoutingConfig(**one)
+        if plain.adaptive:
+            one |= {key: value for key, value in others.items() if serves(key, name)}
+        levels = alphas if plain.method.alpha else [plain.alpha]
+        for alpha, max_k in itertools.product(levels, max_ks):
+            configs.append(RoutingConfig.named({**one, "alpha": alpha, "max_k": max_k}))
     if not configs:
         raise ParameterError("The grid is empty: give at least one rule, level and max_k.")
     return configs

@@ -118,6 +118,6 @@ def served(method: Method, heard: RouterOutput | Ranking, alpha: float) -> Tenso
         counts = method.count(heard.scores, level).clamp(method.min_k, method.max_k)
         used = torch.arange(heard.experts.shape[-1]) < counts.unsqueeze(-1)
         return torch.where(used, heard.experts, method.num_experts)
-    assert level is not None
-    method.keep("thresholds", level)
+    if level is not None:
+        method.keep("thresholds", level)
     return pick(method, heard).indices

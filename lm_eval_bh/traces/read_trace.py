@@ -123,7 +123,7 @@ def by_format(files: Iterable[Path], name: str | None) -> dict[str, list[Path]]:
 
 
 def read_traces(files: dict[str, list[Path]], notes: Notes) -> Iterator[TraceDocument]:
-    """Yield the documents of some files as recorded, numbered consecutively.
+    """Yield the documents of some files as recorded, numbered consecutively, and steps.
 
     Parameters
     ----------
@@ -141,4 +141,4 @@ def read_traces(files: dict[str, list[Path]], notes: Notes) -> Iterator[TraceDoc
     for name, of_format in files.items():
         for document in READERS[name](of_format, first, notes):
             yield document
-            first = document.document + 1
+            first = max(first, document.document + 1)  # a step has no number

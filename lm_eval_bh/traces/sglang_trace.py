@@ -29,21 +29,20 @@ from lm_eval_bh.schema import UNUSED
 from lm_eval_bh.traces.integers import Ints, of_lists
 from lm_eval_bh.traces.notes import Notes
 from lm_eval_bh.traces.torch_file import Tensor, read_torch_file
-from lm_eval_bh.traces.trace_document import MOST_EXPERTS, TraceDocument
+from lm_eval_bh.traces.trace_document import MOST_EXPERTS, STEP, TraceDocument
 from lm_eval_bh.validation import shown
 
 PER_TOKEN = "record with --expert-distribution-recorder-mode per_token"
 EXTEND, DECODE, MIXED, IDLE = 1, 2, 3, 4  # forward_mode: others belong to speculation and the like
-MODES = {DECODE: "decoding passes", IDLE: "idle passes"}
 RANK = re.compile(r"_(\d+)$")
 
 
 def read_sglang(files: Sequence[Path], first: int, notes: Notes) -> Iterator[TraceDocument]:
-    """Yield the documents of the records: the prompts that forward passes read.
+    """Yield the documents of the records, the prompts that forward passes read, and their steps.
 
     A prompt that the engine read in chunks is one document. A record does not say whose tokens a
-    decoding or mixed pass continues: those are left out. A pass that several ranks recorded is
-    counted once.
+    decoding or mixed pass continues: a decoding pass is a step of no document, and the tokens of a
+    mixed pass are left out. A pass that several ranks recorded is counted once.
 
     Parameters
     ----------
@@ -64,6 +63,9 @@ def read_sglang(files: Sequence[Path], first: int, notes: Notes) -> Iterator[Tra
         waiting: _Sequence | None = None  # last of a pass; the next pass may continue it
         for found in _passes(file, notes):
             if ranks.repeats(found):
+                continue
+            if found.mode == DECODE and len(found.tokens):
+                yield found.step(notes)
                 continue
             for number, sequence in enumerate(found.sequences(notes)):
                 if waiting is not None and number == 0 and sequence.goes_on_from(waiting):
@@ -135,14 +137,24 @@ class _Pass:
     lengths: list[int] | None
     experts: Ints  # logical, [tokens, layers, slots]
 
+    def step(self, notes: Notes) -> TraceDocument:
+        """Return a decoding pass: one token of each request that was served."""
+        notes.count(
+            len(self.tokens),
+            "tokens of decoding passes",
+            "count for distinct experts alone, since the record does not say whose they are.",
+        )
+        layers = np.arange(self.experts.shape[1])
+        return TraceDocument.of(self.where, STEP, self.experts, layers=layers)
+
     def sequences(self, notes: Notes) -> Iterator[_Sequence]:
         """Yield the prompts of the pass, or their chunks."""
         lengths = self.lengths
         if self.mode not in (EXTEND, MIXED) or lengths is None:
-            mode = MODES.get(self.mode, f"passes with forward_mode {self.mode}")
+            idle = self.mode == IDLE
             notes.count(
                 len(self.tokens),
-                f"tokens of {mode}",
+                f"tokens of {'idle passes' if idle else f'passes with forward_mode {self.mode}'}",
                 "are left out, since the record does not say whose they are.",
             )
             return

@@ -16,6 +16,7 @@ Floats = NDArray[np.float64]
 Experts = NDArray[np.int16]
 
 MOST_EXPERTS, MOST_LAYERS, MOST_TOKENS = 4096, 1024, 2**31 - 1
+STEP = -1  # the number of no document: tokens that were decoded together, one of each row
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class TraceDocument:
     Attributes
     ----------
     document : int
-        Number of the document, from 0.
+        Number of the document, from 0; or :data:`STEP`.
     where : str
         Place in the trace, for messages.
     layers : int64 [layers]
@@ -97,7 +98,7 @@ class TraceDocument:
             ("expert", experts, UNUSED, MOST_EXPERTS - 1),
             ("position", at, 0, MOST_TOKENS),
             ("token id", np.zeros(0, int) if ids is None else ids, 0, MOST_TOKENS),
-            ("document", np.array([document]), 0, MOST_TOKENS),
+            ("document", np.array([document]), STEP, MOST_TOKENS),
         ):
             wrong = values[(values < least) | (values > most)]
             if len(wrong):

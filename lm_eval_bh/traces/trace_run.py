@@ -29,7 +29,7 @@ from lm_eval_bh.schema import (
 )
 from lm_eval_bh.traces.notes import Notes
 from lm_eval_bh.traces.trace_counters import TraceCounters
-from lm_eval_bh.traces.trace_document import TraceDocument
+from lm_eval_bh.traces.trace_document import STEP, TraceDocument
 
 LOGS = "logs"
 
@@ -121,6 +121,8 @@ def _write(
     with pq.ParquetWriter(log / part, schema, compression="zstd") as writer:
         for document in documents:
             counters.add(document)
+            if document.document == STEP:
+                continue
             table = _rows(document, source.task, schema)
             writer.write_table(table)
             rows += table.num_rows

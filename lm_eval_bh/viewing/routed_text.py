@@ -32,49 +32,72 @@ class _Decided(NamedTuple):
     limits: Tensor | None = None
 
 
-def route_text(integration: BHRoutingIntegration, token_ids: Sequence[int]) -> ViewRouted:
-    """Run a patched model over one text, and return its decisions.
+def route_texts(
+    integration: BHRoutingIntegration, texts: Sequence[Sequence[int]]
+) -> list[ViewRouted]:
+    """Run a patched model over texts, side by side, and return its decisions on each.
 
     Parameters
     ----------
     integration : BHRoutingIntegration
         The patched integration.
-    token_ids : sequence of int
-        Token ids of the text.
+    texts : sequence of sequences of int
+        Token ids of each text.
 
     Raises
     ------
     ParameterError
         If the integration is not patched.
     DataError
-        If the text has no tokens, or more than the model's context.
+        If a text has no tokens, or more than the model's context.
     """
     model = integration.model
     if not integration.patched:
         raise ParameterError(
             "The model is not patched, so the rule has no effect: call patch_model() first."
         )
-    if not len(token_ids):
-        raise DataError("The text has no tokens: give one that is not empty.")
     longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and len(token_ids) > longest:
-        raise DataError(
-            f"The text has {len(token_ids)} tokens, and the model takes {longest}: give fewer."
-        )
-    layers: list[ViewLayer] = []
+    for text in texts:
+        if not len(text):
+            raise DataError("The text has no tokens: give one that is not empty.")
+        if longest is not None and len(text) > longest:
+            raise DataError(
+                f"The text has {len(text)} tokens, and the model takes {longest}: give fewer."
+            )
+    heard: list[tuple[int, Tensor, Picked]] = []
 
-    def observe(layer: int, router_logits: Tensor, selection: Picked) -> None:
-        layers.append(_layer(integration, layer, router_logits, selection, said.get(layer)))
+    def observe(*of_layer: Any) -> None:
+        heard.append(of_layer)
 
+    device = next(model.parameters()).device
+    length = max(map(len, texts))
+    ids = torch.tensor([[*text, *[0] * (length - len(text))] for text in texts], device=device)
+    real = torch.tensor([[1] * len(text) + [0] * (length - len(text)) for text in texts])
+    mask = {} if bool(real.all()) else {"attention_mask": real.to(device)}
     with _said(integration) as said, torch.no_grad():
         integration.observers.append(observe)
         try:
-            ids = torch.tensor([list(token_ids)], device=next(model.parameters()).device)
-            logits = model(input_ids=ids, use_cache=False).logits[0]
+            logits = model(input_ids=ids, **mask, use_cache=False).logits
         finally:
             integration.observers.remove(observe)
-        losses = F.cross_entropy(logits[:-1].float(), ids[0, 1:], reduction="none")
-    return {"loss": [None, *map(short, losses.tolist())], "layers": layers}
+    found: list[ViewRouted] = []
+    for row, text in enumerate(texts):
+        own = slice(row * length, row * length + len(text))
+        layers = [
+            _layer(integration, at, values[own], _some(chosen, own), _some(said.get(at), own))
+            for at, values, chosen in heard
+        ]
+        predicted = logits[row, : len(text) - 1].float()
+        losses = F.cross_entropy(predicted, ids[row, 1 : len(text)], reduction="none")
+        found.append({"loss": [None, *map(short, losses.tolist())], "layers": layers})
+    return found
+
+
+def _some(of_tokens: Any, own: slice) -> Any:
+    """Return some tokens of a tuple of tensors ``[tokens, ...]``; what is no tensor stays."""
+    if of_tokens is None:
+        return None
+    return type(of_tokens)(*(f[own] if isinstance(f, Tensor) else f for f in of_tokens))
 
 
 @contextmanager

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lm_eval_bh.analysis.show.view_page import ViewRun, ViewText, pieces, view_page
+from lm_eval_bh.analysis.show.view_page import (
+    ViewRouted,
+    ViewRun,
+    ViewText,
+    distinct_line,
+    pieces,
+    view_page,
+)
 from lm_eval_bh.analysis.table.strategy_names import strategy_label
 from lm_eval_bh.errors import DataError, ParameterError
 from lm_eval_bh.files import as_path, write_text
 from lm_eval_bh.routing.config import RoutingConfig, rule_info
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.routing.routers import transformers_model
-from lm_eval_bh.viewing.routed_text import route_text
+from lm_eval_bh.viewing.routed_text import route_texts
 
 HEIGHT = 720  # pixels of the frame in a notebook
 
@@ -133,18 +140,40 @@ def tokenized(tokenizer: Any, ids: Sequence[Sequence[int]]) -> list[ViewText]:
 def routed(
     integration: BHRoutingIntegration, texts: Sequence[ViewText], name: str | None = None
 ) -> ViewRun:
-    """Return a configuration's decisions on texts; ``name`` is the model's, if known."""
+    """Return a configuration's decisions on texts; ``name`` is the model's, if known.
+
+    As many texts as are decoded together run side by side.
+    """
     own = transformers_model(integration.model)
     config = integration.config
+    rows = min(config.decode_batch or 1, len(texts))
+    ids = [[int(i or 0) for i in text["ids"]] for text in texts]
+    steps = [ids[start : start + rows] for start in range(0, len(ids), rows)]
     with nullcontext() if integration.patched else integration:
-        found = [route_text(integration, [int(i or 0) for i in text["ids"]]) for text in texts]
+        found = [route_texts(integration, some) for some in steps]
+    read = [len(experts) for some in found for experts in _experts_of_steps(some)]
+    told = config.method.joint or config.decode_batch is not None
     return {
         "label": strategy_label(integration.describe(), rule_info(config.rule)),
         "model": name or Path(own.name_or_path or type(own).__name__).name,
         "experts": integration.num_experts,
         "max_k": config.max_k,
-        "texts": found,
+        "distinct": distinct_line(sum(read) / len(read), rows) if told else None,
+        "texts": [text for some in found for text in some],
     }
+
+
+def _experts_of_steps(texts: Sequence[ViewRouted]) -> Iterable[set[int]]:
+    """Return the different experts of each layer and step of texts that ran side by side."""
+    found: dict[tuple[int, int], set[int]] = {}
+    for text in texts:
+        for layer in text["layers"]:
+            for position, (count, rows) in enumerate(
+                zip(layer["counts"], layer["rows"], strict=True)
+            ):
+                experts = found.setdefault((layer["layer"], position), set())
+                experts.update(row[0] for row in rows[:count])
+    return found.values()
 
 
 @contextmanager

@@ -44,6 +44,7 @@ BATCHES = {  # methods of a step, of which all tokens here are one
     "batch_bh": {"alpha": 0.9, "combine": "fisher"},
     "oea": {"max_k": 5, "k0": 1},
     "xshare": {"max_k": 5, "step_budget": 7},
+    "sere": {"max_k": 5, "k0": 1},
 }
 UNSCALED = {"rule": "bh", "renormalize": False}
 CONFIGS = [
@@ -162,6 +163,8 @@ def random_table(name):
         return np.stack([numbers[:, : EXPERTS**2], numbers[:, -(EXPERTS**2) :]], 1).reshape(
             LAYERS, 2, EXPERTS, EXPERTS
         )
+    if name == "similarities":
+        return np.sort(numbers[:, : EXPERTS**2]).reshape(LAYERS, EXPERTS, EXPERTS) / numbers.max()
     return numbers[:, 0] if name == "layer_kl" else numbers[:, :EXPERTS] + 0.5
 
 

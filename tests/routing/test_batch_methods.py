@@ -40,8 +40,15 @@ CONFIGS = [
     ),
     {"rule": "batch_min_w", "alpha": 0.3, "statistic": "benefit", "max_k": 6, "mass": 0.2},
     *({"rule": "batch_bh", "alpha": a, "combine": c} for c, a in (("simes", 0.3), ("fisher", 0.2))),
+    *(
+        {"rule": "sere", "k0": k0, "alpha": alpha, "max_k": max_k, "min_k": min_k}
+        for k0, alpha, max_k, min_k in ((1, 0.0, 4, 1), (1, 0.6, 4, 1), (2, 0.6, 6, 3))
+    ),
 ]
+SERE = [parameters for parameters in CONFIGS if parameters["rule"] == "sere"]
 FACTORS = np.linspace(0.5, 1.5, EXPERTS)
+POINTS = np.random.default_rng(1).random((EXPERTS, 3))
+SIMILAR = 1 - np.linalg.norm(POINTS[:, None] - POINTS, axis=-1) / 3**0.5
 
 
 def logits_of(tokens, seed=0):
@@ -63,18 +70,21 @@ def null_of(config):
     if not config.needs_null:
         return None
     logits = logits_of(400, 7)
+    if config.rule == "sere":
+        kind = NullKind("weight", tables=config.tables).made()
+        return NullModel.from_scores([logits], kind, None, {"similarities": SIMILAR[None]})
     if config.scored_by == "logit":
         return NullModel.fit({0: logits})
     scores = torch.log_softmax(logits, -1) + torch.from_numpy(np.log(FACTORS))
     return NullModel.from_scores([scores], NullKind(config.scored_by).made(), FACTORS[None])
 
 
-def picked(parameters, logits, step):
+def picked(parameters, logits, step, rescales=False):
     config = RoutingConfig(**{"max_k": NATIVE} | parameters)
     null = null_of(config)
     method = fitted_method(config, null, 0, EXPERTS)
     steps = None if step is None else torch.tensor(step)
-    said = softmax_output(logits, method.asks(NATIVE), NATIVE, step=steps)
+    said = softmax_output(logits, method.asks(NATIVE), NATIVE, step=steps, rescales=rescales)
     return pick(method, said), config, null
 
 
@@ -91,6 +101,10 @@ def reference(config, null, logits, step):
             for token in members:
                 found[token] = order[token][:NATIVE]
             continue
+        if config.rule == "sere":
+            for token, targets in rerouted(config, order, members).items():
+                found[token] = sorted(set(targets.values()), key=order[token].index)
+            continue
         loaded = _loaded(config, null, z, scores, order, members)
         for token in members:
             within = [e for e in order[token] if e in loaded]
@@ -103,6 +117,20 @@ def reference(config, null, logits, step):
             own = own + rest[: max(config.min_k - len(own), 0)]
             found[token] = own[: config.max_k]
     return found
+
+
+def rerouted(config, order, members):
+    """Return for each token which expert serves in place of each of its first."""
+    first = max(config.k0, config.min_k)
+    primary = {e for token in members for e in order[token][:first]}
+    critical = {e for e in range(EXPERTS) if max(SIMILAR[e, v] for v in primary) < config.alpha}
+    return {
+        token: {
+            e: e if e in primary | critical else min(primary, key=lambda v: (-SIMILAR[e, v], v))
+            for e in order[token][: config.max_k]
+        }
+        for token in members
+    }
 
 
 def _loaded(config, null, z, scores, order, members):
@@ -137,6 +165,37 @@ def test_a_step_loads_and_serves_what_the_reference_does(parameters, step):
     expected = reference(config, null, logits, step)
     for token, experts in enumerate(expected):
         assert found.indices[token, : found.counts[token]].tolist() == experts
+
+
+@pytest.mark.parametrize("gain", [{}, {"mass": 0.5, "max_k": 3}, {"renormalize": True}], ids=str)
+@pytest.mark.parametrize("rescales", [False, True])
+@pytest.mark.parametrize("parameters", SERE, ids=str)
+def test_experts_that_serve_for_others_have_their_weights(parameters, rescales, gain):
+    step = [0] * 5 + [1] * 3 + [-1]
+    logits = logits_of(len(step), 3)
+    found, config, _ = picked(parameters | gain, logits, step, rescales)
+    weights = torch.softmax(logits, -1).numpy()
+    order = [sorted(range(EXPERTS), key=lambda e: (-row[e], e)) for row in weights]
+    handed_on = 0
+    for members in ([*range(5)], [5, 6, 7]):
+        for token, targets in rerouted(config, order, members).items():
+            first = weights[token][order[token]][:NATIVE].sum()
+            expected = dict.fromkeys(targets.values(), 0.0)
+            for expert, target in targets.items():
+                expected[target] += weights[token, expert]
+            total, native = sum(expected.values()), 1 if rescales else first
+            factor = 1 / total if rescales or "renormalize" in gain else 1
+            if "mass" in gain:
+                factor = (first / total) ** 0.5 * native / first
+            count = int(found.counts[token])
+            ours = zip(found.indices[token, :count].tolist(), found.weights[token], strict=False)
+            assert {e: float(w) for e, w in ours} == pytest.approx(
+                {e: weight * factor for e, weight in expected.items()}
+            )
+            handed_on += sum(target != expert for expert, target in targets.items())
+    assert handed_on > 0 or config.fixed_count
+    prompt = order[-1][: min(NATIVE, config.max_k)]
+    assert found.indices[-1, : len(prompt)].tolist() == prompt
 
 
 @pytest.mark.parametrize("parameters", CONFIGS, ids=str)

@@ -46,6 +46,8 @@ def configurations():
     for statistic, null in KINDS:
         yield from grid_of(rules, [0.5], [8, 20], min_k=2, statistic=statistic, null_scope=null)
     yield from grid_of(["topk", "min_p", "random_k"], [0.3], [4, 8])
+    rules = ["topk", "random_k", "min_p", "oea", "xshare", "batch_min_w"]
+    yield from grid_of(rules, [0.3, 0.5], [4, 8], decode_batch=64, step_budget=12)
 
 
 def test_every_row_is_what_the_configuration_alone_would_select(tiny, nulls, batches):
@@ -79,6 +81,8 @@ def test_every_row_is_what_the_configuration_alone_would_select(tiny, nulls, bat
                 overlaps.append(len(used & set(own[token])) / len(used | set(own[token])))
                 masses.append(float(weights[token, sorted(used)].sum()))
         assert row.overlap == pytest.approx(sum(overlaps) / len(overlaps))
+        assert row.distinct_experts == pytest.approx(routing.counters.mean_distinct())
+        assert (row.distinct_experts is None) == (config.decode_batch is None)
         assert row.retained_mass == pytest.approx(sum(masses) / len(masses), rel=1e-5)
         layer = torch.cat([s.counts for at, _, s in seen if at == 2]).double().mean()
         assert row.layer_means[2] == pytest.approx(float(layer))
@@ -99,6 +103,16 @@ def test_the_model_is_run_once_and_left_as_it_was(tiny, nulls, batches):
 def test_a_grid_that_does_not_fit_the_model_is_refused(tiny, batches, nulls):
     with pytest.raises(ParameterError, match="more than the model's 64 experts"):
         analyze_grid(tiny, find_routers(tiny), batches, grid_of(["bh"], [0.4], [65]), nulls)
+
+
+def test_a_method_of_a_step_needs_to_know_its_rows(tiny, batches):
+    with pytest.raises(ParameterError, match=r"rule=oea decides .* say by decode_batch"):
+        analyze_grid(tiny, find_routers(tiny), batches, grid_of(["oea"], [0.4], [8]), {}, False)
+
+
+def test_a_rule_without_alpha_has_one_row_for_each_max_k():
+    found = [(config.rule, config.max_k) for config in grid_of(["oea", "bh"], [0.3, 0.4], [8])]
+    assert found == [("oea", 8), ("bh", 8), ("bh", 8)]
 
 
 def test_only_the_layers_of_a_configuration_count(tiny, nulls, batches):

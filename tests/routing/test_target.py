@@ -75,7 +75,11 @@ def means(routing: BHRoutingIntegration, tokenizer, texts) -> list[float]:
         {"rule": "min_p"},
         {"rule": "elbow"},
         {"rule": "adaptive_k"},
-        *({"rule": name, "target_experts": 3.5} for name, m in METHODS.items() if m.measured),
+        *(
+            {"rule": name, "target_experts": 3.5}
+            for name, method in METHODS.items()
+            if method.measured and not method.joint
+        ),
         {"budget": "layer"},
         {"budget": "layer", "rule": "min_p", "layers": "1-2", "target_experts": 2.5},
     ],

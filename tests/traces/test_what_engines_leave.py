@@ -6,6 +6,7 @@ import json
 import tracemalloc
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,6 +22,7 @@ from written_traces import (
     write,
 )
 
+from lm_eval_bh.analysis.table.experiments import load_experiments
 from lm_eval_bh.traces.model_layers import layers_with_router
 
 PROMPT, ANSWER = list(range(100, 112)), list(range(200, 205))
@@ -350,6 +352,48 @@ def test_a_prompt_in_chunks_is_one_document(run, tmp_path):
     of_document = table[(table["doc_id"] == 1) & (table["layer"] == 1)]
     assert of_document["token_id"].tolist() == [3, 4, 5, 6, 7]
     assert of_document["position"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_decoding_passes_are_steps_whose_distinct_experts_are_counted(run, tmp_path):
+    """Also where several ranks recorded one pass; what a prompt reads is no step."""
+    sizes = (3, 1, 8, 3)
+    experts = [chosen(rows, 2, seed=rows) for rows in sizes]
+    for rank in (0, 1):
+        passes = [
+            record(2 + n, [7] * rows, [*range(9, 9 + rows)], None, 2, experts[n], rank)
+            for n, rows in enumerate(sizes)
+        ]
+        save_records(tmp_path / "t" / f"r_{rank}.pt", passes[0], prefill(rank), *passes[1:])
+    output = tmp_path / "out"
+    found = imported(run, tmp_path / "t", output)
+    assert (found.documents, found.tokens) == (2, 8)
+    recounted = [len(set(of_step[:, layer].flat)) for of_step in experts for layer in (0, 1)]
+    (file,) = output.glob("results_*.json")
+    summary = json.loads(file.read_text())["config"]["bh"]["summary"]
+    assert summary["steps_by_rows"] == {"1": 1, "3": 2, "8": 1}
+    assert summary["distinct_experts"] == pytest.approx(np.mean(recounted))
+    assert summary["layer_distinct_experts"] == pytest.approx(
+        [np.mean(recounted[layer::2]) for layer in (0, 1)]
+    )
+    (row,) = load_experiments([output]).frame.to_dict(orient="records")
+    assert row["distinct_experts"] == pytest.approx(np.mean(recounted))
+    assert pd.isna(row["decode_batch"])
+
+
+@pytest.mark.parametrize("decoded", [0, 2])
+def test_the_command_says_once_what_steps_read(run, tmp_path, decoded):
+    passes = [record(2 + n, [7], [9], None, 2, E8[n : n + 1]) for n in range(decoded)]
+    file = save_records(tmp_path / "t.pt", prefill(), *passes)
+    _, out, _ = run("import-routing", file, "--output-dir", tmp_path / "out")
+    said = (
+        "2.00 distinct experts per layer and step, over 2 decoding passes of 1 to 1 rows."
+        if decoded
+        else "Distinct experts are not counted: the trace does not say which tokens were decoded "
+        "together."
+    )
+    assert out.splitlines().count(said) == 1
+    (row,) = load_experiments([tmp_path / "out"]).frame.to_dict(orient="records")
+    assert pd.isna(row["distinct_experts"]) == (not decoded)
 
 
 def test_a_prompt_from_the_cache_is_noted(run, tmp_path):

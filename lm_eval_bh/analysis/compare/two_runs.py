@@ -251,6 +251,8 @@ def _of_steps(runs: Sequence[Run], task: str) -> list[str]:
         "per layer and step"
     )
     rows = a["decode_batch"], b["decode_batch"]
+    if None in rows:
+        return [f"{said}; not comparable: an engine decided how many rows it decoded together"]
     if rows[0] == rows[1]:
         return [f"{said}, of {rows[0]} rows decoded together"]
     return [f"{said}; not comparable: A decodes {rows[0]} rows together and B {rows[1]}"]

@@ -16,6 +16,7 @@ from lm_eval_bh.analysis.show.view_page import (
     ViewRouted,
     ViewRun,
     ViewText,
+    distinct_line,
     pieces,
     short,
 )
@@ -141,11 +142,14 @@ def _first(rows: pd.DataFrame, number: int) -> pd.DataFrame:
 
 
 def _run(row: pd.Series, table: pd.DataFrame) -> ViewRun:
+    distinct, together = row["distinct_experts"], row["decode_batch"]
+    rows = None if is_missing(together) else int(together)
     return {
         "label": str(row["strategy"]),
         "model": str(row["model"]),
         "experts": int(row["num_experts"]),
         "max_k": int(row["max_k"]),
+        "distinct": None if is_missing(distinct) else distinct_line(float(distinct), rows),
         "texts": [_routed(some) for _, some in table.groupby("doc_id")],
     }
 

@@ -52,12 +52,16 @@ class ViewRouted(TypedDict):
 
 
 class ViewRun(TypedDict):
-    """A configuration, and its decisions on each text, in order."""
+    """A configuration, and its decisions on each text, in order.
+
+    ``distinct`` says what a step read, if it is known which rows were decoded together.
+    """
 
     label: str
     model: str
     experts: int
     max_k: int
+    distinct: str | None
     texts: list[ViewRouted]
 
 
@@ -91,6 +95,12 @@ def short(value: float | None) -> float | None:
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.{DIGITS}g}")
+
+
+def distinct_line(mean: float, rows: int | None) -> str:
+    """Return how many different experts a layer and step of some rows reads, in words."""
+    of = "" if rows is None else f" of {rows} row{'s' * (rows != 1)}"
+    return f"{mean:.1f} distinct experts per layer and step{of}"
 
 
 def check_same_layers(runs: Sequence[ViewRun]) -> None:

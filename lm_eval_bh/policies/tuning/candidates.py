@@ -67,6 +67,8 @@ class Family:
     def rung(self) -> str | None:
         """The integer parameter in which its members differ, if none is solved."""
         method = METHODS[self.options["rule"]]
+        if DISTINCT.target in known_to(method):
+            return None
         names = ("max_k",) if method.fixed_count else ("step_budget", "k0")
         known = {*method.declared, "max_k"} - self.options.keys()
         return next((name for name in names if name in known), None)

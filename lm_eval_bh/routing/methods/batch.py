@@ -78,28 +78,39 @@ class BatchMethod(Method):
 
     def keep_in_step(self, router: RouterOutput) -> Tensor:
         """Return which slots of the router serve each token, bool ``[tokens, slots]``."""
-        indices = router.indices
-        first = torch.arange(indices.shape[-1], device=indices.device)
-        if router.step is None:
-            step, steps = indices.new_zeros(len(indices)), 2
-        else:  # the number of tokens bounds the steps: no wait for the largest number
-            steps = len(indices) + 1
-            step = torch.where(router.step < 0, steps - 1, router.step)
-        loaded = self.load(router, step, steps)
-        kept = loaded[step].gather(-1, indices)
-        own = kept & (first < self.max_k)
-        if not self.beyond and self.settings["fallback"] == "own":
-            kept = own
-        elif not self.beyond:  # take a further loaded expert only if none of the first is loaded
-            short = own.sum(-1, keepdim=True) < self.min_k
-            kept = torch.where(short, kept & (kept.cumsum(-1) <= self.min_k), own)
+        step, steps = numbered(router)
+        first = torch.arange(router.indices.shape[-1], device=step.device)
         alone = (step == steps - 1).unsqueeze(-1)
-        return torch.where(alone, first < router.native_k, kept)
+        return torch.where(alone, first < router.native_k, self.serve(router, step, steps))
+
+    def serve(self, router: RouterOutput, step: Tensor, steps: int) -> Tensor:
+        """Return which slots serve a token of a step, bool ``[tokens, slots]``."""
+        first = torch.arange(router.indices.shape[-1], device=step.device)
+        kept = self.load(router, step, steps)[step].gather(-1, router.indices)
+        own = kept & (first < self.max_k)
+        if self.beyond:
+            return kept
+        if self.settings["fallback"] == "own":
+            return own
+        # A further loaded one where there is none among its first.
+        short = own.sum(-1, keepdim=True) < self.min_k
+        return torch.where(short, kept & (kept.cumsum(-1) <= self.min_k), own)
 
     def values(self, router: RouterOutput, power: float = 1.0) -> Tensor:
         """Return contributions of each first ``max_k`` experts, float64 ``[tokens, max_k]``."""
         found = self.score(router).gather(-1, router.indices[:, : self.max_k]).double()
         return (power * found).exp()
+
+
+def numbered(router: RouterOutput) -> tuple[Tensor, int]:
+    """Return the step of each token, and how many there are at most, see :meth:`BatchMethod.load`.
+
+    Steps are numbered below the tokens, so nothing has to wait for their largest.
+    """
+    indices = router.indices
+    if router.step is None:
+        return indices.new_zeros(len(indices)), 2
+    return torch.where(router.step < 0, len(indices), router.step), len(indices) + 1
 
 
 def summed(values: Tensor, experts: Tensor, step: Tensor, steps: int, num_experts: int) -> Tensor:

@@ -15,6 +15,7 @@ from lm_eval_bh.routing.tables import (
     expert_weights,
     folding,
     norm_regression,
+    similarities,
     weight_quantiles,
 )
 from lm_eval_bh.routing.tables.listening import Hear, listen
@@ -22,7 +23,7 @@ from lm_eval_bh.routing.tables.measurement import TABLES, Array, hearing_experts
 
 KINDS = (
     *(benefit, changed_layers, contribution, expert_weights),
-    *(folding, norm_regression, weight_quantiles),
+    *(folding, norm_regression, similarities, weight_quantiles),
 )
 
 

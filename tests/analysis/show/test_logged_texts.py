@@ -23,7 +23,7 @@ from lm_eval_bh.analysis.table.experiments import load_experiments
 from lm_eval_bh.cli.app import app
 from lm_eval_bh.cli.model_files import find_tokenizer
 from lm_eval_bh.resources import shipped, tiny_olmoe
-from lm_eval_bh.viewing.routed_text import route_text
+from lm_eval_bh.viewing.routed_text import route_texts
 
 TASKS = ["bh_demo_wikitext", "bh_demo_lambada"]
 
@@ -50,7 +50,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     return (
         evaluated(root / "bh", "alpha=0.4,max_k=8,layers=1-3", TASKS),
-        evaluated(root / "top", "rule=topk,max_k=4,layers=1-3", TASKS),
+        evaluated(root / "top", "rule=topk,max_k=4,layers=1-3,decode_batch=2", TASKS),
     )
 
 
@@ -70,7 +70,7 @@ def test_a_run_shows_what_the_model_does(runs):
         assert len(text["ids"]) == 100
         assert "".join(text["tokens"]) == tokenizer.decode(text["ids"])
         with routing:
-            expected = route_text(routing, text["ids"])
+            [expected] = route_texts(routing, [text["ids"]])
         assert found["loss"][0] is None
         assert found["loss"][1:] == pytest.approx(expected["loss"][1:], rel=2e-3, abs=1e-4)
         for layer, again in zip(found["layers"], expected["layers"], strict=True):
@@ -93,6 +93,11 @@ def test_two_runs_stand_side_by_side(runs, tmp_path):
     assert done.exit_code == 0, done.output
     page = output.read_text(encoding="utf-8")
     assert "top-4" in page
+    (file,) = runs[1].glob("**/results_*.json")
+    tasks = json.loads(file.read_text(encoding="utf-8"))["config"]["bh"]["summary"]["tasks"]
+    distinct = tasks["bh_demo_lambada"]["distinct_experts"]
+    assert f", {distinct:.1f} distinct experts per layer and step of 2 rows</span>" in page
+    assert page.count("distinct experts") == 2  # there and in the data: the other has no steps
     assert page == view_page("Routing of tiny-olmoe", *read(*runs, documents=1, most=256))
 
 

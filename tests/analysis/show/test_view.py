@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lm_eval_bh
 from lm_eval_bh import BHRoutingIntegration, DataError, ParameterError, RoutingConfig
 from lm_eval_bh.resources import tiny_olmoe
-from lm_eval_bh.viewing.routed_text import route_text
+from lm_eval_bh.viewing.routed_text import route_texts
 
 TEXT = 'The tide is <b>high</b> & "low" </script>.\nThe Moon pulls the sea.'
 TOP4 = RoutingConfig(rule="topk", max_k=4)
@@ -47,7 +47,7 @@ def test_experts_weights_and_p_values_are_those_of_the_rule(model, tokenizer):
     heard = {}
     with routing:
         routing.observers.append(lambda layer, *both: heard.setdefault(layer, both))
-        found = route_text(routing, ids)
+        [found] = route_texts(routing, [ids])
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0]
     losses = F.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
@@ -92,7 +92,7 @@ def test_experts_weights_and_p_values_are_those_of_the_rule(model, tokenizer):
 def test_every_rule_shows_what_it_decides_by(model, tokenizer, config, score, limit):
     routing = BHRoutingIntegration(model, config, tokenizer=tokenizer)
     with routing:
-        found = route_text(routing, tokenizer.encode(TEXT))
+        [found] = route_texts(routing, [tokenizer.encode(TEXT)])
     assert [layer["layer"] for layer in found["layers"]] == routing.layers
     for layer in found["layers"]:
         assert (layer["score"], layer["limit"]) == (score, limit)
@@ -160,7 +160,27 @@ def test_what_cannot_be_shown_is_refused(model, tokenizer, arguments, options, p
 
 def test_an_unpatched_model_has_decided_nothing(model):
     with pytest.raises(ParameterError, match="not patched"):
-        route_text(BHRoutingIntegration(model, alpha=0.4), [1, 2])
+        route_texts(BHRoutingIntegration(model, alpha=0.4), [[1, 2]])
+
+
+@pytest.mark.parametrize("rule", ["topk", "oea", "batch_min_w"])
+def test_texts_that_are_decoded_together_share_their_steps(model, tokenizer, rule):
+    texts = [TEXT, "Salt water.", "The river runs to the sea."]
+    routing = BHRoutingIntegration(model, RoutingConfig(rule=rule, decode_batch=2))
+    together = lm_eval_bh.view(routing, tokenizer, texts)
+    distinct = routing.counters.mean_distinct()
+    line = f"{distinct:.1f} distinct experts per layer and step of 2 rows"
+    assert together.runs[0]["distinct"] == line
+    assert f", {line}</span>" in together.html
+    for alone, row in ((texts[:1], 0), (texts[2:], 2)):
+        [run] = lm_eval_bh.view(routing, tokenizer, alone).runs
+        assert "per layer and step of 1 row" in run["distinct"]
+        same = run["texts"][0] == together.runs[0]["texts"][row]
+        assert same == (row == 2 or rule == "topk")  # the third text is a group by itself
+
+
+def test_no_step_is_told_of_where_nothing_says_what_is_decoded_together(two):
+    assert [run["distinct"] for run in two.runs] == [None, None]
 
 
 @pytest.fixture(scope="module")

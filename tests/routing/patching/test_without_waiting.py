@@ -154,7 +154,7 @@ def null_of(statistic, scope, tables):
     else:
         factors = np.ones((LAYERS, EXPERTS))
     shapes = {"layer_kl": (LAYERS,)} | dict.fromkeys(("spectra", "responses"), (LAYERS, EXPERTS))
-    shapes["folds"] = (LAYERS, 2, EXPERTS, EXPERTS)
+    shapes |= {"folds": (LAYERS, 2, EXPERTS, EXPERTS), "similarities": (LAYERS, EXPERTS, EXPERTS)}
     measured = {name: np.ones(shapes.get(name, (LAYERS, 4))) for name in tables}
     header = dataclasses.replace(null.header, statistic=statistic, tables=list(tables))
     return NullModel(null.tables, header, factors, measured)

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 
 from lm_eval_bh import DataError
 from lm_eval_bh.routing.routers import find_routers
+from lm_eval_bh.routing.tables import similarities
 from lm_eval_bh.routing.tables.measure import measure
 from lm_eval_bh.routing.tables.measurement import TABLES
 
-ON_TEXT = ("ratios", "slot_weights", "isolated", "layer_kl", "folds")
+ON_TEXT = ("ratios", "slot_weights", "isolated", "layer_kl", "folds", "similarities")
 OF_WEIGHTS = ("perturbations", "spectra", "responses")
 LAYER = 1
 
@@ -145,6 +146,23 @@ def test_folds_are_the_least_squares_of_one_experts_outputs_by_anothers(tiny, id
     apart = [e for e in range(64) if not ((chosen == first).any(-1) & (chosen == e).any(-1)).any()]
     assert (scalars[first, apart] == 0).all()
     assert (errors[first, apart] == 2).all()
+
+
+def test_similarities_are_one_less_the_distances_of_all_outputs_over_the_largest(
+    tiny, ids, tables, monkeypatch
+):
+    block, seen = tiny.model.layers[LAYER].mlp, []
+    handle = block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    monkeypatch.setattr(similarities, "CHUNK", 7)
+    monkeypatch.setattr(similarities, "TOKENS", len(ids.flatten()) + 5)  # of the second batch 5
+    found = tables("similarities", batches=(ids, ids.flip(-1)))["similarities"][LAYER]
+    handle.remove()
+    x = torch.cat([seen[0].flatten(0, -2), seen[1].flatten(0, -2)[:5]])
+    outputs = np.stack([expert_output(block.experts, e, x).double().numpy() for e in range(64)])
+    distances = np.array([[np.linalg.norm(one - other) for one in outputs] for other in outputs])
+    np.testing.assert_allclose(found, 1 - distances / distances.max(), atol=1e-6)
+    assert found.min() == 0
+    np.testing.assert_array_equal(found.diagonal(), 1)
 
 
 @pytest.mark.parametrize("name", [*ON_TEXT, *OF_WEIGHTS])
