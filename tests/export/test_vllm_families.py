@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import json
 import os
 import sys
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from made_policies import PARAMETERS, random_benefits
@@ -19,7 +22,7 @@ from lm_eval_bh.export import verification
 from lm_eval_bh.export.checkpoint import Checkpoint
 from lm_eval_bh.export.verification import TOLERANCE
 from lm_eval_bh.export.vllm_folder import write_for_vllm
-from lm_eval_bh.resources import tiny_glm
+from lm_eval_bh.resources import MODELS, model_path
 
 pytestmark = [
     pytest.mark.slow,
@@ -95,8 +98,8 @@ DECIDED = ("benefit", "bh", "static", "top2")
 
 def made(family, folder):
     """Write a random model whose routers have logits that differ, and biases that reorder them."""
-    if family == "tiny-glm":
-        write_for_vllm(Checkpoint.find(str(tiny_glm())), folder)
+    if family in MODELS:
+        write_for_vllm(Checkpoint.find(model_path(family)), folder)
         return folder
     known = CONFIG_MAPPING[family]()
     values = {name: value for name, value in SIZES.items() if hasattr(known, name)}
@@ -325,6 +328,83 @@ def test_the_routers_of_a_draft_model_are_none_of_the_policys(vllm, tmp_path, mo
     [slots] = engine.apply_model(lambda model: [route.method.max_k for route in model.routes])
     closed(engine)
     assert slots == [2, 2]
+
+
+def recording(engine):
+    """Bind vLLM's recorder, as ``--enable-return-routed-experts`` does where there is Triton."""
+    from vllm.model_executor.layers.fused_moe import routed_experts_capturer as theirs
+
+    recorder = theirs.RoutedExpertsCapturer(80, engine.llm_engine.vllm_config)
+    engine.apply_model(lambda model: theirs.bind_routed_experts_capturer(model, recorder))
+    return recorder
+
+
+def answered(vllm, engine, recorder, ids):
+    """Return what vLLM's server would answer to a prompt, and its log-probabilities."""
+    sampling = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    [out] = engine.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
+    rows = zip(ids[1:], out.prompt_logprobs[1:], strict=True)
+    file = io.BytesIO()
+    np.save(file, recorder.snapshot_routing_data(len(ids)).numpy())
+    choice = {
+        "index": 0,
+        "prompt_token_ids": ids,
+        "token_ids": list(out.outputs[0].token_ids),
+        "routed_experts": base64.b64encode(file.getvalue()).decode(),
+    }
+    return {"choices": [choice]}, [at[token].logprob for token, at in rows]
+
+
+@pytest.mark.parametrize("name", ["bh", "top2", "stock"])
+def test_its_trace_is_replayed(name, vllm, run, tmp_path, monkeypatch):
+    """The experts that vLLM records, under a policy or its own top-k, give its scores in hf-bh."""
+    folder = made("tiny-olmoe", tmp_path / "model")
+    for made_for, policy in policies_of(folder).items():
+        policy.save(tmp_path / f"{made_for}.safetensors")
+    named = "bh" if name == "stock" else name
+    monkeypatch.setenv("LM_EVAL_BH_POLICY", str(tmp_path / f"{named}.safetensors"))
+    engine = started(vllm, folder)
+    if name == "stock":
+        engine.apply_model(lambda model: model.decide_by(None))
+    recorder = recording(engine)
+    draw = torch.Generator().manual_seed(8)
+    documents = [torch.randint(3, 4000, (n,), generator=draw).tolist() for n in (70, 33, 5)]
+    answers, theirs = zip(
+        *(answered(vllm, engine, recorder, ids) for ids in documents), strict=True
+    )
+    closed(engine)
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("\n".join(map(json.dumps, answers)), encoding="utf-8")
+    code, _, err = run("import-routing", trace, "--model", folder, "--output-dir", tmp_path / "log")
+    assert code == 0, err
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def apart():
+        largest = 0.0
+        for ids, scores in zip(documents, theirs, strict=True):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            own = logits.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+            largest = max(largest, float((own - torch.tensor(scores)).abs().max()))
+        return largest
+
+    stock = apart()
+    with BHRoutingIntegration(model, rule="replay", routes=tmp_path / "log") as routing:
+        replayed = apart()
+        mean = routing.get_routing_stats()["mean_experts_per_token"]
+    print(f"{name}: {replayed:.1e} replayed, {stock:.1e} with top-8, {mean:.2f} experts")
+    assert (stock > 0.1) == (name != "stock"), "the case would prove nothing"
+    assert replayed < TOLERANCE
+
+
+def test_a_policy_with_more_experts_than_vllm_records_is_refused(vllm, tmp_path, monkeypatch):
+    folder = made("olmoe", tmp_path / "model")
+    policies_of(folder)["benefit"].save(tmp_path / "benefit.safetensors")
+    monkeypatch.setenv("LM_EVAL_BH_POLICY", str(tmp_path / "benefit.safetensors"))
+    engine = started(vllm, folder)
+    with pytest.raises(PolicyError, match="vLLM records 4 experts a token, and the policy has up"):
+        recording(engine)
+    closed(engine)
 
 
 def test_drafted_tokens_are_decided_as_any_other(vllm, tmp_path, monkeypatch):
