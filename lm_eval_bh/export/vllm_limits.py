@@ -13,7 +13,20 @@ TESTED = ("0.32",)  # releases in which tests ran
 READ = ("0.33",)  # releases whose interface was read and is the same
 
 
-def check_engine(vllm_config: Any, version: str) -> list[str]:
+def check_release(version: str) -> list[str]:
+    """Return the doubts about a release of vLLM that ``LM_EVAL_BH_FORCE=1`` overrides.
+
+    Raises
+    ------
+    PolicyError
+        If policies were not verified with it.
+    """
+    known = ".".join(version.split(".")[:2]) in TESTED + READ
+    found = f"vLLM {version} (tested: {', '.join(TESTED)}; read: {', '.join(READ)})"
+    return _refused([] if known else [found])
+
+
+def check_engine(vllm_config: Any, version: str, *, joint: bool) -> list[str]:
     """Return the doubts that ``LM_EVAL_BH_FORCE=1`` overrides.
 
     Parameters
@@ -22,13 +35,18 @@ def check_engine(vllm_config: Any, version: str) -> list[str]:
         Configuration of the engine.
     version : str
         Release of vLLM.
+    joint : bool
+        Whether tokens that are decoded together are decided together.
 
     Raises
     ------
     PolicyError
         If policies were not verified with these settings.
     """
-    doubts = list(_doubts(vllm_config, version))
+    return check_release(version) + _refused(list(_doubts(vllm_config, joint)))
+
+
+def _refused(doubts: list[str]) -> list[str]:
     if doubts and os.environ.get(FORCE_VARIABLE) != "1":
         raise PolicyError(
             f"No policy was compared with hf-bh under {doubts[0]}: change that, or set "
@@ -37,9 +55,7 @@ def check_engine(vllm_config: Any, version: str) -> list[str]:
     return doubts
 
 
-def _doubts(vllm_config: Any, version: str) -> Iterator[str]:
-    if ".".join(version.split(".")[:2]) not in TESTED + READ:
-        yield f"vLLM {version} (tested: {', '.join(TESTED)}; read: {', '.join(READ)})"
+def _doubts(vllm_config: Any, joint: bool) -> Iterator[str]:
     parallel = vllm_config.parallel_config
     for name in ("tensor_parallel_size", "data_parallel_size"):
         if (size := getattr(parallel, name)) > 1:
@@ -48,3 +64,5 @@ def _doubts(vllm_config: Any, version: str) -> Iterator[str]:
         yield "expert parallelism"
     if (quantization := vllm_config.model_config.quantization) is not None:
         yield f"quantization={quantization}"
+    if joint and vllm_config.speculative_config is not None:
+        yield "a method of a step and speculative decoding"

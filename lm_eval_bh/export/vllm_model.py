@@ -57,15 +57,19 @@ class RoutedModel:
     """
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **arguments: Any) -> None:
-        of_model, doubts = vllm_config.model_config, check_engine(vllm_config, vllm.__version__)
+        of_model = vllm_config.model_config
         self._name, self._layers = of_model.model, dict[int, Route]()
-        self._exported = _exported(of_model)
-        self._policy, self._checked = None, False
+        self._exported, self._policy = _exported(of_model), None
         if self._exported is None:
             self._policy = Policy.load(policy_file(of_model.hf_config))
-            self._checked = _checked(self._policy, of_model)
+            joint = self._policy.config.method.joint
+        else:
+            joint = any(METHODS[one["method"]].joint for one in self._exported["layers"])
+        doubts = check_engine(vllm_config, vllm.__version__, joint=joint)
+        self._checked = self._policy is not None and _checked(self._policy, of_model)
         with routes_made() as routes:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **arguments)  # type: ignore[call-arg]
+        self._num_layers = of_model.hf_text_config.num_hidden_layers
         rescales = bool(getattr(of_model.hf_text_config, "norm_topk_prob", False))
         self._layers = _bound(self, routes, rescales)
         self._places = self._placed(vllm_config)
@@ -81,11 +85,10 @@ class RoutedModel:
     def _placed(self, vllm_config: Any) -> dict[int, Route]:
         """Return the routes of this pipeline stage by the layers' places in a policy."""
         whole = vllm_config.parallel_config.pipeline_parallel_size == 1
-        all_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
         decided = self._policy.num_layers if self._policy else len(self._exported["layers"])  # type: ignore[index]
-        if decided != (len(self._layers) if whole else all_layers):
+        if decided != (len(self._layers) if whole else self._num_layers):
             raise PolicyError(
-                f"The policy has {decided} layers, and {self._name} has {all_layers}, "
+                f"The policy has {decided} layers, and {self._name} has {self._num_layers}, "
                 f"{len(self._layers)} of them with experts here: give a policy of this model, and "
                 "use no pipeline if some layers have no experts."
             )
@@ -151,7 +154,8 @@ class RoutedModel:
                 if route := self._layers.get(int(table[1])):
                     getattr(route.method, table[2]).copy_(tensor)
                 continue
-            if (router := _ROUTER.search(name)) and not self._checked:
+            router = None if self._checked else _ROUTER.search(name)
+            if router and int(router[1]) < self._num_layers:  # further ones are of a draft model
                 seen[int(router[1])] = tensor
             yield name, tensor
 

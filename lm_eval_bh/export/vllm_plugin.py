@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lm_eval_bh.export.vllm_limits import check_release
 from lm_eval_bh.export.vllm_names import EXPORTED, PREFIX, policy_file
 
 
@@ -13,21 +14,23 @@ def register() -> None:
     The environment variable ``LM_EVAL_BH_POLICY`` names a policy file for the served model, as does
     ``hf_overrides={"lm_eval_bh_policy": FILE}``. An exported folder needs neither.
     """
-    from vllm import ModelRegistry
+    import vllm
 
-    for name, model in list(ModelRegistry.models.items()):
-        ModelRegistry.models.setdefault(PREFIX + name, model)
-    resolve = ModelRegistry.resolve_model_cls
+    registry = vllm.ModelRegistry
+    for name, model in list(registry.models.items()):
+        registry.models.setdefault(PREFIX + name, model)
+    resolve = registry.resolve_model_cls
 
     def resolved(architectures: str | list[str], model_config: Any) -> tuple[type, str]:
         own, name = resolve(architectures, model_config)
         if not _routes(model_config, own):
             return own, name
+        check_release(vllm.__version__)  # before what another release may lack is imported
         from lm_eval_bh.export.vllm_model import routed
 
         return routed(own), name
 
-    ModelRegistry.resolve_model_cls = resolved
+    registry.resolve_model_cls = resolved
 
 
 def _routes(model_config: Any, own: type) -> bool:

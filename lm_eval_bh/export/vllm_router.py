@@ -76,7 +76,7 @@ class Route:
         ungrouped, unscaled = (groups or 1) <= 1, arguments.get("routed_scaling_factor", 1.0) == 1.0
         self._plain = self._scoring == "softmax" and self._bias is None and ungrouped and unscaled
         self._name = ""
-        self.router = CustomRoutingRouter(
+        self.router = _Router(
             top_k=self.native_k,
             global_num_experts=self.num_experts,
             custom_routing_function=self,
@@ -133,6 +133,23 @@ class Route:
         weights = picked.weights.float() / self.scale
         return weights.contiguous(), picked.indices.int().contiguous()
 
+    def traced(self, experts: Tensor) -> Tensor:
+        """Return experts of as many slots as vLLM's trace has, ``[tokens, native_k]``.
+
+        What is missing repeats, which a reader of the trace takes for one use.
+
+        Raises
+        ------
+        PolicyError
+            If the policy has more slots.
+        """
+        if (slots := experts.shape[-1]) > self.native_k:
+            raise PolicyError(
+                f"vLLM records {self.native_k} experts a token, and the policy has up to {slots}: "
+                f"make one with max_k={self.native_k}, or serve without routed_experts."
+            )
+        return experts[:, torch.arange(self.native_k, device=experts.device).clamp(max=slots - 1)]
+
     def said(self, hidden_states: Tensor, logits: Tensor) -> RouterOutput:
         """Return the router's output for ``[tokens]``, as read by hf-bh's hook."""
         assert self.method is not None
@@ -163,6 +180,16 @@ class Route:
             hidden_states=hidden_states,
             step=step,
         )
+
+
+class _Router(CustomRoutingRouter):  # type: ignore[misc]
+    """vLLM's, whose trace takes a policy's experts."""
+
+    def set_capture_fn(self, capture_fn: Callable[[Tensor], None] | None) -> None:
+        """Let the experts of every pass be recorded; refuse at once a policy that has too many."""
+        route = self.custom_routing_function
+        route.traced(torch.empty(0, self.top_k))
+        super().set_capture_fn(capture_fn and (lambda ids: capture_fn(route.traced(ids))))
 
 
 @torch.library.custom_op("lm_eval_bh::route", mutates_args=())

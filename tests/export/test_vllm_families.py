@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
+import json
 import os
+import sys
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from made_policies import PARAMETERS, random_benefits
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lm_eval_bh import BHRoutingIntegration, NullModel, Policy, PolicyError
@@ -16,7 +22,7 @@ from lm_eval_bh.export import verification
 from lm_eval_bh.export.checkpoint import Checkpoint
 from lm_eval_bh.export.verification import TOLERANCE
 from lm_eval_bh.export.vllm_folder import write_for_vllm
-from lm_eval_bh.resources import tiny_glm
+from lm_eval_bh.resources import MODELS, model_path
 
 pytestmark = [
     pytest.mark.slow,
@@ -85,14 +91,15 @@ FAMILIES = {
         "layer_types": ["full_attention"] * LAYERS,
     },
 }
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
 NAMED = [*FAMILIES, "tiny-glm"]
 DECIDED = ("benefit", "bh", "static", "top2")
 
 
 def made(family, folder):
     """Write a random model with distinct router logits, and biases that reorder them."""
-    if family == "tiny-glm":
-        write_for_vllm(Checkpoint.find(str(tiny_glm())), folder)
+    if family in MODELS:
+        write_for_vllm(Checkpoint.find(model_path(family)), folder)
         return folder
     known = CONFIG_MAPPING[family]()
     values = {name: value for name, value in SIZES.items() if hasattr(known, name)}
@@ -144,6 +151,28 @@ def vllm():
     return pytest.importorskip("vllm")
 
 
+def started(vllm, folder, **options):
+    """Return an engine in this process."""
+    return vllm.LLM(
+        model=str(folder),
+        dtype="float32",
+        max_model_len=80,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        seed=0,
+        **options,
+    )
+
+
+def closed(engine):
+    """Make room for the next engine."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    del engine
+    cleanup_dist_env_and_memory()
+
+
 @pytest.mark.parametrize("family", NAMED)
 def test_every_policy_scores_as_hf_bh(family, vllm, tmp_path, monkeypatch):
     """The first is given at start, and the others replace it in the running engine."""
@@ -154,15 +183,7 @@ def test_every_policy_scores_as_hf_bh(family, vllm, tmp_path, monkeypatch):
     for name, policy in policies.items():
         policy.save(tmp_path / f"{name}.safetensors")
     monkeypatch.setenv("LM_EVAL_BH_POLICY", str(tmp_path / "benefit.safetensors"))
-    engine = vllm.LLM(
-        model=str(folder),
-        dtype="float32",
-        max_model_len=80,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        seed=0,
-    )
+    engine = started(vllm, folder)
     sampling = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     apart, experts = {}, {}
     for name in DECIDED:
@@ -183,10 +204,7 @@ def test_every_policy_scores_as_hf_bh(family, vllm, tmp_path, monkeypatch):
         )
         experts[name] = {n for counts in expected["counts"] for n in counts}
     print(family, {name: f"{distance:.1e}" for name, distance in apart.items()}, experts)
-    del engine
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    cleanup_dist_env_and_memory()
+    closed(engine)
     assert min(len(experts["benefit"]), len(experts["bh"])) > 1, "the case would prove nothing"
     assert max(apart.values()) < TOLERANCE, apart
 
@@ -206,16 +224,7 @@ def test_tokens_that_are_decoded_together_are_one_step(parameters, vllm, tmp_pat
     routing = BHRoutingIntegration(model, decode_batch=rows, phase="decode", **parameters)
     routing.policy().save(tmp_path / "policy.safetensors")
     monkeypatch.setenv("LM_EVAL_BH_POLICY", str(tmp_path / "policy.safetensors"))
-    engine = vllm.LLM(
-        model=str(folder),
-        dtype="float32",
-        max_model_len=80,
-        max_num_seqs=rows,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        seed=0,
-    )
+    engine = started(vllm, folder, max_num_seqs=rows)
     ids = torch.randint(3, 100, (rows, 10), generator=torch.Generator().manual_seed(9))
     sampling = vllm.SamplingParams(
         max_tokens=steps, temperature=0, logprobs=0, ignore_eos=True, detokenize=False
@@ -229,10 +238,7 @@ def test_tokens_that_are_decoded_together_are_one_step(parameters, vllm, tmp_pat
             for out in outputs
         ]
     )
-    del engine
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    cleanup_dist_env_and_memory()
+    closed(engine)
     expected, cache, fed = [], None, ids
     with routing, torch.no_grad():
         for step in range(steps):
@@ -259,3 +265,170 @@ def test_a_policy_of_another_model_is_refused_before_weights_load(vllm, tmp_path
     monkeypatch.setenv("LM_EVAL_BH_POLICY", str(tmp_path / "other.safetensors"))
     with pytest.raises(PolicyError, match="whose routers differ from those of"):
         vllm.LLM(model=str(folder), dtype="float32", max_model_len=80, skip_tokenizer_init=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "joint", "doubts"),
+    [
+        ({"tensor_parallel_size": 2}, False, ["tensor_parallel_size=2"]),
+        (
+            {"enable_expert_parallel": True, "tensor_parallel_size": 2},
+            False,
+            ["tensor_parallel_size=2", "expert parallelism"],
+        ),
+        ({"quantization": "fp8"}, False, ["quantization=fp8"]),
+        ({"speculative_config": NGRAM}, True, ["a method of a step and speculative decoding"]),
+        ({"speculative_config": NGRAM}, False, []),
+        ({}, True, []),
+    ],
+    ids=str,
+)
+def test_what_no_policy_was_compared_under(options, joint, doubts, vllm, tmp_path, monkeypatch):
+    """Configurations as vLLM makes them; a model that is built asks the same."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from lm_eval_bh.export.vllm_limits import check_engine
+
+    folder = made("olmoe", tmp_path / "model")
+    arguments = EngineArgs(model=str(folder), skip_tokenizer_init=True, max_model_len=80, **options)
+    config = arguments.create_engine_config()
+    monkeypatch.setenv("LM_EVAL_BH_FORCE", "1")
+    assert check_engine(config, vllm.__version__, joint=joint) == doubts
+    monkeypatch.delenv("LM_EVAL_BH_FORCE")
+    if doubts:
+        with pytest.raises(PolicyError, match=f"No policy was compared with .* {doubts[0]}: chan"):
+            check_engine(config, vllm.__version__, joint=joint)
+
+
+def test_another_release_is_refused_before_its_modules_are_imported(vllm, tmp_path, monkeypatch):
+    folder = made("olmoe", tmp_path / "model")
+    monkeypatch.setattr(vllm, "__version__", "0.99.1")
+    monkeypatch.setenv("LM_EVAL_BH_POLICY", str(tmp_path / "any.safetensors"))
+    monkeypatch.setitem(sys.modules, "lm_eval_bh.export.vllm_model", None)
+    with pytest.raises(PolicyError, match=r"under vLLM 0\.99\.1 \(tested: 0\.32; read: 0\.33\)"):
+        vllm.LLM(model=str(folder), dtype="float32", max_model_len=80, skip_tokenizer_init=True)
+    monkeypatch.setenv("LM_EVAL_BH_FORCE", "1")
+    with pytest.raises(ImportError, match="vllm_model"):
+        vllm.LLM(model=str(folder), dtype="float32", max_model_len=80, skip_tokenizer_init=True)
+
+
+def test_the_routers_of_a_draft_model_are_none_of_the_policys(vllm, tmp_path, monkeypatch):
+    """Of a model from the hub the weights tell that a policy is for it: without further layers."""
+    folder = made("glm4_moe", tmp_path / "model")
+    policies_of(folder)["top2"].save(tmp_path / "top2.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    further = f"model.layers.{config['num_hidden_layers']}.mlp.gate.weight"
+    weights[further] = torch.ones(EXPERTS, config["hidden_size"])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setenv("LM_EVAL_BH_POLICY", str(tmp_path / "top2.safetensors"))
+    monkeypatch.setattr("lm_eval_bh.export.vllm_model._checked", lambda *_: False)  # of the hub
+    engine = started(vllm, folder)
+    [slots] = engine.apply_model(lambda model: [route.method.max_k for route in model.routes])
+    closed(engine)
+    assert slots == [2, 2]
+
+
+def recording(engine):
+    """Bind vLLM's recorder, as ``--enable-return-routed-experts`` does where there is Triton."""
+    from vllm.model_executor.layers.fused_moe import routed_experts_capturer as theirs
+
+    recorder = theirs.RoutedExpertsCapturer(80, engine.llm_engine.vllm_config)
+    engine.apply_model(lambda model: theirs.bind_routed_experts_capturer(model, recorder))
+    return recorder
+
+
+def answered(vllm, engine, recorder, ids):
+    """Return what vLLM's server would answer to a prompt, and its log-probabilities."""
+    sampling = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    [out] = engine.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
+    rows = zip(ids[1:], out.prompt_logprobs[1:], strict=True)
+    file = io.BytesIO()
+    np.save(file, recorder.snapshot_routing_data(len(ids)).numpy())
+    choice = {
+        "index": 0,
+        "prompt_token_ids": ids,
+        "token_ids": list(out.outputs[0].token_ids),
+        "routed_experts": base64.b64encode(file.getvalue()).decode(),
+    }
+    return {"choices": [choice]}, [at[token].logprob for token, at in rows]
+
+
+@pytest.mark.parametrize("name", ["bh", "top2", "stock"])
+def test_its_trace_is_replayed(name, vllm, run, tmp_path, monkeypatch):
+    """The experts that vLLM records, under a policy or its own top-k, give its scores in hf-bh."""
+    folder = made("tiny-olmoe", tmp_path / "model")
+    for made_for, policy in policies_of(folder).items():
+        policy.save(tmp_path / f"{made_for}.safetensors")
+    named = "bh" if name == "stock" else name
+    monkeypatch.setenv("LM_EVAL_BH_POLICY", str(tmp_path / f"{named}.safetensors"))
+    engine = started(vllm, folder)
+    if name == "stock":
+        engine.apply_model(lambda model: model.decide_by(None))
+    recorder = recording(engine)
+    draw = torch.Generator().manual_seed(8)
+    documents = [torch.randint(3, 4000, (n,), generator=draw).tolist() for n in (70, 33, 5)]
+    answers, theirs = zip(
+        *(answered(vllm, engine, recorder, ids) for ids in documents), strict=True
+    )
+    closed(engine)
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("\n".join(map(json.dumps, answers)), encoding="utf-8")
+    code, _, err = run("import-routing", trace, "--model", folder, "--output-dir", tmp_path / "log")
+    assert code == 0, err
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def apart():
+        largest = 0.0
+        for ids, scores in zip(documents, theirs, strict=True):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            own = logits.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+            largest = max(largest, float((own - torch.tensor(scores)).abs().max()))
+        return largest
+
+    stock = apart()
+    with BHRoutingIntegration(model, rule="replay", routes=tmp_path / "log") as routing:
+        replayed = apart()
+        mean = routing.get_routing_stats()["mean_experts_per_token"]
+    print(f"{name}: {replayed:.1e} replayed, {stock:.1e} with top-8, {mean:.2f} experts")
+    assert (stock > 0.1) == (name != "stock"), "the case would prove nothing"
+    assert replayed < TOLERANCE
+
+
+def test_a_policy_with_more_experts_than_vllm_records_is_refused(vllm, tmp_path, monkeypatch):
+    folder = made("olmoe", tmp_path / "model")
+    policies_of(folder)["benefit"].save(tmp_path / "benefit.safetensors")
+    monkeypatch.setenv("LM_EVAL_BH_POLICY", str(tmp_path / "benefit.safetensors"))
+    engine = started(vllm, folder)
+    with pytest.raises(PolicyError, match="vLLM records 4 experts a token, and the policy has up"):
+        recording(engine)
+    closed(engine)
+
+
+def test_drafted_tokens_are_decided_as_any_other(vllm, tmp_path, monkeypatch):
+    """Token by token, as those that a draft is verified with.
+
+    The last test here: vLLM 0.32 starts no further engine in this process after such a one.
+    """
+    folder = made("olmoe", tmp_path / "model")
+    policy = policies_of(folder)["bh"]
+    policy.save(tmp_path / "bh.safetensors")
+    monkeypatch.setenv("LM_EVAL_BH_POLICY", str(tmp_path / "bh.safetensors"))
+    engine = started(vllm, folder, speculative_config=NGRAM)
+    passes = []
+    [routes] = engine.apply_model(lambda model: model.routes)
+    routes[0].watch = lambda weights, experts: passes.append(len(weights))
+    ids = [5, 9, 7] * 6
+    sampling = vllm.SamplingParams(max_tokens=40, temperature=0, logprobs=0, ignore_eos=True)
+    [out] = engine.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
+    [out] = out.outputs
+    found = [at[token].logprob for token, at in zip(out.token_ids, out.logprobs, strict=True)]
+    closed(engine)
+    text = [*ids, *out.token_ids]
+    expected = verification.reference(policy, folder, [text])["log_probs"][0][len(ids) - 1 :]
+    apart = max(abs(a - b) for a, b in zip(expected, found, strict=True))
+    print(f"{len(passes)} passes of {passes[0]}, then up to {max(passes[1:])} tokens: {apart:.1e}")
+    assert max(passes[1:]) > 1, "nothing was drafted"
+    assert apart < TOLERANCE
