@@ -18,6 +18,7 @@ import pytest
 import typer.main
 from browser_pages import browser, started_browser  # noqa: F401  fixtures
 from hypothesis import settings
+from warm_commands import commands  # noqa: F401  a fixture
 from written_runs import new_writer, real_runs, write  # noqa: F401  fixtures
 
 # Examples are not timed: a busy machine would fail them, and a first example imports libraries.
@@ -99,6 +100,17 @@ def tiny_model_folder() -> Path:
     from lm_eval_bh.resources import tiny_olmoe
 
     return tiny_olmoe()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def described_once():
+    """Describe the machine once: lm-eval does it in every evaluation, by commands of seconds."""
+    from torch.utils import collect_env
+
+    with pytest.MonkeyPatch.context() as patch:
+        describe = functools.cache(collect_env.get_pretty_env_info)
+        patch.setattr(collect_env, "get_pretty_env_info", describe)
+        yield
 
 
 @pytest.fixture(scope="session")

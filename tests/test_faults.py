@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,9 @@ SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "faults.py"
 
 
 @pytest.mark.slow
-def test_faults_lose_nothing_and_are_told_of():
+def test_faults_lose_nothing_and_are_told_of(commands):
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--kills", "1", "--only", "again"],
+        [commands / "python", SCRIPT, "--kills", "1", "--only", "again"],
         env=os.environ | {"COLUMNS": "120"},
         capture_output=True,
         text=True,

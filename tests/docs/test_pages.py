@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
 from code_blocks import RUN, Block, blocks_of
-from warm_commands import warm_commands
 
-from lm_eval_bh.harness.model import DEFAULT_MODEL
 from lm_eval_bh.routing.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,15 +26,6 @@ BLOCKS = {page.relative_to(ROOT).as_posix(): blocks_of(page) for page in PAGES}
 NOT_RUN_HERE = 29
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="session")
-def commands():
-    with (
-        tempfile.TemporaryDirectory() as folder,  # a socket's path must be short
-        warm_commands(Path(folder)) as path,
-    ):
-        yield path
 
 
 @pytest.fixture
@@ -91,18 +79,6 @@ def test_every_block_runs(page, commands, methods_of_a_page, tmp_path, monkeypat
                 exec(compile(block.code, place, "exec", dont_inherit=True), names)
             except BaseException as error:
                 raise AssertionError(f"{place}\n{block.code}") from error
-
-
-def test_the_stock_command_understands_the_literal_line(commands):
-    """Offline, the real OLMoE cannot be loaded, so the line ends in our message: it was parsed."""
-    line = "lm_eval --model hf-bh --model_args alpha=0.4,max_k=8 --tasks lambada"
-    done = subprocess.run(
-        [commands / line.split()[0], *line.split()[1:]], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"lm-eval-bh: error: The model '{DEFAULT_MODEL}' could not be loaded")
-    assert "Traceback" not in done.stderr
 
 
 def test_what_does_not_run_is_known():

@@ -8,6 +8,7 @@ from typing import Any
 import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager
+from two_processes import launch  # noqa: F401  a fixture
 
 from lm_eval_bh.resources import shipped
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import socket
@@ -11,18 +12,23 @@ import sys
 import pytest
 
 
-def launch(*arguments) -> str:
-    """Run a script, or ``-m`` and a module, in two processes on the CPU; return what they print.
+@pytest.fixture
+def launch(commands):
+    """Return a function that runs a script, or ``-m`` and a module, in two processes on the CPU.
 
-    If they fail or do not end, the test fails with their output.
+    It returns what they print. The test fails with their output if they fail or do not end.
     """
+    return functools.partial(launch_by, commands / "python")
+
+
+def launch_by(python, *arguments) -> str:
     options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     options += ["--main_process_port", str(free_port())]
-    variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    variables = {"ACCELERATE_USE_CPU": "true"}
     if sys.platform == "linux":
         variables["GLOO_SOCKET_IFNAME"] = "lo"  # the name of the machine may not resolve
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *map(str, arguments)]
+    command = [python, "-m", "accelerate.commands.launch", *options, *map(str, arguments)]
     try:
         done = subprocess.run(
             command, env=os.environ | variables, capture_output=True, timeout=300, check=True

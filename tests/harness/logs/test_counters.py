@@ -8,7 +8,6 @@ import textwrap
 import pyarrow.parquet as pq
 import pytest
 from routing_runs import ARGS, LIMIT, counters, instances
-from two_processes import launch
 
 from lm_eval_bh.harness.model import BHLM
 from lm_eval_bh.schema import read_manifest
@@ -27,7 +26,7 @@ def test_counters_equal_the_slow_reference(run, expected, batch_size, logits_cac
     assert counters(results) == expected
 
 
-def test_two_processes_give_the_counters_of_one(run, expected, tmp_path):
+def test_two_processes_give_the_counters_of_one(run, launch, expected, tmp_path):
     script = tmp_path / "evaluate.py"
     script.write_text(
         textwrap.dedent(

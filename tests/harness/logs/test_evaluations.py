@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 from lm_eval.tasks import TaskManager
 from routing_runs import ARGS, LIMIT, counters, instances
-from two_processes import launch
 
 from lm_eval_bh.harness.model import BHLM
 from lm_eval_bh.resources import shipped
@@ -147,7 +146,7 @@ def test_answers_of_a_cache_are_counted_for_the_evaluation_that_asked(tasks, tmp
     assert tokens == [tokens[0], 0, tokens[0]]
 
 
-def test_on_two_processes_every_evaluation_has_logs_of_its_own_too(expected, tmp_path):
+def test_on_two_processes_every_evaluation_has_logs_of_its_own_too(launch, expected, tmp_path):
     """One is interrupted on both processes, then two more run to their end."""
     script = tmp_path / "evaluate.py"
     script.write_text(

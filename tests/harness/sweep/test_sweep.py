@@ -24,7 +24,6 @@ from lm_eval_bh.harness.sweep.sweep_config import SweepConfig
 from lm_eval_bh.harness.sweep.sweep_folder import SweepFolder
 
 ROOT = Path(__file__).resolve().parents[3]
-COMMAND = [sys.executable, "-m", "lm_eval_bh", "sweep", "--device", "cpu"]
 SETTINGS = {
     "pretrained": "tiny-olmoe",
     "tasks": ["bh_demo_lambada"],
@@ -91,13 +90,13 @@ def sweep(run):
 
 
 @pytest.mark.slow
-def test_an_experiment_leaves_what_the_stock_command_leaves(finished, tmp_path):
+def test_an_experiment_leaves_what_the_stock_command_leaves(finished, commands, tmp_path):
     """The loop over the stock ``lm_eval`` and the sweep write the same files, same numbers."""
     done = subprocess.run(
         ["bash", ROOT / "scripts" / "sweep.sh", tmp_path],
         env=os.environ
         | {
-            "LM_EVAL": str(Path(sys.executable).with_name("lm_eval")),
+            "LM_EVAL": str(commands / "lm_eval"),
             "PRETRAINED": "tiny-olmoe",
             "TASKS": "bh_demo_lambada",
             "BASELINES": " ",
@@ -151,10 +150,9 @@ def test_the_sweep_is_the_experiment_runner_of_python(finished, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_where_it_stopped(finished, sweep, tmp_path):
+def test_a_killed_sweep_goes_on_where_it_stopped(finished, sweep, commands, tmp_path):
     process = subprocess.Popen(
-        [*COMMAND, *FLAGS, "--output-dir", tmp_path],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [commands / "lm-eval-bh", "sweep", "--device", "cpu", *FLAGS, "--output-dir", tmp_path],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -216,19 +214,10 @@ def test_no_space_left_loses_nothing_that_is_finished(sweep, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_documents_of_every_experiment(finished, tmp_path):
-    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    arguments = ["-m", "lm_eval_bh", "sweep", "--device", "cpu", *FLAGS, "--output-dir", tmp_path]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *launch, *arguments],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("[3/3]") == 1  # one process speaks
+def test_two_processes_share_the_documents_of_every_experiment(finished, launch, tmp_path):
+    options = [*FLAGS, "--output-dir", tmp_path]
+    shown = launch("-m", "lm_eval_bh", "sweep", "--device", "cpu", *options)
+    assert shown.count("[3/3]") == 1  # one process speaks
     bootstrapped = ["target_perplexity_stderr"]  # in the order in which the processes answer
     assert_same(
         table(tmp_path).drop(columns=bootstrapped), table(finished).drop(columns=bootstrapped)
@@ -236,9 +225,7 @@ def test_two_processes_share_the_documents_of_every_experiment(finished, tmp_pat
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_table_beside_busy_programs_and_though_a_worker_is_killed(
-    finished, tmp_path, monkeypatch
-):
+def test_ray_gives_the_same_table_though_a_worker_is_killed(finished, tmp_path, monkeypatch):
     """A lost worker's experiment runs again, workers keep the niceness, waiting is reported."""
     pytest.importorskip("ray", reason="needs the extra ray")
     from lm_eval_bh.harness.sweep import cluster, waiting
@@ -268,11 +255,7 @@ def test_ray_gives_the_same_table_beside_busy_programs_and_though_a_worker_is_ki
                     niceness.add(process.nice())
 
     todo = runner.plan(SweepConfig(**SETTINGS), tmp_path)
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
-        try:
-            runner.run(todo, ray="local", workers=2, say=say)
-        finally:
-            busy.kill()
+    runner.run(todo, ray="local", workers=2, say=say)
     assert killed
     assert niceness == {psutil.Process().nice()}
     told = [line for line in lines if "workers are running. Waiting for " in line]
@@ -347,7 +330,7 @@ def test_common_arguments_reach_the_rules_that_take_them(tmp_path):
     assert histogram[2] > 0
 
 
-def test_an_experiment_runs_in_one_process_at_a_time(tmp_path):
+def test_an_experiment_runs_in_one_process_at_a_time(commands, tmp_path):
     config = SweepConfig(**SETTINGS)
     folder = SweepFolder(tmp_path, config)
     first, second, _ = config.experiments()
@@ -363,7 +346,7 @@ def test_an_experiment_runs_in_one_process_at_a_time(tmp_path):
             "a = folder.alone(first).__enter__(); b = folder.alone(second).__enter__();"
             "print(json.dumps([a, b]))"
         )
-        done = subprocess.run([sys.executable, "-c", holder], capture_output=True, text=True)
+        done = subprocess.run([commands / "python", "-c", holder], capture_output=True, text=True)
         assert json.loads(done.stdout) == [False, True], done.stderr
     with folder.alone(second) as mine:  # the other process is gone, and its lock with it
         assert mine
@@ -379,17 +362,16 @@ def test_an_error_on_a_ray_worker_is_the_sentence_it_would_be_here(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_sweep_with_one_line(tmp_path, sent, code):
+def test_a_signal_ends_a_sweep_with_one_line(commands, tmp_path, sent, code):
     """In a folder outside of a repository, git's complaint is hidden too."""
+    options = [*FLAGS, "--limit", "40", "--output-dir", tmp_path / "sweep"]
     process = subprocess.Popen(
-        [*COMMAND, *FLAGS, "--limit", "40", "--output-dir", tmp_path / "sweep"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        [commands / "lm-eval-bh", "sweep", "--device", "cpu", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     for line in process.stdout:
         if line.startswith("[1/3]"):
