@@ -112,12 +112,14 @@ def adaptive_families() -> list[Family]:
     """Return the families whose number of experts depends on the token, without gains.
 
     Every solvable method with each of its statistics. Tests of absolute scores share one null
-    distribution for all layers: with one per layer they lose far more.
+    distribution for all layers: with one per layer they lose far more. A method that runs experts
+    in order to decide saves nothing: it is a bound for the others, and no candidate.
     """
     found = []
     for family in published():
         method = METHODS[family.options["rule"]]
-        if not method.fixed_count and "target_experts" in known_to(method):
+        solvable = not method.fixed_count and "target_experts" in known_to(method)
+        if solvable and not method.runs_experts:
             found += _with_statistics(family)
     return found
 
