@@ -56,7 +56,7 @@ def test_every_method_is_asked_by_what_it_declares(broken):
     assert [family.name for family in published()] == list(METHODS)
     names = [family.name for family in adaptive_families()]
     assert {"broken", "broken benefit", "bh benefit", "top_p", winner().name[:13]} <= set(names)
-    assert not {"topk", "random_k"} & set(names)
+    assert not {"topk", "random_k", "oracle"} & set(names)
     assert {family.name for family in gains_of(named("broken"))} >= {"broken mass 0.2"}
 
 
