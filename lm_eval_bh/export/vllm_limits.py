@@ -32,7 +32,7 @@ def check_engine(vllm_config: Any, version: str) -> list[str]:
     if doubts and os.environ.get(FORCE_VARIABLE) != "1":
         raise PolicyError(
             f"No policy was compared with hf-bh under {doubts[0]}: change that, or set "
-            f"{FORCE_VARIABLE}=1 and run lm-eval-bh verify."
+            f"{FORCE_VARIABLE}=1 and run lm-eval-bh policy verify."
         )
     return doubts
 
