@@ -435,7 +435,7 @@ def test_what_lies_beside_a_trace_is_no_trace(run, tmp_path):
     found = imported(run, folder, tmp_path / "out")
     assert found.tokens == 3
     assert any("router_state_rank0.pt" in note for note in found.notes)
-    assert "beside a trace" in refused(run, weights, tmp_path / "none")
+    assert "Megatron writes it beside one" in refused(run, weights, tmp_path / "none")
     weights.rename(tmp_path / "w.pt")
     assert "router weights" in refused(run, tmp_path / "w.pt", tmp_path / "none")
 
