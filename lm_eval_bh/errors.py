@@ -48,10 +48,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def show_as_one_sentence() -> None:
-    """Let an error of ours that nobody catches end the process with its sentence alone.
+    """Show uncaught errors of this package as one sentence, without a traceback.
 
-    A traceback through the harness helps nobody who misspelt a parameter. It stays for every other
-    error, and with ``LMEVAL_LOG_LEVEL=DEBUG`` for ours too. Notebooks do not use
+    A traceback through the harness does not help with a misspelt parameter. Other errors keep
+    theirs, and ours have one with ``LMEVAL_LOG_LEVEL=DEBUG``. Notebooks do not use
     ``sys.excepthook``.
     """
     before = sys.excepthook

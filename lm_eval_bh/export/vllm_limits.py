@@ -50,7 +50,7 @@ def _refused(doubts: list[str]) -> list[str]:
     if doubts and os.environ.get(FORCE_VARIABLE) != "1":
         raise PolicyError(
             f"No policy was compared with hf-bh under {doubts[0]}: change that, or set "
-            f"{FORCE_VARIABLE}=1 and run lm-eval-bh verify."
+            f"{FORCE_VARIABLE}=1 and run lm-eval-bh policy verify."
         )
     return doubts
 

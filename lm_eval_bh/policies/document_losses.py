@@ -115,7 +115,7 @@ class Documents:
             raise DataError(
                 f"The text has {windows} windows, which make {len(groups)} groups of {rows} "
                 f"decoded together, and intervals need at least {FEWEST_GROUPS}: use a smaller "
-                "--length, more text, more tokens of it, or a smaller --decode-batch."
+                "--window, more text, more tokens of it, or a smaller --decode-batch."
             )
         tokens = [sum(len(ids) - 1 for _, ids in group) for group in groups]
         batches = [[(n, ids) for _, ids in group] for n, group in enumerate(groups)]

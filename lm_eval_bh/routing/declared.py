@@ -13,11 +13,11 @@ from lm_eval_bh.routing.methods.gains import PARAMETERS as GAINS
 GENERAL: dict[str, Parameter] = {
     "rule": Parameter("bh", "the selection rule, see *Selection rules*", *choice(METHODS)),
     "min_k": Parameter(
-        1, "fewest experts of a token", *integer("an integer number of experts, 1 or more", 1)
+        1, "fewest experts per token", *integer("an integer number of experts, 1 or more", 1)
     ),
     "max_k": Parameter(
         8,
-        "most experts of a token; equal to `min_k` it is exactly the model with that top-k",
+        "most experts per token; if equal to `min_k`, exactly the model with that top-k",
         *integer("an integer number of experts, 1 or more", 1),
     ),
     "temperature": Parameter(
@@ -29,7 +29,7 @@ GENERAL: dict[str, Parameter] = {
     **GAINS,
     "mode": Parameter(
         "patch",
-        "`patch` routes by the selection; `analyze` leaves the model as it is and only counts",
+        "`patch` routes by the selection; `analyze` leaves the model unchanged and only counts",
         *choice(["patch", "analyze"]),
     ),
     "layers": Parameter(
@@ -40,19 +40,19 @@ GENERAL: dict[str, Parameter] = {
     ),
     "decode_batch": Parameter(
         None,
-        "how many rows are decoded together: tokens at one position of as many rows are one step, "
-        "whose distinct experts are counted, and decided together by methods of a step",
+        "number of rows that are decoded together: their tokens at one position form a step, whose "
+        "distinct experts are counted, and about which methods of a step decide together",
         *or_none(integer("an integer number of rows, 1 or more", 1)),
     ),
     "batch_seed": Parameter(
         0,
-        "seed of the order in which rows are put together into decode batches",
+        "seed of the order in which rows form decode batches",
         *integer(f"an integer from 0 to {2**32 - 1}", 0, 2**32 - 1),
     ),
     "phase": Parameter(
         "all",
-        "which tokens methods of a step decide about: `all`, or those that are decoded "
-        "(`decode`); the tokens of prompts then take the model's own top-k",
+        "tokens about which methods of a step decide: `all`, or those that are decoded "
+        "(`decode`); tokens of prompts then take the model's own top-k",
         *choice(["all", "decode"]),
     ),
 }
@@ -60,20 +60,20 @@ GENERAL: dict[str, Parameter] = {
 SOLVED: dict[str, Parameter] = {
     "target_experts": Parameter(
         None,
-        "the mean number of experts of a token that alpha is solved for, on calibration text",
+        "the mean number of experts per token for which alpha is solved, on calibration text",
         *or_none(number("a number of experts", lambda value: value > 0)),
     ),
     "budget": Parameter(
         "model",
-        "whether `target_experts` is met on the mean over the `model`, or in every `layer` by an "
-        "alpha of its own",
+        "whether `target_experts` is met on average over the `model`, or in every `layer` with "
+        "its own alpha",
         *choice(["model", "layer"]),
     ),
 }
 SOLVED_BY_STEP: dict[str, Parameter] = {
     "target_distinct": Parameter(
         None,
-        "the mean number of distinct experts per layer and step that alpha is solved for, on "
+        "the mean number of distinct experts per layer and step for which alpha is solved, on "
         "calibration text",
         *or_none(number("a number of experts", lambda value: value > 0)),
     )

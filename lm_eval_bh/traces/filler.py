@@ -118,7 +118,7 @@ class _Survey:
         odd = [int(i) for i in np.flatnonzero(self.alive) if i < len(known) and not known[i]]
         if odd:
             notes.add(
-                f"{layers_of(odd)}: have experts, but no router in the configuration of --model; "
+                f"{layers_of(odd)}: experts, but no router in the configuration of --model; "
                 "check that it is the model that was served."
             )
         chose = np.flatnonzero(seen & self.alive)

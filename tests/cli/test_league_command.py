@@ -34,7 +34,7 @@ def test_it_writes_what_people_and_programs_read_and_checks_it(run, tmp_path, lo
     table = (folder / "league.md").read_text(encoding="utf-8")
     for text in (page, table):
         assert "min_w" in text
-        assert "What could not be had" in text
+        assert "Methods that failed" in text
     assert "https://" not in page
     assert (folder / "league.png").read_bytes().startswith(b"\x89PNG")
 

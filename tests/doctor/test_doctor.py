@@ -92,7 +92,7 @@ def test_packages_beside_torch_that_were_built_for_another_are_named(run, monkey
     assert "undefined symbol: aten" in found["torchaudio"].found
     code, out, _ = run("doctor")
     assert code == 1
-    assert "problem: torchaudio: pip uninstall torchaudio, which no model of text needs." in out
+    assert "problem: torchaudio: pip uninstall torchaudio, which text models do not need." in out
     assert "cores" not in out
 
 

@@ -281,7 +281,7 @@ def test_an_export_never_destroys_its_policy(policies, tmp_path):
     folder = export(policies, "bh", tmp_path / "out")
     own = folder / "own.safetensors"
     own.write_bytes(policies["bh"].read_bytes())
-    with pytest.raises(ParameterError, match=r"holds .*own.safetensors, which the export is made"):
+    with pytest.raises(ParameterError, match=r"holds .*own.safetensors, which the export needs"):
         check_apart(folder, Checkpoint.find(str(tiny_olmoe())), own)
 
 

@@ -189,7 +189,9 @@ def test_a_target_out_of_reach_is_refused_with_the_range(subject, target):
 
 
 def test_what_no_threshold_reaches_says_between_which_it_lies(subject):
-    with pytest.raises(UnreachableError, match=r"text lies between \S+ and 2\d"):
+    with pytest.raises(
+        UnreachableError, match=r"the mean on the calibration text lies between \S+ and 2\d"
+    ):
         BHRoutingIntegration(
             subject.model,
             RoutingConfig(rule="batch_min_w", target_distinct=60, decode_batch=ROWS),

@@ -417,5 +417,5 @@ def test_what_is_confirmed_elsewhere_is_unseen_by_content(splits, paragraphs, tm
     assert found.digest != splits.digest
     assert [note.split()[0] for note in found.notes] == ["1", "2"]
     path.write_text("\n\n".join([*own[:9], *splits.calibration[:3]]), encoding="utf-8")
-    with pytest.raises(DataError, match=r"9 paragraphs that are unseen, and 3 of which demo holds"):
+    with pytest.raises(DataError, match=r"9 unseen paragraphs; 3 others share lines with demo"):
         splits.confirmed_on(path)

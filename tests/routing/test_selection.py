@@ -357,7 +357,7 @@ def test_logits_of_a_wrong_shape_are_refused():
 @pytest.mark.parametrize("norms", [None, np.ones((1, 8))], ids=["logit", "contribution"])
 def test_a_null_model_of_other_routers_is_refused(rule, norms):
     null = NullModel.fit({0: torch.randn(50, 8)}, norms=norms)
-    with pytest.raises(ParameterError, match="of 8 experts a layer, and the router logits are of"):
+    with pytest.raises(ParameterError, match="has 8 experts per layer, but the router logits have"):
         select_experts(torch.randn(3, 16), null, rule=rule)
     with pytest.raises(ParameterError, match="layers 0 to 0: found 1"):
         select_experts(torch.randn(3, 8), null, layer=1, rule=rule)

@@ -122,7 +122,9 @@ def test_the_model_is_left_as_it_was_and_the_statistics_start_at_zero(tiny, ids,
     ("options", "where"), [({}, r"rule=bonferroni:"), ({"budget": "layer"}, "in layer 0:")]
 )
 def test_a_target_out_of_reach_names_what_can_be_reached(solved, options, where):
-    with pytest.raises(UnreachableError, match=rf"{where}.* text lies between 1 and \d") as caught:
+    with pytest.raises(
+        UnreachableError, match=rf"{where}.* mean on the calibration text lies between 1 and \d"
+    ) as caught:
         solved(rule="bonferroni", target_experts=7.9, **options)
     assert "\n" not in str(caught.value)
 

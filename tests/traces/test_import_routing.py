@@ -346,7 +346,7 @@ BROKEN = {
     "words2.json": (responses({"routed_experts": [[["one"]]]}), "must be integers"),
     "negative.json": (responses({"routed_experts": [[[-2]]]}), "found expert -2"),
     "large.json": (responses({"routed_experts": [[[99999]]]}), "found expert 99999"),
-    "larger.json": (responses({"routed_experts": [[[10**30]]]}), "must be integers"),
+    "larger.json": (responses({"routed_experts": [[[10**30]]]}), "must be 64-bit integers"),
     "ids.json": (
         responses({"routed_experts": [[[1]]], "token_ids": ["a"]}),
         "token_ids[0] must be an integer, not 'a'",

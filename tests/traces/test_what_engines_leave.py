@@ -254,7 +254,7 @@ def test_usage_tells_lengths_where_ids_do_not(run, tmp_path):
         ),
         (
             response(text_of(BY_ID), PROMPT, ANSWER, usage={"prompt_tokens": 11}),
-            "its prompt has 12 token ids and 11 tokens of usage",
+            "its prompt has 12 token ids, but usage says 11 tokens",
         ),
     ],
 )
@@ -460,7 +460,7 @@ def test_ranks_of_megatron_with_the_same_choices_count_once(run, tmp_path):
     layers = {0: A[:, 0], 1: A[:, 1]}
     found = imported(run, of_ranks(tmp_path / "t", {0: layers, 1: layers}), tmp_path / "out")
     assert (found.documents, found.tokens) == (1, 3)
-    assert any("3 tokens of rank 1 have the choices of rank 0" in note for note in found.notes)
+    assert any("3 tokens of rank 1 have the same choices as rank 0" in note for note in found.notes)
 
 
 def test_stages_that_do_not_fit_are_refused(run, tmp_path):
@@ -479,7 +479,7 @@ def test_what_lies_beside_a_trace_is_no_trace(run, tmp_path):
     found = imported(run, folder, tmp_path / "out")
     assert found.tokens == 3
     assert any("router_state_rank0.pt" in note for note in found.notes)
-    assert "beside a trace" in refused(run, weights, tmp_path / "none")
+    assert "Megatron writes it beside one" in refused(run, weights, tmp_path / "none")
     weights.rename(tmp_path / "w.pt")
     assert "router weights" in refused(run, tmp_path / "w.pt", tmp_path / "none")
 

@@ -272,7 +272,7 @@ def _markdown(league: Mapping[str, Any]) -> str:
     failed = [f"- {name}: {reason}" for name, reason in failures(league)]
     if failed:
         parts.append(
-            '<details markdown="1"><summary>What could not be had</summary>\n\n'
+            '<details markdown="1"><summary>Methods that failed</summary>\n\n'
             + "\n".join(failed)
             + "\n\n</details>"
         )

@@ -96,8 +96,8 @@ class Splits:
         if len(kept) < LEAST_DOCUMENTS:
             raise DataError(
                 f"The text {str(path)!r} has {len(kept)} unseen paragraphs; "
-                f"{len(found) - len(kept)} others share lines with {self.name}, which was "
-                f"calibrated on: use a text with at least {LEAST_DOCUMENTS} unseen ones."
+                f"{len(found) - len(kept)} others share lines with {self.name}, the calibration "
+                f"text: use a text with at least {LEAST_DOCUMENTS} unseen ones."
             )
         notes = _left_out(repeats)
         if len(kept) < len(found):

@@ -68,5 +68,5 @@ class AdaptiveK(Shares):
         return self.values[(entropy.unsqueeze(-1) >= level).sum(-1)]
 
     def shown(self, ranked: Tensor, alpha: float) -> Shown:
-        """Return each expert's part of the entropy; thresholds do not apply to single experts."""
+        """Return each expert's part of the entropy; the threshold differs by token."""
         return "entropy", torch.special.entr(torch.softmax(ranked, dim=-1)), "threshold", None

@@ -19,10 +19,10 @@ Shown = tuple[str, Tensor, str, Tensor | None]
 SCORED: dict[str, Parameter] = {
     "statistic": Parameter(
         "logit",
-        "what is tested, shared out and ranked: the router `logit`; the log of the expert's "
-        "`weight`; or the log of the weight times the expert's mean output norm (`contribution`), "
-        "the root mean square of its effect on the loss (`benefit`), or the norm that the hidden "
-        "state predicts (`predicted`)",
+        "the score that is tested, compared and ranked: the router `logit`; the log of the "
+        "expert's `weight`; or the log of the weight times the expert's mean output norm "
+        "(`contribution`), the root mean square of its effect on the loss (`benefit`), or the norm "
+        "that the hidden state predicts (`predicted`)",
         *choice(STATISTICS),
     ),
     "of": Parameter(

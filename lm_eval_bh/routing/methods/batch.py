@@ -20,13 +20,13 @@ from .router import RouterOutput
 
 FALLBACK = Parameter(
     "loaded",
-    "what serves a token of whose first experts fewer than `min_k` are loaded: the best `loaded` "
-    "ones, or its `own` first ones, which are loaded too",
+    "what serves a token if fewer than `min_k` of its first experts are loaded: the best "
+    "`loaded` ones, or its `own` first ones, which are then loaded too",
     *choice(["own", "loaded"]),
 )
 STEP_BUDGET = Parameter(
     32,
-    "how many experts of a layer a step loads",
+    "number of experts that a step loads per layer",
     *integer("an integer number of experts, 1 or more", 1),
 )
 

@@ -19,20 +19,20 @@ PARAMETERS = {
     ),
     "mass": Parameter(
         None,
-        "what kept weights are multiplied by: (sum of the native top-k's weights / their sum) to "
-        "this power, 0 to 1",
+        "factor of the kept weights: (sum of the native top-k's weights / their sum) to this "
+        "power, 0 to 1",
         *tried(or_none(number("a number from 0 to 1", lambda value: 0 <= value <= 1)), 0.2, 0.5),
     ),
     "k2": Parameter(
         None,
-        "how many of the router's first experts `mass` takes the sum of, in place of the native "
-        "top-k; alone, weights are divided by that sum where the model divides by the native one",
+        "number of the router's first experts whose sum `mass` uses in place of the native "
+        "top-k's; alone, weights are divided by that sum if the model divides by the native one",
         *or_none(integer("a number of experts, 1 or more", 1)),
     ),
     "fold": Parameter(
         False,
-        "whether each native expert that is left out adds its weight to the kept one that stands "
-        "in for it best, times a scalar calibrated for the pair",
+        "whether each native expert that is left out adds its weight to the kept one that replaces "
+        "it best, times a scalar calibrated for the pair",
         *choice([False, True]),
     ),
     "affine": Parameter(

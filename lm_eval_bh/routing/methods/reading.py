@@ -87,7 +87,7 @@ class Reading:
 
 
 def plain(method: Method, asked: int) -> bool:
-    """Return whether a router's own triple serves, in any order, with so many slots."""
+    """Return whether a router's own triple serves, in any order, with this many slots."""
     return method.fixed and method.follows_router and method.max_k == asked
 
 

@@ -27,14 +27,14 @@ SCOPES, ORIGINS = ("layer", "expert", "model"), ("all", "unselected")
 TESTED: dict[str, Parameter] = SCORED | {
     "null_scope": Parameter(
         "layer",
-        "what one null distribution is fitted to: each `layer`, each `expert` (then the smallest "
+        "the scope of a null distribution: each `layer`, each `expert` (then the smallest "
         "p-values serve), or the whole `model`",
         *choice(SCOPES, {"pooled": "layer"}),
     ),
     "null_from": Parameter(
         "all",
-        "which experts the null distribution is made of: `all`, or those below the native top-k of "
-        "each token (`unselected`)",
+        "experts from which the null distribution is made: `all`, or those below the native top-k "
+        "of each token (`unselected`)",
         *choice(ORIGINS),
     ),
     "trim": Parameter(

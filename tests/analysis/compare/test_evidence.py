@@ -214,7 +214,7 @@ def test_lines_that_no_filter_is_known_for_are_left_out_with_a_note(tmp_path):
     found = compare_runs(*runs)
     [row] = found.table.to_dict(orient="records")
     assert (row["filter"], row["a"]) == ("none", 0.5)
-    assert "up to 2 lines a document" in row["note"]
+    assert "up to 2 lines per document" in row["note"]
     assert "only the first line of each is compared" in found.notes[0][1]
 
 
@@ -224,7 +224,7 @@ def test_documents_that_are_logged_twice_are_noted(tmp_path):
     a = run(tmp_path / "a", twice, {"acc": 8 / 12})
     b = run(tmp_path / "b", [*lines, lines[1]], {"acc": 8 / 12})
     [(_, sentence)] = compare_runs(a, b).notes
-    assert "of A, documents that are logged more than once, with other scores: 1" in sentence
+    assert "of A, documents logged more than once with different scores: 1" in sentence
 
 
 def change_samples(folder, change):

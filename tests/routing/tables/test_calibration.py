@@ -204,7 +204,7 @@ class TestCalibrate:
             self.run(model, tokenizer, routers, kernel="box")
         with pytest.raises(ParameterError, match="tokens=0"):
             self.run(model, tokenizer, routers, tokens=0)
-        with pytest.raises(NullModelError, match="give 8 logits a token, not 64"):
+        with pytest.raises(NullModelError, match="give 8 logits per token, not 64"):
             self.run(model, tokenizer, routers, experts=64)
         with pytest.raises(ModelError, match="ReLU has no weight"):
             self.run(model, tokenizer, [nn.ReLU()])
