@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs an accelerator, in under 25 minutes on one card and without network: the tests that
 # compare the card with the CPU, bench_routing.py in bfloat16 at OLMoE's true size (with the
-# hook of every method, and two of them under torch.compile), all 16 layers with random weights, the speed phase,
+# hook of every method, and two of them under torch.compile), all 16 layers with random weights, a layer's time over
+# the distinct experts of a step (bench_steps.py), the speed phase,
 # and vLLM's tests and speeds where vLLM is installed. It ends with one JSON file and one page, gpu_day.json and
 # gpu_day.md. A step that fails is named there and does not stop the others; the exit code says so.
 #
@@ -48,11 +49,13 @@ step() {
 tests=(tests/device tests/routing/test_selection.py)
 routing=(--dtype bfloat16 --compiled)
 full=(--full-size)
+steps=(--rounds 25)
 speed=(--tasks bh_demo --model-args dtype=bfloat16)
 if [ -n "$small" ]; then
     tests=(tests/device -k "selection and topk or nothing_changes")
     routing=(--dtype bfloat16 --small --quick)
     full=(--full-size --small --quick)
+    steps=(--small --rounds 2)
     speed=(--tasks bh_demo_lambada --rounds 7 --steps 1 --prompt 4 --batches 1 --limit 2)
 fi
 step suite 6 "$python" -m pytest -p no:cacheprovider "${tests[@]}"
@@ -60,6 +63,8 @@ step bench_routing 7 "$python" scripts/bench_routing.py --device "$device" "${ro
     --output "$output/bench_routing.json"
 step full_size 5 "$python" scripts/bench_routing.py --device "$device" "${full[@]}" \
     --output "$output/full_size.json"
+step bench_steps 2 "$python" scripts/bench_steps.py --device "$device" --dtype bfloat16 "${steps[@]}" \
+    --output "$output/bench_steps.json"
 step speed 4 "$python" -m lm_eval_bh bench alpha=0.4,max_k=8 alpha=0.5,max_k=8 rule=topk,max_k=4 \
     --model "$pretrained" --device "$device" "${speed[@]}" --output-dir "$output"
 vllm=${VLLM_VENV:-.venv-vllm}/bin/python

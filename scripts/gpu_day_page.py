@@ -92,6 +92,25 @@ def of_benchmark(numbers: dict[str, Any]) -> list[str]:
     return lines + (table(["ratio of", "measured", "at most", "reached"], checks) if checks else [])
 
 
+def of_steps(numbers: dict[str, Any]) -> list[str]:
+    """Return the ratios of bench_steps.py, the line through its times, and the decisions' cost."""
+    line = numbers["line"]
+    lines = [
+        f"{numbers['dtype']} on {numbers['device']}, a step of {numbers['rows']} rows: "
+        f"{1e3 * line['seconds_per_expert_read']:.3g} ms for each expert read, "
+        f"{1e6 * line['seconds_per_expert_applied']:.3g} us for each expert of a token, R² "
+        f"{line['r_squared']:.3f}.",
+        "",
+    ]
+    cells = [
+        [*cell.split("/"), f"{ratio:.2f}", f"{low:.2f} to {high:.2f}"]
+        for cell, (ratio, low, high) in numbers["cells"].items()
+    ]
+    lines += table(["distinct experts", "experts per token", "time", "95 % interval"], cells)
+    shares = [[name, f"{100 * share:.2f}"] for name, share in numbers["decision_share"].items()]
+    return lines + table(["method of a step", "% of the layer's time"], shares)
+
+
 def main(
     folder: Annotated[Path, typer.Argument(help="Where gpu_day.sh has written.")],
     device: Annotated[str, typer.Option(help="That it ran on.")] = "cuda",
@@ -138,6 +157,9 @@ def main(
         if (file := folder / f"{name}.json").is_file():
             content[name] = json.loads(file.read_text(encoding="utf-8"))
             lines += [f"## {name}", "", *of_benchmark(content[name])]
+    if (file := folder / "bench_steps.json").is_file():
+        content["bench_steps"] = json.loads(file.read_text(encoding="utf-8"))
+        lines += ["## bench_steps", "", *of_steps(content["bench_steps"])]
     if (file := folder / "bh_speed.json").is_file():
         measured = read_speed(file)
         content["speed"] = measured

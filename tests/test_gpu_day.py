@@ -27,21 +27,30 @@ def gpu_day(*options):
 
 @pytest.mark.slow
 def test_every_step_runs_and_the_page_holds_their_numbers(tmp_path):
+    from lm_eval_bh.routing.methods import METHODS
+
     output = tmp_path / "day"
     done = gpu_day("--device", "cpu", "--small", "--output", output)
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((output / "gpu_day.json").read_text())
     codes = {step["name"]: step["exit_code"] for step in content["steps"]}
-    assert list(codes) == ["suite", "bench_routing", "full_size", "speed", "vllm", "vllm_speed"]
-    assert {codes[name] for name in ("suite", "bench_routing", "full_size", "speed")} == {0}
+    ran = ["suite", "bench_routing", "full_size", "bench_steps", "speed"]
+    assert list(codes) == [*ran, "vllm", "vllm_speed"]
+    assert {codes[name] for name in ran} == {0}
     assert content["bench_routing"]["dtype"] == content["full_size"]["dtype"] == "bfloat16"
     assert len(content["speed"]["configurations"]) == 4
     results = content["bench_routing"]["results"]
     parts = {r["part"] for r in results if (r["row"], r["wanted_k"]) == ("ours", 4)}
     assert parts == {"router", "MoE layer", "2-layer stack"}
+    steps = content["bench_steps"]
+    joint = {name for name, method in METHODS.items() if method.joint and not method.tests}
+    assert steps["decision_share"].keys() == joint
     page = (output / "gpu_day.md").read_text()
+    for cell, (ratio, low, high) in steps["cells"].items():
+        distinct, k = cell.split("/")
+        assert f"| {distinct} | {k} | {ratio:.2f} | {low:.2f} to {high:.2f} |" in page
     assert "Every step that ran ended well." in page
-    for title in ("## bench_routing", "## full_size", "## speed"):
+    for title in ("## bench_routing", "## full_size", "## bench_steps", "## speed"):
         assert title in page
     assert "7 rounds in shuffled order" in page
 

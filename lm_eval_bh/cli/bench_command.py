@@ -140,6 +140,7 @@ def print_speeds(files: list[SpeedFile]) -> None:
         table.add_column("ms per\npass", justify="right", no_wrap=True)
         table.add_column("times as fast", justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
+        table.add_column("dis-\ntinct", justify="right", no_wrap=True)
         table.add_column("rows per\ntoken", justify="right", no_wrap=True)
         table.add_column("times\nfloor", justify="right", no_wrap=True)
         for _, row in rows.iterrows():
@@ -149,20 +150,23 @@ def print_speeds(files: list[SpeedFile]) -> None:
                 else ""
             )
             known, floor = row["expert_rows_per_token"], row["times_floor"]
+            distinct = row["distinct_experts"]
             table.add_row(
                 row["strategy"],
                 f"{row['tokens_per_second']:,.0f}",
                 f"{row['ms_per_pass']:.3g}",
                 f"{row['ratio']:.2f}{ends}",
                 text_of(row["verdict"]),
+                "" if is_missing(distinct) else f"{distinct:.1f}",
                 ""
                 if is_missing(known)
                 else f"{known:.2f}{'' if holds(row['rows_counted']) else '*'}",
                 "" if is_missing(floor) else f"{floor:.1f}",
             )
         table.caption = (
-            "Rows: one expert applied to one token. *: experts as selected, because transformers' "
-            "own code computed the rows and counts none"
+            "Distinct: the different experts that a layer reads in a pass. Rows: one expert "
+            "applied to one token. *: experts as selected, because transformers' own code computed "
+            "the rows and counts none"
         )
         table.caption_justify = "left"
         show(table)

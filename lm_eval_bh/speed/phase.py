@@ -29,7 +29,7 @@ from lm_eval_bh.speed.task_text import decode_rows, prefill_batches, rows_of
 from lm_eval_bh.speed.workloads import Decode, Prefill, Workload, dense_flops
 
 FEWEST_ROUNDS = 7  # minimum for a meaningful interval
-DECODED = (1, 8)  # batch sizes of decoding
+DECODED = (1, 8, 32)  # batch sizes of decoding
 PACKAGES = ("torch", "transformers", "lm_eval", "lm-eval-bh")
 
 
@@ -96,6 +96,7 @@ def asked_of(
         "tasks": sorted(tasks),
         "configurations": sorted(map(name_of, configurations)),
         "batch_size": batch_size,
+        "decoded": list(DECODED),
         **asdict(settings),
     }
 

@@ -16,6 +16,7 @@ from lm_eval_bh.harness.sweep.task_names import new_task_manager
 from lm_eval_bh.schema import read_speed
 from lm_eval_bh.speed.contestants import check_configurations
 from lm_eval_bh.speed.phase import SpeedSettings, is_measured, measure, write
+from lm_eval_bh.speed.task_text import decode_rows, rows_of
 
 TASK = "bh_demo_lambada"
 LAYERS, NATIVE = 4, 8
@@ -56,6 +57,30 @@ def test_expert_rows_are_those_of_the_configuration(found):
         assert top2["floor_seconds"] < native["floor_seconds"]
 
 
+def test_distinct_experts_of_a_pass_are_those_that_a_recount_finds(found, lm, tasks):
+    """The same rows decoded once more, with a hook on every layer's experts."""
+    rows = decode_rows(rows_of(lm, tasks[TASK], SMALL.documents), 32, 4 + 1 + 2)
+    seen = []
+    lm.integration.unpatch_model()
+    handles = [
+        layer.mlp.experts.register_forward_pre_hook(
+            lambda module, args: seen.append(len(set(args[1].flatten().tolist())))
+        )
+        for layer in lm.model.model.layers
+    ]
+    with torch.no_grad():
+        cache = lm.model(rows[:, :5], use_cache=True).past_key_values
+        seen.clear()
+        for step in (5, 6):
+            lm.model(rows[:, step : step + 1], past_key_values=cache, use_cache=True)
+    for handle in handles:
+        handle.remove()
+    lm.integration.patch_model()
+    of = speed_frame([found]).set_index(["workload", "strategy"])["distinct_experts"]
+    assert of["decode 32", "top-8 (hf)"] == pytest.approx(sum(seen) / len(seen))
+    assert (of["decode 1", "top-8 (hf)"], of["decode 1", "top-2"]) == (8, 2)
+
+
 def test_dense_flops_are_those_of_the_projections_scores_routers_and_head(found, lm):
     from lm_eval_bh.analysis.table.flops import Architecture
 
@@ -69,7 +94,7 @@ def test_dense_flops_are_those_of_the_projections_scores_routers_and_head(found,
 
 def test_every_ratio_has_an_interval_and_conditions_stand_beside(found):
     frame = speed_frame([found])
-    assert len(frame) == 9
+    assert len(frame) == 3 * 4
     assert (frame["ratio_low"] <= frame["ratio"]).all()
     assert (frame["ratio"] <= frame["ratio_high"]).all()
     assert (frame[frame["strategy"] == "top-8 (hf)"]["ratio"] == 1).all()
@@ -128,7 +153,7 @@ def test_a_sweep_measures_once_and_aggregate_shows_the_ratio(run, tmp_path):
     assert "shows no difference" in " ".join(out.split())
     frame = load_experiments([folder]).frame
     assert len(frame) == 3
-    for column in ("speed_ratio", "decode_speed_ratio", "decode_8_speed_ratio"):
+    for column in frame.columns[frame.columns.str.endswith("speed_ratio")]:
         assert frame[column].between(0.05, 20).all()
         assert (frame[f"{column}_low"] <= frame[column]).all()
         assert (frame[column] <= frame[f"{column}_high"]).all()
@@ -140,6 +165,8 @@ def test_bench_prints_and_writes(run, tmp_path):
     code, out, err = run(*command, *few, "--device", "cpu", "--output-dir", tmp_path)
     assert code == 0, err
     assert "top-4" in out
+    assert "decode 32" in out
+    assert max(len(line) for line in out.splitlines() if " top-4 " in line) <= 80
     assert "rounds in shuffled order" in " ".join(out.split())
     content = json.loads((tmp_path / "bh_speed.json").read_text())
     assert all(math.isfinite(s) for r in content["rounds"] for row in r["seconds"] for s in row)

@@ -170,6 +170,7 @@ SPEEDS = {
     "ms per pass": "median over rounds; when decoding, a pass gives each sequence one token",
     "times as fast": "against the unchanged model in the same round, with its interval",
     "verdict": "undecided where the interval contains 1",
+    "distinct experts": "the different ones that a layer reads in a pass",
     "expert rows per token": "one expert applied to one token, as computed",
     "times the floor": "the floor: arithmetic, or reading the weights that are needed",
 }
@@ -188,6 +189,7 @@ def speed_table(speeds: Sequence[SpeedFile]) -> Table:
             "ms per pass": number(row["ms_per_pass"], ".3g"),
             "times as fast": interval(row, "ratio", ".2f"),
             "verdict": Cell(text_of(row["verdict"])),
+            "distinct experts": number(row["distinct_experts"], ".1f"),
             "expert rows per token": number(row["expert_rows_per_token"], ".2f", counted),
             "times the floor": number(row["times_floor"], ".1f"),
         }

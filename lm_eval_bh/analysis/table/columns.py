@@ -15,6 +15,7 @@ RATIO_OF = {
     "prefill": "speed_ratio",
     "decode 1": "decode_speed_ratio",
     "decode 8": "decode_8_speed_ratio",
+    "decode 32": "decode_32_speed_ratio",
 }
 SPEED_RATIOS = [name + end for name in RATIO_OF.values() for end in ("", "_low", "_high")]
 # Column names of earlier releases.

@@ -73,12 +73,15 @@ def speed_frame(files: Sequence[SpeedFile]) -> pd.DataFrame:
         results); ``tokens_per_second`` and ``ms_per_pass`` (medians over rounds); ``ratio``,
         ``ratio_low``, ``ratio_high`` (see :func:`ratio_interval`) and ``verdict``;
         ``expert_rows_per_token``, as computed, or as selected if not counted
-        (``rows_counted`` is false); ``times_floor``, the median as a multiple of the floor. If
+        (``rows_counted`` is false); ``distinct_experts``, the mean number of different experts
+        that a layer reads per pass; ``times_floor``, the median as a multiple of the floor. If
         several phases measured the same, the newest counts.
     """
     rows: dict[tuple[str, str, str, str], dict[str, Any]] = {}
     for file in sorted(files, key=lambda one: one["created"]):
         seconds = np.array([one["seconds"] for one in file["rounds"]])  # [rounds, configs, loads]
+        routings = [one["routing"] for one in file["configurations"] if one["routing"]]
+        layers = routings[0]["num_layers"] if routings else 0
         described = [_described(file, place) for place in range(len(file["configurations"]))]
         for (place, about), (at, load) in _product(described, file["workloads"]):
             mine, native = seconds[:, place, at], seconds[:, file["native"], at]
@@ -86,6 +89,7 @@ def speed_frame(files: Sequence[SpeedFile]) -> pd.DataFrame:
             work, median = file["work"][place][at], float(np.median(mine))
             counted, floor = work["expert_rows_computed"], work["floor_seconds"]
             rows_given = work["expert_rows"] if counted is None else counted
+            touched, reads = work["experts_touched"], load["passes"] * layers
             row = {
                 "model": one_name(file["model"]),
                 "task": load["task"],
@@ -99,6 +103,7 @@ def speed_frame(files: Sequence[SpeedFile]) -> pd.DataFrame:
                 "verdict": "" if place == file["native"] else verdict(low, high),
                 "expert_rows_per_token": rows_given and rows_given / load["tokens"],
                 "rows_counted": counted is not None,
+                "distinct_experts": None if touched is None or not reads else touched / reads,
                 "times_floor": median / floor if floor else None,
             }
             rows[row["model"], row["task"], row["configuration"], row["workload"]] = row
