@@ -101,6 +101,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "global_head_dim": 8,
     },
     "glm5_next": {"qk_rope_head_dim": 0, "linear_num_heads": 4, "linear_head_dim": 8},
+    "hy_v4_vl": {
+        "rope_parameters": {
+            "rope_theta": 1e4,
+            "rope_type": "default",
+            "mrope_section": [1, 1, 2],
+        }
+    },
     "jamba": {
         "attn_layer_period": 1,
         "attn_layer_offset": 0,

@@ -23,9 +23,9 @@ SOME = ["bailing_hybrid", "deepseek_v3", "ernie4_5_moe", "gemma4", "gpt_oss", "m
 SOME += ["mixtral", "qwen3_moe"]
 # Parts of other models alone, which transformers does not load as language models by themselves.
 NO_LANGUAGE_MODEL = {
-    *("deepseek_ocr2", "diffusion_gemma", "glm4v_moe", "glm5_next", "mistral4", "mistral_large4"),
-    *("muse_spark", "openai_privacy_filter", "qwen3_omni_moe", "qwen3_vl_moe", "step3p7"),
-    "unlimited_ocr",
+    *("deepseek_ocr2", "diffusion_gemma", "glm4v_moe", "glm5_next", "hy_v4_vl", "mistral4"),
+    *("mistral_large4", "muse_spark", "openai_privacy_filter", "qwen3_omni_moe", "qwen3_vl_moe"),
+    *("step3p7", "unlimited_ocr"),
 }
 POLICIES = {
     "benefit": {"rule": "min_w", "statistic": "benefit", "mass": 0.2},
