@@ -30,6 +30,7 @@ def tokenizer(tiny_model_folder):
     return AutoTokenizer.from_pretrained(tiny_model_folder)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(tiny_model_folder):
+    """Return the model that ships, for all tests: who patches it takes everything out again."""
     return AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -9,14 +10,13 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from lm_eval_bh import BHRoutingIntegration, ParameterError, Policy, UnreachableError
 from lm_eval_bh.errors import DataError, ModelError
 from lm_eval_bh.policies.document_losses import Documents
 from lm_eval_bh.policies.tuning import subject as subject_module
 from lm_eval_bh.policies.tuning.candidates import Family, named, winner
-from lm_eval_bh.policies.tuning.journal import FILE
+from lm_eval_bh.policies.tuning.journal import FILE, Journal
 from lm_eval_bh.policies.tuning.run import POLICY, tune
 from lm_eval_bh.policies.tuning.search import PER_LAYER, Search
 from lm_eval_bh.policies.tuning.splits import LEAST_DOCUMENTS, Splits
@@ -25,6 +25,7 @@ from lm_eval_bh.policies.tuning.subject import CONFIRMATION, SCREEN, VALIDATION,
 FAMILIES = [Family("min_w weight", {"rule": "min_w"}), Family("top_p", {"rule": "top_p"})]
 NAN = math.nan
 SIZES = {"tokens": 4096, "length": 128, "tokens_per_document": 60}
+SMALL = {"tokens": 1024, "length": 64, "tokens_per_document": 40}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("search")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def subject(tiny, tokenizer, splits, folder):
     return Subject(tiny, tokenizer, "tiny-olmoe", splits, folder, {"target": 4.0}, **SIZES)
 
@@ -73,9 +74,9 @@ def test_no_document_is_in_two_texts(splits):
     assert sum(map(len, parts)) == len(set.union(*parts))
 
 
+# Each way to decide, and each statistic.
 MEETING = [
-    "min_w", "min_w contribution", "min_w benefit", "min_w predicted mass 0.2", "bh weight",
-    "bh benefit", "p_value contribution", "top_p", "min_p",
+    "min_w", "min_w predicted mass 0.2", "bh benefit", "p_value contribution", "top_p", "min_p"
 ]  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def test_every_family_meets_the_mean(subject, name):
 
 def test_an_interrupted_search_goes_on(tiny, tokenizer, splits, tmp_path, monkeypatch):
     def start():
-        fresh = Subject(tiny, tokenizer, "tiny-olmoe", splits, tmp_path, {}, **SIZES)
+        fresh = Subject(tiny, tokenizer, "tiny-olmoe", splits, tmp_path, {}, **SMALL)
         return Search(fresh, FAMILIES, progress=False)
 
     measured = []
@@ -149,22 +150,21 @@ WHOLE = {
     ],
     ids=lambda content: content[:40],
 )  # fmt: skip
-def test_a_damaged_journal_is_named(tiny, tokenizer, splits, tmp_path, content):
+def test_a_damaged_journal_is_named(tmp_path, content):
     (tmp_path / FILE).write_text(content)
     with pytest.raises(DataError, match=FILE):
-        Subject(tiny, tokenizer, "tiny-olmoe", splits, tmp_path, {}, **SIZES)
+        Journal(tmp_path, {}, documents={}, shape=(4, 8))
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory, tiny_model_folder, tokenizer, splits):
-    """Return the settings and the journal of a finished small search."""
+def searched(tmp_path_factory, tiny, tokenizer, splits):
+    """Return a finished small search, whose folder has its journal."""
     folder = tmp_path_factory.mktemp("searched")
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32).eval()
-    subject = Subject(model, tokenizer, "tiny-olmoe", splits, folder, {}, **SIZES)
+    subject = Subject(tiny, tokenizer, "tiny-olmoe", splits, folder, {}, **SMALL)
     subject.measure(VALIDATION, FAMILIES[0], FAMILIES[0].at(4.0, 8))
     subject.sensitivities()
     subject._null(winner().null_kind)
-    return model, folder
+    return subject
 
 
 def row_of(content):
@@ -213,19 +213,19 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_an_edited_journal_is_one_sentence(change, searched, tokenizer, splits, tmp_path):
-    model, folder = searched
-    content = json.loads((folder / FILE).read_text())
+def test_an_edited_journal_is_one_sentence(change, searched, tmp_path):
+    content = json.loads((searched.folder / FILE).read_text())
     change(content)
     (tmp_path / FILE).write_text(json.dumps(content))
+    sizes = {text: len(documents.tokens) for text, documents in searched.documents.items()}
+    shape = (searched.layers, searched.native)
     with pytest.raises(DataError, match=rf"{FILE} is damaged \(.*\): remove it to start over"):
-        Subject(model, tokenizer, "tiny-olmoe", splits, tmp_path, {}, **SIZES)
+        Journal(tmp_path, content["settings"], documents=sizes, shape=shape)
 
 
-def test_an_untouched_journal_is_read_whole(searched, tokenizer, splits):
-    model, folder = searched
-    again = Subject(model, tokenizer, "tiny-olmoe", splits, folder, {}, **SIZES)
-    content = json.loads((folder / FILE).read_text())
+def test_an_untouched_journal_is_read_whole(searched, tiny, tokenizer, splits):
+    again = Subject(tiny, tokenizer, "tiny-olmoe", splits, searched.folder, {}, **SMALL)
+    content = json.loads((searched.folder / FILE).read_text())
     assert {key: dataclasses.asdict(row) for key, row in again.journal.rows.items()} == (
         content["rows"]
     )
@@ -233,9 +233,24 @@ def test_an_untouched_journal_is_read_whole(searched, tokenizer, splits):
 
 
 def other_weight(model):
+    model = copy.deepcopy(model)
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[0, 0] += 0.5
     return model
+
+
+def start(model, splits, settings, sizes, tokenizer, folder):
+    return Subject(model, tokenizer, "tiny-olmoe", splits, folder, settings, **sizes)
+
+
+@pytest.fixture(scope="module")
+def begun(tiny, tokenizer, splits, tmp_path_factory):
+    """Return what started a search, whose folder has its journal."""
+    arguments = {"model": tiny, "splits": splits, "settings": {"preset": "winner"}, "sizes": SMALL}
+    arguments |= {"tokenizer": tokenizer, "folder": tmp_path_factory.mktemp("begun")}
+    start(**arguments).journal.write()
+    start(**arguments)
+    return arguments
 
 
 @pytest.mark.parametrize(
@@ -244,29 +259,16 @@ def other_weight(model):
         ("digest of the text", lambda a: a.update(splits=changed_part(a, "calibration"))),
         ("digest of the text", lambda a: a.update(splits=changed_part(a, "validation"))),
         ("digest of the text", lambda a: a.update(splits=changed_part(a, "confirmation"))),
-        ("dtype", lambda a: a.update(model=a["model"].bfloat16())),
+        ("dtype", lambda a: a.update(model=copy.deepcopy(a["model"]).bfloat16())),
         ("weights", lambda a: a.update(model=other_weight(a["model"]))),
         ("preset", lambda a: a.update(settings={"preset": "search"})),
         ("tokens_per_document", lambda a: a["sizes"].update(tokens_per_document=30)),
-        ("length", lambda a: a["sizes"].update(length=64)),
+        ("length", lambda a: a["sizes"].update(length=32)),
         ("calibration_tokens", lambda a: a["sizes"].update(tokens=2048)),
     ],
 )
-def test_rows_of_anything_else_are_not_kept(
-    setting, change, tiny_model_folder, tokenizer, splits, tmp_path
-):
-    def start(model, splits, settings, sizes):
-        return Subject(model, tokenizer, "tiny-olmoe", splits, tmp_path, settings, **sizes)
-
-    load = AutoModelForCausalLM.from_pretrained
-    arguments = {
-        "model": load(tiny_model_folder, dtype=torch.float32).eval(),
-        "splits": splits,
-        "settings": {"preset": "winner"},
-        "sizes": dict(SIZES),
-    }
-    start(**arguments).journal.write()
-    start(**arguments)
+def test_rows_of_anything_else_are_not_kept(setting, change, begun):
+    arguments = begun | {"sizes": dict(SMALL)}
     change(arguments)
     with pytest.raises(ParameterError, match=rf"other settings \({setting}"):
         start(**arguments)
@@ -279,14 +281,15 @@ def changed_part(arguments, part):
     return dataclasses.replace(arguments["splits"], **{part: documents})
 
 
-def test_a_null_model_that_another_search_left_is_not_taken(searched, tokenizer, splits, tmp_path):
-    model, folder = searched
+def test_a_null_model_that_another_search_left_is_not_taken(
+    searched, tiny, tokenizer, splits, tmp_path
+):
     kind = winner().null_kind
-    file = next(folder.glob("null*.safetensors"))
-    again = Subject(model, tokenizer, "tiny-olmoe", splits, folder, {}, **SIZES)
+    file = next(searched.folder.glob("null*.safetensors"))
+    again = Subject(tiny, tokenizer, "tiny-olmoe", splits, searched.folder, {}, **SMALL)
     assert again._kept(kind) is not None
     shutil.copy(file, tmp_path / file.name)
-    fresh = Subject(model, tokenizer, "tiny-olmoe", splits, tmp_path, {}, **SIZES)
+    fresh = Subject(tiny, tokenizer, "tiny-olmoe", splits, tmp_path, {}, **SMALL)
     assert fresh._kept(kind) is None
 
 
@@ -299,7 +302,7 @@ def test_a_mean_out_of_range_is_refused_with_the_range(subject, mean):
 def test_what_cannot_be_had_is_a_row_with_the_reason(
     tiny, tokenizer, splits, tmp_path, monkeypatch
 ):
-    subject = Subject(tiny, tokenizer, "tiny-olmoe", splits, tmp_path, {}, **SIZES)
+    subject = Subject(tiny, tokenizer, "tiny-olmoe", splits, tmp_path, {}, **SMALL)
 
     def no_gradients(*arguments, **options):
         raise ModelError("The gradients cannot be computed: use statistic=contribution.")
@@ -383,8 +386,7 @@ def test_many_families_get_a_first_look_on_little_text(
     tiny, tokenizer, splits, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(subject_module, "SCREEN_TOKENS", 400)
-    sizes = {"tokens": 1024, "length": 64, "tokens_per_document": 40}
-    subject = Subject(tiny, tokenizer, "tiny-olmoe", splits, tmp_path, {}, **sizes)
+    subject = Subject(tiny, tokenizer, "tiny-olmoe", splits, tmp_path, {}, **SMALL)
     monkeypatch.setattr("lm_eval_bh.policies.tuning.search.FINALISTS", 2)
     monkeypatch.setattr("lm_eval_bh.policies.tuning.search.WITH_GAINS", 1)
     families = [*FAMILIES, named("by"), named("p_value weight")]
