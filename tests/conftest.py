@@ -22,7 +22,7 @@ from warm_commands import commands  # noqa: F401  a fixture
 from written_runs import new_writer, real_runs, write  # noqa: F401  fixtures
 
 # Examples are not timed: a busy machine would fail them, and a first example imports libraries.
-settings.register_profile("lm-eval-bh", deadline=None)
+settings.register_profile("lm-eval-bh", deadline=None, max_examples=50)
 settings.load_profile("lm-eval-bh")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,18 +30,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SLOWEST = (
     "docs/test_pages.py",
     "harness/sweep/test_sweep.py",
-    "test_packaging.py",
-    "harness/test_quickstart.py",
     "policies/test_tuning.py",
-    "test_gpu_day.py",
-    "test_faults.py",
+    "harness/test_quickstart.py",
     "routing/patching/test_families.py",
+    "test_gpu_day.py",
     "trust/test_bad_inputs.py",
-    "export/test_hosts.py",
-    "trust/test_fuzzing.py",
-    "harness/plugin/test_plugin.py",
-    "routing/patching/test_exported_families.py",
     "docs/test_notebook.py",
+    "export/test_hosts.py",
+    "test_packaging.py",
+    "test_faults.py",
+    "routing/patching/test_exported_families.py",
+    "harness/plugin/test_plugin.py",
+    "trust/test_fuzzing.py",
 )
 SHARED = Path(os.environ.get("LM_EVAL_BH_SHARED") or ROOT.parent / "shared")
 

@@ -61,7 +61,6 @@ ELSEWHERE = """
 import sys
 sys.modules["lm_eval_bh"] = None
 import torch
-from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(
     sys.argv[1], trust_remote_code=True, dtype=torch.float32

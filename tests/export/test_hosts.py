@@ -434,7 +434,7 @@ def test_it_decides_what_a_slow_plain_reference_does(parameters, rescales):
             x, cdf = (np.atleast_2d(table) for table in null.cdf(layer))
             reference.nulls = list(zip(x, cdf, strict=True))
     method = fitted_method(config, null, layer, EXPERTS)
-    logits = logits_of(layer, 60).double()
+    logits = logits_of(layer, 30).double()
     found = pick(method, said(logits, method.asks(NATIVE), rescales))
     for token, z in enumerate(logits.numpy()):
         expected, count = reference.experts(z, z), int(found.counts[token])

@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,20 +14,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def installed(tmp_path) -> Path:
+def installed(tmp_path, commands) -> Path:
     """Return a copy of the repository that is installed: its commands run this Python."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     for name in ("lm_eval_bh", "tasks", "kde_models", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).symlink_to(ROOT / name)
-    commands = tmp_path / ".venv" / "bin"
-    commands.mkdir(parents=True)
-    for name, command in {
-        "python": sys.executable,
-        "lm_eval": Path(sys.executable).with_name("lm_eval"),
-        "lm-eval-bh": f"{sys.executable} -m lm_eval_bh",
-    }.items():
-        (commands / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-        (commands / name).chmod(0o755)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "bin").symlink_to(commands)
     startup = sorted((ROOT / "lm_eval_bh" / "harness" / "plugin").glob("startup.*"))
     stamped = (ROOT / "pyproject.toml", ROOT / "constraints.txt", *startup)
     content = b"".join(file.read_bytes() for file in stamped) + os.fsencode(tmp_path)

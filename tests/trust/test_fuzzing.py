@@ -38,7 +38,7 @@ from lm_eval_bh.errors import BHError
 from lm_eval_bh.harness.sweep.settings_file import read_settings
 from lm_eval_bh.schema import read_internal_routing, read_json, read_manifest, read_summary
 
-EXAMPLES = int(os.environ.get("LM_EVAL_BH_FUZZ_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("LM_EVAL_BH_FUZZ_EXAMPLES", "60"))
 N = 64  # points of a null distribution
 
 ODD = st.one_of(

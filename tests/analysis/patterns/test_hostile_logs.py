@@ -172,7 +172,7 @@ def test_a_token_log_that_is_no_parquet(runs, change):
 
 
 @settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1))))
 def test_a_corrupted_token_log_raises_nothing_but_our_error(runs, changes):

@@ -13,8 +13,9 @@ from lm_eval_bh.harness.model import BHLM
 from lm_eval_bh.schema import read_manifest
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8, "auto"])
-@pytest.mark.parametrize("logits_cache", [True, False])
+@pytest.mark.parametrize(
+    ("batch_size", "logits_cache"), [(1, False), (3, True), (8, False), ("auto", True)]
+)
 def test_counters_equal_the_slow_reference(run, expected, batch_size, logits_cache):
     results = run(f"logits_cache={logits_cache}", batch_size=batch_size)
     assert set(expected) == {

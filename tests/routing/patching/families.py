@@ -127,6 +127,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
+@functools.cache
 def families() -> list[str]:
     """Return the families whose modelling code records router logits, in alphabetical order."""
     models = Path(transformers.__file__).parent / "models"

@@ -104,7 +104,7 @@ class TestPValues:
             with pytest.raises(ParameterError, match=r"layers 0 to 1"):
                 use()
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(tables(), st.lists(finite, min_size=2, max_size=20))
     def test_monotone_in_floating_point(self, table, extra):
         x, _ = table
@@ -115,7 +115,7 @@ class TestPValues:
 
 
 class TestThresholds:
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(tables(), st.lists(shares, max_size=6), st.lists(finite, max_size=6), st.data())
     @example(([0.0, 1.0], [0.0, 1.0]), [0.00625, 0.4], [], None)
     @example(([0.0, 1.0, 2.0], [0.5, 0.5, 0.5]), [0.5, 0.4], [], None)
