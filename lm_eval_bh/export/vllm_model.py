@@ -65,7 +65,7 @@ class RoutedModel:
             joint = self._policy.config.method.joint
         else:
             joint = any(METHODS[one["method"]].joint for one in self._exported["layers"])
-        doubts = check_engine(vllm_config, vllm.__version__, joint=joint)
+        doubts = check_engine(vllm.__version__, vllm_config, joint=joint)
         self._checked = self._policy is not None and _checked(self._policy, of_model)
         with routes_made() as routes:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **arguments)  # type: ignore[call-arg]

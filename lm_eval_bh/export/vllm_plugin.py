@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lm_eval_bh.export.vllm_limits import check_release
+from lm_eval_bh.export.vllm_limits import check_engine
 from lm_eval_bh.export.vllm_names import EXPORTED, PREFIX, policy_file
 
 
@@ -25,7 +25,7 @@ def register() -> None:
         own, name = resolve(architectures, model_config)
         if not _routes(model_config, own):
             return own, name
-        check_release(vllm.__version__)  # before what another release may lack is imported
+        check_engine(vllm.__version__)  # before what another release may lack is imported
         from lm_eval_bh.export.vllm_model import routed
 
         return routed(own), name

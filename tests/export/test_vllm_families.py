@@ -293,11 +293,11 @@ def test_what_no_policy_was_compared_under(options, joint, doubts, vllm, tmp_pat
     arguments = EngineArgs(model=str(folder), skip_tokenizer_init=True, max_model_len=80, **options)
     config = arguments.create_engine_config()
     monkeypatch.setenv("LM_EVAL_BH_FORCE", "1")
-    assert check_engine(config, vllm.__version__, joint=joint) == doubts
+    assert check_engine(vllm.__version__, config, joint=joint) == doubts
     monkeypatch.delenv("LM_EVAL_BH_FORCE")
     if doubts:
         with pytest.raises(PolicyError, match=f"No policy was compared with .* {doubts[0]}: chan"):
-            check_engine(config, vllm.__version__, joint=joint)
+            check_engine(vllm.__version__, config, joint=joint)
 
 
 def test_another_release_is_refused_before_its_modules_are_imported(vllm, tmp_path, monkeypatch):
