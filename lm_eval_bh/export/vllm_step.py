@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
+from lm_eval_bh.routing.methods.steps import step_of_queries
+
 
 def decode_step(tokens: int, device: torch.device) -> Tensor | None:
     """Return ``RouterOutput.step`` of the pass that runs now.
 
-    Tokens of requests that add one token are one step, 0. Those of a longer piece of a prompt are
-    decided alone, -1, and so is what fills the batch up. None where the pass tells nothing, as
-    while memory is measured.
+    Decoded tokens are one step, 0; the others are decided alone, -1. None where the pass tells
+    nothing, as while memory is measured.
 
     Parameters
     ----------
@@ -28,11 +29,7 @@ def decode_step(tokens: int, device: torch.device) -> Tensor | None:
     starts = _query_starts(get_forward_context().attn_metadata)
     if starts is None:
         return None
-    lengths = starts.diff().to(device)
-    of_token = torch.full((tokens,), -1, dtype=torch.int64, device=device)
-    decoded = torch.where(lengths == 1, 0, -1).repeat_interleave(lengths)[:tokens]
-    of_token[: len(decoded)] = decoded
-    return of_token
+    return step_of_queries(starts.to(device), tokens).of
 
 
 def _query_starts(metadata: Any) -> Tensor | None:

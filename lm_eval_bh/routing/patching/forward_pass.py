@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lm_eval_bh.errors import RoutingError
 from lm_eval_bh.routing.methods.pick import Picked
-from lm_eval_bh.routing.methods.steps import Steps, steps_of
+from lm_eval_bh.routing.methods.steps import Steps, step_of_queries, steps_of
 from lm_eval_bh.routing.patching.patch import Patch
 from lm_eval_bh.routing.patching.routes import Paths
 
@@ -45,6 +45,8 @@ class ForwardPass:
         Whether activation checkpointing runs it again, so that nothing of it counts.
     alone : bool
         Whether it is of one router only, which was called outside of a pass of the model.
+    queries : Tensor or None
+        int ``[requests + 1]``, where each request begins that continuous batching lays in the row.
     places, paths : Tensor and list, or None
         int64 ``[tokens]``, where they stand in the log that is replayed, if one is; and all that
         was read of their rows until then.
@@ -68,6 +70,7 @@ class ForwardPass:
         self.decoded = decoded
         self.recomputed = recomputed
         self.alone = alone
+        self.queries: Tensor | None = None
         self.places: Tensor | None = None
         self.paths: Paths | None = None
         self.outer: ForwardPass | None = None
@@ -102,6 +105,8 @@ class ForwardPass:
         """Return which tokens are decoded together, on a device; None where rows are not known."""
         if self.shape is None:
             return None
+        if device not in self._steps and self.queries is not None:
+            self._steps[device] = step_of_queries(self.queries.to(device), self.shape[1])
         if device not in self._steps:
             counted = self.real
             if self.decoded is not None:
