@@ -78,14 +78,16 @@ def _plain(row: GridRow) -> dict[str, object]:
 
 
 def _table(title: str, rows: list[GridRow]) -> Table:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title)
-    names: tuple[str, ...] = ("rule", "alpha", "max_k", "mean experts")
-    names += ("at min_k (%)", "at max_k (%)", "overlap with top-k", "softmax mass kept")
-    names += ("distinct experts",) * any(row.distinct_experts is not None for row in rows)
+    # It has to fit into 80 columns.
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    names: tuple[str, ...] = ("rule", "alpha", "max_k", "mean\nexperts")
+    names += ("at\nmin_k\n(%)", "at\nmax_k\n(%)", "overlap\nwith top-k", "softmax\nmass kept")
+    names += ("distinct\nexperts",) * any(row.distinct_experts is not None for row in rows)
     for column in names:
-        table.add_column(column, justify="left" if column == "rule" else "right")
+        table.add_column(column, justify="left" if column == "rule" else "right", no_wrap=True)
     for row in rows:
         distinct = [] if row.distinct_experts is None else [f"{row.distinct_experts:.1f}"]
         table.add_row(

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
+from lm_eval_bh.routing.methods.steps import step_of_queries
+
 
 def decode_step(tokens: int, device: torch.device) -> Tensor | None:
     """Return ``RouterOutput.step`` of the current pass.
 
-    Tokens of requests that add one token form one step, 0. Tokens of longer parts of a prompt, and
-    those that fill up the batch, have -1 and are decided alone. None if the pass has no metadata,
-    as while memory is profiled.
+    Decoded tokens form one step, 0; all others have -1 and are decided alone. None if the pass has
+    no metadata, as while memory is profiled.
 
     Parameters
     ----------
@@ -28,11 +29,7 @@ def decode_step(tokens: int, device: torch.device) -> Tensor | None:
     starts = _query_starts(get_forward_context().attn_metadata)
     if starts is None:
         return None
-    lengths = starts.diff().to(device)
-    of_token = torch.full((tokens,), -1, dtype=torch.int64, device=device)
-    decoded = torch.where(lengths == 1, 0, -1).repeat_interleave(lengths)[:tokens]
-    of_token[: len(decoded)] = decoded
-    return of_token
+    return step_of_queries(starts.to(device), tokens).of
 
 
 def _query_starts(metadata: Any) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -51,6 +52,8 @@ from lm_eval_bh.routing.patching.forward_pass import ending_with
 from lm_eval_bh.routing.patching.integration import BHRoutingIntegration
 from lm_eval_bh.routing.placement import LM_EVAL_DEFAULT, placement
 from lm_eval_bh.routing.policy import Policy, beside_policy
+
+logger = logging.getLogger(__name__)
 
 
 class BHLM(HFLM):
@@ -228,6 +231,14 @@ class BHLM(HFLM):
 
         The logs of an earlier evaluation stay separate, finished or not.
         """
+        config = self.routing_config
+        if config.method.joint and config.decode_batch is None and self.rank == 0:
+            logger.warning(
+                "rule=%s decides for the rows that are decoded together, and without decode_batch "
+                "these are the rows of a pass: its results depend on --batch_size. Give "
+                "decode_batch=32, say.",
+                config.rule,
+            )
         self.start_log(self.log.options)
 
     @classmethod

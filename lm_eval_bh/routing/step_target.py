@@ -52,7 +52,7 @@ def whole_steps(batches: Sequence[Tensor], rows: int, length: int) -> list[Tenso
     length = min(length, len(ids) // rows)
     if not length:
         raise DataError(
-            f"The calibration text has {len(ids)} tokens, too few for {rows} rows decoded "
+            f"The text has {len(ids)} tokens, too few for {rows} rows decoded "
             "together: use more text or a smaller decode_batch."
         )
     whole = len(ids) // (rows * length)

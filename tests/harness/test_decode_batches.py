@@ -76,6 +76,12 @@ def test_without_decode_batch_nothing_is_counted(evaluate):
     assert "distinct_experts" not in summary["config"]["bh"]["summary"]
 
 
+@pytest.mark.parametrize("more", ["", ",decode_batch=2"])
+def test_a_step_that_depends_on_the_batch_size_is_said_once(evaluate, caplog, more):
+    evaluate("hf-bh", f"pretrained=tiny-olmoe,rule=oea{more}", DEMO[1:], limit=2, batch_size=2)
+    assert caplog.text.count("its results depend on --batch_size") == (not more)
+
+
 def test_a_group_larger_than_the_documents_is_counted_as_what_it_is(evaluate):
     args = "pretrained=tiny-olmoe,rule=oea,decode_batch=500"
     summary = evaluate("hf-bh", args, DEMO[:1], limit=2)["config"]["bh"]["summary"]

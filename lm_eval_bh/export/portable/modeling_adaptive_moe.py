@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .methods_of_policy import METHODS
 from .pick import pick, repeated
 from .reading import Reading
-from .steps import steps_of
+from .steps import step_of_queries, steps_of
 
 ADAPTIVE = "Adaptive"  # prefix of class names
 # Which tokens of the current pass are decoded together, if a method needs it.
@@ -111,12 +111,16 @@ def _begin_step(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Find the tokens of a pass that are decoded together: those at one position of its rows.
 
     vLLM's transformers backend puts all tokens in one row, and does not say which of them are
-    decoded: there all tokens form one step.
+    decoded: there all tokens form one step. Continuous batching does so too, but says it.
     """
     given = args[0] if args else kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if given is None else given
     if tokens is None or "attention_instances" in kwargs:
         _step.set(None)
+        return
+    starts = kwargs.get("cu_seq_lens_q")
+    if starts is not None and kwargs.get("cache") is not None:  # continuous batching
+        _step.set(step_of_queries(starts, tokens.shape[1]).of)
         return
     layers, (rows, length) = model.config.adaptive_routing["layers"], tokens.shape[:2]
     settings = next(one for one in layers if METHODS[one["method"]].joint)

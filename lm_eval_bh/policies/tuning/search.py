@@ -375,7 +375,7 @@ class Search:
                     f"{name} needs a decode_batch of at least 2: a step of one token reads its own "
                     "experts; give decode_batch, or target_experts."
                 )
-            most = subject.routers[0].num_experts
+            most = min(subject.routers[0].num_experts, subject.decode_batch * subject.native)
             if 1 < mean < most:
                 most = self.cost.of(self._measure(text, static(), subject.native))
             takes = f"reads at most {most:.4g} per layer in a step of {subject.decode_batch} rows"

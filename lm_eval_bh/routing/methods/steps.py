@@ -57,6 +57,26 @@ def steps_of(
     return Steps(of, -(-rows // (decode_batch or rows)) * length)
 
 
+def step_of_queries(starts: Tensor, tokens: int) -> Steps:
+    """Return the one step of a pass in which an engine lays the tokens of all requests in one row.
+
+    Those of requests that add one token are decoded together; of the others, pieces of prompts, and
+    of what fills the row up, each is of none.
+
+    Parameters
+    ----------
+    starts : Tensor
+        int ``[requests + 1]``, where each request's tokens begin, on the device of the result.
+    tokens : int
+        Of the row.
+    """
+    lengths = starts.diff()
+    of = torch.full((tokens,), -1, dtype=torch.int64, device=starts.device)
+    decoded = torch.where(lengths == 1, 0, -1).repeat_interleave(lengths)[:tokens]
+    of[: len(decoded)] = decoded
+    return Steps(of, 1)
+
+
 def distinct_experts(indices: Tensor, steps: Steps, num_experts: int) -> Tensor:
     """Return the distinct experts of each layer, added up over steps, int64 ``[layers]``.
 

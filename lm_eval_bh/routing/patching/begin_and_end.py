@@ -41,6 +41,10 @@ class Begin:
         real = self._real(module, given)
         shape = _shape(given)
         begun = ForwardPass(self.patch, real, shape, self._decoded(module, given))
+        if given.get("cache") is not None:  # of continuous batching
+            begun.queries = given.get("cu_seq_lens_q")
+        if shape == (1, 1) and begun.queries is None:
+            self.patch.tell_alone()
         if self.patch.routes is not None:
             ids, cache = given.get("input_ids"), given_cache(given)
             begun.places, begun.paths = self.patch.routes.places(ids, begun.real, cache)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lm_eval_bh.errors import RoutingError
 from lm_eval_bh.routing.methods.pick import Picked
-from lm_eval_bh.routing.methods.steps import Steps, steps_of
+from lm_eval_bh.routing.methods.steps import Steps, step_of_queries, steps_of
 from lm_eval_bh.routing.patching.patch import Patch
 from lm_eval_bh.routing.patching.routes import Paths
 
@@ -45,6 +45,8 @@ class ForwardPass:
         Whether activation checkpointing repeats the pass, so that it is not counted.
     alone : bool
         Whether it holds a single router that was called outside of a model's pass.
+    queries : Tensor or None
+        int ``[requests + 1]``, where each request begins in the row of continuous batching.
     places, paths : Tensor and list, or None
         int64 ``[tokens]``, the tokens' places in the replayed log, if there is one; and all places
         of their rows read so far.
@@ -68,6 +70,7 @@ class ForwardPass:
         self.decoded = decoded
         self.recomputed = recomputed
         self.alone = alone
+        self.queries: Tensor | None = None
         self.places: Tensor | None = None
         self.paths: Paths | None = None
         self.outer: ForwardPass | None = None
@@ -102,6 +105,8 @@ class ForwardPass:
         """Return which tokens are decoded together, on a device; None if rows are unknown."""
         if self.shape is None:
             return None
+        if device not in self._steps and self.queries is not None:
+            self._steps[device] = step_of_queries(self.queries.to(device), self.shape[1])
         if device not in self._steps:
             counted = self.real
             if self.decoded is not None:

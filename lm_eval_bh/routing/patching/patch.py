@@ -67,6 +67,7 @@ class Patch:
         self.padded = False
         self.looked = False
         self._told = False
+        self._alone = config.rule if config.method.joint and config.decode_batch is None else None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"observers": [], "counters": None}
@@ -75,6 +76,17 @@ class Patch:
     def skips_unused(self) -> bool:
         """Whether the model skips unused slots, so that padding can have only those."""
         return self.switch is not None and self.switch.skips_unused
+
+    def tell_alone(self) -> None:
+        """Say once that a method of a step decodes one row, unless that is meant."""
+        if self._alone is not None:
+            logger.warning(
+                "rule=%s decides for the rows that are decoded together, and one row is decoded: "
+                "it is a batch of one, which shares its experts with no other. Give several rows "
+                "at once, or decode_batch=1 if one is meant.",
+                self._alone,
+            )
+            self._alone = None
 
     def tell_once(self, why: str) -> None:
         """Warn once that padding cannot be told from text."""

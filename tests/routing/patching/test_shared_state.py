@@ -7,12 +7,14 @@ import logging
 import lm_eval
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import lm_eval_bh
 from lm_eval_bh import BHRoutingIntegration
 from lm_eval_bh.errors import ModelError
 from lm_eval_bh.harness.model import BHLM
+
+SMALL = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # else it takes most memory
 
 
 @pytest.fixture
@@ -52,9 +54,40 @@ def test_continuous_batching_generates_what_generate_does(tiny, null, tokenizer,
             tiny.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0, len(ids) :]
             for ids in prompts
         ]
-        found = tiny.generate_batch(prompts, generation_config=config, progress_bar=False)
+        found = tiny.generate_batch(prompts, config, SMALL, progress_bar=False)
     assert [list(one.generated_tokens) for one in found.values()] == [e.tolist() for e in expected]
     assert caplog.text.count("padding cannot be told from text") == 1
+
+
+def test_continuous_batching_decodes_its_requests_together(tiny, tokenizer):
+    """As generate does with both prompts in a batch, which take the model's own top-k."""
+    texts = ["The river flows through the city and", "The history of the old castle on the hill"]
+    prompts = [tokenizer(text).input_ids for text in texts]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=0, pad_token_id=1)
+    width = max(map(len, prompts))
+    ids = torch.tensor([[1] * (width - len(one)) + one for one in prompts])
+    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts])
+    own = {"rule": "oea", "k0": 1, "max_k": 3, "decode_batch": 2, "phase": "decode"}
+    found, distinct = [], []
+    with BHRoutingIntegration(tiny, **own) as routing:
+        both = tiny.generate(ids, attention_mask=mask, generation_config=config)[:, width:]
+        distinct.append(routing.counters.mean_distinct())
+        routing.reset_stats()
+        for one in tiny.generate_batch(prompts, config, SMALL, progress_bar=False).values():
+            found.append(list(one.generated_tokens))
+        distinct.append(routing.counters.mean_distinct())
+    assert found == both.tolist()
+    assert distinct[0] == pytest.approx(distinct[1])
+    assert 1 < distinct[0] <= 2  # alone, each row would read its first expert
+
+
+@pytest.mark.parametrize("decode_batch", [None, 1])
+def test_a_batch_of_one_is_said_once(tiny, ids, caplog, decode_batch):
+    with BHRoutingIntegration(tiny, rule="oea", decode_batch=decode_batch):
+        for rows in (ids[:2, :8], ids[:1, :8], ids[:1, :6]):
+            tiny.generate(rows, max_new_tokens=3, do_sample=False)
+    said = "rule=oea decides for the rows that are decoded together, and one row is decoded"
+    assert caplog.text.count(said) == (decode_batch is None)
 
 
 class TestTwoObjectsAroundOneModel:
