@@ -62,8 +62,9 @@ def decision_seconds(routing: BHRoutingIntegration, documents: Documents) -> flo
 
 
 def table_bytes(routing: BHRoutingIntegration) -> int:
-    """Return the bytes of a method's tables in all layers."""
-    return sum(
+    """Return the bytes of a method's tables in all layers, and of what ``affine`` was fitted to."""
+    affine = 0 if routing.affine is None else routing.affine.nbytes
+    return affine + sum(
         buffer.numel() * buffer.element_size()
         for layer in routing.layers
         for name, buffer in routing.method(layer).named_buffers()
