@@ -278,7 +278,7 @@ def test_ray_gives_the_same_table_beside_busy_programs_and_though_a_worker_is_ki
     told = [line for line in lines if "workers are running. Waiting for " in line]
     assert told
     assert re.match(
-        r"\d of \d workers are alive. Waiting for 8experts_\w+_demo_lambada, \d+ s", told[0]
+        r"\d of \d workers are running. Waiting for 8experts_\w+_demo_lambada, \d+ s", told[0]
     )
     assert len(lines) - len(told) == 3
     assert_same(table(tmp_path), table(finished))
