@@ -36,7 +36,7 @@ def test_one_number_of_experts(parameters, k):
 def test_min_p():
     line, equal, caution = options(rule="min_p", alpha=0.35, min_k=2, max_k=6)
     assert line == COUNT.format(6) + " -ser 2,0.35"
-    assert "the first 2 of a token's experts serve, and further ones, up to 6," in equal
+    assert "a token's first 2 experts serve, and further ones, up to 6," in equal
     assert "read -ser but ignore it" in caution
     alphas = {0: 0.25, 1: 0.25, 2: 0.25, 3: 0.25}
     solution = Solution(4.0, "model", alphas, 4.1, {}, 100, "a text")

@@ -272,7 +272,7 @@ COMMANDS = [
     ("import-routing empty.csv", "Missing option '--output-dir'", 2),
     ("import-routing nowhere --output-dir new", "There is no trace nowhere", 1),
     ("import-routing folder --output-dir new", "folder holds no trace", 1),
-    ("import-routing file --output-dir new", "say --format vllm or sglang", 1),
+    ("import-routing file --output-dir new", "add --format vllm or sglang", 1),
     ("import-routing empty.csv --output-dir new", "empty.csv could not be read", 1),
     ("import-routing binary.csv --output-dir new", "binary.csv could not be read", 1),
     ("import-routing foreign.csv --output-dir new", "foreign.csv has no column document", 1),

@@ -32,7 +32,7 @@ NAN = math.nan
         pytest.param([1, 0, 1, 0], 50.0, "own way", id="percent"),
         pytest.param([1, 1, 0, 0], 0.8, "own way", id="anything else"),
         pytest.param([-1, -0.5, 1], 1.0, "own way", id="two kinds of negative scores"),
-        pytest.param([-1, -1, -1], -1.0, "does not count", id="no document counts"),
+        pytest.param([-1, -1, -1], -1.0, "do not count", id="no document counts"),
         pytest.param([1, NAN, 0], NAN, "no score, or one that is not finite", id="NaN itself"),
         pytest.param([1, math.inf], None, "not finite", id="infinite"),
     ],
@@ -95,7 +95,7 @@ def test_a_task_s_own_aggregation_is_honoured_or_named(tmp_path):
     found = compare_runs(a, b)
     rows = found.table.set_index("metric")
     assert rows.loc["4096", ["a", "b", "documents"]].tolist() == [0.9, 0.8, 20]
-    assert rows.loc["4096", "note"] == "20 of 40 documents, for the task leaves out the others"
+    assert rows.loc["4096", "note"] == "20 of 40 documents; the task leaves out the others"
     assert (
         "its own way (its documents give -0.25, results.json has 0.7) in B"
         in (rows.loc["8192", "sentence"])
@@ -133,8 +133,7 @@ def test_metrics_that_are_left_out_are_named(tmp_path):
     rows = compare_runs(a, b).table.set_index("metric")
     assert rows.index.tolist() == ["acc", "brier_score", "bleu"]
     assert rows.loc["brier_score", "sentence"] == (
-        "niah brier_score: not compared, the samples have no score of single documents for it, "
-        "only the task has."
+        "niah brier_score: not compared, only the task has it, not single documents."
     )
     assert rows.loc["bleu", "reason"] == "only B has it"
 
@@ -144,7 +143,7 @@ def test_a_metric_that_results_json_lacks_is_compared_with_a_note(tmp_path):
     a, b = (run(tmp_path / n, lines_of(scores), v) for n, v in (("a", {"acc": 0.5}), ("b", {})))
     found = compare_runs(a, b)
     assert pd.isna(found.table["reason"].item())
-    assert "results.json of B has no value of it" in found.table["note"].item()
+    assert "results.json of B has no value for it" in found.table["note"].item()
     assert len(found.notes) == 1
 
 
