@@ -193,7 +193,8 @@ class _LayerGrid:
     def asks(self, native_k: int) -> int:
         """Return how many experts the router has to rank."""
         joint = [method.asks(native_k) for method in self._methods if method.joint]
-        return max(joint + [config.max_k for config in self._configs])
+        most: int = max(joint + [config.max_k for config in self._configs])
+        return most
 
     def add(self, said: RouterOutput) -> None:
         """Count the selections of each configuration."""
