@@ -45,17 +45,15 @@ def llama_cpp_options(policy: Policy, checkpoint: Checkpoint) -> list[str]:
     method = config.method(config.settings(0, policy.num_experts))
     if config.temperature != 1 or method.gains or config.affine or config.renormalize is True:
         raise _refused("it has neither weight rescaling nor temperature", nearest)
-    counts = set(config.counts_per_layer) or {config.max_k}
-    if len(counts) > 1:
-        raise _refused(
-            "its OLMoE takes layer 0's number of experts for all layers while it adds up each "
-            f"layer's own, so that olmoe.expert_used_count = {config.counts_per_layer} as an array "
-            "of the GGUF's metadata is not served (llama.cpp's issue 28380, which asks for it, is "
-            "open)",
-            round(sum(config.counts_per_layer) / policy.num_layers),
-        )
     plain = method.follows_router and config.statistic == "logit"
     option = f"--override-kv olmoe.expert_used_count=int:{config.max_k}"
+    if plain and len(set(config.counts_per_layer)) > 1:
+        return [
+            f"olmoe.expert_used_count = {list(config.counts_per_layer)}",
+            "This is an array in the GGUF's metadata, which --override-kv cannot write. Builds "
+            "differ: that of xllamacpp 2026.10.11549 gives each layer its number, others may not "
+            "(llama.cpp's issue 28380): compare as scripts/verify_llama_cpp.py does.",
+        ]
     if plain and config.fixed_count:
         return [option]
     if plain and config.rule == "min_p":

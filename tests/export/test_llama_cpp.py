@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +35,24 @@ def test_one_number_of_experts(parameters, k):
     assert options(**parameters) == [COUNT.format(k)]
 
 
+def test_a_number_for_each_layer_is_metadata():
+    line, caution = options(rule="topk", k_per_layer="5-3-3-5")
+    assert line == "olmoe.expert_used_count = [5, 3, 3, 5]"
+    assert "--override-kv cannot write" in caution
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (find_spec("xllamacpp") and find_spec("gguf")),
+    reason="needs the packages gguf and xllamacpp: see scripts/verify_llama_cpp.py",
+)
+def test_it_scores_as_hf_bh(monkeypatch, capfd):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    import verify_llama_cpp
+
+    assert verify_llama_cpp.main() == 0, capfd.readouterr().out
+
+
 def test_min_p():
     line, equal, caution = options(rule="min_p", alpha=0.35, min_k=2, max_k=6)
     assert line == COUNT.format(6) + " -ser 2,0.35"
@@ -47,8 +67,6 @@ def test_min_p():
 @pytest.mark.parametrize(
     ("parameters", "reason"),
     [
-        ({"rule": "topk", "k_per_layer": "5-3-3-5"}, "takes layer 0's number.*rule=topk,max_k=4"),
-        ({"rule": "topk", "k_per_layer": "5-3-3-5"}, r"_count = \[5, 3, 3, 5\] as an array"),
         ({"rule": "topk", "max_k": 4, "layers": "last2"}, "hold for all layers"),
         ({"rule": "topk", "max_k": 4, "mode": "analyze"}, "hold for all layers"),
         ({"rule": "topk", "max_k": 4, "renormalize": True}, "neither weight rescaling"),

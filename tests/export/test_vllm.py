@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -137,6 +138,7 @@ def serving(folder, policy, log, *options):
             env=environment(policy),
             stdout=file,
             stderr=file,
+            start_new_session=True,  # so that its helpers end with it
         )
 
     def ask(path, content=None):
@@ -148,16 +150,22 @@ def serving(folder, policy, log, *options):
             return answer.read()
 
     try:
-        for _ in range(600):
+        deadline, ready = time.monotonic() + 900, False  # of machines that others use too
+        while not ready:
             assert server.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, "the server did not start"
             with contextlib.suppress(urllib.error.URLError):
                 ask("/health")
-                break
+                ready = True
             time.sleep(0.5)
         yield ask
     finally:
         server.terminate()
-        server.wait(60)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(60)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 @NAMED
