@@ -80,9 +80,26 @@ def serve(address: str) -> None:
     import lm_eval_bh.harness.sweep.runner  # noqa: F401  what commands import when called
     import lm_eval_bh.speed.phase as speed
     from lm_eval_bh.cli import main
+    from lm_eval_bh.harness.sweep.exact_bootstrap import exact_bootstrap
 
-    interpreter = functools.partial(python, str(Path(address).with_name("python")))
-    mains = dict(zip(PROGRAMS, (interpreter, main, harness.cli_evaluate), strict=True))
+    # Where QUICK is set a bootstrap is a sweep's, and what a command starts is a fork, too.
+    warm = str(Path(address).with_name("python"))
+
+    def interpreter() -> None:
+        if sys.argv[1:3] == ["-m", "pytest"]:  # which has to be the first to import anything
+            os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+        sys.executable = warm
+        python()
+
+    def program() -> None:
+        sys.executable = warm if "QUICK" in os.environ else sys.executable
+        main()
+
+    def lm_eval() -> None:
+        with exact_bootstrap() if "QUICK" in os.environ else contextlib.nullcontext():
+            harness.cli_evaluate()
+
+    mains = dict(zip(PROGRAMS, (interpreter, program, lm_eval), strict=True))
     # Where a page does not say how much to measure, a speed phase measures as a quick sweep's does.
     measured = speed.SpeedSettings
     speed.SpeedSettings = lambda *asked: measured(*asked) if asked else speed.QUICK
@@ -164,13 +181,9 @@ def pass_on(client: socket.socket, child: int) -> None:
         os.kill(child, signal.SIGKILL)
 
 
-def python(executable: str) -> None:
-    """Run what Python is asked to: ``-m module``, ``-c code``, a script, or what it reads.
-
-    What that starts with ``sys.executable`` is a fork as well.
-    """
-    sys.executable = executable
-    first, *rest = (argument for argument in sys.argv[1:] if argument != "-u")
+def python() -> None:
+    """Run what Python is asked to: ``-m module``, ``-c code``, a script, or what it reads."""
+    first, *rest = (argument for argument in sys.argv[1:] if argument not in ("-u", "-I"))
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [path for path in given if path and path not in sys.path]
     sys.path[0] = os.getcwd() if first[0] == "-" else os.path.dirname(os.path.abspath(first))

@@ -42,6 +42,7 @@ def run_bash(block: Block, place: str, commands: Path) -> None:
         "PATH": f"{commands}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "COLUMNS": "100",
+        "QUICK": "1",
     }
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.code],

@@ -40,7 +40,7 @@ def test_transformers_without_this_package(policies, documents):
         assert not dataclasses.replace(found, **change).agrees
 
 
-def test_a_folder_that_routes_otherwise_is_found_out(policies, documents, monkeypatch):
+def test_a_folder_that_routes_otherwise_is_found_out(policies, documents, commands, monkeypatch):
     """Export a different policy from the compared one."""
     export = verification.export_folder
 
@@ -48,7 +48,7 @@ def test_a_folder_that_routes_otherwise_is_found_out(policies, documents, monkey
         export(Policy.load(policies["static"]), *arguments, **named)
 
     monkeypatch.setattr(verification, "export_folder", other)
-    found = run(policies, "bh", documents[:1], engine="hf")
+    found = run(policies, "bh", documents[:1], engine="hf", python=str(commands / "python"))
     assert found.largest > 0.01
     assert found.other_counts
     assert not found.agrees
