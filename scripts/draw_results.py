@@ -77,12 +77,13 @@ def speed() -> Figure:
 
 
 def league() -> Figure:
-    """Draw what each method loses at a mean of 4 experts, one panel per model, the best on top."""
-    models = ("tiny_olmoe", "tiny_glm", "renormalised")
+    """Draw what each method loses at half of a model's experts, per model, the best on top."""
+    models = {"tiny_olmoe": 4, "tiny_glm": 4, "renormalised": 2}
     figure = Figure(figsize=(8, 6.4), layout="constrained")
-    for axes, model in zip(figure.subplots(1, len(models)), models, strict=True):
+    panels = figure.subplots(1, len(models))
+    for axes, (model, target) in zip(panels, models.items(), strict=True):
         table = numbers(f"league_{model}")
-        rows = table[(table["target"] == 4) & table["loss"].between(0.001, 2)]
+        rows = table[(table["target"] == target) & table["loss"].between(0.001, 5)]
         rows = rows.sort_values("loss", ascending=False)
         low, loss, high = (100 * rows[name] for name in ("loss_low", "loss", "loss_high"))
         control = rows["method"] == "topk"
@@ -92,11 +93,13 @@ def league() -> Figure:
             how = {"fmt": "os"[place], "color": PALETTE[place], "label": label, "markersize": 4}
             axes.errorbar(loss[here], heights, xerr=bars, **how)
         axes.axvline(float(loss[control].iloc[0]), color=NEUTRAL, linestyle=BASELINE_LINE)
-        axes.set(title=model.replace("_", "-"), xscale="log", xlabel="loss (%)")
-        ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100) if low.min() < tick < high.max()]
+        title = f"{model.replace('_', '-')},\n{target} of {2 * target} experts"
+        axes.set(title=title, xscale="log", xlabel="loss (%)")
+        ticks = [t for t in (1, 3, 10, 30, 100, 300) if low.min() < t < high.max()]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-        axes.set_yticks(range(len(rows)), rows["method"], fontsize=7)
+        names = rows["method"].str.removesuffix(" True")
+        axes.set_yticks(range(len(rows)), names, fontsize=7)
     return with_legend(figure, axes, 2)
 
 
