@@ -23,13 +23,14 @@ PROGRAM = "lm-eval-bh"
 def prepare_streams() -> None:
     """Let stdout and stderr show names that their encoding lacks, rather than fail on them.
 
-    Where nobody watches, the libraries that load models draw no progress bars either.
+    Where nobody watches, the libraries that load models draw no progress bars either. A line that
+    is written into a file or a pipe is there at once.
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
-            reconfigure(errors="backslashreplace")
+            reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 def say(text: object) -> None:
