@@ -287,7 +287,7 @@ def test_what_makes_no_progress_is_said(monkeypatch):
     now[0] += 60
     assert progress.line("x", 30.0) == "x, 60 s"
     now[0] += 60
-    assert "hardly any progress: its process had 3% of a processor" in progress.line("x", 32.0)
+    assert "hardly any progress: its process used 3% of a CPU" in progress.line("x", 32.0)
     assert "120 s, whose worker does not answer" in progress.line("x", None)
 
 
