@@ -107,6 +107,7 @@ def batches() -> Figure:
     """Draw the loss over the distinct experts of a step, one line per method."""
     methods = {
         "static top-k": "static top",
+        "SERE, k0 2": "sere, k0 2",
         "XShare": "xshare",
         "OEA": "oea",
         "fixed budget, benefit": "batch_mass, benefit",
@@ -118,13 +119,13 @@ def batches() -> Figure:
     for axes, (model, rows) in zip(panels, table.groupby("model", sort=False), strict=True):
         for place, (label, begins) in enumerate(methods.items()):
             of = rows[rows["method"].str.startswith(begins)].sort_values("distinct_experts")
-            how = {"marker": "osD^v"[place], "color": PALETTE[place], "label": label}
+            how = {"marker": "osD^vP"[place], "color": PALETTE[place], "label": label}
             axes.plot(of["distinct_experts"], 100 * of["loss"], **how)
         axes.set(title=model, xlabel="distinct experts per layer and step", yscale="log")
         axes.set_yticks(ticks := [0.5, 1, 2, 5, 10, 20, 50, 100, 200], [f"{t:g}" for t in ticks])
         axes.minorticks_off()
     panels[0].set_ylabel("loss against static top-8 (%)")
-    return with_legend(figure, panels[0], 5)
+    return with_legend(figure, panels[0], 6)
 
 
 def vllm() -> Figure:
