@@ -235,7 +235,7 @@ def test_what_is_replaced(policies, tmp_path):
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter.txt").write_text("years of work")
-    with pytest.raises(ParameterError, match="something else"):
+    with pytest.raises(ParameterError, match="something other"):
         export(policies, "static", other, force=True)
     assert (other / "chapter.txt").read_text() == "years of work"
 
@@ -300,7 +300,7 @@ def test_models_that_do_not_serve(policies, tmp_path):
     policy = Policy.load(policies["bh"])
     another = AutoModelForCausalLM.from_config(FAMILIES["olmoe"])
     another.save_pretrained(tmp_path / "another")
-    with pytest.raises(PolicyError, match="not those of another"):
+    with pytest.raises(PolicyError, match="differ from those of another"):
         export_folder(
             policy, Checkpoint.find(str(tmp_path / "another")), tmp_path / "out", name="another"
         )
