@@ -25,6 +25,7 @@ from lm_eval_bh.export import model_folder
 from lm_eval_bh.export.checkpoint import Checkpoint
 from lm_eval_bh.export.model_folder import check_apart, export_folder
 from lm_eval_bh.resources import tiny_olmoe
+from lm_eval_bh.routing.releases import returned_cache
 
 IDS = torch.arange(5, 65).reshape(2, 30)
 SIZES = {
@@ -131,8 +132,7 @@ def test_the_tokens_of_a_step_are_decided_together(parameters, phase, tmp_path, 
     def outputs(one):
         with torch.no_grad():
             read = one(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
-            cache = read.past_key_values
-            more = one(ids[:, -1:], attention_mask=mask, past_key_values=cache)
+            more = one(ids[:, -1:], attention_mask=mask, **returned_cache(read))
         return torch.cat([read.logits[mask[:, :-1].bool()], more.logits.flatten(0, 1)])
 
     def continuous(one):

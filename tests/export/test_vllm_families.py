@@ -23,6 +23,7 @@ from lm_eval_bh.export.checkpoint import Checkpoint
 from lm_eval_bh.export.verification import TOLERANCE
 from lm_eval_bh.export.vllm_folder import write_for_vllm
 from lm_eval_bh.resources import MODELS, model_path
+from lm_eval_bh.routing.releases import returned_cache
 
 pytestmark = [
     pytest.mark.slow,
@@ -239,11 +240,11 @@ def test_tokens_that_are_decoded_together_are_one_step(parameters, vllm, tmp_pat
         ]
     )
     closed(engine)
-    expected, cache, fed = [], None, ids
+    expected, cache, fed = [], {}, ids
     with routing, torch.no_grad():
         for step in range(steps):
-            out = model(fed, past_key_values=cache, use_cache=True)
-            cache, fed = out.past_key_values, tokens[:, step : step + 1]
+            out = model(fed, **cache, use_cache=True)
+            cache, fed = returned_cache(out), tokens[:, step : step + 1]
             expected.append(out.logits[:, -1].log_softmax(-1).gather(-1, fed))
         distinct = routing.get_routing_stats()["distinct_experts"]
     apart = (found - torch.cat(expected, 1)).abs()

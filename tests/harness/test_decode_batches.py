@@ -8,6 +8,7 @@ import torch
 
 from lm_eval_bh import BHRoutingIntegration, RoutingConfig
 from lm_eval_bh.harness.decode_batches import decode_batches
+from lm_eval_bh.routing.releases import returned_cache
 
 DEMO = ["bh_demo_wikitext", "bh_demo_lambada", "bh_demo_hellaswag"]
 METHODS = {
@@ -114,10 +115,10 @@ def test_one_pass_over_rows_equals_decoding_them_side_by_side(name, tiny):
         whole = tiny(ids).logits
         distinct = routing.get_routing_stats()["distinct_experts"]
         routing.reset_stats()
-        cache, steps = None, []
+        cache, steps = {}, []
         for position in range(ids.shape[1]):
-            out = tiny(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = tiny(ids[:, position : position + 1], **cache, use_cache=True)
+            cache = returned_cache(out)
             steps.append(out.logits)
         torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
         assert routing.get_routing_stats()["distinct_experts"] == pytest.approx(distinct)

@@ -13,6 +13,7 @@ from lm_eval_bh.analysis.table.speed_phase import speed_frame
 from lm_eval_bh.errors import ParameterError
 from lm_eval_bh.harness.model import BHLM
 from lm_eval_bh.harness.sweep.task_names import new_task_manager
+from lm_eval_bh.routing.releases import returned_cache
 from lm_eval_bh.schema import read_speed
 from lm_eval_bh.speed.contestants import check_configurations
 from lm_eval_bh.speed.phase import SpeedSettings, is_measured, measure, write
@@ -69,10 +70,10 @@ def test_distinct_experts_of_a_pass_are_those_that_a_recount_finds(found, lm, ta
         for layer in lm.model.model.layers
     ]
     with torch.no_grad():
-        cache = lm.model(rows[:, :5], use_cache=True).past_key_values
+        read = lm.model(rows[:, :5], use_cache=True)
         seen.clear()
         for step in (5, 6):
-            lm.model(rows[:, step : step + 1], past_key_values=cache, use_cache=True)
+            lm.model(rows[:, step : step + 1], **returned_cache(read), use_cache=True)
     for handle in handles:
         handle.remove()
     lm.integration.patch_model()

@@ -15,6 +15,7 @@ from lm_eval_bh.analysis.compare.same_texts import same_tokens
 from lm_eval_bh.errors import RoutingError
 from lm_eval_bh.logged_rows import read_logged_rows
 from lm_eval_bh.resources import tiny_olmoe
+from lm_eval_bh.routing.releases import returned_cache
 
 ARGS = "pretrained=tiny-olmoe,max_length=48,dtype=float32"
 
@@ -74,12 +75,12 @@ def test_a_cache_knows_what_it_holds(replaying):
     with torch.no_grad():
         expected = model(ids).logits
         first = model(ids[:, :7], use_cache=True)
-        fork = copy.deepcopy(first.past_key_values)
-        for cache in (first.past_key_values, fork):
-            rest = model(ids[:, 7:], past_key_values=cache).logits
+        cache = returned_cache(first)
+        for past in (cache, copy.deepcopy(cache)):
+            rest = model(ids[:, 7:], **past).logits
             torch.testing.assert_close(rest, expected[:, 7:], atol=2e-5, rtol=0)
     with pytest.raises(RoutingError, match=r"token with the id 3 at place 7.*, after nothing"):
-        model(torch.tensor([[3]]), past_key_values=model(ids[:, :7]).past_key_values)
+        model(torch.tensor([[3]]), **returned_cache(model(ids[:, :7])))
 
 
 def test_padding_on_either_side_stands_nowhere(replaying):
