@@ -113,7 +113,7 @@ def batches() -> Figure:
         "fixed budget, benefit": "batch_mass, benefit",
         "batch_min_w": "batch_min_w, benefit, power 2",
     }
-    table = numbers("batches")
+    table = numbers("batches").query("decode_batch == 32")
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, (model, rows) in zip(panels, table.groupby("model", sort=False), strict=True):

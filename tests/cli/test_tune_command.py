@@ -49,7 +49,7 @@ def test_it_writes_a_policy_a_page_and_a_figure(run, tmp_path, long_text):
         (("--target-experts", "4", "--tasks", "bh_demo_lambda"), "did you mean"),
         (("--target-experts", "4", "--max-loss", "1%"), "one goal"),
         (("--target-experts", "4", "--target-distinct", "14"), "one goal"),
-        (("--target-distinct", "14"), "groups of 32 that are decoded together, and intervals need"),
+        (("--target-distinct", "14"), "groups of 32 decoded together, and intervals need"),
         (("--max-loss", "much"), "must be a share like 1% or 0.01: found 'much'"),
         (("--max-loss", "150%"), "must be a share"),
         (("--target-experts", "9"), "between 1 and 8"),

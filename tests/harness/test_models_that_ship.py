@@ -66,7 +66,7 @@ def test_the_folder_holds_a_card_and_the_course_of_training(name):
     assert f"# {name}\n" in (folder / "README.md").read_text()
     last = json.loads((folder / "train.json").read_text())["log"][-1]
     assert last["dead_experts"] == [0] * 4
-    assert f"{last['validation_loss']:.2f} nats a token" in (folder / "README.md").read_text()
+    assert f"{last['validation_loss']:.2f} nats per token" in (folder / "README.md").read_text()
 
 
 def test_both_models_read_tokens_of_one_tokenizer():

@@ -376,9 +376,9 @@ def test_unseen_text_is_unseen_by_content(repeat, tmp_path, paragraphs):
     found = Splits.of_file(path)
     assert [*found.calibration, *found.validation, *found.confirmation] == several
     [note] = found.notes
-    assert note.startswith("60 paragraphs repeat an earlier one and were left out")
+    assert note.startswith("60 paragraphs repeat earlier ones and were left out")
     path.write_text("\n\n".join([*paragraphs[:3]] * 30), encoding="utf-8")
-    with pytest.raises(DataError, match=r"3 paragraphs that differ, and 87 that repeat one"):
+    with pytest.raises(DataError, match=r"3 paragraphs that differ, and 87 that repeat others"):
         Splits.of_file(path)
 
 

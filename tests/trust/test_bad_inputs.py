@@ -186,7 +186,6 @@ COMMANDS = [
     ),
     (f"policy export {TOP4} --to hf --output-dir /proc/none", "--output-dir cannot be written", 1),
     (f"policy export {TOP4} --to llama.cpp --output-dir new", "writes nothing", 1),
-    ("policy export policies/static.safetensors --to llama.cpp", "layer 0's number of experts", 1),
     ("policy export policies/another.safetensors --to llama.cpp", "not those of tiny-olmoe", 1),
     # league.
     ("league", "league needs --model and --output-dir and --targets", 1),
@@ -360,7 +359,7 @@ COMMANDS = [
     (f"{SWEEP} --output-dir new --model-args bnb_4bit_quant_type=nf4", "without load_in_4bit", 1),
     (f"{SWEEP} --output-dir new --model-args load_in_4bit=True,load_in_8bit=True", "both True", 1),
     (f"{SWEEP} --output-dir new --max-k 8 --alphas 0.4 --model-args kde=pipe", "no file", 1),
-    (f"{SWEEP} --output-dir new --ray local --workers 0", "workers=0 is no number", 1),
+    (f"{SWEEP} --output-dir new --ray local --workers 0", "workers=0 is not a number", 1),
     # aggregate.
     ("aggregate pipe", "There is no folder pipe", 1),
     ("aggregate", "Missing argument", 2),

@@ -116,7 +116,7 @@ def test_a_token_that_the_log_lacks_is_named(replaying, full_logs):
     [
         ({}, "give routes="),
         ({"routes": "nowhere"}, "There is no folder nowhere"),
-        ({"routes": "LOG", "max_k": 4}, "up to 8 experts a token, and max_k is 4: give max_k=8"),
+        ({"routes": "LOG", "max_k": 4}, "up to 8 experts per token, and max_k is 4: give max_k=8"),
         ({"routes": "LOG", "target_experts": 4}, "has no meaning with rule=replay"),
         ({"routes": "LOG", "rule": "topk"}, "routes=.* has no meaning with rule=topk"),
         ({"routes": 3}, "routes must be the folder of a full routing log: found 3"),

@@ -203,7 +203,7 @@ def test_a_shard_outside_n_is_refused(shard):
         ({"alphas": [[0.3]]}, r"alphas must be a list of values.*not hold \[0.3\]"),
         ({"tasks": [3]}, "task '3' is unknown"),
         ({"log_routing": "sample"}, "log_routing='sample'"),
-        ({"log_routing": "summary", "log_samples": 3}, "log_samples=3 has no use"),
+        ({"log_routing": "summary", "log_samples": 3}, "log_samples=3 has no effect"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change, sentence):

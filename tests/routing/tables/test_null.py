@@ -327,7 +327,7 @@ class TestFile:
             ({"bandwidth": [0.1, "x"]}, "bandwidth="),
             ({"bandwidth": [0.1, float("nan")]}, "bandwidth="),
             ({"versions": None}, "versions='None'"),
-            ({"points": 65}, "64 points where the header says 65"),
+            ({"points": 65}, "64 points, but the header says 65"),
             ({"surprise": 1}, "surprise='1'"),
         ],
     )
