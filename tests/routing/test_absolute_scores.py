@@ -387,6 +387,21 @@ class TestMass:
                 results.append(tiny(ids).logits)
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("mass", [0.0, 0.3, 1.0])
+    def test_where_weights_are_rescaled_kept_ones_stay_as_among_the_native(self, tiny, ids, mass):
+        for module in (router.module for router in find_routers(tiny)):
+            module.norm_topk_prob = True
+        seen = []
+        routing = BHRoutingIntegration(tiny, rule="topk", max_k=3, mass=mass)
+        routing.observers.append(lambda *what: seen.append(what))
+        with routing, torch.no_grad():
+            tiny(ids)
+        _, logits, picked = seen[0]
+        native = torch.softmax(logits, -1).topk(8).values
+        kept = native[:, :3] / native.sum(-1, keepdim=True)
+        expected = kept * kept.sum(-1, keepdim=True) ** -mass
+        torch.testing.assert_close(picked.weights, expected, rtol=1e-4, atol=1e-6)
+
 
 def test_k_per_layer_gives_every_layer_its_own_static_k(tiny, ids):
     routing = BHRoutingIntegration(tiny, rule="topk", k_per_layer="5-3-2-8")

@@ -273,7 +273,7 @@ class Search:
             for tried in self.tried.values()
             if (family := static(mass)) == tried.family and tried.difference is not None
         ]
-        mass = min(compensated, key=lambda pair: pair[0])[1] if compensated else static(MASSES[1])
+        mass = min(compensated, key=lambda pair: pair[0])[1] if compensated else static(MASSES[-1])
         return {
             static().name: lambda text: self._ladder(text, static(), mean),
             mass.name: lambda text: self._ladder(text, mass, mean),

@@ -21,7 +21,9 @@ PARAMETERS = {
         None,
         "factor of the kept weights: (sum of the native top-k's weights / their sum) to this "
         "power, 0 to 1",
-        *tried(or_none(number("a number from 0 to 1", lambda value: 0 <= value <= 1)), 0.2, 0.5),
+        *tried(
+            or_none(number("a number from 0 to 1", lambda value: 0 <= value <= 1)), 0.0, 0.2, 0.5
+        ),
     ),
     "k2": Parameter(
         None,
@@ -113,7 +115,7 @@ def folded(kept: Tensor, experts: Tensor, router: RouterOutput, folds: Tensor) -
 
 def gained(kept: Tensor, router: RouterOutput, settings: dict[str, Any]) -> Tensor:
     """Apply the gain that the settings name to weights ``[tokens, max_k]``."""
-    if any(settings.get(name) not in (None, False) for name in ("mass", "k2", "fold")):
+    if settings["mass"] is not None or settings.get("k2") is not None or settings.get("fold"):
         return compensated(kept, router, settings["mass"] or 0.0, settings.get("k2"))
     if settings["renormalize"] is True or (settings["renormalize"] == "auto" and router.rescales):
         return renormalized(kept, router)
