@@ -131,7 +131,7 @@ class Checkpoint:
     @cached_property
     def skeleton(self) -> PreTrainedModel:
         """The model without weights."""
-        config = CONFIG_MAPPING[self.config["model_type"]].from_dict(self.config)
+        config = CONFIG_MAPPING[self.config["model_type"]].from_pretrained(self.folder)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ModelError("transformers has no AutoModelForCausalLM of it")
         with torch.device("meta"):

@@ -9,7 +9,7 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from lm_eval_bh.errors import ModelError
 from lm_eval_bh.validation import mismatch, shown
@@ -93,8 +93,7 @@ def read_scores(path: Path, documents: Sequence[Sequence[int]], engine: str) -> 
             f"The engine {engine} did not return the scores of these documents ({wrong}): "
             "run verify again, and if it fails again, report the engine's release."
         )
-    scores: EngineScores = found
-    return scores
+    return cast(EngineScores, found)
 
 
 def _other_shape(found: EngineScores, documents: Sequence[Sequence[int]]) -> str | None:

@@ -100,9 +100,7 @@ def collect(integration: Routed, batches: Sequence[Tensor]) -> dict[int, Heard]:
         parts[layer].append(Ranking(ranked.cpu(), experts.cpu(), said.step.cpu()))
 
     _listen(integration, batches, hear)
-    join: Callable[[list[Any]], Heard] = torch.cat
-    if joint or by_step:
-        join = joined if joint else rankings
+    join: Callable[[list[Any]], Heard] = joined if joint else rankings if by_step else torch.cat
     return {layer: join(found) for layer, found in parts.items()}
 
 

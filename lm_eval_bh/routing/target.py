@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from torch import Tensor
 
@@ -124,8 +124,7 @@ def _run_with(
 
 
 def _target(config: RoutingConfig) -> float | None:
-    target: float | None = config.target_distinct or config.target_experts
-    return target
+    return cast("float | None", config.target_distinct or config.target_experts)
 
 
 def _experts(integration: Routed, heard: Mapping[int, Heard], alphas: Mapping[int, float]) -> float:

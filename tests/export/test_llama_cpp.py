@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -89,8 +90,13 @@ def test_one_threshold_for_all_layers():
         options(solution, rule="min_p", target_experts=4, budget="layer")
 
 
-def test_other_models():
-    for change in ({"model_type": "mixtral"}, {"norm_topk_prob": True}):
-        checkpoint = dataclasses.replace(OLMOE, config=OLMOE.config | change)
+def test_other_models(tmp_path):
+    mixtral = dataclasses.replace(OLMOE, config=OLMOE.config | {"model_type": "mixtral"})
+    for file in OLMOE.folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    rescaling = json.dumps(OLMOE.config | {"norm_topk_prob": True})
+    (tmp_path / "config.json").write_text(rescaling, encoding="utf-8")
+    for checkpoint in (mixtral, Checkpoint.find(str(tmp_path))):
         with pytest.raises(PolicyError, match="are not known to route there"):
             options(checkpoint=checkpoint, rule="topk", max_k=4)

@@ -224,7 +224,7 @@ def test_one_row_at_a_time_shares_nothing(tiny, tokenizer, splits, tmp_path):
 @pytest.mark.parametrize("rows", [64, 10_000])
 def test_too_few_groups_are_refused_with_what_to_do(tokenizer, splits, rows):
     documents = Documents.of(tokenizer, splits.confirmation, length=64)
-    with pytest.raises(DataError, match=r"are \d groups of \d+ .* smaller --decode-batch"):
+    with pytest.raises(DataError, match=r"make \d groups of \d+ .* smaller --decode-batch"):
         documents.grouped(rows)
 
 

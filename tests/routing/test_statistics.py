@@ -286,7 +286,7 @@ class TestInAModel:
         [
             ({"statistic": "contribution"}, "has statistic=logit, not statistic=contribution"),
             ({"null_scope": "expert"}, "has null_scope=layer, not null_scope=expert"),
-            ({"trim": 4}, "was fitted with trim=0, not trim=4"),
+            ({"trim": 4}, "has trim=0, not trim=4"),
         ],
     )
     def test_a_null_model_of_something_else_is_refused(self, tiny, options, sentence):

@@ -110,8 +110,7 @@ class Method(nn.Module):
     @classmethod
     def scored_by(cls, settings: Mapping[str, Any]) -> str:
         """Return the statistic to score; methods of weights replace the logit by the weight."""
-        statistic: str = settings.get("statistic", "logit")
-        return statistic
+        return str(settings.get("statistic", "logit"))
 
     @classmethod
     def needs(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:

@@ -9,16 +9,10 @@ from lm_eval_bh.routing.tables.null_kind import NullKind
 
 def mismatch(own: NullHeader, wanted: NullKind) -> str | None:
     """Return in half a sentence why a null model is unsuitable, or None if it is suitable."""
-    if own.statistic != wanted.statistic:
-        return f"has statistic={own.statistic}, not statistic={wanted.statistic}"
-    if own.of != wanted.of:
-        return f"has of={own.of}, not of={wanted.of}"
-    if wanted.null_scope not in (None, own.null_scope):
-        return f"has null_scope={own.null_scope}, not null_scope={wanted.null_scope}"
-    if wanted.trim not in (None, own.trim or 0):
-        return f"was fitted with trim={own.trim or 0}, not trim={wanted.trim}"
-    if wanted.null_from not in (None, own.null_from):
-        return f"has null_from={own.null_from}, not null_from={wanted.null_from}"
+    for name in ("statistic", "of", "null_scope", "trim", "null_from"):
+        mine, theirs = getattr(own.kind, name), getattr(wanted, name)
+        if theirs not in (None, mine):
+            return f"has {name}={mine}, not {name}={theirs}"
     if missing := [name for name in wanted.tables if name not in own.tables]:
         return f"has no {', '.join(missing)}"
     return None

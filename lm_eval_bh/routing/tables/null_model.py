@@ -296,5 +296,4 @@ class NullModel:
         For every finite z, ``z >= threshold`` and ``p_values(z) <= critical_value`` are exactly the
         same decision: see :func:`~lm_eval_bh.routing.tables.thresholds.thresholds`.
         """
-        found: Array = self.layer(layer).thresholds(np.asarray(critical_values, dtype=np.float64))
-        return found
+        return self.layer(layer).thresholds(np.asarray(critical_values, dtype=np.float64))

@@ -103,7 +103,7 @@ def test_a_task_s_own_aggregation_is_honoured_or_named(tmp_path):
     assert "do not count" in rows.loc["16384", "reason"]
     assert rows["p_value"].notna().tolist() == [True, False, False]
     assert [sentence for _, sentence in found.notes] == [
-        "niah 4096: 20 of 40 documents, for the task leaves out the others."
+        "niah 4096: 20 of 40 documents; the task leaves out the others."
     ]
 
 

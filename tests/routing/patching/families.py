@@ -27,6 +27,7 @@ IDS = torch.arange(5, 45).reshape(2, 20)
 # Whatever of these a family's configuration has takes this value.
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
+    "unpadded_vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 32,
     "moe_intermediate_size": 16,

@@ -375,7 +375,7 @@ def test_a_mask_of_other_tokens_is_refused(some_ids):
     model = small_model()
     with (
         patched(model) as routing,
-        pytest.raises(ParameterError, match=r"told of \(3, 8\) tokens"),
+        pytest.raises(ParameterError, match=r"a mask for \(3, 8\) tokens"),
         routing.real_tokens(torch.ones(3, 8)),
     ):
         model(some_ids)

@@ -484,10 +484,10 @@ class TestDegenerate:
     @pytest.mark.parametrize(
         ("x", "cdf", "header", "warning"),
         [
-            (X, np.linspace(0.0, 0.2, 5), {}, "p-values from 0.8 to 1 alone, .* hardly any expert"),
-            (X, np.linspace(0.8, 1.0, 5), {}, "p-values from 0 to 0.2 alone, .* nearly all expert"),
+            (X, np.linspace(0.0, 0.2, 5), {}, "only p-values from 0.8 to 1, .* hardly any expert"),
+            (X, np.linspace(0.8, 1.0, 5), {}, "only p-values from 0 to 0.2, .* nearly all expert"),
             (1 + X * 1e-12, np.linspace(0, 1, 5), {}, "2e-12 wide"),
-            (X, np.linspace(0, 1, 5), {"tokens": 1}, "was fitted to 1 token, which tell"),
+            (X, np.linspace(0, 1, 5), {"tokens": 1}, "was fitted to 1 token, which is too few"),
         ],
     )
     def test_what_is_unlikely_to_serve_is_warned_of(self, saved, caplog, x, cdf, header, warning):
