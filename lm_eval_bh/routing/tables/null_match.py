@@ -13,9 +13,8 @@ def mismatch(own: NullHeader, wanted: NullKind) -> str | None:
         mine, theirs = getattr(own.kind, name), getattr(wanted, name)
         if theirs not in (None, mine):
             return f"has {name}={mine}, not {name}={theirs}"
-    if missing := [name for name in wanted.tables if name not in own.tables]:
-        return f"has no {', '.join(missing)}"
-    return None
+    missing = [name for name in wanted.tables if name not in own.tables]
+    return f"has no {', '.join(missing)}" if missing else None
 
 
 def check_routers(

@@ -296,4 +296,5 @@ class NullModel:
         For every finite z, ``z >= threshold`` and ``p_values(z) <= critical_value`` are exactly the
         same decision: see :func:`~lm_eval_bh.routing.tables.thresholds.thresholds`.
         """
-        return self.layer(layer).thresholds(np.asarray(critical_values, dtype=np.float64))
+        found: Array = self.layer(layer).thresholds(np.asarray(critical_values, dtype=np.float64))
+        return found
