@@ -9,10 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from lm_eval_bh.analysis.show.pareto_figure import Point, draw_pareto
 from lm_eval_bh.analysis.show.plots.style import ALPHA, BASELINE_LINE, NEUTRAL, PALETTE, RC
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,6 +76,24 @@ def speed() -> Figure:
     panels[0].set(xlim=(1.5, 8.5), ylim=(0, 1.4))
     panels[1].set(xlim=(1.5, 6.5), ylim=(0.8, 1.2))
     return with_legend(figure, panels[0], 4)
+
+
+def pareto() -> Figure:
+    """Draw the policies that beat static top-k on tiny-olmoe, over the mean number of experts."""
+    table = numbers("tiny_olmoe").query("text == 'WikiText-2'")
+    topk = table[table["method"] == "topk"]
+    static = dict(zip(topk["mean_experts"], topk["perplexity"], strict=True))
+    names = ["min_w benefit mass 0.2", "min_w predicted", "min_w benefit", "bh benefit"]
+    points = {}
+    for name in [*names, "bh predicted", "min_w contribution"]:
+        rows = table[table["method"] == name]
+        means, changes = rows["mean_experts"], rows["from_static"]
+        perplexities = np.interp(means, list(static), list(static.values())) + changes
+        ends = rows["from_static_low"], rows["from_static_high"]
+        found = zip(means, perplexities, changes, *ends, strict=True)
+        points[name] = [Point(*map(float, row)) for row in found]
+    title = "Policies beside static top-k: tiny-olmoe, WikiText-2"
+    return draw_pareto(static, points, title=title, best=names[0])
 
 
 def league() -> Figure:
@@ -181,6 +201,7 @@ def with_legend(figure: Figure, axes: Any, columns: int) -> Figure:
 FIGURES = {
     "false_rejections": false_rejections,
     "speed": speed,
+    "pareto": pareto,
     "league": league,
     "batches": batches,
     "vllm": vllm,
