@@ -54,8 +54,9 @@ def compared(names, folder):
         model.save_pretrained(folder / name)
         stock = run(model, IDS)
         routers = find_routers(model)
-        # Weights that are no softmax are larger.
-        how = {"alpha": 0.05 if routers[0].softmax else 0.2, "max_k": min(4, routers[0].top_k)}
+        # Weights that are no softmax are larger, and inkling2's larger still.
+        alpha = 0.05 if routers[0].softmax else 0.8 if name.startswith("inkling2") else 0.2
+        how = {"alpha": alpha, "max_k": min(4, routers[0].top_k)}
         for kind, parameters in POLICIES.items():
             given = parameters | (how if kind == "benefit" else {})
             null = benefits_of(len(routers)) if kind == "benefit" else "auto"
