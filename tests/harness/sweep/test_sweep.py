@@ -242,7 +242,7 @@ def test_ray_gives_the_same_table_though_a_worker_is_killed(finished, tmp_path, 
 
     monkeypatch.setattr(cluster.Worker, "pid", lambda self: os.getpid(), raising=False)
     monkeypatch.setattr(cluster._Pool, "_give", give_and_kill)
-    monkeypatch.setattr(waiting, "EVERY", 0.5)
+    monkeypatch.setattr(waiting, "EVERY", 0.02)  # shorter than any experiment
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("RAY_worker_niceness", raising=False)
     lines, niceness = [], set()
