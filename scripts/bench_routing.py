@@ -147,9 +147,9 @@ class Row:
 class Routers(OlmoePreTrainedModel):
     """Only the routers of a forward pass, so that costs per pass are divided among them."""
 
-    def __init__(self, router: nn.Module, config: OlmoeConfig) -> None:
+    def __init__(self, router: nn.Module, config: OlmoeConfig, layers: int) -> None:
         super().__init__(OlmoeConfig(**config.to_dict(), experts_implementation="eager"))
-        self.routers = nn.ModuleList(copy.deepcopy(router) for _ in range(LAYERS))
+        self.routers = nn.ModuleList(copy.deepcopy(router) for _ in range(layers))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         for router in self.routers:
@@ -511,7 +511,7 @@ def calibrated(logits: Tensor, model: nn.Module) -> dict[NullKind, NullModel]:
     return found
 
 
-def parts_of(name: str, model: Any, only_model: bool) -> list[Part]:
+def parts_of(name: str, model: Any, only_model: bool, layers: int = LAYERS) -> list[Part]:
     """Return the router, the MoE layer and the whole of a model, with their inputs."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
@@ -548,9 +548,9 @@ def parts_of(name: str, model: Any, only_model: bool) -> list[Part]:
         for value in values:
             whole(value)
         handle.remove()
-    routers = Routers(block.gate, model.config)
+    routers = Routers(block.gate, model.config, layers)
     return [
-        Part("router", routers, routers, hidden, LAYERS, False, dense(routers)),
+        Part("router", routers, routers, hidden, layers, False, dense(routers)),
         Part("MoE layer", model, block, hidden, dense_bytes=dense(block.gate)),
         *parts,
     ]
@@ -892,7 +892,7 @@ def measure(
         bench.means = (8.0, 4.0)
     stack = true_size(16 if full_size and not small else layers, dtype, device, small)
     name = "OLMoE-1B-7B" if full_size else f"{layers}-layer stack"
-    parts = parts_of(name, stack, only_model=full_size)
+    parts = parts_of(name, stack, only_model=full_size, layers=2 if small else LAYERS)
     if not full_size:
         bench.run_hooks(parts[0], parts[1], with_compiled)
     if only_hooks:

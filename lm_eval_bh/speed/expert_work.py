@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lm_eval_bh.routing.patching.experts_switch import experts_of
+
 
 class ExpertWork:
     """Counts expert rows, and experts whose weights a pass reads, within the context.
@@ -17,9 +19,7 @@ class ExpertWork:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules: list[Any] = [
-            module for module in model.modules() if hasattr(module, "_is_expert_parallel")
-        ]
+        self._modules = experts_of(model)
         self._handles: list[Any] = []
         self.reset()
 

@@ -75,7 +75,7 @@ class SpeedSettings:
                 raise ParameterError(f"{name} must be 1 or more: found {getattr(self, name)}.")
 
 
-QUICK = SpeedSettings(rounds=7, batches=1, documents=16, prompt=16, steps=6, array=2**24)
+QUICK = SpeedSettings(rounds=7, batches=1, documents=16, prompt=4, steps=4, array=2**24)
 
 
 def speed_file(folder: Path) -> Path:
@@ -171,8 +171,7 @@ def measure(
             if weights is None:
                 flops.append(0)
                 continue
-            native_rows = work[0][at]["expert_rows"] or 0
-            flops.append(dense_flops(load_of, network, native_rows, weights.expert_elements))
+            flops.append(dense_flops(load_of, network))
             for of_one in work:
                 given, touched = of_one[at]["expert_rows"] or 0, of_one[at]["experts_touched"] or 0
                 read = load_of.passes * weights.dense_bytes + touched * weights.expert_bytes

@@ -86,12 +86,12 @@ def test_decoding_with_a_cache_writes_what_reading_it_again_says(ids):
 
 
 def test_an_evaluation_counts_as_on_the_cpu():
-    tasks = new_task_manager(defaults=False).load([TASK])["tasks"]
+    tasks = {"tasks": [TASK], "task_manager": new_task_manager(defaults=False)}
     found = {}
     for device in {"cpu", str(DEVICE)}:
         arguments = {"pretrained": "tiny-olmoe", "alpha": 0.4, "dtype": "float32"}
         lm = BHLM.create_from_arg_obj(arguments, {"device": device, "batch_size": 4})
-        results = simple_evaluate(lm, tasks=list(tasks.values()), limit=8, bootstrap_iters=0)
+        results = simple_evaluate(lm, **tasks, limit=8, bootstrap_iters=0)
         found[device] = results["config"]["bh"]["summary"]
     ours, theirs = found[str(DEVICE)], found["cpu"]
     assert ours["tokens"] == theirs["tokens"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import lm_eval
 import pytest
+from datasets import Dataset
+from datasets.fingerprint import Hasher
 from lm_eval.tasks import TaskManager
 
 from lm_eval_bh.resources import shipped, tiny_olmoe
@@ -22,6 +24,24 @@ def manager(hf_env):
     stock = Path(tasks.__file__).parent
     folders = [shipped("tasks"), *(stock / name for name in ("wikitext", "lambada", "hellaswag"))]
     return TaskManager(include_path=[str(folder) for folder in folders], include_defaults=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mapped_once():
+    """Map a data set once: lm-eval maps HellaSwag's 10,000 documents at each look at them."""
+    map_, found = Dataset.map, {}
+
+    def mapped(self, function, **options):
+        if options:
+            return map_(self, function, **options)
+        key = self._fingerprint, Hasher.hash(function)
+        if key not in found:
+            found[key] = map_(self, function)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dataset, "map", mapped)
+        yield
 
 
 def run(manager, model, arguments, tasks, limit):

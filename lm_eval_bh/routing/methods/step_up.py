@@ -66,12 +66,10 @@ class StepUp(Method):
     def fit(self, tables: Any, alpha: float) -> None:
         """Take a layer's tables; see :meth:`Method.fit`."""
         super().fit(tables, alpha)
-        if self.fixed and not self.by_p_value:
-            return
         if self.by_p_value:
             self.keep("null_x", torch.tensor(tables.x))
             self.keep("null_cdf", torch.tensor(tables.cdf))
-        else:  # thresholds on the scores themselves, equivalent to the critical values
+        elif not self.fixed:  # thresholds on the scores themselves, equivalent to the critical values
             self.keep("thresholds", tables.thresholds(-self.table("thresholds")))
 
     @property

@@ -73,7 +73,7 @@ class ExpertsSwitch:
                 self._rows = RowsComputed()
         self.skips_unused = unused_slots or self._rows is not None
         if self.skips_unused:
-            for module in _experts_of(whole):
+            for module in experts_of(whole):
                 if module._is_expert_parallel is False:
                     module._is_expert_parallel = True
                     module._rows_computed = self._rows
@@ -90,7 +90,7 @@ class ExpertsSwitch:
     def restore(self, model: nn.Module) -> None:
         """Restore the model's own implementation."""
         whole = transformers_model(model)
-        for module in _experts_of(whole):
+        for module in experts_of(whole):
             if hasattr(module, "_rows_computed"):
                 module._is_expert_parallel = False
                 del module._rows_computed
@@ -99,14 +99,15 @@ class ExpertsSwitch:
             self._before = None
 
 
-def _experts_of(model: nn.Module) -> list[Any]:
+def experts_of(model: nn.Module) -> list[Any]:
+    """Return the modules that hold all experts of a layer, as in transformers."""
     return [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
 
 
 def _refuse_unused(model: nn.Module) -> None:
     """Raise if the family's own experts code crashes on an unused slot."""
     known: dict[type, str | None] = {}
-    for module in _experts_of(model):
+    for module in experts_of(model):
         if type(module) not in known:
             known[type(module)] = _fault_of_unused(module)
         if (fault := known[type(module)]) is not None:

@@ -87,10 +87,10 @@ def test_the_first_pass_is_warmed_up_once_and_leaves_no_trace():
     lm.model.register_forward_pre_hook(
         lambda module, args, kwargs: passes.append(tuple(args[0].shape)), with_kwargs=True
     )
-    tasks = new_task_manager(defaults=False).load(["bh_demo_lambada"])["tasks"]
+    tasks = {"tasks": ["bh_demo_lambada"], "task_manager": new_task_manager(defaults=False)}
     found = []
     for _ in range(2):
-        results = simple_evaluate(lm, tasks=list(tasks.values()), limit=4, bootstrap_iters=0)
+        results = simple_evaluate(lm, **tasks, limit=4, bootstrap_iters=0)
         found.append(results["config"]["bh"]["summary"])
     first, *measured = passes
     assert first == (1, measured[0][1])

@@ -13,6 +13,7 @@ import lm_eval_bh
 from lm_eval_bh import BHRoutingIntegration
 from lm_eval_bh.errors import ModelError
 from lm_eval_bh.harness.model import BHLM
+from lm_eval_bh.harness.sweep.task_names import new_task_manager
 
 SMALL = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # else it takes most memory
 
@@ -99,8 +100,11 @@ class TestTwoObjectsAroundOneModel:
 
     @staticmethod
     def perplexity(lm):
-        found = lm_eval.simple_evaluate(lm, tasks=["bh_demo_wikitext"], limit=2, bootstrap_iters=0)
-        return found["results"]["bh_demo_wikitext"]["word_perplexity,none"]
+        manager, task = new_task_manager(defaults=False), "bh_demo_wikitext"
+        found = lm_eval.simple_evaluate(
+            lm, tasks=[task], task_manager=manager, limit=2, bootstrap_iters=0
+        )
+        return found["results"][task]["word_perplexity,none"]
 
     def test_each_has_its_own_numbers_or_says_that_it_cannot(self, tiny, tokenizer):
         two = self.made(tiny, tokenizer, 2)
