@@ -15,7 +15,6 @@ from lm_eval_bh.routing.releases import returned_cache
 from lm_eval_bh.routing.routers import transformers_model
 from lm_eval_bh.speed.floor import wait_for
 
-
 NOTHING = "bh_nothing"  # the experts implementation of dense_flops
 
 
