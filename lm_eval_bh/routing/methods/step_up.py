@@ -69,7 +69,7 @@ class StepUp(Method):
         if self.by_p_value:
             self.keep("null_x", torch.tensor(tables.x))
             self.keep("null_cdf", torch.tensor(tables.cdf))
-        elif not self.fixed:  # thresholds on the scores themselves, equivalent to the critical values
+        elif not self.fixed:  # on the scores themselves, equivalent to the critical values
             self.keep("thresholds", tables.thresholds(-self.table("thresholds")))
 
     @property
