@@ -131,6 +131,7 @@ def test_text_and_experts_are_compared_too(
         (b"null", "must be an object"),
         (b'{"log_probs": []}', "lacks counts, engine, generated, seconds"),
     ],
+    ids=["empty", "no text", "deep", "list", "null", "log_probs alone"],
 )
 def test_what_is_no_result_is_one_sentence(content, said, returned, policies, documents, tmp_path):
     with pytest.raises(ModelError, match=said) as error:

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
+import transformers
 from families import IDS, build, examine, families, run
+from packaging.version import Version
 from plain_picks import benefits_of
 
 from lm_eval_bh import BHRoutingIntegration, ModelError, ParameterError
@@ -89,7 +91,9 @@ def test_some_families_are_exact(tmp_path):
 @pytest.mark.slow
 def test_all_families_are_exact(tmp_path):
     works = {name for name in families() if examine(name).behaviour is not None}
-    assert len(works - NO_LANGUAGE_MODEL) > 45
+    # Before 5.21 some families' routers return no triple, and others do not exist.
+    fewest = 45 if Version(transformers.__version__) >= Version("5.21") else 35
+    assert len(works - NO_LANGUAGE_MODEL) > fewest
     exact(sorted(works - NO_LANGUAGE_MODEL - set(SOME)), tmp_path)
 
 

@@ -192,7 +192,9 @@ def test_scores_that_are_no_softmax_are_never_made_up():
         BHRoutingIntegration(model, max_k=4, kde=null, temperature=2.0)
     with pytest.raises(ParameterError, match="at most 4"):
         BHRoutingIntegration(model, max_k=6, kde=null, mode="analyze")
-    with BHRoutingIntegration(build("granitemoe"), rule="top_p", alpha=0.4, temperature=2.0):
+    # A softmax of the top-k's logits is a rescaled softmax; Granite's router works since 5.21.
+    family = "granitemoe" if examine("granitemoe").behaviour is not None else "mixtral"
+    with BHRoutingIntegration(build(family), rule="top_p", alpha=0.4, temperature=2.0):
         pass
 
 
