@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 
 from lm_eval_bh.errors import did_you_mean
 from lm_eval_bh.routing.layer_choice import check_layers
@@ -89,20 +90,22 @@ ALPHA = Parameter(
 class Parameters(Mapping[str, Parameter]):
     """All routing parameters by name: the general ones and those of each method."""
 
-    def _all(self) -> dict[str, Parameter]:
-        found = {"alpha": ALPHA} | GENERAL
-        for method in METHODS.values():
-            found |= {n: p for n, p in method.declared.items() if n not in found}
-        return found | SOLVED | SOLVED_BY_STEP
-
     def __getitem__(self, name: str) -> Parameter:
-        return self._all()[name]
+        return _all(tuple(METHODS.values()))[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._all())
+        return iter(_all(tuple(METHODS.values())))
 
     def __len__(self) -> int:
-        return len(self._all())
+        return len(_all(tuple(METHODS.values())))
+
+
+@cache
+def _all(methods: tuple[type[Method], ...]) -> dict[str, Parameter]:
+    found = {"alpha": ALPHA} | GENERAL
+    for method in methods:
+        found |= {n: p for n, p in method.declared.items() if n not in found}
+    return found | SOLVED | SOLVED_BY_STEP
 
 
 PARAMETERS = Parameters()

@@ -89,17 +89,16 @@ class ForwardPass:
         if self.patch.counters is not None:
             self.selections.append((layer, selection))
 
-    def padding(self, tokens: int, device: torch.device) -> Tensor | None:
-        """Return which tokens are padding, bool ``[tokens, 1]`` on a device; None if none are."""
+    def padding(self, selected: Tensor) -> Tensor | None:
+        """Return which of the tokens selected for are padding, bool ``[tokens, 1]``, or None."""
         if self.real is None:
             return None
-        if len(self.real) != tokens:  # for example virtual tokens that the model adds
+        if len(self.real) != len(selected):  # for example virtual tokens that the model adds
             self.patch.tell_once("its routers and the model received different tokens")
             return None
-        found = self._padding.get(device)
-        if found is None:
-            found = self._padding[device] = (~self.real).unsqueeze(-1).to(device)
-        return found
+        if selected.device not in self._padding:
+            self._padding[selected.device] = (~self.real).unsqueeze(-1).to(selected.device)
+        return self._padding[selected.device]
 
     def steps(self, device: torch.device) -> Steps | None:
         """Return which tokens are decoded together, on a device; None if rows are unknown."""

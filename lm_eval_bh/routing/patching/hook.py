@@ -58,8 +58,7 @@ class RouterHook:
         if analyze:
             return None
         selected = selection.indices
-        if now.real is not None and self.patch.skips_unused:
-            padding = now.padding(len(selected), selected.device)
-            if padding is not None:
-                selected = selected.masked_fill(padding, self.method.num_experts)
+        padding = now.padding(selected) if self.patch.skips_unused else None
+        if padding is not None:
+            selected = selected.masked_fill(padding, self.method.num_experts)
         return said.logits, selection.weights, selected
