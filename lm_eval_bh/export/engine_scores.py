@@ -105,12 +105,13 @@ def main() -> int:
     """Run the job, and return an exit code."""
     source, target = map(Path, sys.argv[1:])
     job = json.loads(source.read_text(encoding="utf-8"))
-    name = "vllm" if job["engine"].startswith("vllm") else "transformers"
+    needed = {"hf": ["transformers"], "vllm": ["vllm"], "vllm-plugin": ["vllm", "lm_eval_bh"]}
     try:
-        __import__(name)
+        for name in needed[job["engine"]]:  # vLLM goes on without a plugin that it cannot import
+            __import__(name)
     except ImportError:
         return NOT_INSTALLED
-    scores = in_vllm(job) if name == "vllm" else in_transformers(job)
+    scores = in_transformers(job) if job["engine"] == "hf" else in_vllm(job)
     target.write_text(json.dumps(scores), encoding="utf-8")
     return 0
 

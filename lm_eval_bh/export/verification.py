@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -323,11 +323,5 @@ def _compared(
 
 def _other(expected: Mapping[str, Any], found: EngineScores) -> int:
     """Return how many numbers of experts differ or are missing on one side."""
-
-    def pairs() -> Iterator[tuple[int | None, int | None]]:
-        for ours, theirs in itertools.zip_longest(
-            expected["counts"], found["counts"] or [], fillvalue=()
-        ):
-            yield from itertools.zip_longest(ours, theirs)
-
-    return sum(a != b for a, b in pairs())
+    layers = itertools.zip_longest(expected["counts"], found["counts"] or [], fillvalue=())
+    return sum(a != b for layer in layers for a, b in itertools.zip_longest(*layer))

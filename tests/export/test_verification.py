@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -67,6 +68,22 @@ def test_engines_that_are_not_there(policies, documents, tmp_path):
     broken.chmod(0o755)
     with pytest.raises(ModelError, match=r"failed \(out of memory\)"):
         run(policies, "bh", documents[:1], engine="hf", python=str(broken))
+
+
+def test_an_environment_whose_vllm_lacks_the_plugin_is_told_apart(policies, documents, tmp_path):
+    """VLLM itself would go on, with its own top-k."""
+    script = tmp_path / "without_plugin.py"
+    script.write_text(
+        "import runpy, sys, types\n"
+        "sys.modules |= {'vllm': types.ModuleType('vllm'), 'lm_eval_bh': None}\n"
+        "del sys.argv[:2]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n')
+    python.chmod(0o755)
+    with pytest.raises(ModelError, match=r"not installed for .*vllm and lm-eval-bh together"):
+        run(policies, "bh", documents[:1], engine="vllm-plugin", python=str(python))
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
