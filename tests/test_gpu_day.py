@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "gpu_day.sh"
 
 
-def gpu_day(*options):
+def gpu_day(*options, python=sys.executable):
     return subprocess.run(
         ["bash", SCRIPT, *map(str, options)],
-        env=os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHON": str(python), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=900,
@@ -26,11 +26,12 @@ def gpu_day(*options):
 
 
 @pytest.mark.slow
-def test_every_step_runs_and_the_page_holds_their_numbers(tmp_path):
+def test_every_step_runs_and_the_page_holds_their_numbers(commands, tmp_path):
     from lm_eval_bh.routing.methods import METHODS
 
     output = tmp_path / "day"
-    done = gpu_day("--device", "cpu", "--small", "--output", output)
+    options = ["--device", "cpu", "--small", "--output", output]
+    done = gpu_day(*options, python=commands / "python")
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((output / "gpu_day.json").read_text())
     codes = {step["name"]: step["exit_code"] for step in content["steps"]}

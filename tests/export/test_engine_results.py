@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 
 import pytest
@@ -18,12 +17,12 @@ NAN, INFINITY = math.nan, math.inf
 
 
 @pytest.fixture(scope="module")
-def returned(tmp_path_factory, policies, documents):
+def returned(tmp_path_factory, policies, documents, commands):
     """Return the real engine's results for the policy and the stock model, as files."""
     folder = tmp_path_factory.mktemp("returned")
     engine = folder / "python"
     engine.write_text(
-        f'#!/bin/sh\n{sys.executable} "$@" || exit\n'
+        f'#!/bin/sh\n{commands}/python "$@" || exit\n'
         f'grep -q /policy\\" "$3" && run=policy || run=stock\ncp "$4" {folder}/$run.json\n'
     )
     engine.chmod(0o755)

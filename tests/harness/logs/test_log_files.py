@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import signal
 import subprocess
-import sys
 import time
 
 import pyarrow.parquet as pq
@@ -134,8 +133,8 @@ lm_eval.simple_evaluate(
 """
 
 
-def test_two_runs_in_one_folder_at_once_do_not_mix(tmp_path):
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), "limit = 2"]
+def test_two_runs_in_one_folder_at_once_do_not_mix(commands, tmp_path):
+    command = [commands / "python", "-c", SCRIPT, str(tmp_path), "limit = 2"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     processes = [subprocess.Popen(command, **quiet) for _ in range(2)]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
@@ -151,9 +150,9 @@ def test_two_runs_in_one_folder_at_once_do_not_mix(tmp_path):
     assert logs[0].equals(logs[1])
 
 
-def test_a_killed_run_leaves_nothing_that_reads_as_complete(tmp_path):
+def test_a_killed_run_leaves_nothing_that_reads_as_complete(commands, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), ""],
+        [commands / "python", "-c", SCRIPT, str(tmp_path), ""],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -168,13 +167,13 @@ def test_a_killed_run_leaves_nothing_that_reads_as_complete(tmp_path):
         read_manifest(folder)
 
 
-def test_a_full_disk_ends_the_run_with_one_sentence_and_earlier_files_stay(run, tmp_path):
+def test_a_full_disk_ends_the_run_with_one_sentence_and_earlier_files_stay(run, commands, tmp_path):
     first = run(f"log_routing=full,log_dir={tmp_path}", limit=1)["config"]["bh"]["run_id"]
     before = {path: path.read_bytes() for path in (tmp_path / first).rglob("*") if path.is_file()}
     full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     full += f"resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, {resource.RLIM_INFINITY}))"
     ended = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), full],
+        [commands / "python", "-c", SCRIPT, str(tmp_path), full],
         capture_output=True,
         text=True,
         check=False,
