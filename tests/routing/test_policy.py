@@ -42,7 +42,7 @@ def made(tiny, null, demo_texts, tokenizer):
             tiny,
             config,
             null_model=null if config.needs_null else "auto",
-            texts=demo_texts,
+            texts=demo_texts[:4],
             tokenizer=tokenizer,
         )
 
