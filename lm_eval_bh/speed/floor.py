@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lm_eval_bh.routing.patching.experts_switch import experts_of
+
 REPEATS = 7
 
 
@@ -100,7 +102,7 @@ class Weights:
 
 def weights_of(model: nn.Module, num_experts: int) -> Weights | None:
     """Return the sizes; None for a family without one module of stacked experts per layer."""
-    experts = [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
+    experts = experts_of(model)
     if not experts:
         return None
     of_experts = {id(p): p for module in experts for p in module.parameters()}

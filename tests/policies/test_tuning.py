@@ -21,6 +21,7 @@ from lm_eval_bh.policies.tuning.run import POLICY, tune
 from lm_eval_bh.policies.tuning.search import PER_LAYER, Search
 from lm_eval_bh.policies.tuning.splits import LEAST_DOCUMENTS, Splits
 from lm_eval_bh.policies.tuning.subject import CONFIRMATION, SCREEN, VALIDATION, Subject
+from lm_eval_bh.routing.methods.gains import PARAMETERS as GAINS
 
 FAMILIES = [Family("min_w weight", {"rule": "min_w"}), Family("top_p", {"rule": "top_p"})]
 NAN = math.nan
@@ -401,6 +402,7 @@ def test_many_families_get_a_first_look_on_little_text(
     assert "p_value weight mass 0.2" not in measured
     measured.sort(key=lambda name: looked[name].difference.relative)
     assert any("mass" in name for name in measured)
+    assert max(len(GAINS.keys() & tried.family.options) for tried in looked.values()) == 2
     went_on = {tried.family.name for tried in search.tried.values() if tried.family.adaptive}
     assert went_on == {*measured[:2], winner().name}
     tokens = [subject.documents[text].tokens.sum() for text in (SCREEN, VALIDATION)]
