@@ -66,7 +66,8 @@ def test_a_search_chooses_on_validation_text_and_confirms_on_other(subject, fold
     with BHRoutingIntegration(subject.model, policy=saved) as routing:
         losses = documents.losses(subject.model)
     perplexity = torch.tensor(losses.sum() / documents.tokens.sum()).exp().item()
-    assert found["native"]["perplexity"] == pytest.approx(perplexity, rel=1e-9)
+    # The search takes one thread, and another number of threads adds in another order.
+    assert found["native"]["perplexity"] == pytest.approx(perplexity, rel=1e-7)
     assert found["mean_experts"] == routing.counters.mean()
     json.dumps(account, allow_nan=False)
 
